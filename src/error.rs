@@ -1,0 +1,165 @@
+//! The one error of the library: what happened, to which file, and which errno and exit status it means.
+//!
+//! [`Kind`] is what a caller may act on. The table in [`Kind::errno`] and [`Kind::exit_status`] is the only
+//! place where kinds become numbers. An error is logged once, at the edge (transport, control socket, `main`).
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What went wrong, as far as a caller can act on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// No such image, snapshot, file or mount.
+    NotFound,
+    /// The name is taken.
+    Exists,
+    /// Another process holds the image or the folder.
+    InUse,
+    /// The file is open or busy inside this mount.
+    Busy,
+    /// The bytes on disk contradict the format.
+    Damaged,
+    /// Legal, but not something this program or this host file system can do.
+    Unsupported,
+    /// The caller's argument is out of range or malformed.
+    Invalid,
+    /// The image or the mount cannot be written.
+    ReadOnly,
+    /// The host file system, or the format's address range, is full.
+    NoSpace,
+    /// Refused on purpose (size changes, renames and removals through the mount).
+    NotPermitted,
+    /// The caller may not do this.
+    Access,
+    /// A host operation failed.
+    Io,
+}
+
+impl Kind {
+    /// The errno the kernel is told.
+    pub fn errno(self) -> i32 {
+        match self {
+            Kind::NotFound => libc::ENOENT,
+            Kind::Exists => libc::EEXIST,
+            Kind::InUse | Kind::Busy => libc::EBUSY,
+            Kind::Damaged => libc::EUCLEAN,
+            Kind::Unsupported => libc::EOPNOTSUPP,
+            Kind::Invalid => libc::EINVAL,
+            Kind::ReadOnly => libc::EROFS,
+            Kind::NoSpace => libc::ENOSPC,
+            Kind::NotPermitted => libc::EPERM,
+            Kind::Access => libc::EACCES,
+            Kind::Io => libc::EIO,
+        }
+    }
+
+    /// The exit status of a command that ends with this error (DESIGN.md 3).
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Kind::Invalid => 2,
+            Kind::Damaged => 3,
+            Kind::InUse => 4,
+            _ => 1,
+        }
+    }
+
+    /// The kind that an errno of the host stands for.
+    pub fn of_errno(errno: i32) -> Kind {
+        match errno {
+            libc::ENOENT => Kind::NotFound,
+            libc::EEXIST => Kind::Exists,
+            libc::EBUSY | libc::ETXTBSY => Kind::Busy,
+            libc::EOPNOTSUPP | libc::ENOSYS => Kind::Unsupported,
+            libc::EROFS => Kind::ReadOnly,
+            libc::ENOSPC | libc::EDQUOT => Kind::NoSpace,
+            libc::EPERM => Kind::NotPermitted,
+            libc::EACCES => Kind::Access,
+            _ => Kind::Io,
+        }
+    }
+}
+
+/// An error with its context. Cheap to clone: one failed sync answers many waiters.
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
+
+struct Inner {
+    kind: Kind,
+    /// The host's own errno where there was one, so that the kernel is told exactly it.
+    errno: Option<i32>,
+    file: Option<PathBuf>,
+    context: String,
+}
+
+/// The library's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error without a file; `context` says what happened and what to do next.
+    pub fn new(kind: Kind, context: impl Into<String>) -> Error {
+        Error(Arc::new(Inner { kind, errno: None, file: None, context: context.into() }))
+    }
+
+    /// An error about `file`.
+    pub fn at(kind: Kind, file: impl AsRef<Path>, context: impl Into<String>) -> Error {
+        let file = Some(file.as_ref().to_owned());
+        Error(Arc::new(Inner { kind, errno: None, file, context: context.into() }))
+    }
+
+    /// A failed host operation; `doing` names it ("cannot write the BAT").
+    pub fn io(source: &io::Error, file: impl AsRef<Path>, doing: impl fmt::Display) -> Error {
+        let errno = source.raw_os_error();
+        let kind = errno.map_or(Kind::Io, Kind::of_errno);
+        let file = Some(file.as_ref().to_owned());
+        Error(Arc::new(Inner { kind, errno, file, context: format!("{doing}: {}", words(source)) }))
+    }
+
+    /// The same error, seen as another kind.
+    pub fn with_kind(&self, kind: Kind) -> Error {
+        let Inner { file, context, .. } = &*self.0;
+        Error(Arc::new(Inner { kind, errno: None, file: file.clone(), context: context.clone() }))
+    }
+
+    /// What a caller may act on.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The errno the kernel is told: the host's own, else the kind's.
+    pub fn errno(&self) -> i32 {
+        self.0.errno.unwrap_or_else(|| self.0.kind.errno())
+    }
+
+    /// The file it happened to.
+    pub fn file(&self) -> Option<&Path> {
+        self.0.file.as_deref()
+    }
+}
+
+/// The host's error in words alone: "(os error 2)" behind them tells a person nothing.
+pub fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.rsplit_once(" (os error ") {
+        Some((words, _)) => words.to_owned(),
+        None => text,
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0.file {
+            Some(file) => write!(f, "{}: {}", file.display(), self.0.context),
+            None => f.write_str(&self.0.context),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}({}): {self}", self.0.kind, self.errno())
+    }
+}
+
+impl std::error::Error for Error {}

@@ -1,0 +1,497 @@
+//! A host file that fails on demand, for tests and for `mount --fault SPEC` (feature `faults`, never released).
+//!
+//! ```text
+//! SPEC    := ITEM { "," ITEM }
+//! ITEM    := "delay=" KIND ":" MS               every operation of that kind takes MS milliseconds longer
+//!          | "fail=" KIND ":" N ":" ERRNO [":forever"]
+//!                                               the N-th (1 is the first) fails; forever: it and all later ones
+//!          | "short=" KIND ":" N [":forever"]   the N-th read or write moves half of what was asked, at least 1
+//!                                               byte
+//!          | "full"                             writes and allocations fail with ENOSPC
+//!          | "skip-sync"                        syncs report success and do nothing (the broken build that the
+//!                                               power-cut test must catch)
+//!          | "trigger=" PATH                    faults are active, and operations counted for N, only while PATH
+//!                                               exists (the idea is nbdkit's)
+//! KIND    := "read" | "write" | "punch" | "allocate" | "sync" | "set_len" | "any"
+//! ERRNO   := "EIO" | "ENOSPC" | ... | a positive number
+//! ```
+//!
+//! Where reads are delayed, a read that must not wait answers EAGAIN, so that the delay is met by a runner as a
+//! slow disk would be. One plan may drive many files: it counts the operations of all of them.
+
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread;
+use std::time::Duration;
+
+use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+
+/// A kind of operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Reads, those that must not wait included.
+    Read,
+    /// Writes.
+    Write,
+    /// Punched holes.
+    Punch,
+    /// Reserved space.
+    Allocate,
+    /// fdatasync and fsync.
+    Sync,
+    /// Changes of the length.
+    SetLen,
+}
+
+/// The kinds by name, each at its own index.
+const OPS: [(&str, Op); 6] = [
+    ("read", Op::Read),
+    ("write", Op::Write),
+    ("punch", Op::Punch),
+    ("allocate", Op::Allocate),
+    ("sync", Op::Sync),
+    ("set_len", Op::SetLen),
+];
+
+/// The errnos that a host file system is known to answer, by name.
+const ERRNOS: [(&str, i32); 12] = [
+    ("EIO", libc::EIO),
+    ("ENOSPC", libc::ENOSPC),
+    ("EDQUOT", libc::EDQUOT),
+    ("EAGAIN", libc::EAGAIN),
+    ("EROFS", libc::EROFS),
+    ("EOPNOTSUPP", libc::EOPNOTSUPP),
+    ("ENOMEM", libc::ENOMEM),
+    ("EINVAL", libc::EINVAL),
+    ("EFBIG", libc::EFBIG),
+    ("EPERM", libc::EPERM),
+    ("ESTALE", libc::ESTALE),
+    ("ETIMEDOUT", libc::ETIMEDOUT),
+];
+
+/// What is to go wrong, shared by all files it drives.
+#[derive(Debug, Default)]
+pub struct Plan {
+    faults: Vec<Fault>,
+    /// Extra time per kind, in milliseconds; 0 is none.
+    delays: [AtomicU64; OPS.len()],
+    full: AtomicBool,
+    skip_sync: bool,
+    trigger: Option<PathBuf>,
+    counts: [Count; OPS.len()],
+}
+
+#[derive(Debug)]
+struct Fault {
+    /// None is any kind.
+    op: Option<Op>,
+    /// Counted from 1.
+    from: u64,
+    forever: bool,
+    what: What,
+    seen: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    Fail(i32),
+    Short,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    started: AtomicU64,
+    running: AtomicU64,
+    peak: AtomicU64,
+}
+
+/// How many operations of one kind there were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Started so far.
+    pub started: u64,
+    /// In flight at this moment.
+    pub running: u64,
+    /// The most that were ever in flight at once.
+    pub peak: u64,
+}
+
+impl Plan {
+    /// The operations of one kind so far, over all files of this plan.
+    pub fn counters(&self, op: Op) -> Counters {
+        let count = &self.counts[op as usize];
+        Counters {
+            started: count.started.load(SeqCst),
+            running: count.running.load(SeqCst),
+            peak: count.peak.load(SeqCst),
+        }
+    }
+
+    /// Makes the host file system full, or gives it space again.
+    pub fn set_full(&self, full: bool) {
+        self.full.store(full, SeqCst);
+    }
+
+    /// Changes the extra time of one kind, in milliseconds; 0 ends it.
+    pub fn set_delay(&self, op: Op, ms: u64) {
+        self.delays[op as usize].store(ms, SeqCst);
+    }
+
+    fn active(&self) -> bool {
+        self.trigger.as_ref().is_none_or(|path| path.exists())
+    }
+
+    fn delay(&self, op: Op) -> u64 {
+        self.delays[op as usize].load(SeqCst)
+    }
+
+    /// Counts one operation, makes it wait or fail as planned, and says whether it is to be short.
+    fn enter(&self, op: Op) -> io::Result<Running<'_>> {
+        let count = &self.counts[op as usize];
+        count.started.fetch_add(1, SeqCst);
+        let now = count.running.fetch_add(1, SeqCst) + 1;
+        count.peak.fetch_max(now, SeqCst);
+        let mut running = Running { count, short: false, skip: false };
+        if !self.active() {
+            return Ok(running);
+        }
+        match self.delay(op) {
+            0 => {}
+            ms => thread::sleep(Duration::from_millis(ms)),
+        }
+        if self.full.load(SeqCst) && matches!(op, Op::Write | Op::Allocate) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        running.skip = self.skip_sync && op == Op::Sync;
+        let mut failure = None;
+        // Every fault counts every operation, also one that another fault ends.
+        for fault in self.faults.iter().filter(|fault| fault.op.is_none_or(|o| o == op)) {
+            let nth = fault.seen.fetch_add(1, SeqCst) + 1;
+            if nth == fault.from || (fault.forever && nth > fault.from) {
+                match fault.what {
+                    What::Fail(errno) => failure = failure.or(Some(errno)),
+                    What::Short => running.short = true,
+                }
+            }
+        }
+        match failure {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Ok(running),
+        }
+    }
+}
+
+/// One operation in flight.
+struct Running<'a> {
+    count: &'a Count,
+    short: bool,
+    skip: bool,
+}
+
+impl Running<'_> {
+    /// How many of `len` bytes may be moved.
+    fn cut(&self, len: usize) -> usize {
+        if self.short { (len / 2).max(len.min(1)) } else { len }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.count.running.fetch_sub(1, SeqCst);
+    }
+}
+
+impl FromStr for Plan {
+    type Err = String;
+
+    fn from_str(spec: &str) -> Result<Plan, String> {
+        let mut plan = Plan::default();
+        for item in spec.split(',').filter(|item| !item.is_empty()) {
+            let (name, value) = item.split_once('=').unwrap_or((item, ""));
+            let parts: Vec<&str> = value.split(':').collect();
+            match (name, parts.as_slice()) {
+                ("full", [""]) => plan.set_full(true),
+                ("skip-sync", [""]) => plan.skip_sync = true,
+                ("trigger", _) if !value.is_empty() => plan.trigger = Some(PathBuf::from(value)),
+                ("delay", [kind, ms]) => {
+                    let ms = ms.parse().map_err(|_| format!("'{item}': '{ms}' is not in milliseconds"))?;
+                    match kind_of(item, kind)? {
+                        Some(op) => plan.set_delay(op, ms),
+                        None => OPS.iter().for_each(|(_, op)| plan.set_delay(*op, ms)),
+                    }
+                }
+                ("fail", [kind, nth, errno, rest @ ..]) => {
+                    plan.faults.push(fault(item, kind, nth, What::Fail(errno_of(item, errno)?), rest)?);
+                }
+                ("short", [kind, nth, rest @ ..]) => {
+                    let short = fault(item, kind, nth, What::Short, rest)?;
+                    if !matches!(short.op, Some(Op::Read | Op::Write)) {
+                        return Err(format!("'{item}': only a read or a write can be short"));
+                    }
+                    plan.faults.push(short);
+                }
+                _ => {
+                    return Err(format!(
+                        "'{item}' is not a fault; use delay=KIND:MS, fail=KIND:N:ERRNO[:forever], \
+                         short=KIND:N[:forever], full, skip-sync or trigger=PATH"
+                    ));
+                }
+            }
+        }
+        Ok(plan)
+    }
+}
+
+fn fault(item: &str, kind: &str, nth: &str, what: What, rest: &[&str]) -> Result<Fault, String> {
+    let forever = match rest {
+        [] => false,
+        ["forever"] => true,
+        _ => return Err(format!("'{item}': only 'forever' may follow")),
+    };
+    let from = nth.parse().ok().filter(|n| *n > 0);
+    let from = from.ok_or_else(|| format!("'{item}': '{nth}' is not a count; 1 is the first"))?;
+    Ok(Fault { op: kind_of(item, kind)?, from, forever, what, seen: AtomicU64::new(0) })
+}
+
+/// None is "any".
+fn kind_of(item: &str, kind: &str) -> Result<Option<Op>, String> {
+    if kind == "any" {
+        return Ok(None);
+    }
+    let found = OPS.iter().find(|(name, _)| *name == kind);
+    found.map(|(_, op)| Some(*op)).ok_or_else(|| format!("'{item}': '{kind}' is no kind of operation"))
+}
+
+fn errno_of(item: &str, errno: &str) -> Result<i32, String> {
+    let named = ERRNOS.iter().find(|(name, _)| *name == errno).map(|(_, number)| *number);
+    let number = named.or_else(|| errno.parse().ok().filter(|n| (1..4096).contains(n)));
+    number.ok_or_else(|| format!("'{item}': '{errno}' is no known errno; a number does as well"))
+}
+
+/// A host file that a [`Plan`] makes slow, short or broken.
+#[derive(Debug)]
+pub struct FaultFile {
+    file: Arc<dyn HostFile>,
+    plan: Arc<Plan>,
+}
+
+impl FaultFile {
+    /// Puts `plan` between the caller and `file`.
+    pub fn new(file: Arc<dyn HostFile>, plan: Arc<Plan>) -> FaultFile {
+        FaultFile { file, plan }
+    }
+}
+
+impl HostFile for FaultFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let running = self.plan.enter(Op::Read)?;
+        let len = running.cut(buf.len());
+        self.file.read_at(&mut buf[..len], offset)
+    }
+
+    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let inner = self.file.traits();
+        let would_wait = self.plan.delay(Op::Read) > 0 && self.plan.active();
+        if would_wait || !(inner.nowait_reads || inner.never_blocks) {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+        let running = self.plan.enter(Op::Read)?;
+        let len = running.cut(buf.len());
+        match inner.nowait_reads {
+            true => self.file.read_at_nowait(&mut buf[..len], offset),
+            false => self.file.read_at(&mut buf[..len], offset),
+        }
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
+        let running = self.plan.enter(Op::Write)?;
+        self.file.write_at(&data[..running.cut(data.len())], offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let _running = self.plan.enter(Op::SetLen)?;
+        self.file.set_len(len)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _running = self.plan.enter(Op::Punch)?;
+        self.file.punch(offset, len)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _running = self.plan.enter(Op::Allocate)?;
+        self.file.allocate(offset, len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let running = self.plan.enter(Op::Sync)?;
+        if running.skip { Ok(()) } else { self.file.sync_data() }
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        let running = self.plan.enter(Op::Sync)?;
+        if running.skip { Ok(()) } else { self.file.sync_all() }
+    }
+
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        self.file.seek_data(offset)
+    }
+
+    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
+        self.file.seek_hole(offset)
+    }
+
+    fn status(&self) -> io::Result<HostStatus> {
+        self.file.status()
+    }
+
+    fn space(&self) -> io::Result<HostSpace> {
+        self.file.space()
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        self.file.drop_cache()
+    }
+
+    /// A file that may be made slow blocks, whatever stands behind it.
+    fn traits(&self) -> HostTraits {
+        if OPS.iter().any(|(_, op)| self.plan.delay(*op) > 0) {
+            HostTraits { nowait_reads: true, never_blocks: false }
+        } else {
+            self.file.traits()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::file::{read_full, write_full};
+    use crate::io::memory::MemoryFile;
+    use std::time::Instant;
+
+    fn faulty(spec: &str) -> (FaultFile, Arc<Plan>) {
+        let plan = Arc::new(spec.parse::<Plan>().expect("spec"));
+        (FaultFile::new(Arc::new(MemoryFile::new()), Arc::clone(&plan)), plan)
+    }
+
+    fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> Option<i32> {
+        result.expect_err("planned").raw_os_error()
+    }
+
+    #[test]
+    fn the_nth_operation_of_a_kind_fails_once() {
+        let (file, plan) = faulty("fail=write:2:EIO");
+        file.write_at(b"a", 0).expect("first");
+        file.sync_data().expect("another kind");
+        assert_eq!(errno(file.write_at(b"b", 0)), Some(libc::EIO));
+        file.write_at(b"c", 0).expect("third");
+        assert_eq!(plan.counters(Op::Write), Counters { started: 3, running: 0, peak: 1 });
+    }
+
+    #[test]
+    fn forever_means_the_nth_and_all_later_ones_and_any_means_every_kind() {
+        let (file, _) = faulty("fail=any:3:5:forever");
+        file.punch(0, 1).expect("first");
+        file.set_len(10).expect("second");
+        assert_eq!(errno(file.sync_all()), Some(libc::EIO));
+        assert_eq!(errno(file.read_at(&mut [0], 0)), Some(libc::EIO));
+        assert_eq!(errno(file.allocate(0, 1)), Some(libc::EIO));
+    }
+
+    #[test]
+    fn short_counts_are_really_short_and_full_transfers_continue_them() {
+        let (file, plan) = faulty("short=write:1,short=read:1:forever");
+        assert_eq!(file.write_at(&[1; 100], 0).expect("short"), 50);
+        write_full(&file, &[1; 100], 0).expect("write");
+        let mut buf = [0; 100];
+        assert_eq!(read_full(&file, &mut buf, 0).expect("read"), 100);
+        assert_eq!(buf, [1; 100]);
+        assert!(plan.counters(Op::Read).started > 5, "half, and half of the rest, and so on");
+    }
+
+    #[test]
+    fn an_operation_that_one_fault_ends_is_counted_by_all() {
+        let (file, _) = faulty("fail=punch:1:EIO,fail=punch:2:ENOSPC");
+        assert_eq!(errno(file.punch(0, 1)), Some(libc::EIO));
+        assert_eq!(errno(file.punch(0, 1)), Some(libc::ENOSPC));
+        file.punch(0, 1).expect("third");
+    }
+
+    #[test]
+    fn full_is_switched_on_and_off_at_run_time() {
+        let (file, plan) = faulty("full");
+        assert_eq!(errno(file.write_at(b"x", 0)), Some(libc::ENOSPC));
+        assert_eq!(errno(file.allocate(0, 1)), Some(libc::ENOSPC));
+        file.punch(0, 1).expect("punching needs no space");
+        plan.set_full(false);
+        file.write_at(b"x", 0).expect("space again");
+    }
+
+    #[test]
+    fn faults_with_a_trigger_are_active_only_while_its_file_exists() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let trigger = dir.path().join("trigger");
+        let (file, _) = faulty(&format!("fail=write:2:EIO,trigger={}", trigger.display()));
+        for _ in 0..5 {
+            file.write_at(b"x", 0).expect("inactive, and not counted");
+        }
+        std::fs::write(&trigger, b"").expect("create");
+        file.write_at(b"x", 0).expect("first");
+        assert_eq!(errno(file.write_at(b"x", 0)), Some(libc::EIO));
+        std::fs::remove_file(&trigger).expect("remove");
+        file.write_at(b"x", 0).expect("inactive again");
+    }
+
+    #[test]
+    fn delays_overlap_and_the_most_in_flight_is_counted() {
+        let (file, plan) = faulty("delay=read:100");
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| file.read_at(&mut [0], 0));
+            }
+        });
+        assert!(start.elapsed() >= Duration::from_millis(100));
+        assert!(plan.counters(Op::Read).peak >= 2, "{:?}", plan.counters(Op::Read));
+        assert_eq!(plan.counters(Op::Read).running, 0);
+    }
+
+    #[test]
+    fn a_delayed_read_that_must_not_wait_says_eagain() {
+        let (file, plan) = faulty("delay=read:100");
+        assert_eq!(file.traits(), HostTraits { nowait_reads: true, never_blocks: false });
+        assert_eq!(errno(file.read_at_nowait(&mut [0], 0)), Some(libc::EAGAIN));
+        plan.set_delay(Op::Read, 0);
+        assert_eq!(file.read_at_nowait(&mut [0], 0).expect("no delay"), 0);
+    }
+
+    #[test]
+    fn skipped_syncs_report_success_and_reach_nobody() {
+        let below = Arc::new("fail=sync:1:EIO:forever".parse::<Plan>().expect("spec"));
+        let broken = Arc::new(FaultFile::new(Arc::new(MemoryFile::new()), Arc::clone(&below)));
+        let plan = Arc::new("skip-sync".parse::<Plan>().expect("spec"));
+        let file = FaultFile::new(broken, plan);
+        file.sync_data().expect("success is claimed");
+        file.sync_all().expect("success is claimed");
+        assert_eq!(below.counters(Op::Sync).started, 0);
+    }
+
+    #[test]
+    fn a_spec_that_means_nothing_is_refused_and_named() {
+        for bad in ["fail=write:0:EIO", "fail=wrote:1:EIO", "fail=write:1:EWHAT", "delay=read:soon", "slow"]
+            .into_iter()
+            .chain(["short=sync:1", "fail=write:1:EIO:always", "trigger=", "full=1", "skip-sync=yes"])
+        {
+            let error = bad.parse::<Plan>().expect_err(bad);
+            assert!(error.contains(bad), "{error}");
+        }
+    }
+}

@@ -1,0 +1,577 @@
+//! Who may use a delta, and who may serve a folder.
+//!
+//! Deltas: byte-range locks that the ploop tool and QEMU heed as well (FORMAT.md 3.2). A read lock on bytes
+//! 200 to 204 is ploop's "in use"; the same bytes tell QEMU that no permission of its own is shared, so that it
+//! refuses to open the file, for reading too. Read-only use takes the lock as well: one user at a time. 300 to
+//! 304 is ploop's mark of a long operation.
+//!
+//! The locks belong to the open file (OFD), not to the process: closing another descriptor of the same file
+//! does not lose them. But a second descriptor of ours looks foreign.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::file::HostFile;
+use super::real::RealFile;
+use crate::{Error, Kind, Result};
+
+/// A range of bytes: first and length.
+type Range = (i64, i64);
+
+/// In use: ploop's ordinary range, QEMU's "permissions not shared".
+const IN_USE: Range = (200, 5);
+/// A long operation (merge, check, convert) runs: ploop's second range, unknown to QEMU.
+const LONG: Range = (300, 5);
+/// QEMU's "write", "write unchanged" and "resize" in use. Tested only: a QEMU that writes but shares everything
+/// (`share-rw=on`) locks nothing of [`IN_USE`]. Byte 100, "read", is left out: who reads with `-U` accepts
+/// changes under its feet.
+const QEMU_WRITES: Range = (101, 3);
+/// Two that lock at the same moment both lose, as with ploop. So many tries are then made, with a pause
+/// that differs between processes.
+const RACE_TRIES: u32 = 4;
+
+/// A process that holds a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Process id.
+    pub pid: u32,
+    /// The name the kernel knows it by (at most 15 characters).
+    pub name: String,
+    /// Its command line, cut to 200 characters; empty where it cannot be read.
+    pub command: String,
+}
+
+impl Holder {
+    /// The process with this id; None if there is none.
+    pub(super) fn of(pid: u32) -> Option<Holder> {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned();
+        let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> =
+            raw.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
+        let command = words.join(" ").chars().take(200).collect();
+        Some(Holder { pid, name, command })
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {}", self.name, self.pid)?;
+        if !self.command.is_empty() {
+            write!(f, ": {}", self.command)?;
+        }
+        f.write_str(")")
+    }
+}
+
+/// The hold on one delta, given back when dropped. Keeps the file open: the lock lives on its descriptor.
+#[derive(Debug)]
+pub struct DeltaLock {
+    file: Arc<RealFile>,
+    held: bool,
+}
+
+impl DeltaLock {
+    /// Takes the delta for this process, or says who has it ([`Kind::InUse`]). Does not wait.
+    pub fn acquire(file: Arc<RealFile>) -> Result<DeltaLock> {
+        let mut attempt = 1;
+        loop {
+            match take(&*file, IN_USE, &[LONG, IN_USE, QEMU_WRITES]) {
+                Ok(Taken::Yes) => return Ok(DeltaLock { file, held: true }),
+                Ok(Taken::Race) if attempt < RACE_TRIES => race_pause(attempt),
+                Ok(_) => return Err(in_use(&file)),
+                Err(e) if no_locks_here(&e) => return Ok(DeltaLock { file, held: false }),
+                Err(e) => return Err(Error::io(&e, file.path(), "cannot lock")),
+            }
+            attempt += 1;
+        }
+    }
+
+    /// False where the host file system has no locks: nothing is kept out, and the mount should say so once.
+    pub fn held(&self) -> bool {
+        self.held
+    }
+
+    /// Marks a long operation on the delta, until the guard is dropped.
+    pub fn begin_long(&self) -> Result<LongLock> {
+        let file = Arc::clone(&self.file);
+        if !self.held {
+            return Ok(LongLock { file, held: false });
+        }
+        match take(&*file, LONG, &[LONG]) {
+            Ok(Taken::Yes) => Ok(LongLock { file, held: true }),
+            Ok(_) => Err(in_use(&file)),
+            Err(e) => Err(Error::io(&e, file.path(), "cannot lock for a long operation")),
+        }
+    }
+}
+
+impl Drop for DeltaLock {
+    fn drop(&mut self) {
+        if self.held {
+            // Said, not left to the close: a child of ours between fork and exec still has the descriptor.
+            let _ = set(&*self.file, libc::F_UNLCK, IN_USE);
+        }
+    }
+}
+
+/// The mark of a long operation, taken away when dropped.
+#[derive(Debug)]
+pub struct LongLock {
+    file: Arc<RealFile>,
+    held: bool,
+}
+
+impl Drop for LongLock {
+    fn drop(&mut self) {
+        if self.held {
+            // Should it fail, the lock goes with the descriptor.
+            let _ = set(&*self.file, libc::F_UNLCK, LONG);
+        }
+    }
+}
+
+/// The hold on an images folder: an exclusive lock on its file `lock`, which says who has it.
+#[derive(Debug)]
+pub struct FolderLock {
+    file: File,
+    held: bool,
+}
+
+impl FolderLock {
+    /// Takes the folder whose `.ploopfs` (or what stands for it under /run) is `dir`; `path` is how messages
+    /// name the folder. `note` (one line: the mount point) is shown to whoever is refused.
+    pub fn acquire(dir: &impl AsFd, path: &Path, note: &str) -> Result<FolderLock> {
+        let failed = |e: io::Error| Error::io(&e, path, "cannot take the lock of this folder");
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let fd = rustix::fs::openat(dir, "lock", flags, Mode::from_raw_mode(0o600));
+        let mut file = File::from(fd.map_err(|e| failed(e.into()))?);
+        // Length 0: to the end of the file, wherever that is.
+        let held = match set(&file, libc::F_WRLCK, (0, 0)) {
+            Ok(()) => true,
+            Err(e) if taken(&e) => return Err(folder_in_use(&mut file, path)),
+            Err(e) if no_locks_here(&e) => false,
+            Err(e) => return Err(failed(e)),
+        };
+        let text = format!("{}\n{note}\n", std::process::id());
+        file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).map_err(failed)?;
+        Ok(FolderLock { file, held })
+    }
+
+    /// False where the host file system has no locks.
+    pub fn held(&self) -> bool {
+        self.held
+    }
+}
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // The file stays: removing it could take it from under somebody who has just opened it. The text goes,
+        // so that nobody reads an old name; a crash leaves it, which is why readers test the lock first. The
+        // lock is given back by name: a child of ours between fork and exec still has the descriptor.
+        let _ = self.file.set_len(0);
+        if self.held {
+            let _ = set(&self.file, libc::F_UNLCK, (0, 0));
+        }
+    }
+}
+
+/// Names the process that holds a lock on the delta with this device and inode: QEMU, the ploop tool, another
+/// ploopfs. None if it is this process, or hidden (another container, another host).
+pub fn who_holds(dev: u64, ino: u64) -> Option<Holder> {
+    in_proc_locks(dev, ino).or_else(|| in_proc_fdinfo(dev, ino)).and_then(Holder::of)
+}
+
+/// What came of an attempt.
+#[derive(Debug, PartialEq, Eq)]
+enum Taken {
+    Yes,
+    /// Somebody had it before.
+    No,
+    /// Somebody else came at the same moment.
+    Race,
+}
+
+/// Sets a read lock on `range` if nobody else holds anything of `tested`.
+///
+/// Order: (1) test as a writer: whatever lock somebody else has, a read lock too, is "in use"; (2) set our read
+/// lock, for which reading access is enough; (3) test again. Without (1) a refused attempt would for a moment
+/// look like a user to others; without (3) two that pass (1) together would both go on.
+fn take(file: &impl AsFd, range: Range, tested: &[Range]) -> io::Result<Taken> {
+    if held_by_another(file, tested)? {
+        return Ok(Taken::No);
+    }
+    match set(file, libc::F_RDLCK, range) {
+        Err(e) if taken(&e) => return Ok(Taken::No),
+        result => result?,
+    }
+    match held_by_another(file, tested) {
+        Ok(false) => Ok(Taken::Yes),
+        result => {
+            set(file, libc::F_UNLCK, range)?;
+            result.map(|_| Taken::Race)
+        }
+    }
+}
+
+fn held_by_another(file: &impl AsFd, ranges: &[Range]) -> io::Result<bool> {
+    for range in ranges {
+        let mut lock = flock(libc::F_WRLCK, *range);
+        fcntl(file, libc::F_OFD_GETLK, &mut lock)?;
+        if i32::from(lock.l_type) != libc::F_UNLCK {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn set(file: &impl AsFd, kind: i32, range: Range) -> io::Result<()> {
+    fcntl(file, libc::F_OFD_SETLK, &mut flock(kind, range))
+}
+
+fn flock(kind: i32, (start, len): Range) -> libc::flock {
+    libc::flock {
+        // Three small constants that the kernel's struct keeps in 16 bits.
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: start,
+        l_len: len,
+        // Must be 0 for OFD locks.
+        l_pid: 0,
+    }
+}
+
+fn fcntl(file: &impl AsFd, command: i32, lock: &mut libc::flock) -> io::Result<()> {
+    let fd = file.as_fd().as_raw_fd();
+    loop {
+        // SAFETY: the descriptor is borrowed for the call, and the kernel reads and writes one whole `flock`.
+        if unsafe { libc::fcntl(fd, command, std::ptr::from_mut(lock)) } != -1 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn taken(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
+}
+
+/// What file systems without byte-range locks answer (some NFS and FUSE mounts).
+fn no_locks_here(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP))
+}
+
+fn race_pause(attempt: u32) {
+    let own = u64::from(std::process::id() % 16);
+    thread::sleep(Duration::from_millis(u64::from(attempt) * (5 + own)));
+}
+
+fn in_use(file: &RealFile) -> Error {
+    let status = file.status().ok();
+    let what = match status.and_then(|s| who_holds(s.dev, s.ino)) {
+        Some(holder) if holder.name.starts_with("ploopfs") => {
+            format!("is in use by {holder}; `ploopfs umount` of its mount ends that")
+        }
+        Some(holder) => format!("is in use by {holder}; `kill {}` ends that", holder.pid),
+        None => "is in use by another process; end that first".to_owned(),
+    };
+    Error::at(Kind::InUse, file.path(), what)
+}
+
+fn folder_in_use(file: &mut File, path: &Path) -> Error {
+    let mut text = String::new();
+    let _ = file.take(4096).read_to_string(&mut text);
+    let mut lines = text.lines();
+    let pid = lines.next().and_then(|pid| pid.parse().ok());
+    let what = match (pid.and_then(Holder::of), lines.next().filter(|note| !note.is_empty())) {
+        (Some(Holder { pid, name, .. }), Some(note)) => {
+            format!("is served by {name} (pid {pid}) at {note}; to end that: ploopfs umount {note}")
+        }
+        (Some(holder), None) => format!("is in use by {holder}; end that first"),
+        (None, _) => "is in use by another process or another host; end that first".to_owned(),
+    };
+    Error::at(Kind::InUse, path, what)
+}
+
+/// One line of /proc/locks, or of a "lock:" line in /proc/PID/fdinfo/N, if it speaks of this file's ranges.
+/// The pid is None for OFD locks.
+///
+/// `12: OFDLCK ADVISORY  READ -1 fe:00:1234 200 204`; "->" after the number marks one that only waits.
+fn holder_in_line(line: &str, dev: u64, ino: u64) -> Option<Option<u32>> {
+    let words: Vec<&str> = line.split_whitespace().skip_while(|w| !w.ends_with(':')).skip(1).collect();
+    let [kind @ ("POSIX" | "OFDLCK"), _, _, pid, place, first, last] = words[..] else { return None };
+    let mut place = place.split(':');
+    let mut hex = || place.next().and_then(|n| u32::from_str_radix(n, 16).ok());
+    let (major, minor) = (hex()?, hex()?);
+    let inode: u64 = place.next()?.parse().ok()?;
+    // btrfs: the lock names the file system's device, `stat` the subvolume's; neither has a major number.
+    let same_device = (major, minor) == (rustix::fs::major(dev), rustix::fs::minor(dev))
+        || (major == 0 && rustix::fs::major(dev) == 0);
+    let first: i64 = first.parse().ok()?;
+    let last: i64 = last.parse().unwrap_or(i64::MAX);
+    let overlaps = [IN_USE, LONG, QEMU_WRITES].iter().any(|(at, len)| first < at + len && *at <= last);
+    if !same_device || inode != ino || !overlaps {
+        return None;
+    }
+    let pid = pid.parse().ok().filter(|_| kind == "POSIX");
+    Some(pid)
+}
+
+/// POSIX locks (the ploop tool) name their process.
+fn in_proc_locks(dev: u64, ino: u64) -> Option<u32> {
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let own = std::process::id();
+    locks.lines().filter_map(|line| holder_in_line(line, dev, ino)).flatten().find(|pid| *pid != own)
+}
+
+/// OFD locks (QEMU, ploopfs) name none; but the kernel lists under each descriptor the locks set through it.
+/// Only fdinfo is read: looking at the files themselves could hang on a dead mount.
+fn in_proc_fdinfo(dev: u64, ino: u64) -> Option<u32> {
+    let own = std::process::id();
+    let pids = fs::read_dir("/proc").ok()?.flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        *pid != own && holds_through_a_descriptor(&PathBuf::from(format!("/proc/{pid}/fdinfo")), dev, ino)
+    })
+}
+
+fn holds_through_a_descriptor(fdinfo: &Path, dev: u64, ino: u64) -> bool {
+    let Ok(entries) = fs::read_dir(fdinfo) else { return false };
+    entries.flatten().any(|entry| {
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
+        locks.any(|line| holder_in_line(line, dev, ino).is_some())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::real::Access;
+    use std::process::{Child, ChildStdin, Command, Output, Stdio};
+
+    struct Image {
+        _dir: tempfile::TempDir,
+        path: PathBuf,
+    }
+
+    fn image() -> Image {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let path = dir.path().join("vm1.hds");
+        let made = run("qemu-img", &["create", "-q", "-f", "parallels", text(&path), "16M"]);
+        assert!(made.status.success(), "{made:?}");
+        Image { _dir: dir, path }
+    }
+
+    fn text(path: &Path) -> &str {
+        path.to_str().expect("temp paths are ASCII")
+    }
+
+    fn run(program: &str, args: &[&str]) -> Output {
+        Command::new(program).args(args).output().expect(program)
+    }
+
+    fn open(image: &Image, access: Access) -> Arc<RealFile> {
+        Arc::new(RealFile::open(&image.path, access).expect("open"))
+    }
+
+    /// A process that keeps the image until its input is closed; killed if the test fails.
+    struct Running(Child, Option<ChildStdin>);
+
+    impl Running {
+        fn start(program: &str, args: &[&str]) -> Running {
+            let mut command = Command::new(program);
+            command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+            let mut child = command.spawn().expect(program);
+            let stdin = child.stdin.take();
+            Running(child, stdin)
+        }
+
+        /// qemu-io with the image open, as its first answer shows.
+        fn qemu_io(image: &Image, options: &[&str]) -> Running {
+            let mut args = vec!["-f", "parallels"];
+            args.extend(options);
+            args.push(text(&image.path));
+            let mut running = Running::start("qemu-io", &args);
+            running.1.as_mut().expect("piped").write_all(b"length\n").expect("ask");
+            let out = running.0.stdout.as_mut().expect("piped");
+            let mut seen = Vec::new();
+            let mut byte = [0];
+            while !String::from_utf8_lossy(&seen).contains("MiB") {
+                assert_eq!(out.read(&mut byte).expect("read"), 1, "qemu-io ended: {seen:?}");
+                seen.push(byte[0]);
+            }
+            running
+        }
+
+        fn finish(mut self) {
+            drop(self.1.take());
+            self.0.wait().expect("wait");
+        }
+    }
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn while_we_hold_a_delta_qemu_opens_it_neither_for_writing_nor_for_reading() {
+        let image = image();
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let lock = DeltaLock::acquire(open(&image, access)).expect("lock");
+            assert!(lock.held());
+            for read_only in [&["-f", "parallels"][..], &["-r", "-f", "parallels"]] {
+                let mut args = read_only.to_vec();
+                args.extend(["-c", "read 0 512", text(&image.path)]);
+                let refused = run("qemu-io", &args);
+                assert!(!refused.status.success(), "{refused:?}");
+                assert!(String::from_utf8_lossy(&refused.stderr).contains("lock"), "{refused:?}");
+            }
+            let refused = run("qemu-img", &["check", "-f", "parallels", text(&image.path)]);
+            assert!(!refused.status.success(), "{refused:?}");
+            drop(lock);
+            let allowed = run("qemu-io", &["-f", "parallels", "-c", "read 0 512", text(&image.path)]);
+            assert!(allowed.status.success(), "{allowed:?}");
+        }
+    }
+
+    #[test]
+    fn while_qemu_has_the_image_open_we_are_refused_and_name_it() {
+        let image = image();
+        for options in [&[][..], &["-r"]] {
+            let qemu = Running::qemu_io(&image, options);
+            let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("in use");
+            assert_eq!(error.kind(), Kind::InUse);
+            let expected = format!("qemu-io (pid {}", qemu.0.id());
+            assert!(error.to_string().contains(&expected), "{error}");
+            qemu.finish();
+            DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("free again");
+        }
+    }
+
+    #[test]
+    fn a_qemu_that_writes_and_shares_everything_keeps_us_out_and_one_that_reads_so_does_not() {
+        let image = image();
+        let path = text(&image.path);
+        let sharing = Running::qemu_io(&image, &["-r", "-U"]);
+        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("who reads with -U accepts changes");
+        sharing.finish();
+
+        // QEMU's byte for "write in use" alone, as share-rw=on leaves it.
+        let other = RealFile::open(&image.path, Access::ReadOnly).expect("open");
+        set(&other, libc::F_RDLCK, (101, 1)).expect("lock");
+        let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err(path);
+        assert_eq!(error.kind(), Kind::InUse);
+    }
+
+    #[test]
+    fn a_second_user_is_refused_whatever_either_wants_until_the_first_lets_go() {
+        let image = image();
+        for (first, second) in [(Access::ReadOnly, Access::ReadWrite), (Access::ReadWrite, Access::ReadOnly)]
+        {
+            let lock = DeltaLock::acquire(open(&image, first)).expect("lock");
+            let error = DeltaLock::acquire(open(&image, second)).expect_err("in use");
+            assert_eq!(error.kind(), Kind::InUse);
+            drop(lock);
+            DeltaLock::acquire(open(&image, second)).expect("free again");
+        }
+    }
+
+    #[test]
+    fn closing_another_descriptor_of_the_file_does_not_lose_the_lock() {
+        let image = image();
+        let _lock = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("lock");
+        drop(File::open(&image.path).expect("open"));
+        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("still held");
+    }
+
+    #[test]
+    fn of_many_that_lock_at_once_at_most_one_wins() {
+        let image = image();
+        for _ in 0..20 {
+            let won: Vec<_> = thread::scope(|scope| {
+                let tries: Vec<_> = (0..4)
+                    .map(|_| scope.spawn(|| DeltaLock::acquire(open(&image, Access::ReadWrite)).ok()))
+                    .collect();
+                tries.into_iter().filter_map(|t| t.join().expect("no panic")).collect()
+            });
+            assert!(won.len() <= 1, "{won:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_operation_is_a_range_of_its_own_that_ploop_looks_at_first() {
+        let image = image();
+        let lock = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("lock");
+        let long = lock.begin_long().expect("long");
+        let other = RealFile::open(&image.path, Access::ReadOnly).expect("open");
+        assert!(held_by_another(&other, &[LONG]).expect("test"));
+        drop(long);
+        assert!(!held_by_another(&other, &[LONG]).expect("test"));
+        assert!(held_by_another(&other, &[IN_USE]).expect("test"), "the ordinary lock is still there");
+    }
+
+    #[test]
+    fn the_ploop_tool_is_kept_out_and_named() {
+        let image = image();
+        // ploop's own protocol, with POSIX locks, from another process; the tool itself needs its kernel
+        // module to stay on an image for longer than a check takes.
+        let script = "import fcntl,struct,sys; f=open(sys.argv[1],'rb'); \
+                      fcntl.fcntl(f, fcntl.F_SETLK, struct.pack('hhqqi', fcntl.F_RDLCK, 0, 200, 5, 0)); \
+                      print('held', flush=True); sys.stdin.read()";
+        let mut ploop = Running::start("python3", &["-c", script, text(&image.path)]);
+        let mut said = [0; 4];
+        ploop.0.stdout.as_mut().expect("piped").read_exact(&mut said).expect("held");
+        let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("in use");
+        assert!(error.to_string().contains(&format!("(pid {}", ploop.0.id())), "{error}");
+        ploop.finish();
+        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("free again");
+    }
+
+    #[test]
+    fn lines_of_proc_locks_are_read_for_device_inode_range_and_process() {
+        let dev = rustix::fs::makedev(0xfe, 1);
+        let line = |s| holder_in_line(s, dev, 1234);
+        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), Some(Some(77)));
+        assert_eq!(line("\t9: OFDLCK ADVISORY  READ -1 fe:01:1234 201 201"), Some(None));
+        assert_eq!(line("9: OFDLCK ADVISORY  WRITE -1 fe:01:1234 0 EOF"), Some(None));
+        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:02:1234 200 204"), None, "another device");
+        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1235 200 204"), None, "another file");
+        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 100 100"), None, "reading alone");
+        assert_eq!(line("2: -> POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), None, "only waits");
+        assert_eq!(line("3: FLOCK  ADVISORY  WRITE 77 fe:01:1234 0 EOF"), None, "another sort of lock");
+        let subvolume = rustix::fs::makedev(0, 50);
+        let other = "9: OFDLCK ADVISORY  READ -1 00:2f:1234 200 204";
+        assert_eq!(holder_in_line(other, subvolume, 1234), Some(None), "btrfs");
+    }
+
+    #[test]
+    fn a_folder_is_served_once_and_the_refusal_says_where() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let folder = File::open(dir.path()).expect("open");
+        let lock = FolderLock::acquire(&folder, dir.path(), "/mnt/vdisks").expect("lock");
+        assert!(lock.held());
+        let error = FolderLock::acquire(&folder, dir.path(), "/mnt/other").expect_err("served");
+        assert_eq!(error.kind(), Kind::InUse);
+        let own = format!("(pid {}) at /mnt/vdisks", std::process::id());
+        assert!(error.to_string().contains(&own), "{error}");
+        assert!(error.to_string().contains("ploopfs umount /mnt/vdisks"), "{error}");
+        drop(lock);
+        let text = fs::read_to_string(dir.path().join("lock")).expect("the file stays");
+        assert!(text.is_empty(), "an old name is not left behind");
+        FolderLock::acquire(&folder, dir.path(), "/mnt/other").expect("free again");
+    }
+}

@@ -1,0 +1,231 @@
+//! What a process that serves block devices asks of the kernel for itself. All of it may be refused where root's
+//! powers are cut; then the mount goes on, and the caller says once what is missing ([`Refused`]).
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::thread::{Builder, JoinHandle};
+
+use rustix::mm::MlockAllFlags;
+use rustix::process::{Resource, Rlimit};
+use rustix::thread::CapabilitySet;
+
+/// The kernel keeps this much of a thread's name.
+pub const MAX_THREAD_NAME: usize = 15;
+
+/// Something the kernel refused, and what that means.
+#[derive(Debug)]
+pub struct Refused {
+    /// What was asked for.
+    pub what: &'static str,
+    /// What may happen without it.
+    pub consequence: &'static str,
+    /// The kernel's answer.
+    pub error: io::Error,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} was refused ({}): {}", self.what, crate::error::words(&self.error), self.consequence)
+    }
+}
+
+fn refused(what: &'static str, consequence: &'static str) -> impl FnOnce(io::Error) -> Refused {
+    move |error| Refused { what, consequence, error }
+}
+
+/// All that a daemon wants, in the order it needs it: (1) limits before (2) memory is locked under them; the
+/// rest in any order. To be called before the first thread: the IO flusher mark is inherited by threads made
+/// later, not given to those that exist. `files` is how many descriptors may be needed.
+pub fn harden(files: u64) -> Vec<Refused> {
+    let results = [raise_open_files(files), lock_memory(), become_io_flusher(), avoid_oom_killer()];
+    results.into_iter().filter_map(Result::err).collect()
+}
+
+/// Memory that this thread asks for is never got by writing to the devices it serves.
+pub fn become_io_flusher() -> Result<(), Refused> {
+    rustix::process::configure_io_flusher_behavior(true)
+        .map_err(io::Error::from)
+        .map_err(refused("PR_SET_IO_FLUSHER", "with very little memory left the mount may hang"))
+}
+
+/// Pages, once touched, stay in memory. Pages that are never touched cost nothing.
+pub fn lock_memory() -> Result<(), Refused> {
+    let attempt = || -> io::Result<()> {
+        let unlimited = Rlimit { current: None, maximum: None };
+        let raised = rustix::process::setrlimit(Resource::Memlock, unlimited);
+        let exempt = rustix::thread::capabilities(None)?.effective.contains(CapabilitySet::IPC_LOCK);
+        // Under a limit that stands, every later allocation beyond it would fail: worse than being swapped out.
+        if !exempt {
+            raised?;
+        }
+        Ok(rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
+    };
+    attempt().map_err(refused("locking memory", "with very little memory left the mount may hang"))
+}
+
+/// The out-of-memory killer takes others first.
+pub fn avoid_oom_killer() -> Result<(), Refused> {
+    fs::write("/proc/self/oom_score_adj", "-1000").map_err(refused(
+        "protection from the out-of-memory killer",
+        "with no memory left the mount may be killed",
+    ))
+}
+
+/// Allows at least `wanted` open files, and never fewer than now. Takes what there is where that is too much.
+pub fn raise_open_files(wanted: u64) -> Result<(), Refused> {
+    let now = rustix::process::getrlimit(Resource::Nofile);
+    if now.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let maximum = now.maximum.map(|maximum| maximum.max(wanted));
+    let enough = Rlimit { current: Some(wanted), maximum };
+    rustix::process::setrlimit(Resource::Nofile, enough).map_err(|e| {
+        // Second best: all that the administrator allows. Failing too, the limit is as it was.
+        let allowed = Rlimit { current: now.maximum, maximum: now.maximum };
+        let _ = rustix::process::setrlimit(Resource::Nofile, allowed);
+        refused("a higher limit of open files", "with many images in use some cannot be opened")(e.into())
+    })
+}
+
+/// How many files may be open at once; None is without limit.
+pub fn open_files_limit() -> Option<u64> {
+    rustix::process::getrlimit(Resource::Nofile).current
+}
+
+/// Starts a thread. The name is at most [`MAX_THREAD_NAME`] bytes; what is longer is cut by the kernel.
+pub fn spawn_thread<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    debug_assert!(name.len() <= MAX_THREAD_NAME, "'{name}' would be cut");
+    Builder::new().name(name.to_owned()).spawn(body)
+}
+
+/// Names the calling thread; of the first thread, it is the name of the process in `ps` and `top`.
+pub fn name_this_thread(name: &str) -> io::Result<()> {
+    let name = std::ffi::CString::new(name)?;
+    Ok(rustix::thread::set_name(&name)?)
+}
+
+/// A command that starts this program again as a daemon: a session of its own, the root folder, nothing on
+/// standard input. Starting anew, and not forking, is safe with threads about. Output, arguments and inherited
+/// descriptors are the caller's to set; the new process should begin with [`name_this_thread`], because it is
+/// started as `/proc/self/exe` (which works after the program's file was replaced or removed).
+pub fn daemon_command(name: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(name).current_dir("/").stdin(Stdio::null());
+    // SAFETY: between fork and exec only one system call is made, nothing is allocated and no lock is taken.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            Ok(())
+        })
+    };
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    /// Set in a copy of the test program that runs one test alone, as its settings would stick to the others.
+    const ALONE: &str = "PLOOPFS_TEST_ALONE";
+
+    /// True in the copy; else runs the test `name` in such a copy, under `wrapper`, and says false.
+    fn alone(name: &str, wrapper: &[&str]) -> bool {
+        if std::env::var_os(ALONE).is_some() {
+            return true;
+        }
+        let own = std::env::current_exe().expect("own path");
+        let mut words = wrapper.iter().map(std::ffi::OsString::from).collect::<Vec<_>>();
+        words.push(own.into());
+        let test = format!("io::process::tests::{name}");
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).args(["--exact", &test, "--test-threads=1"]).env(ALONE, "1");
+        let output = command.output().expect("run");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
+        false
+    }
+
+    fn status_field(name: &str) -> String {
+        let status = fs::read_to_string("/proc/self/status").expect("status");
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        line.trim_start_matches(':').trim().to_owned()
+    }
+
+    #[test]
+    fn a_hardened_process_is_an_io_flusher_locked_in_memory_and_no_prey_of_the_oom_killer() {
+        if !alone("a_hardened_process_is_an_io_flusher_locked_in_memory_and_no_prey_of_the_oom_killer", &[]) {
+            return;
+        }
+        let able = rustix::thread::capabilities(None).expect("capget").effective;
+        // Locking needs another of root's powers; these two need this one, which some containers take away.
+        let expected = if able.contains(CapabilitySet::SYS_RESOURCE) { 0 } else { 2 };
+        let refused = harden(1000);
+        assert_eq!(refused.len(), expected, "{refused:?}");
+        let powerful = expected == 0;
+        assert_eq!(rustix::process::is_io_flusher().is_ok_and(|is| is), powerful);
+        let score = fs::read_to_string("/proc/self/oom_score_adj").expect("score");
+        assert_eq!(score.trim() == "-1000", powerful);
+        assert!(open_files_limit().is_none_or(|limit| limit >= 1000));
+        // Untouched memory is not made present by the lock.
+        let before = status_field("VmRSS");
+        let kib = |text: &str| text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("kB");
+        let untouched: Vec<u8> = Vec::with_capacity(256 << 20);
+        let grown = kib(&status_field("VmRSS")).saturating_sub(kib(&before));
+        assert!(grown < 64 << 10, "{grown} KiB for {} untouched bytes", untouched.capacity());
+        assert!(kib(&status_field("VmLck")) > 0);
+        // Threads made later inherit the mark.
+        let inherited = spawn_thread("later", || rustix::process::is_io_flusher().is_ok_and(|is| is));
+        assert_eq!(inherited.expect("spawn").join().expect("no panic"), powerful);
+    }
+
+    #[test]
+    fn without_roots_powers_each_refusal_is_told_and_memory_is_not_locked_under_a_limit() {
+        let name = "without_roots_powers_each_refusal_is_told_and_memory_is_not_locked_under_a_limit";
+        let wrapper =
+            ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "prlimit", "--memlock=65536:65536"];
+        if !alone(name, &wrapper) {
+            return;
+        }
+        let refused = harden(1 << 40);
+        assert_eq!(refused.len(), 4, "{refused:?}");
+        assert!(refused.iter().all(|r| r.to_string().contains("was refused")), "{refused:?}");
+        assert_eq!(status_field("VmLck"), "0 kB");
+        let working = vec![1u8; 16 << 20];
+        assert_eq!(working.len(), 16 << 20, "memory can still be had");
+    }
+
+    #[test]
+    fn a_thread_carries_its_name() {
+        let thread = spawn_thread("runner-15-chars", || {
+            let first = rustix::thread::name().expect("name");
+            name_this_thread("other").expect("rename");
+            (first, rustix::thread::name().expect("name"))
+        });
+        let (first, second) = thread.expect("spawn").join().expect("no panic");
+        assert_eq!((first.to_str(), second.to_str()), (Ok("runner-15-chars"), Ok("other")));
+    }
+
+    #[test]
+    fn the_daemon_command_runs_this_program_in_a_session_of_its_own() {
+        let name = "the_daemon_command_runs_this_program_in_a_session_of_its_own";
+        if std::env::var_os(ALONE).is_some() {
+            let (pid, session) = (rustix::process::getpid(), rustix::process::getsid(None).expect("getsid"));
+            assert_eq!(pid, session);
+            assert_eq!(std::env::current_dir().expect("cwd"), Path::new("/"));
+            assert_eq!(std::env::args().next().as_deref(), Some("ploopfs-test"));
+            return;
+        }
+        let test = format!("io::process::tests::{name}");
+        let mut command = daemon_command("ploopfs-test");
+        let output = command.args(["--exact", &test]).env(ALONE, "1").output().expect("run");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
+    }
+}

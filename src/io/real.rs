@@ -1,0 +1,443 @@
+//! A file of the host file system.
+//!
+//! One descriptor per file in the whole process (DESIGN.md 7): locks of a second descriptor of ours would look
+//! foreign. So nothing here reopens a file to make it writable. [`Access::Widest`] takes read-write where the
+//! host allows it, and "opened read-only" is the policy of whoever holds the file.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
+
+use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use crate::{Error, Kind, Result};
+
+/// `statfs` magic of tmpfs.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// `statfs` magic of ramfs.
+const RAMFS_MAGIC: u64 = 0x8584_58f6;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    ReadOnly,
+    /// Reading and writing, or an error.
+    ReadWrite,
+    /// Reading and writing where the host allows it, else reading; [`RealFile::writable`] tells which.
+    Widest,
+}
+
+/// An open regular file.
+#[derive(Debug)]
+pub struct RealFile {
+    file: File,
+    path: PathBuf,
+    writable: bool,
+    traits: HostTraits,
+    /// Set once the host said that it cannot punch: later punches are refused without a system call.
+    cannot_punch: AtomicBool,
+}
+
+impl RealFile {
+    /// Opens the regular file at `path`. The last part of the path must not be a link; whatever is not a
+    /// regular file is [`Kind::Invalid`], and is named.
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<RealFile> {
+        RealFile::open_at(&CWD, path, access)
+    }
+
+    /// Like [`open`](Self::open), with `name` looked up in the folder `dirfd`.
+    pub fn open_at(dirfd: &impl AsFd, name: impl AsRef<Path>, access: Access) -> Result<RealFile> {
+        let name = name.as_ref();
+        // Looked at before it is opened: opening a device or a pipe can have effects of its own.
+        let stat = retry_on_intr(|| rustix::fs::statat(dirfd, name, AtFlags::SYMLINK_NOFOLLOW))
+            .map_err(|e| Error::io(&e.into(), name, "cannot open"))?;
+        require_regular(&stat, name)?;
+
+        let open = |mode| {
+            // NONBLOCK: should the name become a pipe meanwhile, the open must not wait for its other end.
+            let flags = mode | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+            retry_on_intr(|| rustix::fs::openat(dirfd, name, flags, Mode::empty()))
+        };
+        let opened = match access {
+            Access::ReadOnly => open(OFlags::RDONLY),
+            Access::ReadWrite => open(OFlags::RDWR),
+            Access::Widest => match open(OFlags::RDWR) {
+                Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::TXTBSY) => open(OFlags::RDONLY),
+                result => result,
+            },
+        };
+        let how = if access == Access::ReadWrite { "cannot open for writing" } else { "cannot open" };
+        let fd = opened.map_err(|e| Error::io(&e.into(), name, how))?;
+        RealFile::from_file(File::from(fd), name)
+    }
+
+    /// Takes over an open file; `path` is how messages name it. It must be a regular file.
+    pub fn from_file(file: File, path: impl Into<PathBuf>) -> Result<RealFile> {
+        let path = path.into();
+        let probe = || -> rustix::io::Result<(Stat, OFlags)> {
+            Ok((rustix::fs::fstat(&file)?, rustix::fs::fcntl_getfl(&file)?))
+        };
+        let (stat, flags) = probe().map_err(|e| Error::io(&e.into(), &path, "cannot open"))?;
+        require_regular(&stat, &path)?;
+        if flags.contains(OFlags::NONBLOCK) {
+            rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK)
+                .map_err(|e| Error::io(&e.into(), &path, "cannot open"))?;
+        }
+        let traits = probe_traits(&file).map_err(|e| Error::io(&e.into(), &path, "cannot probe"))?;
+        let writable = flags & OFlags::ACCMODE == OFlags::RDWR;
+        Ok(RealFile { file, path, writable, traits, cannot_punch: AtomicBool::new(false) })
+    }
+
+    /// True when the descriptor can write.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The name it was opened by, as messages say it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for RealFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Refuses everything but regular files, and says what was found.
+fn require_regular(stat: &Stat, path: &Path) -> Result<()> {
+    let what = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => return Ok(()),
+        FileType::Directory => "a folder",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a named pipe",
+        FileType::Socket => "a socket",
+        FileType::BlockDevice => "a block device",
+        FileType::CharacterDevice => "a character device",
+        FileType::Unknown => "of an unknown type",
+    };
+    Err(Error::at(
+        Kind::Invalid,
+        path,
+        format!("is {what}, not a regular file; images must be regular files"),
+    ))
+}
+
+fn probe_traits(file: &File) -> rustix::io::Result<HostTraits> {
+    let magic = rustix::fs::fstatfs(file)?.f_type as u64;
+    let mut byte = [0u8; 1];
+    let nowait = retry_on_intr(|| {
+        rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::NOWAIT)
+    });
+    Ok(HostTraits {
+        // EAGAIN is the honest answer of a host that has it; any other error means: read plainly.
+        nowait_reads: matches!(nowait, Ok(_) | Err(Errno::AGAIN)),
+        never_blocks: magic == TMPFS_MAGIC || magic == RAMFS_MAGIC,
+    })
+}
+
+/// Linux takes a signed position; for `preadv2` the largest unsigned number even means "the current one".
+fn check_position(offset: u64) -> io::Result<()> {
+    match i64::try_from(offset) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Errno::INVAL.into()),
+    }
+}
+
+impl HostFile for RealFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        Ok(retry_on_intr(|| rustix::io::pread(&self.file, &mut *buf, offset))?)
+    }
+
+    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        check_position(offset)?;
+        Ok(retry_on_intr(|| {
+            rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)
+        })?)
+    }
+
+    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
+        match retry_on_intr(|| rustix::io::pwrite(&self.file, data, offset))? {
+            // A host that takes nothing and names no reason would make the caller try for ever.
+            0 if !data.is_empty() => Err(Errno::IO.into()),
+            n => Ok(n),
+        }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.file)?.st_size as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        Ok(retry_on_intr(|| rustix::fs::ftruncate(&self.file, len))?)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        if self.cannot_punch.load(Relaxed) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match retry_on_intr(|| rustix::fs::fallocate(&self.file, mode, offset, len)) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                self.cannot_punch.store(true, Relaxed);
+                Err(Errno::OPNOTSUPP.into())
+            }
+            result => Ok(result?),
+        }
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        Ok(retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len))?)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        Ok(retry_on_intr(|| rustix::fs::fsync(&self.file))?)
+    }
+
+    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        check_position(offset)?;
+        // The descriptor's position moves, which nothing here ever uses.
+        match retry_on_intr(|| rustix::fs::seek(&self.file, SeekFrom::Data(offset))) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
+        check_position(offset)?;
+        match retry_on_intr(|| rustix::fs::seek(&self.file, SeekFrom::Hole(offset))) {
+            Ok(at) => Ok(at),
+            Err(Errno::NXIO) => self.len(),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn status(&self) -> io::Result<HostStatus> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        Ok(HostStatus {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+            len: stat.st_size as u64,
+            blocks: stat.st_blocks as u64,
+            mode: stat.st_mode & 0o7777,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            links: stat.st_nlink,
+            mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
+        })
+    }
+
+    fn space(&self) -> io::Result<HostSpace> {
+        let fs = retry_on_intr(|| rustix::fs::fstatvfs(&self.file))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(fs.f_frsize);
+        Ok(HostSpace {
+            total: bytes(fs.f_blocks),
+            free: bytes(fs.f_bfree),
+            available: bytes(fs.f_bavail),
+            files: fs.f_files,
+            files_free: fs.f_ffree,
+        })
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(retry_on_intr(|| rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed))?)
+    }
+
+    fn traits(&self) -> HostTraits {
+        self.traits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::file::{read_full, write_full};
+    use rustix::fs::Mode;
+
+    fn file_in(folder: &Path) -> (tempfile::TempDir, RealFile) {
+        let dir = tempfile::tempdir_in(folder).expect("temp folder");
+        let path = dir.path().join("delta.hds");
+        File::create(&path).expect("create");
+        let file = RealFile::open(&path, Access::ReadWrite).expect("open");
+        (dir, file)
+    }
+
+    fn on_disk_and_in_memory() -> Vec<(tempfile::TempDir, RealFile)> {
+        vec![file_in(Path::new("/tmp")), file_in(Path::new("/dev/shm"))]
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_and_the_end_of_the_file_reads_nothing() {
+        for (_dir, file) in on_disk_and_in_memory() {
+            write_full(&file, b"ploop", 1_000_000).expect("write");
+            let mut buf = [1u8; 8];
+            assert_eq!(read_full(&file, &mut buf, 999_998).expect("read"), 7);
+            assert_eq!(&buf[..7], b"\0\0ploop");
+            assert_eq!(file.read_at(&mut buf, 1_000_005).expect("read"), 0);
+            assert_eq!(file.len().expect("len"), 1_000_005);
+        }
+    }
+
+    #[test]
+    fn a_punched_range_reads_zero_and_gives_host_space_back() {
+        for (_dir, file) in on_disk_and_in_memory() {
+            write_full(&file, &[7u8; 1 << 20], 0).expect("write");
+            file.sync_all().expect("sync");
+            let before = file.status().expect("status").blocks;
+            // Beyond the end as well: the caller need not know where the file ends.
+            file.punch(65536 - 100, 8 << 20).expect("punch");
+            let status = file.status().expect("status");
+            assert_eq!(status.len, 1 << 20, "the length stays");
+            assert!(status.blocks < before / 4, "{} of {before} blocks left", status.blocks);
+            let mut buf = [1u8; 200];
+            read_full(&file, &mut buf, 65536 - 200).expect("read");
+            assert_eq!((&buf[..100], &buf[100..]), (&[7u8; 100][..], &[0u8; 100][..]));
+            file.punch(0, 0).expect("an empty range is no error");
+        }
+    }
+
+    #[test]
+    fn seeking_finds_data_and_holes_and_the_end_of_the_file_is_a_hole() {
+        for (_dir, file) in on_disk_and_in_memory() {
+            file.set_len(4 << 20).expect("set_len");
+            write_full(&file, &[1u8; 65536], 1 << 20).expect("write");
+            assert_eq!(file.seek_data(0).expect("data"), Some(1 << 20));
+            assert_eq!(file.seek_hole(1 << 20).expect("hole"), (1 << 20) + 65536);
+            assert_eq!(file.seek_data(2 << 20).expect("data"), None);
+            assert_eq!(file.seek_hole(5 << 20).expect("hole"), 4 << 20);
+            write_full(&file, &[1u8; 4096], (4 << 20) - 4096).expect("write");
+            assert_eq!(file.seek_hole((4 << 20) - 4096).expect("hole"), 4 << 20);
+        }
+    }
+
+    #[test]
+    fn allocate_takes_host_space_and_extends_the_file_without_changing_content() {
+        for (_dir, file) in on_disk_and_in_memory() {
+            write_full(&file, b"kept", 0).expect("write");
+            file.allocate(0, 1 << 20).expect("allocate");
+            let status = file.status().expect("status");
+            assert_eq!(status.len, 1 << 20);
+            assert!(status.blocks >= 2048, "{} blocks", status.blocks);
+            let mut buf = [0u8; 5];
+            read_full(&file, &mut buf, 0).expect("read");
+            assert_eq!(&buf, b"kept\0");
+        }
+    }
+
+    #[test]
+    fn traits_are_those_of_the_host_file_system() {
+        let (_dir, on_disk) = file_in(Path::new("/tmp"));
+        let (_dir2, in_memory) = file_in(Path::new("/dev/shm"));
+        assert!(!on_disk.traits().never_blocks && on_disk.traits().nowait_reads, "{on_disk:?}");
+        assert!(in_memory.traits().never_blocks, "{in_memory:?}");
+    }
+
+    #[test]
+    fn a_nowait_read_of_what_is_cached_succeeds_and_of_what_is_not_says_eagain() {
+        let (_dir, file) = file_in(Path::new("/tmp"));
+        write_full(&file, &[5u8; 1 << 20], 0).expect("write");
+        let mut buf = [0u8; 4096];
+        assert_eq!(file.read_at_nowait(&mut buf, 8192).expect("cached"), 4096);
+        assert_eq!(buf, [5u8; 4096]);
+        file.sync_all().expect("sync");
+        file.drop_cache().expect("drop");
+        let cold = file.read_at_nowait(&mut buf, 512 << 10).expect_err("nothing is cached any more");
+        assert_eq!(cold.raw_os_error(), Some(libc::EAGAIN));
+        let wild = file.read_at_nowait(&mut buf, u64::MAX).expect_err("never the current position");
+        assert_eq!(wild.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn only_regular_files_are_opened_and_the_message_says_what_was_found() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let (pipe, link, regular) = (dir.path().join("p"), dir.path().join("l"), dir.path().join("r"));
+        File::create(&regular).expect("create");
+        std::os::unix::fs::symlink(&regular, &link).expect("link");
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("mkfifo");
+        let cases = [(pipe.as_path(), "a named pipe"), (&link, "a symbolic link"), (dir.path(), "a folder")];
+        for (path, what) in cases {
+            let error = RealFile::open(path, Access::Widest).expect_err(what);
+            assert_eq!(error.kind(), Kind::Invalid);
+            assert!(error.to_string().contains(what), "{error}");
+        }
+        let null = RealFile::open("/dev/null", Access::Widest).expect_err("a device");
+        assert!(null.to_string().contains("a character device"), "{null}");
+        let none = RealFile::open(dir.path().join("none"), Access::Widest).expect_err("missing");
+        assert_eq!(none.kind(), Kind::NotFound);
+        let folder = File::open(dir.path()).expect("open folder");
+        RealFile::open_at(&folder, "r", Access::ReadWrite).expect("by name in a folder");
+    }
+
+    #[test]
+    fn the_widest_access_is_writable_where_the_host_allows_it() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let path = dir.path().join("f");
+        File::create(&path).expect("create");
+        assert!(RealFile::open(&path, Access::Widest).expect("open").writable());
+        assert!(!RealFile::open(&path, Access::ReadOnly).expect("open").writable());
+        // A running program cannot be opened for writing, not even by root.
+        let program = dir.path().join("sleep");
+        std::fs::copy("/bin/sleep", &program).expect("copy");
+        let mut child = std::process::Command::new(&program).arg("60").spawn().expect("run");
+        let widest = RealFile::open(&program, Access::Widest);
+        let strict = RealFile::open(&program, Access::ReadWrite);
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        assert!(!widest.expect("falls back to reading").writable());
+        assert_eq!(strict.expect_err("busy").kind(), Kind::Busy);
+    }
+
+    /// A mounted ramfs, which has no `fallocate` at all.
+    struct Ramfs(tempfile::TempDir);
+
+    impl Drop for Ramfs {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+
+    #[test]
+    fn a_host_that_cannot_punch_is_asked_once() {
+        let dir = Ramfs(tempfile::tempdir().expect("temp folder"));
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", dir.0.path(), "ramfs", flags, None).expect("mount ramfs");
+        let path = dir.0.path().join("f");
+        File::create(&path).expect("create");
+        let file = RealFile::open(&path, Access::ReadWrite).expect("open");
+        assert!(file.traits().never_blocks);
+        for _ in 0..2 {
+            let error = file.punch(0, 4096).expect_err("ramfs punches nothing");
+            assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
+            assert!(file.cannot_punch.load(Relaxed), "remembered");
+        }
+    }
+
+    #[test]
+    fn status_and_space_are_those_of_fstat_and_statfs() {
+        let (dir, file) = file_in(Path::new("/tmp"));
+        let meta = std::fs::metadata(dir.path().join("delta.hds")).expect("stat");
+        use std::os::unix::fs::MetadataExt;
+        let status = file.status().expect("status");
+        assert_eq!((status.dev, status.ino, status.links), (meta.dev(), meta.ino(), 1));
+        assert_eq!((status.mode, status.mtime.0), (meta.mode() & 0o7777, meta.mtime()));
+        let space = file.space().expect("space");
+        assert!(space.total > space.free && space.free >= space.available && space.total > 1 << 30);
+    }
+}

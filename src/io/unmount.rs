@@ -1,0 +1,60 @@
+//! Taking a mount away: by whoever decided to end it, once; as an ordinary user through libfuse's helper.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use crate::error::{Error, Kind, Result};
+
+/// Unmounts once. `detach`: the name goes away now and the connection ends when the last open file is closed;
+/// else EBUSY ([`Kind::Busy`]) while anything is open (a loop device, for one).
+pub fn unmount(mountpoint: &Path, detach: bool) -> Result<()> {
+    let flags = if detach { UnmountFlags::DETACH } else { UnmountFlags::empty() } | UnmountFlags::NOFOLLOW;
+    match rustix::mount::unmount(mountpoint, flags) {
+        Ok(()) => Ok(()),
+        Err(Errno::PERM) => unmount_with_helper(mountpoint, detach),
+        Err(e) => Err(Error::io(&e.into(), mountpoint, "cannot unmount")),
+    }
+}
+
+fn unmount_with_helper(mountpoint: &Path, detach: bool) -> Result<()> {
+    let mut command = Command::new("fusermount3");
+    command.arg("-u");
+    if detach {
+        command.arg("-z");
+    }
+    let output = command
+        .arg("--")
+        .arg(mountpoint)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| Error::io(&e, mountpoint, "cannot unmount through fusermount3"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let kind = if said.contains("busy") { Kind::Busy } else { Kind::NotPermitted };
+    Err(Error::at(kind, mountpoint, format!("cannot unmount through fusermount3: {}", said.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn a_busy_mount_is_refused_plainly_and_detached_otherwise() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("none", dir.path(), "tmpfs", flags, None).expect("mount");
+        let user = File::create(dir.path().join("f")).expect("create");
+        let busy = unmount(dir.path(), false);
+        unmount(dir.path(), true).expect("detach");
+        drop(user);
+        assert_eq!(busy.expect_err("busy").kind(), Kind::Busy);
+        let none = unmount(dir.path(), false).expect_err("nothing there");
+        assert_eq!(none.errno(), libc::EINVAL);
+    }
+}

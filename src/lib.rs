@@ -1,0 +1,14 @@
+//! ploopfs: thin, snapshotted virtual disks as plain files.
+//!
+//! The rooms, lowest first: [`io`] (the host), [`format`] (bytes), [`image`] (an image at rest), [`vdisk`] (one
+//! live image), [`folder`] (the live set), [`tree`] (what the kernel sees), [`fuse`] (transports), [`control`],
+//! [`daemon`] and [`cli`]. A room uses only what stands below it.
+#![warn(missing_docs)]
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+pub mod error;
+pub mod format;
+pub mod io;
+pub mod sync;
+
+pub use error::{Error, Kind, Result};
