@@ -10,5 +10,6 @@ pub mod error;
 pub mod format;
 pub mod io;
 pub mod sync;
+pub mod vdisk;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,336 @@
+//! Which file clusters of the top are free, and which of them may be handed out (R2, R3, R4).
+//!
+//! - **R2** A BAT entry never points past the end of the file: the file is extended, durably, ahead of need.
+//! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
+//!   (the free tail is cut off then, not trusted) and was never handed out in this process. All other free space,
+//!   every cluster handed out and given back included, is punched, and the punch durable, before an entry names it.
+//! - **R4** A freed cluster is reused only after: unmapped, punched, and its BAT page durable.
+//!
+//! So free space has three states here: *fresh* (behind `next`, never handed out), *stale* (free, content
+//! unknown: must be scrubbed) and *clean* (punched, durable, its old entry durably gone). Only fresh space inside
+//! the durable length and clean space is handed out; whoever finds neither waits for an extension or a scrub.
+
+use crate::sync::{Mutex, lock};
+use crate::vdisk::runner::Job;
+
+/// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
+const SCRUB_BATCH: usize = 256;
+
+/// A set of file clusters: one bit each, lowest first.
+#[derive(Default)]
+pub struct Bits {
+    words: Vec<u64>,
+    count: u64,
+    /// No bit is set in the words before this one, so that taking the lowest does not search from 0 each time.
+    from: usize,
+}
+
+impl Bits {
+    /// Adds `n`; false when it was there already.
+    pub fn insert(&mut self, n: u64) -> bool {
+        let (word, bit) = ((n / 64) as usize, 1 << (n % 64));
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        let fresh = self.words[word] & bit == 0;
+        self.words[word] |= bit;
+        self.count += u64::from(fresh);
+        self.from = self.from.min(word);
+        fresh
+    }
+
+    /// True when `n` is in the set.
+    pub fn contains(&self, n: u64) -> bool {
+        self.words.get((n / 64) as usize).is_some_and(|w| w & 1 << (n % 64) != 0)
+    }
+
+    /// Removes and returns the lowest.
+    pub fn take_lowest(&mut self) -> Option<u64> {
+        while self.from < self.words.len() {
+            let word = self.words[self.from];
+            if word != 0 {
+                let bit = word.trailing_zeros();
+                self.words[self.from] = word & (word - 1);
+                self.count -= 1;
+                return Some(self.from as u64 * 64 + u64::from(bit));
+            }
+            self.from += 1;
+        }
+        None
+    }
+
+    /// Size of the set.
+    pub fn len(&self) -> u64 {
+        self.count
+    }
+
+    /// True for the empty set.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+/// What an allocation got.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Alloc<T> {
+    /// This file cluster, known to be zero.
+    Got(u64, T),
+    /// Nothing yet: the job waits for the extension or scrub that is under way, and then tries again.
+    Wait,
+    /// Neither the format nor the host has more.
+    Full(T),
+}
+
+/// Work that an allocation or a release found due; the caller starts it on a thread that may block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due {
+    /// Extend the file: [`Allocator::extension`].
+    Extend,
+    /// Punch stale clusters: [`Allocator::scrub_batch`].
+    Scrub,
+}
+
+/// The allocator of one image's top.
+pub struct Allocator {
+    /// Protects everything below. Taken on allocation and release only; a leaf.
+    state: Mutex<State>,
+}
+
+struct State {
+    /// First file cluster that was never handed out and holds nothing.
+    next: u64,
+    /// File clusters before this one lie inside the file, durably (R2).
+    durable: u64,
+    /// File clusters the format can address.
+    limit: u64,
+    /// Clusters per extension step.
+    step: u64,
+    clean: Bits,
+    stale: Bits,
+    extending: bool,
+    scrubbing: bool,
+    /// An extension failed; the next ones are one cluster long (K6).
+    short: bool,
+    /// Even one cluster failed, or a scrub did: nobody tries before [`Allocator::retry`].
+    exhausted: bool,
+    waiting: Vec<Job>,
+}
+
+impl Allocator {
+    /// `next`: the file's end in clusters after its free tail was cut off; `limit`: clusters the format can
+    /// address; `step`: clusters per extension; `stale`: free clusters before `next`.
+    pub fn new(next: u64, limit: u64, step: u64, stale: Bits) -> Allocator {
+        let state = State {
+            next,
+            durable: next,
+            limit,
+            step: step.max(1),
+            clean: Bits::default(),
+            stale,
+            extending: false,
+            scrubbing: false,
+            short: false,
+            exhausted: false,
+            waiting: Vec::new(),
+        };
+        Allocator { state: Mutex::new(state) }
+    }
+
+    /// Takes a file cluster. On [`Alloc::Wait`] `job(token)` is kept and run later; else the token comes back.
+    /// `due` is called with work to start.
+    pub fn take<T>(&self, token: T, job: impl FnOnce(T) -> Job, mut due: impl FnMut(Due)) -> Alloc<T> {
+        let mut s = lock(&self.state);
+        let got = s.clean.take_lowest().or_else(|| {
+            let fresh = s.next < s.durable;
+            s.next += u64::from(fresh);
+            fresh.then(|| s.next - 1)
+        });
+        // Ahead of need: half a step in hand while the next is being made.
+        let room = s.clean.len() + (s.durable - s.next);
+        let wanted = if s.short { got.is_none() } else { room < s.step.div_ceil(2) };
+        if wanted && s.durable < s.limit && !s.extending && !s.exhausted {
+            s.extending = true;
+            due(Due::Extend);
+        }
+        if s.clean.is_empty() && !s.stale.is_empty() && !s.scrubbing && !s.exhausted {
+            s.scrubbing = true;
+            due(Due::Scrub);
+        }
+        match got {
+            Some(cluster) => Alloc::Got(cluster, token),
+            None if s.extending || s.scrubbing => {
+                s.waiting.push(job(token));
+                Alloc::Wait
+            }
+            None => Alloc::Full(token),
+        }
+    }
+
+    /// Gives back a cluster whose data write failed: handed out once, so no longer known to be zero.
+    pub fn give_back(&self, cluster: u64) {
+        lock(&self.state).stale.insert(cluster);
+    }
+
+    /// Clusters whose unmapping is durable (R4). `punched`: the hole is durable too; else they need a scrub.
+    pub fn freed(&self, clusters: &[u64], punched: bool) {
+        let mut s = lock(&self.state);
+        for cluster in clusters {
+            if punched {
+                s.clean.insert(*cluster)
+            } else {
+                s.stale.insert(*cluster)
+            };
+        }
+    }
+
+    /// The extension to make: from and to, in file clusters. Only after [`Due::Extend`].
+    pub fn extension(&self) -> (u64, u64) {
+        let s = lock(&self.state);
+        let step = if s.short { 1 } else { s.step };
+        (s.durable, (s.durable + step).min(s.limit))
+    }
+
+    /// The extension is durable up to `to`. Returns who waited.
+    pub fn extended(&self, to: u64) -> Vec<Job> {
+        let mut s = lock(&self.state);
+        s.extending = false;
+        s.durable = s.durable.max(to);
+        std::mem::take(&mut s.waiting)
+    }
+
+    /// The extension failed. True: try again at once with one cluster. False: those returned must find out for
+    /// themselves that there is no space.
+    pub fn extension_failed(&self) -> (bool, Vec<Job>) {
+        let mut s = lock(&self.state);
+        if !s.short {
+            s.short = true;
+            return (true, Vec::new());
+        }
+        s.extending = false;
+        s.exhausted = true;
+        (false, std::mem::take(&mut s.waiting))
+    }
+
+    /// Up to a batch of stale clusters to scrub, lowest first. Only after [`Due::Scrub`].
+    pub fn scrub_batch(&self) -> Vec<u64> {
+        let mut s = lock(&self.state);
+        let mut batch = Vec::with_capacity(SCRUB_BATCH);
+        while batch.len() < SCRUB_BATCH {
+            match s.stale.take_lowest() {
+                Some(cluster) => batch.push(cluster),
+                None => break,
+            }
+        }
+        batch
+    }
+
+    /// The batch reads as zero, durably; or (`done` false) nothing is known of it. Returns who waited.
+    pub fn scrubbed(&self, batch: &[u64], done: bool) -> Vec<Job> {
+        let mut s = lock(&self.state);
+        s.scrubbing = false;
+        s.exhausted |= !done;
+        for cluster in batch {
+            if done {
+                s.clean.insert(*cluster)
+            } else {
+                s.stale.insert(*cluster)
+            };
+        }
+        std::mem::take(&mut s.waiting)
+    }
+
+    /// Forgets that space was short: the host may have some again.
+    pub fn retry(&self) {
+        let mut s = lock(&self.state);
+        s.short = false;
+        s.exhausted = false;
+    }
+
+    /// Where the file may end when it is closed: behind the last cluster in use. `pending` are clusters whose
+    /// unmapping never became durable; they count as used.
+    pub fn used_end(&self) -> u64 {
+        let s = lock(&self.state);
+        let mut end = s.next;
+        while end > 0 && (s.clean.contains(end - 1) || s.stale.contains(end - 1)) {
+            end -= 1;
+        }
+        end
+    }
+
+    /// File clusters in use.
+    pub fn used(&self) -> u64 {
+        let s = lock(&self.state);
+        s.next - s.clean.len() - s.stale.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job((): ()) -> Job {
+        Box::new(|| ())
+    }
+
+    #[test]
+    fn nothing_is_handed_out_before_the_extension_is_durable() {
+        let alloc = Allocator::new(3, 1000, 64, Bits::default());
+        let mut dues = Vec::new();
+        assert_eq!(alloc.take((), job, |d| dues.push(d)), Alloc::Wait);
+        assert_eq!(dues, [Due::Extend]);
+        assert_eq!(alloc.extension(), (3, 67));
+        assert_eq!(alloc.extended(67).len(), 1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(3, ()));
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(4, ()));
+    }
+
+    #[test]
+    fn a_cluster_given_back_is_scrubbed_before_it_is_reused() {
+        let alloc = Allocator::new(0, 10, 1, Bits::default());
+        alloc.take((), job, |_| ());
+        alloc.extended(1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(0, ()));
+        alloc.give_back(0);
+        let mut dues = Vec::new();
+        assert_eq!(alloc.take((), job, |d| dues.push(d)), Alloc::Wait);
+        assert!(dues.contains(&Due::Scrub));
+        let batch = alloc.scrub_batch();
+        assert_eq!(batch, [0]);
+        alloc.scrubbed(&batch, true);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(0, ()));
+    }
+
+    #[test]
+    fn a_failed_extension_is_tried_again_with_one_cluster() {
+        let alloc = Allocator::new(0, 1000, 64, Bits::default());
+        alloc.take((), job, |_| ());
+        assert_eq!(alloc.extension(), (0, 64));
+        assert!(alloc.extension_failed().0);
+        assert_eq!(alloc.extension(), (0, 1));
+        let (again, waiting) = alloc.extension_failed();
+        assert!(!again && waiting.len() == 1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()), "nobody tries again for ever");
+        alloc.retry();
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
+    }
+
+    #[test]
+    fn the_format_s_last_cluster_is_the_limit() {
+        let alloc = Allocator::new(0, 2, 64, Bits::default());
+        alloc.take((), job, |_| ());
+        alloc.extended(alloc.extension().1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(0, ()));
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(1, ()));
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()));
+    }
+
+    #[test]
+    fn the_used_end_skips_free_clusters_at_the_tail() {
+        let alloc = Allocator::new(5, 10, 64, Bits::default());
+        alloc.freed(&[4, 2], true);
+        assert_eq!(alloc.used_end(), 4);
+        alloc.freed(&[3], false);
+        assert_eq!(alloc.used_end(), 2);
+        assert_eq!(alloc.used(), 2);
+    }
+}

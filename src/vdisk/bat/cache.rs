@@ -1,0 +1,398 @@
+//! The BAT cache: a fixed directory with one slot per BAT page, each with its own lock. No lock is shared between
+//! pages on a look-up; what is loaded is bounded over all images by `--bat-cache` (second-chance eviction).
+//!
+//! A page is absent, loading, or loaded (clean, dirty, writing, or both: see `page`). One pio loads, others queue.
+//! Lock order: a page's lock, then the dirty list or the loaded list, each a leaf.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::page::{Page, Place};
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, pages, slot_of};
+use crate::format::header::{Geometry, HEADER_BYTES};
+use crate::io::file::read_full;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, Weak, lock};
+use crate::vdisk::Level;
+use crate::vdisk::runner::Job;
+
+/// The bound on loaded pages, shared by all images of an engine.
+pub struct Budget {
+    limit: u64,
+    loaded: AtomicU64,
+    dirty: AtomicU64,
+    /// Loaded pages in the order of the second-chance hand. Touched by loads and evictions only, never by a hit.
+    ring: Mutex<VecDeque<(Weak<BatCache>, u32)>>,
+}
+
+impl Budget {
+    /// A bound of `bytes`; at least 16 pages, so that one request always fits.
+    pub fn new(bytes: u64) -> Budget {
+        Budget {
+            limit: (bytes / Page::COST).max(16),
+            loaded: AtomicU64::new(0),
+            dirty: AtomicU64::new(0),
+            ring: Mutex::default(),
+        }
+    }
+
+    /// True when as many pages are dirty as may be: half, so that reads always find room.
+    pub fn dirty_full(&self) -> bool {
+        self.dirty.load(Ordering::Relaxed) * 2 >= self.limit
+    }
+
+    /// Pages loaded now.
+    pub fn loaded(&self) -> u64 {
+        self.loaded.load(Ordering::Relaxed)
+    }
+
+    fn count_loaded(&self, cache: Weak<BatCache>, page: u32) {
+        // Counted before it can be found there: an eviction that came first would count below zero.
+        let before = self.loaded.fetch_add(1, Ordering::Relaxed);
+        let mut ring = lock(&self.ring);
+        // Entries of closed images go when the hand meets them; where it never moves, they go here.
+        if ring.len() as u64 > 2 * self.loaded() + 64 {
+            ring.retain(|(cache, _)| cache.strong_count() > 0);
+        }
+        ring.push_back((cache, page));
+        drop(ring);
+        if before >= self.limit {
+            self.evict();
+        }
+    }
+
+    /// Drops pages until the bound holds. A page that was hit since the hand last passed gets another round;
+    /// pinned, dirty and writing pages are skipped, and two rounds are enough to see every page unhit.
+    fn evict(&self) {
+        let mut tries = 2 * lock(&self.ring).len();
+        while self.loaded.load(Ordering::Relaxed) > self.limit && tries > 0 {
+            tries -= 1;
+            let Some((cache, page)) = lock(&self.ring).pop_front() else { return };
+            let Some(image) = cache.upgrade() else {
+                continue; // The image is closed; its pages were counted out when it went.
+            };
+            if !image.drop_page(page) {
+                lock(&self.ring).push_back((cache, page));
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+enum State {
+    #[default]
+    Absent,
+    Loading(Vec<Job>),
+    Loaded(Box<Page>),
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Protects the page: entries, levels and write-back state together. Held for a look-up only, never across I/O.
+    state: Mutex<State>,
+    /// Hit since the eviction hand last passed.
+    hot: AtomicBool,
+}
+
+/// What a look-up found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// The page is not loaded: load it, then look again.
+    Miss,
+    /// Here it is.
+    Found(Place),
+}
+
+/// What [`BatCache::load_or_queue`] did with the token.
+pub enum Loading<T> {
+    /// The page is loaded now.
+    Loaded(T),
+    /// The caller loads it: [`BatCache::load`].
+    Mine(T),
+    /// Somebody else does; the token waits.
+    Queued,
+}
+
+#[derive(Default)]
+struct Dirty {
+    /// Pages that became dirty since the last round took the list.
+    pages: Vec<u32>,
+    /// The image failed or closed: what is dirty will never be written, and takes no share of the budget.
+    given_up: bool,
+}
+
+/// The BAT of one image in memory.
+pub struct BatCache {
+    slots: Box<[Slot]>,
+    budget: Arc<Budget>,
+    me: Weak<BatCache>,
+    /// Index of the writable level, and its geometry.
+    top: u16,
+    geometry: Geometry,
+    /// Also protects the two counts of dirty pages, here and in the budget, against `given_up`. A leaf.
+    dirty: Mutex<Dirty>,
+    dirty_count: AtomicU64,
+}
+
+/// A page's own entries, copied under its lock by a round.
+pub struct Copy {
+    /// Page number.
+    pub page: u32,
+    /// 4 KiB; the header's slots of page 0 are zero.
+    pub bytes: Box<[u8]>,
+    /// File clusters that are free once this copy is durable.
+    pub freed: Vec<u64>,
+}
+
+impl BatCache {
+    /// An empty cache over `levels`, of which `top` is the writable one.
+    pub fn new(budget: Arc<Budget>, top: u16, geometry: Geometry) -> Arc<BatCache> {
+        Arc::new_cyclic(|me| BatCache {
+            slots: (0..pages(geometry.entries)).map(|_| Slot::default()).collect(),
+            budget,
+            me: me.clone(),
+            top,
+            geometry,
+            dirty: Mutex::default(),
+            dirty_count: AtomicU64::new(0),
+        })
+    }
+
+    fn loaded(&self, page: u64) -> (&Slot, MutexGuard<'_, State>) {
+        let slot = &self.slots[page as usize];
+        (slot, lock(&slot.state))
+    }
+
+    /// Where guest cluster `cluster` lies.
+    pub fn lookup(&self, cluster: u64) -> Lookup {
+        let mut place = [Place::None];
+        if self.lookup_run(cluster, &mut place) { Lookup::Found(place[0]) } else { Lookup::Miss }
+    }
+
+    /// Where `places.len()` clusters from `first` on lie; false when a page of theirs is not loaded.
+    pub fn lookup_run(&self, first: u64, places: &mut [Place]) -> bool {
+        let mut done = 0;
+        while done < places.len() {
+            let (page, from) = slot_of(first + done as u64);
+            let (slot, state) = self.loaded(page);
+            let State::Loaded(loaded) = &*state else { return false };
+            if !slot.hot.load(Ordering::Relaxed) {
+                slot.hot.store(true, Ordering::Relaxed);
+            }
+            let n = (PAGE_SLOTS - from).min(places.len() - done);
+            for (i, place) in places[done..done + n].iter_mut().enumerate() {
+                *place = loaded.get(from + i);
+            }
+            done += n;
+        }
+        true
+    }
+
+    /// Like [`lookup`](Self::lookup); where no level maps the cluster, the page is pinned, so that the entry of
+    /// an allocation can be [`set`](Self::set) later. The caller then calls `set` or [`unpin`](Self::unpin).
+    pub fn lookup_to_allocate(&self, cluster: u64) -> Lookup {
+        let (page, slot) = slot_of(cluster);
+        let (_, mut state) = self.loaded(page);
+        let State::Loaded(loaded) = &mut *state else { return Lookup::Miss };
+        let place = loaded.get(slot);
+        if place == Place::None {
+            loaded.pins += 1;
+        }
+        Lookup::Found(place)
+    }
+
+    /// Gives up an allocation.
+    pub fn unpin(&self, cluster: u64) {
+        if let State::Loaded(page) = &mut *self.loaded(slot_of(cluster).0).1 {
+            page.pins -= 1;
+        }
+    }
+
+    /// Enters an allocation and unpins the page. True when the page was clean: its deadline starts now.
+    pub fn set(&self, cluster: u64, position: u64) -> bool {
+        let (page, slot) = slot_of(cluster);
+        let (_, mut state) = self.loaded(page);
+        let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
+        loaded.pins -= 1;
+        loaded.set(slot, Place::At { level: self.top, position });
+        self.mark_dirty(page as u32, loaded)
+    }
+
+    /// Unmaps `count` clusters from `first` on (all in one page) and remembers their file clusters as freed by
+    /// the page's next durable copy. The caller holds their locks exclusively and has loaded and pinned the page.
+    pub fn unmap(&self, first: u64, count: usize, freed: &[u64]) -> bool {
+        let (page, slot) = slot_of(first);
+        let (_, mut state) = self.loaded(page);
+        let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
+        for slot in slot..slot + count {
+            loaded.set(slot, Place::None);
+        }
+        loaded.freed.extend_from_slice(freed);
+        self.mark_dirty(page as u32, loaded)
+    }
+
+    /// Keeps a loaded page loaded; false when it is not. Undone by [`unpin`](Self::unpin).
+    pub fn pin(&self, cluster: u64) -> bool {
+        match &mut *self.loaded(slot_of(cluster).0).1 {
+            State::Loaded(page) => {
+                page.pins += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn mark_dirty(&self, number: u32, page: &mut Page) -> bool {
+        if page.dirty_since.is_some() {
+            return false;
+        }
+        page.dirty_since = Some(Instant::now());
+        let mut dirty = lock(&self.dirty);
+        // A page that is being written is counted already, until its round ends.
+        if !page.writing {
+            self.budget.dirty.fetch_add(u64::from(!dirty.given_up), Ordering::Relaxed);
+            self.dirty_count.fetch_add(1, Ordering::SeqCst);
+        }
+        dirty.pages.push(number);
+        true
+    }
+
+    /// The image failed or closed: its dirty pages no longer keep other images from allocating.
+    pub fn give_up(&self) {
+        let mut dirty = lock(&self.dirty);
+        if !std::mem::replace(&mut dirty.given_up, true) {
+            self.budget.dirty.fetch_sub(self.dirty_pages(), Ordering::Relaxed);
+        }
+    }
+
+    /// Pages not yet durable, those being written included.
+    pub fn dirty_pages(&self) -> u64 {
+        self.dirty_count.load(Ordering::SeqCst)
+    }
+
+    /// Step 1 of a round: copies the own entries of every dirty page, each under its lock, in file order.
+    pub fn copy_dirty(&self) -> Vec<Copy> {
+        let mut numbers = std::mem::take(&mut lock(&self.dirty).pages);
+        numbers.sort_unstable();
+        let mut copies = Vec::with_capacity(numbers.len());
+        for number in numbers {
+            let (_, mut state) = self.loaded(number.into());
+            let State::Loaded(page) = &mut *state else { unreachable!("a dirty page is never evicted") };
+            page.dirty_since = None;
+            page.writing = true;
+            let bytes = page.own_entries(self.top, &self.geometry);
+            copies.push(Copy { page: number, bytes, freed: std::mem::take(&mut page.freed) });
+        }
+        copies
+    }
+
+    /// The copy is durable: the page is clean, unless something was added meanwhile.
+    pub fn written(&self, number: u32) {
+        let (_, mut state) = self.loaded(number.into());
+        let State::Loaded(page) = &mut *state else { unreachable!("a writing page is never evicted") };
+        page.writing = false;
+        if page.dirty_since.is_none() {
+            let dirty = lock(&self.dirty);
+            self.budget.dirty.fetch_sub(u64::from(!dirty.given_up), Ordering::Relaxed);
+            self.dirty_count.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The copy did not become durable: the page is dirty again, and what it would have freed waits on.
+    pub fn not_written(&self, copy: Copy) {
+        let (_, mut state) = self.loaded(copy.page.into());
+        let State::Loaded(page) = &mut *state else { unreachable!("a writing page is never evicted") };
+        page.freed.extend(copy.freed);
+        if page.dirty_since.is_none() {
+            page.dirty_since = Some(Instant::now());
+            lock(&self.dirty).pages.push(copy.page);
+        }
+        page.writing = false;
+    }
+
+    /// Claims the loading of the page of `cluster`, or queues `token` behind who does.
+    pub fn load_or_queue<T>(&self, cluster: u64, token: T, job: impl FnOnce(T) -> Job) -> Loading<T> {
+        let (_, mut state) = self.loaded(slot_of(cluster).0);
+        match &mut *state {
+            State::Loaded(_) => Loading::Loaded(token),
+            State::Loading(queue) => {
+                queue.push(job(token));
+                Loading::Queued
+            }
+            State::Absent => {
+                *state = State::Loading(Vec::new());
+                Loading::Mine(token)
+            }
+        }
+    }
+
+    /// Loads the page of `cluster`, merged over all levels from the top down; blocks on the host. Only after
+    /// [`Loading::Mine`]. Returns those who waited, to be submitted: on failure each tries for itself.
+    pub fn load(&self, cluster: u64, levels: &[Level]) -> (Vec<Job>, Result<()>) {
+        let number = slot_of(cluster).0;
+        let read = self.read_page(number, levels);
+        let (slot, mut state) = self.loaded(number);
+        let State::Loading(waiting) = std::mem::take(&mut *state) else {
+            unreachable!("only the loader ends the loading")
+        };
+        match read {
+            Err(e) => (waiting, Err(e)),
+            Ok(page) => {
+                *state = State::Loaded(page);
+                slot.hot.store(true, Ordering::Relaxed);
+                drop(state);
+                self.budget.count_loaded(self.me.clone(), number as u32);
+                (waiting, Ok(()))
+            }
+        }
+    }
+
+    fn read_page(&self, number: u64, levels: &[Level]) -> Result<Box<Page>> {
+        let mut page = Box::<Page>::default();
+        let mut bytes = [0; PAGE_BYTES as usize];
+        for (index, level) in levels.iter().enumerate().rev() {
+            let Some(of) = level.geometry() else { continue };
+            let start = number * PAGE_BYTES;
+            let end = of.bat_end().min(start + PAGE_BYTES);
+            if end <= start {
+                continue; // A lower BAT may be shorter.
+            }
+            let want = (end - start) as usize;
+            let io = |e: &std::io::Error| {
+                Error::io(e, &level.path, format!("cannot read the BAT at byte {start}"))
+            };
+            let got = read_full(&*level.file, &mut bytes[..want], start).map_err(|e| io(&e))?;
+            if got < want {
+                let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
+                return Err(Error::at(Kind::Damaged, &level.path, context));
+            }
+            let len = level.file.len().map_err(|e| io(&e))?;
+            let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
+            page.merge_under(index as u16, &bytes[..want], first..want / 4, &of, len);
+        }
+        Ok(page)
+    }
+
+    /// Evicts a page if nobody needs it; true when it is gone.
+    fn drop_page(&self, number: u32) -> bool {
+        let (slot, mut state) = self.loaded(number.into());
+        match &*state {
+            State::Loaded(page) if page.evictable() && !slot.hot.swap(false, Ordering::Relaxed) => {
+                *state = State::Absent;
+                self.budget.loaded.fetch_sub(1, Ordering::Relaxed);
+                true
+            }
+            State::Loaded(_) => false,
+            _ => true,
+        }
+    }
+}
+
+impl Drop for BatCache {
+    fn drop(&mut self) {
+        let loaded = self.slots.iter().filter(|s| matches!(*lock(&s.state), State::Loaded(_))).count();
+        self.budget.loaded.fetch_sub(loaded as u64, Ordering::Relaxed);
+        // An image that was dropped without a close.
+        self.give_up();
+    }
+}

@@ -1,0 +1,5 @@
+//! The block allocation table in memory: entries and pages, the cache of pages, and their way back to disk.
+
+pub mod cache;
+pub mod page;
+pub mod writeback;

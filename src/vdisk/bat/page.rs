@@ -1,0 +1,180 @@
+//! A cached BAT page: the merged entries of all levels for 1024 slots, and its write-back state.
+
+use std::time::Instant;
+
+use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS};
+use crate::format::header::{Geometry, SECTOR};
+
+/// Where a guest cluster lies: a level and a byte position in that level's file, or nowhere.
+///
+/// v1, v2 and raw alike, so "none" cannot be 0: a raw base has data at byte 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// No level maps it: it reads as zero.
+    None,
+    /// Byte `position` of the file of delta number `level` (an index into the image's table of deltas).
+    At {
+        /// Index into the table of deltas.
+        level: u16,
+        /// Byte position of the cluster in that file.
+        position: u64,
+    },
+    /// The entry contradicts the format or the file's length; reading it is EUCLEAN.
+    Damaged,
+}
+
+/// Sectors take 52 bits (the format's largest position has 49), the level the 12 above.
+const LEVEL_SHIFT: u32 = 52;
+const NONE: u64 = u64::MAX;
+const DAMAGED: u64 = u64::MAX - 1;
+
+/// A [`Place`] in eight bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Packed(u64);
+
+impl Packed {
+    fn pack(place: Place) -> Packed {
+        Packed(match place {
+            Place::None => NONE,
+            Place::Damaged => DAMAGED,
+            Place::At { level, position } => (u64::from(level) << LEVEL_SHIFT) | (position / SECTOR),
+        })
+    }
+
+    fn unpack(self) -> Place {
+        match self.0 {
+            NONE => Place::None,
+            DAMAGED => Place::Damaged,
+            packed => Place::At {
+                level: (packed >> LEVEL_SHIFT) as u16,
+                position: (packed & ((1 << LEVEL_SHIFT) - 1)) * SECTOR,
+            },
+        }
+    }
+}
+
+/// One loaded page. Its lock (the slot's mutex in `cache`) protects all of it together.
+pub struct Page {
+    entries: Box<[Packed]>,
+    /// Holders that rely on the page staying loaded (an allocation between look-up and entry).
+    pub pins: u32,
+    /// When the oldest change came that no round has copied; None = nothing to write.
+    pub dirty_since: Option<Instant>,
+    /// A round has a copy under way.
+    pub writing: bool,
+    /// File clusters whose unmapping the next copy will carry; they become free when it is durable (R4).
+    pub freed: Vec<u64>,
+}
+
+impl Default for Page {
+    fn default() -> Page {
+        let entries = vec![Packed(NONE); PAGE_SLOTS].into_boxed_slice();
+        Page { entries, pins: 0, dirty_since: None, writing: false, freed: Vec::new() }
+    }
+}
+
+impl Page {
+    /// Memory of a loaded page in bytes, for the cache's bound.
+    pub const COST: u64 = PAGE_SLOTS as u64 * 8 + 128;
+
+    /// The place in `slot`.
+    pub fn get(&self, slot: usize) -> Place {
+        self.entries[slot].unpack()
+    }
+
+    /// Changes the place in `slot`. The caller marks the page dirty.
+    pub fn set(&mut self, slot: usize, place: Place) {
+        self.entries[slot] = Packed::pack(place);
+    }
+
+    /// Lays the entries of the page's bytes on disk (of delta `level`) under what is there already: a slot
+    /// that an upper level has set stays. `slots` leaves out the header and what lies behind the BAT.
+    pub fn merge_under(
+        &mut self,
+        level: u16,
+        bytes: &[u8],
+        slots: std::ops::Range<usize>,
+        of: &Geometry,
+        len: u64,
+    ) {
+        for slot in slots {
+            if self.entries[slot].0 != NONE {
+                continue;
+            }
+            let at = slot * 4;
+            let Some(&[a, b, c, d]) = bytes.get(at..at + 4) else { break };
+            self.entries[slot] = match u32::from_le_bytes([a, b, c, d]) {
+                0 => Packed(NONE),
+                // An entry never points past the end of the file (R2) or into the header.
+                entry => match of.position(entry) {
+                    Some(position) if position < len => Packed::pack(Place::At { level, position }),
+                    _ => Packed(DAMAGED),
+                },
+            };
+        }
+    }
+
+    /// The page as it goes to disk: the entries of delta `top` only (R5), everything else 0; slots of the
+    /// header are 0 and filled in by the one writer of bytes 0 to 4095.
+    pub fn own_entries(&self, top: u16, of: &Geometry) -> Box<[u8]> {
+        let mut bytes = vec![0; PAGE_BYTES as usize].into_boxed_slice();
+        for (slot, packed) in self.entries.iter().enumerate() {
+            if let Place::At { level, position } = packed.unpack()
+                && level == top
+            {
+                let entry = of.entry(position).expect("an allocation checks that its entry fits the format");
+                bytes[slot * 4..slot * 4 + 4].copy_from_slice(&entry.to_le_bytes());
+            }
+        }
+        bytes
+    }
+
+    /// True when the page may be dropped from the cache.
+    pub fn evictable(&self) -> bool {
+        self.pins == 0 && self.dirty_since.is_none() && !self.writing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::Version;
+
+    const GEOMETRY: Geometry =
+        Geometry { version: Version::V2, cluster: 65536, entries: 4000, disk: 4000 * 65536, first: 65536 };
+
+    #[test]
+    fn places_survive_packing() {
+        let far = Place::At { level: 253, position: (u64::from(u32::MAX) - 1) * (64 << 20) };
+        for place in [Place::None, Place::Damaged, Place::At { level: 0, position: 0 }, far] {
+            assert_eq!(Packed::pack(place).unpack(), place);
+        }
+    }
+
+    #[test]
+    fn an_upper_entry_hides_a_lower_one_and_only_the_tops_own_are_written() {
+        let mut top = vec![0; 4096];
+        top[4..8].copy_from_slice(&3u32.to_le_bytes());
+        let mut base = vec![0; 4096];
+        base[4..8].copy_from_slice(&1u32.to_le_bytes());
+        base[8..12].copy_from_slice(&2u32.to_le_bytes());
+        let mut page = Page::default();
+        page.merge_under(1, &top, 0..1024, &GEOMETRY, 1 << 30);
+        page.merge_under(0, &base, 0..1024, &GEOMETRY, 1 << 30);
+        assert_eq!(page.get(1), Place::At { level: 1, position: 3 * 65536 });
+        assert_eq!(page.get(2), Place::At { level: 0, position: 2 * 65536 });
+        assert_eq!(page.get(3), Place::None);
+        assert_eq!(&page.own_entries(1, &GEOMETRY)[..], &top[..]);
+    }
+
+    #[test]
+    fn entries_behind_the_end_or_in_the_header_are_damage() {
+        let first_two_in_header = Geometry { first: 2 * 65536, ..GEOMETRY };
+        let mut bytes = vec![0; 4096];
+        bytes[0..4].copy_from_slice(&1u32.to_le_bytes());
+        bytes[4..8].copy_from_slice(&9u32.to_le_bytes());
+        let mut page = Page::default();
+        page.merge_under(0, &bytes, 0..2, &first_two_in_header, 9 * 65536);
+        assert_eq!((page.get(0), page.get(1)), (Place::Damaged, Place::Damaged));
+    }
+}

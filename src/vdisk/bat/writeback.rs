@@ -1,0 +1,154 @@
+//! BAT write-back (R5): the issuer collects dirty pages into a round, the collector releases pages as their
+//! copies are durable, the retryer reissues what failed.
+//!
+//! **R5** A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across
+//! the write; every attempt, retries included, is built from the header as it is at that moment.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::cache::Copy;
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::PAGE_BYTES;
+use crate::io::file::write_full;
+use crate::sync::{Arc, Ordering, lock};
+use crate::vdisk::Image;
+use crate::vdisk::engine::OnFull;
+
+/// How long a failed BAT write is tried again before the image goes read-only: long enough for a path that comes
+/// back, short enough that a guest's own timeout (30 s and more) has not fired.
+const RETRY_FOR: Duration = Duration::from_secs(5);
+/// First pause of the retryer; doubled each time, up to a second.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// Least time from a failed round to the next that nobody waits for; as often as parked writes are tried again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+impl Image {
+    /// The issuer: a page became dirty; its round starts when `--bat-delay` is over, or at once.
+    pub(in crate::vdisk) fn bat_is_dirty(self: &Arc<Self>) {
+        let delay = self.engine.options.bat_delay;
+        if delay.is_zero() {
+            return self.start_round();
+        }
+        self.start_round_in(delay);
+    }
+
+    fn start_round_in(self: &Arc<Self>, delay: Duration) {
+        // One timer per image: the round it starts takes every dirty page, so that no page waits longer than
+        // its own deadline, and one that is dirtied again and again is still written.
+        if !self.bat_timer.swap(true, Ordering::SeqCst) {
+            let image = Arc::downgrade(self);
+            let job = move || {
+                if let Some(image) = image.upgrade() {
+                    image.bat_timer.store(false, Ordering::SeqCst);
+                    // A close runs the last round itself; after it, the file may be somebody else's.
+                    if !image.closing.load(Ordering::SeqCst) {
+                        image.start_round();
+                    }
+                }
+            };
+            self.engine.clock.at(Instant::now() + delay, Box::new(job));
+        }
+    }
+
+    /// Steps 3 to 5 of a round: the copies were made before the data was synced.
+    pub(in crate::vdisk) fn write_back(self: &Arc<Self>, copies: Vec<Copy>) -> Result<()> {
+        if let Err(e) = self.write_copies(&copies) {
+            self.bat_not_written(copies);
+            return Err(e);
+        }
+        if let Err(e) = self.sync_data() {
+            self.bat_not_written(copies);
+            return Err(e);
+        }
+        // The collector: each page is clean unless it changed meanwhile; what it unmapped is free (R4).
+        let Some(bat) = &self.bat else { return Ok(()) };
+        let punched = !self.cannot_punch.load(Ordering::SeqCst);
+        let mut freed = false;
+        for copy in copies {
+            bat.written(copy.page);
+            freed |= !copy.freed.is_empty();
+            self.allocator().freed(&copy.freed, punched);
+        }
+        if freed && self.space.is_full() {
+            self.try_space_again();
+            self.wake_parked();
+        }
+        Ok(())
+    }
+
+    /// Writes every copy; what fails is written again, after everything else was tried.
+    fn write_copies(self: &Arc<Self>, copies: &[Copy]) -> Result<()> {
+        let mut left: Vec<&Copy> = copies.iter().collect();
+        let mut pause = FIRST_PAUSE;
+        let begun = Instant::now();
+        loop {
+            let mut failed = Vec::new();
+            let mut last = None;
+            for copy in left {
+                if let Err(e) = self.write_page(copy) {
+                    last = Some(e);
+                    failed.push(copy);
+                }
+            }
+            let Some(e) = last else {
+                self.bat_fits();
+                return Ok(());
+            };
+            let page = failed[0].page;
+            let error = Error::io(&e, &self.top().path, format!("cannot write BAT page {page}"));
+            // Want of space is a mode, not a failure: it is waited out like any other write's.
+            let full = matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
+            let options = &self.engine.options;
+            let patience = match (full, options.on_full) {
+                (false, _) => Some(RETRY_FOR),
+                (true, OnFull::Queue) if !self.space.fails() => options.full_timeout,
+                (true, _) => Some(Duration::ZERO),
+            };
+            if full {
+                self.bat_is_full();
+            }
+            if patience.is_some_and(|p| begun.elapsed() >= p) || self.closing.load(Ordering::SeqCst) && full {
+                if full {
+                    self.bat_timed_out();
+                    return Err(error.with_kind(Kind::NoSpace));
+                }
+                self.fail(&error);
+                return Err(error);
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(1));
+            left = failed;
+        }
+    }
+
+    /// One page, cut off at the BAT's end: what follows may be data.
+    fn write_page(&self, copy: &Copy) -> std::io::Result<()> {
+        let start = u64::from(copy.page) * PAGE_BYTES;
+        let len = (self.geometry.bat_end() - start).min(PAGE_BYTES) as usize;
+        let file = &*self.top().file;
+        if copy.page != 0 {
+            return write_full(file, &copy.bytes[..len], start);
+        }
+        // R5: the header as it is now, and nobody else writes it until this write has ended.
+        let header = lock(&self.header);
+        let mut bytes = copy.bytes.clone();
+        if let Some(header) = &*header {
+            bytes[..64].copy_from_slice(&header.encode());
+        }
+        write_full(file, &bytes[..len], 0)
+    }
+
+    /// The round failed before its copies were durable.
+    pub(in crate::vdisk) fn bat_not_written(self: &Arc<Self>, copies: Vec<Copy>) {
+        let Some(bat) = &self.bat else { return };
+        if copies.is_empty() {
+            return;
+        }
+        copies.into_iter().for_each(|copy| bat.not_written(copy));
+        // Not at once: the host has just said no, and would be asked as fast as it can answer.
+        if self.failure().is_none() && !self.closing.load(Ordering::SeqCst) {
+            self.start_round_in(self.engine.options.bat_delay.max(PAUSE));
+        }
+    }
+}

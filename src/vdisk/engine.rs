@@ -1,0 +1,203 @@
+//! What all live images of one process share: thread pools, clock, the BAT cache's budget, settings, events.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::bat::cache::Budget;
+use super::clock::Clock;
+use super::runner::{Job, Pool};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
+
+/// What to do when the host is full (DESIGN.md 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    /// Park writes until space comes back or the timeout is over.
+    Queue,
+    /// Fail at once with ENOSPC.
+    Error,
+}
+
+/// Settings shared by all images of one process.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Runner threads that one image may hold: its slow operations in flight. The pool is twice as large, so that
+    /// no image ever holds more than half of it.
+    pub runners: usize,
+    /// Bound of the BAT cache in bytes, over all images.
+    pub bat_cache: u64,
+    /// How long a changed BAT page may stay unwritten; zero = at once.
+    pub bat_delay: Duration,
+    /// Queue or fail when full.
+    pub on_full: OnFull,
+    /// How long a parked write waits; None = for ever.
+    pub full_timeout: Option<Duration>,
+    /// Percent of free host space below which the low-water event is raised; 0 = never.
+    pub low_water: u8,
+    /// How far a delta is extended at a time, in bytes: sparse, so it costs nothing. A durable step per 64 MiB of
+    /// first writes keeps the syncs rare, and a crash leaves at most this much to cut off.
+    pub extend: u64,
+    /// How many background requests the connection has: bounds what may be parked.
+    pub background: usize,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            runners: 16,
+            bat_cache: 256 << 20,
+            bat_delay: Duration::from_millis(1000),
+            on_full: OnFull::Queue,
+            full_timeout: Some(Duration::from_secs(60)),
+            low_water: 10,
+            extend: 64 << 20,
+            background: 4096,
+        }
+    }
+}
+
+/// Something a person should hear of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Free host space fell below the mark; both in bytes.
+    LowWater {
+        /// Name of the image that noticed.
+        image: String,
+        /// Free bytes of the host file system.
+        free: u64,
+        /// Its size in bytes.
+        total: u64,
+    },
+    /// Writes are parked, or fail, for want of space.
+    Full {
+        /// Name of the image.
+        image: String,
+    },
+    /// Space is back.
+    Space {
+        /// Name of the image.
+        image: String,
+    },
+    /// The image can no longer be written.
+    ReadOnly {
+        /// Name of the image.
+        image: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Event::LowWater { image, free, total } => {
+                write!(f, "{image}: the host file system has {} MiB of {} MiB left", free >> 20, total >> 20)
+            }
+            Event::Full { image } => write!(f, "{image}: the host file system is full; writes wait or fail"),
+            Event::Space { image } => write!(f, "{image}: space is back; writes go on"),
+            Event::ReadOnly { image, reason } => write!(f, "{image}: read-only from now on: {reason}"),
+        }
+    }
+}
+
+/// Called with true when pages are clean: look again; with false when its image's pages cannot be written for want
+/// of space, or it closes.
+pub(super) type CleanWaiter = Box<dyn FnOnce(bool) + Send>;
+
+/// Hears events, from any thread; must not block.
+pub type Listener = Box<dyn Fn(Event) + Send + Sync>;
+
+/// Threads that sync (a round, an extension, a scrub) or open; they wait for disks, not for CPUs, and images must
+/// not wait for each other's.
+const SYNC_THREADS: usize = 64;
+
+/// Threads, BAT cache budget and clock, shared by all images of a process.
+pub struct Engine {
+    pub(super) options: Options,
+    pub(super) runners: Pool,
+    pub(super) syncers: Pool,
+    openers: Pool,
+    pub(super) clock: Clock,
+    pub(super) budget: Arc<Budget>,
+    /// Pios parked for space, over all images.
+    pub(super) parked: AtomicUsize,
+    /// Who waits until fewer BAT pages are dirty, with its image. A leaf.
+    dirty_waiters: Mutex<Vec<(u64, CleanWaiter)>>,
+    listener: Listener,
+    next_id: AtomicU64,
+}
+
+impl Engine {
+    /// Starts no thread: they come with the first work.
+    pub fn new(options: Options, listener: Listener) -> Arc<Engine> {
+        let runners = options.runners.max(1);
+        Arc::new(Engine {
+            runners: Pool::new("ploopfs/r", 2 * runners, runners),
+            // A lane of two: a round and an extension or scrub of one image may overlap.
+            syncers: Pool::new("ploopfs/sync", SYNC_THREADS, 2),
+            openers: Pool::new("ploopfs/open", SYNC_THREADS, SYNC_THREADS / 2),
+            clock: Clock::default(),
+            budget: Arc::new(Budget::new(options.bat_cache)),
+            parked: AtomicUsize::new(0),
+            dirty_waiters: Mutex::default(),
+            listener,
+            next_id: AtomicU64::new(1),
+            options,
+        })
+    }
+
+    /// Runs `job` on a thread that may block: opens, closes, seeks.
+    pub fn blocking(&self, job: Job) {
+        self.openers.submit(0, job);
+    }
+
+    pub(super) fn new_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn tell(&self, event: Event) {
+        (self.listener)(event);
+    }
+
+    /// Queues `waiter` of image `lane` until a round of any image has made pages clean. True when it was queued;
+    /// else it looks again at once (pages are clean by now), or hears that its image is `closing`: both are looked
+    /// at under the lock, so that nobody comes too late for the last wake-up.
+    pub(super) fn wait_for_clean_pages(
+        &self,
+        lane: u64,
+        closing: impl FnOnce() -> bool,
+        waiter: CleanWaiter,
+    ) -> bool {
+        let mut waiters = lock(&self.dirty_waiters);
+        let closing = closing();
+        if !closing && self.budget.dirty_full() {
+            waiters.push((lane, waiter));
+            return true;
+        }
+        drop(waiters);
+        self.runners.submit(lane, Box::new(move || waiter(!closing)));
+        false
+    }
+
+    /// A round has ended: those who waited for clean pages look again.
+    pub(super) fn pages_are_clean(&self) {
+        for (lane, waiter) in std::mem::take(&mut *lock(&self.dirty_waiters)) {
+            self.runners.submit(lane, Box::new(move || waiter(true)));
+        }
+    }
+
+    /// Image `lane` cannot write its pages, or closes: those of its own who wait for clean ones give up.
+    pub(super) fn no_clean_pages(&self, lane: u64) {
+        let mut waiters = lock(&self.dirty_waiters);
+        let (own, others) = std::mem::take(&mut *waiters).into_iter().partition::<Vec<_>, _>(|w| w.0 == lane);
+        *waiters = others;
+        drop(waiters);
+        for (lane, waiter) in own {
+            self.runners.submit(lane, Box::new(move || waiter(false)));
+        }
+    }
+
+    /// BAT pages in memory.
+    pub fn cached_pages(&self) -> u64 {
+        self.budget.loaded()
+    }
+}

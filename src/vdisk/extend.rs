@@ -1,0 +1,92 @@
+//! Making space ahead of need: extending the file (R2) and scrubbing free clusters of unknown content (R3).
+//! Both run on sync threads and answer the allocations that wait for them.
+
+use super::Image;
+use super::alloc::Due;
+use super::gate::Inside;
+use crate::io::file::write_zeroes;
+use crate::sync::{Arc, Ordering};
+
+impl Image {
+    /// Starts what the allocator found due. `inside`: it counts as running, so that no close, and no later opening,
+    /// meets an extension or a punch of this one.
+    pub(super) fn start_due(self: &Arc<Self>, due: Due, inside: Inside) {
+        let image = Arc::clone(self);
+        let job = move || {
+            match due {
+                Due::Extend => image.extend(),
+                Due::Scrub => image.scrub(),
+            }
+            image.gate.leave(inside);
+        };
+        self.engine.syncers.submit(self.id, Box::new(job));
+    }
+
+    /// Extends the file:
+    /// 1. ftruncate, sparse;
+    /// 2. fdatasync: the length is durable;
+    /// 3. only then the allocator hands out what lies inside.
+    ///
+    /// 3 before 2 could leave a durable BAT entry that points behind the end of the file (R2).
+    fn extend(self: &Arc<Self>) {
+        let alloc = self.allocator();
+        loop {
+            let (from, to) = alloc.extension();
+            let end = self.geometry.cluster_position(to);
+            self.host_busy.fetch_add(1, Ordering::SeqCst);
+            let longer = if to > from { self.top().file.set_len(end) } else { Ok(()) }; // 1
+            self.host_busy.fetch_sub(1, Ordering::SeqCst);
+            let waiting = match longer {
+                Ok(()) => {
+                    // 2; a failed sync has made the image read-only, which those who wait find out.
+                    let durable = if self.sync_data().is_ok() { to } else { from };
+                    alloc.extended(durable) // 3
+                }
+                Err(e) => {
+                    log::debug!("{}: cannot extend to {end} bytes: {e}", self.top().path.display());
+                    match alloc.extension_failed() {
+                        (true, _) => continue,
+                        (false, waiting) => waiting,
+                    }
+                }
+            };
+            waiting.into_iter().for_each(|job| self.submit(job));
+            self.check_low_water();
+            return;
+        }
+    }
+
+    /// Makes a batch of free clusters fit for reuse:
+    /// 1. punch them (or write zeroes);
+    /// 2. fdatasync;
+    /// 3. only then they are clean.
+    ///
+    /// 3 before 2: after a cut the old content could show through the new entry (R3).
+    fn scrub(self: &Arc<Self>) {
+        let alloc = self.allocator();
+        let batch = alloc.scrub_batch();
+        let zeroed = batch.chunk_by(|a, b| a + 1 == *b).try_for_each(|run| {
+            let (at, len) = (self.geometry.cluster_position(run[0]), run.len() as u64 * self.cluster);
+            let file = &*self.top().file;
+            self.host_busy.fetch_add(1, Ordering::SeqCst);
+            let punched = file.punch(at, len);
+            self.host_busy.fetch_sub(1, Ordering::SeqCst);
+            match punched {
+                Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => write_zeroes(file, at, len),
+                other => other,
+            }
+        });
+        if let Err(e) = &zeroed {
+            log::warn!("{}: cannot clear freed clusters for reuse: {e}", self.top().path.display());
+        }
+        let done = zeroed.is_ok() && self.sync_data().is_ok();
+        alloc.scrubbed(&batch, done).into_iter().for_each(|job| self.submit(job));
+    }
+
+    /// Space may be back: extensions and scrubs are tried again.
+    pub(super) fn try_space_again(&self) {
+        if let Some(alloc) = self.allocator.get() {
+            alloc.retry();
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The fast path: what ends on the submitter's (transport) thread. It never waits, never allocates, and takes no
+//! lock but the page's (for the look-up) and the cluster's. None means: use the queued path, nothing was answered.
+
+use super::bat::page::Place;
+use super::gate::Inside;
+use super::locks::Mode;
+use super::zero::is_zero;
+use super::{Image, Ready};
+use crate::error::{Error, Result};
+use crate::io::file::write_full;
+use crate::sync::{Arc, Ordering};
+
+/// Clusters looked up and locked together: a 1 MiB request over 32 KiB clusters has at most 33. Far below the
+/// number of lock stripes, so that one request never meets itself.
+const WINDOW: usize = 40;
+
+/// Neighbouring pios that are one system call.
+struct Run {
+    place: Place,
+    /// Bytes.
+    len: u64,
+}
+
+impl Image {
+    /// Reads on the caller's thread: holes, and what the host has cached. Clipped at the disk's end.
+    pub fn try_read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Option<Result<usize>> {
+        let len = (buf.len() as u64).min(self.size().saturating_sub(offset));
+        if len == 0 {
+            return Some(Ok(0));
+        }
+        let inside = self.gate.enter(1)?;
+        let done = self.read_windows(offset, &mut buf[..len as usize]);
+        self.gate.leave(inside);
+        done.then(|| {
+            self.count_read(len as usize);
+            Ok(len as usize)
+        })
+    }
+
+    fn read_windows(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let window = Window::lock(self, at, (buf.len() - done) as u64);
+            let Some(window) = window else { return false };
+            let len = window.len as usize;
+            if !window.all(|at, run| self.read_run(run, &mut buf[done + at..done + at + run.len as usize])) {
+                return false;
+            }
+            done += len;
+        }
+        true
+    }
+
+    /// One system call, without waiting. A short answer is never returned as it is: the runner reads again.
+    fn read_run(&self, run: &Run, buf: &mut [u8]) -> bool {
+        match run.place {
+            Place::None => {
+                buf.fill(0);
+                true
+            }
+            Place::Damaged => false,
+            Place::At { level, position } => {
+                let level = &self.levels[usize::from(level)];
+                let got = if self.never_blocks {
+                    level.file.read_at(buf, position)
+                } else if self.nowait_reads {
+                    level.file.read_at_nowait(buf, position)
+                } else {
+                    return false;
+                };
+                got.is_ok_and(|n| n == buf.len())
+            }
+        }
+    }
+
+    /// Writes in place on the caller's thread: clusters that the top maps, and zeroes to holes. Only while the
+    /// host file is unlikely to make us wait: below the bound of unsynced data, and no punch or extension running.
+    pub fn try_write(self: &Arc<Self>, offset: u64, data: &[u8]) -> Option<Result<()>> {
+        if let Err(e) = self.check_range(offset, data.len() as u64) {
+            return Some(Err(e));
+        }
+        if !matches!(self.ready(), Ready::Yes)
+            || self.host_busy.load(Ordering::Relaxed) > 0
+            || self.space.is_full()
+        {
+            return None;
+        }
+        if !self.never_blocks && self.flusher.is_over_bound() {
+            return None;
+        }
+        if data.is_empty() {
+            return Some(Ok(()));
+        }
+        let inside = self.gate.enter(1)?;
+        let result = self.write_windows(offset, data);
+        self.leave_written(inside, data.len(), &result);
+        result
+    }
+
+    fn leave_written(&self, inside: Inside, len: usize, result: &Option<Result<()>>) {
+        if matches!(result, Some(Ok(()))) {
+            self.count_write(len);
+        }
+        self.gate.leave(inside);
+    }
+
+    fn write_windows(self: &Arc<Self>, offset: u64, data: &[u8]) -> Option<Result<()>> {
+        let mut done = 0;
+        let mut failure = None;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let window = Window::lock(self, at, (data.len() - done) as u64)?;
+            let len = window.len as usize;
+            // Nothing is written before all of the window is known to be writable here.
+            if !window.all(|at, run| match run.place {
+                Place::At { .. } => true,
+                Place::None => is_zero(&data[done + at..done + at + run.len as usize]),
+                Place::Damaged => false,
+            }) {
+                return None;
+            }
+            let top = self.top();
+            let ok = window.all(|at, run| {
+                let Place::At { position, .. } = run.place else { return true };
+                let piece = &data[done + at..done + at + run.len as usize];
+                let written = write_full(&*top.file, piece, position);
+                // Counted also when it failed: part of it may be there, and must be synced.
+                self.touched(piece.len() as u64);
+                match written {
+                    Ok(()) => true,
+                    // Full: the queued path does it again, and parks it.
+                    Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) => {
+                        false
+                    }
+                    Err(e) => {
+                        failure = Some(Error::io(&e, &top.path, format!("cannot write at byte {position}")));
+                        false
+                    }
+                }
+            });
+            if let Some(e) = failure {
+                return Some(Err(e));
+            }
+            if !ok {
+                return None;
+            }
+            done += len;
+        }
+        Some(Ok(()))
+    }
+
+    /// True where inline writes may wait for a device, so that a transport keeps one thread free of them.
+    pub fn writes_may_block(&self) -> bool {
+        !self.never_blocks
+    }
+}
+
+/// Some neighbouring clusters of a request, locked shared and looked up.
+struct Window<'a> {
+    image: &'a Arc<Image>,
+    first: u64,
+    count: usize,
+    /// Where the request begins inside the first cluster.
+    start: u64,
+    /// Bytes of the request in this window.
+    len: u64,
+    places: [Place; WINDOW],
+}
+
+impl<'a> Window<'a> {
+    /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way.
+    fn lock(image: &'a Arc<Image>, offset: u64, len: u64) -> Option<Window<'a>> {
+        let first = offset / image.cluster;
+        let start = offset - first * image.cluster;
+        let count = ((start + len - 1) / image.cluster + 1).min(WINDOW as u64) as usize;
+        let len = len.min(count as u64 * image.cluster - start);
+        let mut window = Window { image, first, count: 0, start, len, places: [Place::None; WINDOW] };
+        while window.count < count {
+            if !image.locks.try_lock(first + window.count as u64, Mode::Shared) {
+                return None; // Drop gives back what was taken.
+            }
+            window.count += 1;
+        }
+        let found = match &image.bat {
+            Some(bat) => bat.lookup_run(first, &mut window.places[..count]),
+            None => {
+                for (i, place) in window.places[..count].iter_mut().enumerate() {
+                    *place = Place::At { level: 0, position: (first + i as u64) * image.cluster };
+                }
+                true
+            }
+        };
+        found.then_some(window)
+    }
+
+    /// Calls `each(offset in the window, run)` for runs of neighbours until one is refused.
+    fn all(&self, mut each: impl FnMut(usize, &Run) -> bool) -> bool {
+        let cluster = self.image.cluster;
+        let (mut i, mut at) = (0, 0);
+        while i < self.count {
+            let skip = if i == 0 { self.start } else { 0 };
+            let mut run = Run { place: self.places[i], len: (cluster - skip).min(self.len - at) };
+            let begin = run.place;
+            let next = |place: Place, run_len: u64| match (begin, place) {
+                (Place::None, Place::None) => true,
+                (Place::At { level, position }, Place::At { level: l, position: p }) => {
+                    l == level && p == position + skip + run_len
+                }
+                _ => false,
+            };
+            i += 1;
+            while i < self.count && next(self.places[i], run.len) {
+                run.len += cluster.min(self.len - at - run.len);
+                i += 1;
+            }
+            if let Place::At { position, .. } = &mut run.place {
+                *position += skip;
+            }
+            if !each(at as usize, &run) {
+                return false;
+            }
+            at += run.len;
+        }
+        true
+    }
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        for i in 0..self.count {
+            self.image.unlock(self.first + i as u64, Mode::Shared);
+        }
+    }
+}
+
+/// Levels that can be read here without waiting: all must agree, since a request may touch any of them.
+pub(super) fn probe(levels: &[super::Level]) -> (bool, bool) {
+    let never_blocks = levels.iter().all(|l| l.file.traits().never_blocks);
+    let nowait = levels.iter().all(|l| l.file.traits().nowait_reads);
+    (never_blocks, nowait)
+}

@@ -1,0 +1,224 @@
+//! fsync as rounds, one round for all who wait (R6), and what a failed sync means (R7).
+//!
+//! **R6** fsync returns after data, then BAT, are durable, in every delta written since its last sync. An fsync
+//! waits for the first round that *starts* after it arrived; it never joins a running one; at most one running and
+//! one waiting round. O_SYNC/O_DSYNC writes likewise (the kernel sends no fsync for them).
+//!
+//! A round, on a thread of its own:
+//! 1. under each dirty page's lock, copy the top's own entries;
+//! 2. fdatasync: the data of every copied entry, and every punched hole, is durable;
+//! 3. write the copies (`bat::writeback`);
+//! 4. fdatasync;
+//! 5. pages are clean, freed clusters may be reused (R4), waiters are answered.
+//!
+//! 2 before 1 would let an entry into the copy whose data came after the sync: after a cut it points at zeroes or
+//! old data (R3). Writing the live page in 3 would do the same. 5 before 4 would reuse a cluster that the entry
+//! on disk still names.
+
+use super::Image;
+use super::Reply;
+use super::pio::Pio;
+use super::runner::Job;
+use crate::error::{Error, Kind, Result};
+use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, PoisonError, lock};
+
+/// Unsynced bytes per image from which a round begins in the background (DESIGN.md 6).
+const BACKGROUND: u64 = 64 << 20;
+/// Unsynced bytes beyond which writes wait for a round.
+const BOUND: u64 = 256 << 20;
+
+/// Rounds of one image.
+#[derive(Default)]
+pub struct Flusher {
+    /// Bytes written (or, for a punch, 1) since the last round's step 2 began. Added to *after* the write, before
+    /// its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
+    /// write ended leaves it for the next one.
+    unsynced: AtomicU64,
+    /// Who waits for the next round. A leaf.
+    state: Mutex<State>,
+    /// The last round has ended; goes with `state`.
+    ended: Condvar,
+    /// Writes that wait for unsynced data to shrink. A leaf.
+    throttled: Mutex<Vec<Job>>,
+}
+
+#[derive(Default)]
+struct State {
+    running: bool,
+    waiting: Vec<Reply<()>>,
+    /// Somebody wants a round without waiting for it.
+    wanted: bool,
+    /// Closed: no round begins any more.
+    stopped: bool,
+}
+
+impl Flusher {
+    /// True when writes must wait for a round.
+    pub fn is_over_bound(&self) -> bool {
+        self.unsynced.load(Ordering::Relaxed) >= BOUND
+    }
+
+    /// Keeps `job(token)` until the end of a round, or gives the token back when the bound holds by now.
+    ///
+    /// No one is left behind: crossing `BACKGROUND` has asked for a round that swaps `unsynced` to 0 after that;
+    /// whoever still sees it over the bound, under the mutex, is drained at that round's end.
+    pub fn throttle(&self, pio: Pio, job: impl FnOnce(Pio) -> Job) -> Option<Pio> {
+        let mut throttled = lock(&self.throttled);
+        if self.is_over_bound() {
+            throttled.push(job(pio));
+            return None;
+        }
+        Some(pio)
+    }
+
+    /// Writes waiting here.
+    pub fn throttled(&self) -> usize {
+        lock(&self.throttled).len()
+    }
+}
+
+impl Image {
+    /// Answers when everything acknowledged before is durable.
+    pub fn flush(self: &Arc<Self>, reply: Reply<()>) {
+        if let Some(e) = self.failure() {
+            return reply(Err(e));
+        }
+        let mut state = lock(&self.flusher.state);
+        let clean = self.flusher.unsynced.load(Ordering::SeqCst) == 0
+            && self.bat.as_ref().is_none_or(|bat| bat.dirty_pages() == 0);
+        if clean && !state.running {
+            drop(state);
+            self.count_flush();
+            return reply(Ok(()));
+        }
+        if state.stopped {
+            drop(state);
+            return reply(Err(self.closed_error()));
+        }
+        state.waiting.push(reply);
+        self.begin(state);
+    }
+
+    /// The end of a close, whatever came of it: waits for the running round and lets none begin. A later one
+    /// would write the old pages of a failed close into a file that is unlocked, and perhaps somebody else's.
+    pub(super) fn stop_rounds(&self) {
+        let mut state = lock(&self.flusher.state);
+        state.stopped = true;
+        while state.running {
+            state = self.flusher.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Asks for a round without waiting for it.
+    pub(super) fn start_round(self: &Arc<Self>) {
+        let mut state = lock(&self.flusher.state);
+        if state.stopped {
+            return;
+        }
+        state.wanted = true;
+        self.begin(state);
+    }
+
+    fn begin(self: &Arc<Self>, mut state: crate::sync::MutexGuard<'_, State>) {
+        if !std::mem::replace(&mut state.running, true) {
+            drop(state);
+            let rounds = Rounds(Arc::clone(self));
+            self.engine.syncers.submit(self.id, Box::new(move || rounds.0.rounds()));
+        }
+    }
+
+    /// Runs rounds until nobody wants one.
+    fn rounds(self: &Arc<Self>) {
+        loop {
+            let waiting = {
+                let mut state = lock(&self.flusher.state);
+                // Who waits is answered also when it stops; a round for nobody is left out.
+                if state.waiting.is_empty() && (!state.wanted || state.stopped) {
+                    state.running = false;
+                    self.flusher.ended.notify_all();
+                    return;
+                }
+                state.wanted = false;
+                // Whoever arrives from here on waits for the next round.
+                std::mem::take(&mut state.waiting)
+            };
+            let result = self.round();
+            let full = result.as_ref().is_err_and(|e| e.kind() == Kind::NoSpace);
+            for reply in waiting {
+                self.count_flush();
+                reply(result.clone());
+            }
+            let throttled = std::mem::take(&mut *lock(&self.flusher.throttled));
+            throttled.into_iter().for_each(|job| self.submit(job));
+            // After a round that found no space nothing is cleaner: to look again at once would be to spin.
+            if full { self.engine.no_clean_pages(self.id) } else { self.engine.pages_are_clean() }
+        }
+    }
+
+    /// One round: the steps at the head of this file.
+    fn round(self: &Arc<Self>) -> Result<()> {
+        if let Some(e) = self.failure() {
+            return Err(e);
+        }
+        if self.is_closed() {
+            return Err(self.closed_error()); // A close that failed left pages dirty; the file is not ours any more.
+        }
+        let copies = self.bat.as_ref().map(|bat| bat.copy_dirty()).unwrap_or_default(); // 1
+        let unsynced = self.flusher.unsynced.swap(0, Ordering::SeqCst);
+        if unsynced == 0 && copies.is_empty() {
+            return Ok(());
+        }
+        if let Err(e) = self.sync_data() {
+            self.bat_not_written(copies);
+            return Err(e); // 2
+        }
+        if !copies.is_empty() {
+            self.write_back(copies)?; // 3, 4, 5
+        }
+        self.check_low_water();
+        Ok(())
+    }
+
+    /// fdatasync of the top. A failure is final (R7): the image is read-only at once, and every later fsync fails.
+    pub(super) fn sync_data(self: &Arc<Self>) -> Result<()> {
+        self.top().file.sync_data().map_err(|e| {
+            let e = Error::io(
+                &e,
+                &self.top().path,
+                "fdatasync failed; what was written since the last sync may be lost",
+            );
+            self.fail(&e);
+            e
+        })
+    }
+
+    /// `bytes` were written (1 for a punch) and are not yet synced.
+    pub(super) fn touched(self: &Arc<Self>, bytes: u64) {
+        let before = self.flusher.unsynced.fetch_add(bytes, Ordering::SeqCst);
+        if before < BACKGROUND && before + bytes >= BACKGROUND {
+            self.start_round();
+        }
+    }
+}
+
+/// The running rounds of an image.
+struct Rounds(Arc<Image>);
+
+impl Drop for Rounds {
+    /// After a panic in a round. Which pages it wrote is not known, so that no later
+    /// round may say that all is durable.
+    fn drop(&mut self) {
+        let image = &self.0;
+        if !std::thread::panicking() {
+            return;
+        }
+        let e = Error::at(Kind::Io, &image.top().path, "internal error: a sync round broke off");
+        image.fail(&e);
+        let mut state = lock(&image.flusher.state);
+        state.running = false;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        image.flusher.ended.notify_all();
+        waiting.into_iter().for_each(|reply| reply(Err(e.clone())));
+    }
+}

@@ -1,0 +1,146 @@
+//! The gate of one image: every pio is counted in and out; closing it freezes the image (DESIGN.md 4.1, 7).
+//!
+//! The counter is sharded per thread, so that submitters on different CPUs do not share a cache line.
+
+use std::collections::VecDeque;
+
+use super::runner::Job;
+use crate::sync::{
+    AtomicBool, AtomicU64, Condvar, Mutex, Ordering, Padded, PoisonError, SHARDS, lock, thread_shard,
+};
+
+/// Counts what is inside; can be closed.
+#[derive(Default)]
+pub struct Gate {
+    inside: [Padded<AtomicU64>; SHARDS],
+    closed: AtomicBool,
+    /// Closed for good. Changes and counts only under `outside`.
+    shut: AtomicBool,
+    /// What arrived while the gate was closed, in order. Also the mutex behind `emptied`. A leaf.
+    outside: Mutex<VecDeque<Job>>,
+    emptied: Condvar,
+}
+
+/// Proof of being inside, for a number of pios; handed back with [`Gate::leave`], from any thread.
+#[derive(Debug)]
+#[must_use]
+pub struct Inside {
+    shard: usize,
+    count: u64,
+}
+
+impl Inside {
+    /// Takes one pio's share out.
+    pub fn split(&mut self) -> Inside {
+        self.count -= 1;
+        Inside { shard: self.shard, count: 1 }
+    }
+}
+
+impl Gate {
+    /// Enters for `count` pios; None while the gate is closed.
+    pub fn enter(&self, count: u64) -> Option<Inside> {
+        let shard = thread_shard();
+        // The order matters: count first, look second. `close` sets the flag first and counts second, so one of
+        // the two sees the other (both are SeqCst).
+        self.inside[shard].0.fetch_add(count, Ordering::SeqCst);
+        let inside = Inside { shard, count };
+        if self.closed.load(Ordering::SeqCst) {
+            self.leave(inside);
+            return None;
+        }
+        Some(inside)
+    }
+
+    /// Enters for one more while `other` is inside, also while the gate closes: for work that an inside pio starts
+    /// and that a freeze or a close must wait for.
+    pub fn enter_with(&self, other: &Inside) -> Inside {
+        self.inside[other.shard].0.fetch_add(1, Ordering::SeqCst);
+        Inside { shard: other.shard, count: 1 }
+    }
+
+    /// Runs `job` when the gate is open again, unless it is open by now: then `job` comes back.
+    pub fn wait(&self, job: Job) -> Option<Job> {
+        let mut outside = lock(&self.outside);
+        if self.closed.load(Ordering::SeqCst) {
+            outside.push_back(job);
+            return None;
+        }
+        Some(job)
+    }
+
+    /// Leaves.
+    pub fn leave(&self, inside: Inside) {
+        self.inside[inside.shard].0.fetch_sub(inside.count, Ordering::SeqCst);
+        if self.closed.load(Ordering::SeqCst) {
+            // Under the mutex, so that the closer cannot miss it between its look and its sleep.
+            let _outside = lock(&self.outside);
+            self.emptied.notify_all();
+        }
+    }
+
+    /// Closes the gate and waits until everything inside has left. Never called from a runner.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let mut outside = lock(&self.outside);
+        while self.inside.iter().any(|n| n.0.load(Ordering::SeqCst) != 0) {
+            outside = self.emptied.wait(outside).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Closes for good: a [`Gate::open`] that comes later, or at the same moment, opens nothing.
+    pub fn shut(&self) {
+        {
+            let _outside = lock(&self.outside);
+            self.shut.store(true, Ordering::SeqCst);
+        }
+        self.close();
+    }
+
+    /// Takes what waits outside, without opening the gate: the image is closed for good.
+    pub fn take_outside(&self) -> VecDeque<Job> {
+        std::mem::take(&mut *lock(&self.outside))
+    }
+
+    /// Opens the gate; returns what waited, in order, to be submitted by the caller.
+    pub fn open(&self) -> VecDeque<Job> {
+        let mut outside = lock(&self.outside);
+        if self.shut.load(Ordering::SeqCst) {
+            return VecDeque::new();
+        }
+        self.closed.store(false, Ordering::SeqCst);
+        std::mem::take(&mut *outside)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Arc;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn close_waits_for_what_is_inside_and_nothing_enters_meanwhile() {
+        let gate = Arc::new(Gate::default());
+        let mut inside = gate.enter(2).expect("open");
+        let one = inside.split();
+        let (tx, rx) = mpsc::channel();
+        let closer = Arc::clone(&gate);
+        let thread = std::thread::spawn(move || {
+            closer.close();
+            tx.send(()).expect("the test waits");
+        });
+        while gate.wait(Box::new(|| ())).is_some() {
+            std::thread::yield_now();
+        }
+        assert!(gate.enter(1).is_none());
+        gate.leave(one);
+        assert!(rx.recv_timeout(Duration::from_millis(50)).is_err(), "one pio is still inside");
+        gate.leave(inside);
+        rx.recv_timeout(Duration::from_secs(10)).expect("closed once empty");
+        thread.join().expect("no panic");
+        assert_eq!(gate.open().len(), 1);
+        assert!(gate.enter(1).is_some());
+    }
+}

@@ -1,0 +1,148 @@
+//! The in-use mark of the top (R1), and the cut of its free tail.
+//!
+//! **R1** The top is marked in use, durably, before its first change. Clean close: BAT durable; file cut to its
+//! last used cluster; fsync; then the mark cleared, synced.
+
+use super::alloc::Allocator;
+use super::{Image, Stage};
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Header, IN_USE};
+use crate::io::file::write_full;
+use crate::sync::{Arc, Mutex, lock};
+use crate::vdisk::runner::Job;
+
+/// Who waits until the mark is durable.
+#[derive(Default)]
+pub struct Marker {
+    /// None = nobody marks yet. A leaf.
+    waiting: Mutex<Option<Vec<Job>>>,
+}
+
+impl Image {
+    /// Runs `then(token)` once the image is marked in use, marking it here if nobody else does; `fail(token)` on
+    /// failure. For runners.
+    pub(super) fn mark_first<T: Send + 'static>(
+        self: &Arc<Self>,
+        token: T,
+        then: fn(T),
+        fail: fn(T, Result<()>),
+    ) {
+        let mut waiting = lock(&self.marker.waiting);
+        if self.stage() != Stage::Unmarked {
+            drop(waiting);
+            return then(token); // It looks at the stage again.
+        }
+        if let Some(queue) = &mut *waiting {
+            queue.push(Box::new(move || then(token)));
+            return;
+        }
+        *waiting = Some(Vec::new());
+        drop(waiting);
+        let marked = self.mark();
+        if marked.is_ok() {
+            self.set_stage(Stage::Unmarked, Stage::Marked);
+        }
+        let queue = lock(&self.marker.waiting).take().unwrap_or_default();
+        queue.into_iter().for_each(|job| self.submit(job));
+        match marked {
+            Ok(()) => then(token),
+            Err(e) => fail(token, Err(e)),
+        }
+    }
+
+    /// Before the first change:
+    /// 1. the header says in use, not empty, no extension; written in one sector;
+    /// 2. fdatasync;
+    /// 3. the file's free tail is cut off (R3: it is not trusted to be zero);
+    /// 4. only then anything may be allocated or written.
+    ///
+    /// 3 before 2 would change the file of an image that still says "clean" and, closed as v2.1, "trust my bitmap".
+    fn mark(self: &Arc<Self>) -> Result<()> {
+        let top = self.top();
+        if self.bat.is_none() {
+            return Ok(()); // Raw: there is no header, and nothing is allocated.
+        }
+        let scan = lock(&self.scan).take();
+        let Some(scan) = scan else {
+            return Err(Error::at(Kind::ReadOnly, &top.path, "the image was not opened for writing"));
+        };
+        let result = (|| {
+            let mut header = lock(&self.header);
+            let Some(h) = &mut *header else { return Ok(()) };
+            if h.in_use == CLOSED_V21 && h.extension != 0 {
+                log::warn!(
+                    "{}: the changed-block bitmap in the format extension is dropped by this write",
+                    top.path.display()
+                );
+            }
+            let before = *h;
+            h.in_use = IN_USE;
+            h.flags = if h.flags == u32::MAX { 0 } else { h.flags & !FLAG_EMPTY };
+            h.extension = 0;
+            if *h != before {
+                write_full(&*top.file, &h.encode(), 0).map_err(|e| {
+                    *h = before;
+                    Error::io(&e, &top.path, "cannot mark the image in use")
+                })?;
+            }
+            drop(header);
+            self.sync_data()?;
+            let end = self.geometry.cluster_position(scan.end);
+            top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))
+        })();
+        match result {
+            Ok(()) => {
+                let step = self.engine.options.extend / self.cluster;
+                let allocator = Allocator::new(scan.end, self.geometry.file_clusters(), step, scan.free);
+                if self.allocator.set(allocator).is_err() {
+                    unreachable!("the scan is taken once");
+                }
+                Ok(())
+            }
+            Err(e) => {
+                *lock(&self.scan) = Some(scan);
+                Err(e)
+            }
+        }
+    }
+
+    /// The clean close of a marked image, after its last round:
+    /// 1. cut the file to its last used cluster;
+    /// 2. fsync;
+    /// 3. the header says closed (and empty, when nothing is mapped); written in one sector;
+    /// 4. fsync.
+    ///
+    /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows.
+    pub(super) fn unmark(self: &Arc<Self>) -> Result<()> {
+        let top = self.top();
+        let sync = || {
+            top.file.sync_all().map_err(|e| {
+                let e = Error::io(&e, &top.path, "fsync failed; the image keeps its in-use mark");
+                self.fail(&e);
+                e
+            })
+        };
+        if self.bat.is_none() {
+            return sync();
+        }
+        let allocator = self.allocator();
+        let end = self.geometry.cluster_position(allocator.used_end());
+        top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))?;
+        sync()?;
+        let mut header = lock(&self.header);
+        if let Some(h) = &mut *header {
+            let closed = closed(h, allocator.used() == 0);
+            write_full(&*top.file, &closed.encode(), 0)
+                .map_err(|e| Error::io(&e, &top.path, "cannot clear the in-use mark"))?;
+            *h = closed;
+        }
+        drop(header);
+        sync()
+    }
+}
+
+/// A header as it is after a clean close.
+fn closed(header: &Header, empty: bool) -> Header {
+    let flags = if empty { header.flags | FLAG_EMPTY } else { header.flags & !FLAG_EMPTY };
+    Header { in_use: CLOSED, flags, ..*header }
+}

@@ -1,0 +1,530 @@
+//! One live image: requests in, pios through locks and BAT cache, bytes in the delta files.
+//!
+//! The way of a request: `gate` and `pio` (split, answer), `fast` (what ends on the caller's thread), `runner`
+//! (who does the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
+//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host).
+//!
+//! Lock order, outermost first: cluster lock (stripes; see `locks`), header, BAT page, then the leaves (allocator,
+//! dirty list, flusher, space, pools). Nothing but the cluster lock and the header is held across I/O.
+
+pub mod alloc;
+pub mod bat;
+mod clock;
+mod discard;
+mod engine;
+mod extend;
+mod fast;
+mod flush;
+mod gate;
+mod level;
+pub mod locks;
+mod mark;
+mod pio;
+#[cfg(test)]
+mod races;
+mod read;
+mod runner;
+mod scan;
+mod seek;
+mod space;
+mod write;
+mod zero;
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{Geometry, HEADER_BYTES, Header, Version};
+use crate::io::file::read_full;
+use crate::io::poison::Poison;
+use crate::sync::{
+    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
+};
+use bat::cache::{BatCache, Lookup};
+use bat::page::Place;
+pub use engine::{Engine, Event, Listener, OnFull, Options};
+pub use level::{Layout, Level};
+use locks::{ClusterLocks, Mode as LockMode};
+
+/// Called once with the answer, from any thread.
+pub type Reply<T> = Box<dyn FnOnce(Result<T>) + Send>;
+
+/// What the image can do at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Reads and writes.
+    Write,
+    /// Out of space, writes are parked.
+    FullQueue,
+    /// Out of space, writes fail.
+    FullError,
+    /// Reads only: opened so, damaged, or a sync failed.
+    ReadOnly,
+}
+
+/// Live counters of one image.
+#[derive(Clone, Copy, Debug)]
+pub struct Stats {
+    /// Mode.
+    pub mode: Mode,
+    /// Free space of the host is below the low-water mark.
+    pub low: bool,
+    /// BAT pages not yet durable.
+    pub dirty_pages: u64,
+    /// Pios parked for space or waiting for unsynced data to shrink.
+    pub queued: u64,
+    /// Finished reads.
+    pub reads: u64,
+    /// Finished writes.
+    pub writes: u64,
+    /// Finished discards.
+    pub discards: u64,
+    /// Finished flushes.
+    pub flushes: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+}
+
+/// How far an image is on its way to its first change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Stage {
+    ReadOnly = 0,
+    /// Scanned; the first change marks it in use.
+    Unmarked = 1,
+    Marked = 2,
+}
+
+/// May a write begin?
+enum Ready {
+    Yes,
+    /// Once the image is marked in use.
+    Unmarked,
+    No(Error),
+}
+
+/// Counters of one thread shard.
+#[derive(Default)]
+struct Counters {
+    reads: AtomicU64,
+    writes: AtomicU64,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// One open image.
+pub struct Image {
+    id: u64,
+    name: String,
+    engine: Arc<Engine>,
+    levels: Vec<Level>,
+    /// The top's; for raw, one that maps every byte to itself.
+    geometry: Geometry,
+    cluster: u64,
+    /// None for a raw top.
+    bat: Option<Arc<BatCache>>,
+    never_blocks: bool,
+    nowait_reads: bool,
+    gate: gate::Gate,
+    locks: ClusterLocks,
+    stage: AtomicU8,
+    /// The header of the top as it should be on disk. Held across every write of bytes 0 to 4095 (R5).
+    header: Mutex<Option<Header>>,
+    /// What the scan found, until the mark turns it into the allocator. A leaf.
+    scan: Mutex<Option<scan::Scan>>,
+    marker: mark::Marker,
+    allocator: std::sync::OnceLock<alloc::Allocator>,
+    flusher: flush::Flusher,
+    space: space::Space,
+    /// The BAT deadline is armed.
+    bat_timer: AtomicBool,
+    /// Punches and extensions running: inline writes would wait for the host's inode lock.
+    host_busy: AtomicU32,
+    /// The host answered EOPNOTSUPP to a punch.
+    cannot_punch: AtomicBool,
+    failed: AtomicBool,
+    /// Why the image is read-only since it was opened. A leaf.
+    failure: Mutex<Option<Error>>,
+    closing: AtomicBool,
+    closed: AtomicBool,
+    counters: [Padded<Counters>; SHARDS],
+    discards: AtomicU64,
+    flushes: AtomicU64,
+    /// Nanoseconds since 1970; 0 = never.
+    last_write: AtomicU64,
+}
+
+impl Image {
+    /// Opens over `levels` (base first), read-only. Blocks. A delta found in use has its page cache dropped before
+    /// anything of it is trusted (R7).
+    pub fn open(engine: &Arc<Engine>, name: &str, mut levels: Vec<Level>) -> Result<Arc<Image>> {
+        let [level] = &mut levels[..] else {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("{name}: images of several layers are not served yet"),
+            ));
+        };
+        let io = |level: &Level, e: std::io::Error| Error::io(&e, &level.path, "cannot open the image");
+        let len = level.file.len().map_err(|e| io(level, e))?;
+        let geometry = match &mut level.layout {
+            Layout::Ploop(header) => {
+                if header.is_in_use() {
+                    level
+                        .file
+                        .drop_cache()
+                        .map_err(|e| Error::io(&e, &level.path, "cannot drop the page cache"))?;
+                    let mut bytes = [0; HEADER_BYTES as usize];
+                    read_full(&*level.file, &mut bytes, 0)
+                        .map_err(|e| Error::io(&e, &level.path, "cannot read"))?;
+                    *header = Header::parse(&bytes)
+                        .map_err(|e| Error::at(Kind::Damaged, &level.path, e.to_string()))?;
+                }
+                let geometry = header.geometry();
+                if geometry.bat_end() > len {
+                    let context = format!(
+                        "the file ends at byte {len}, inside the BAT, which ends at byte {}",
+                        geometry.bat_end()
+                    );
+                    return Err(Error::at(Kind::Damaged, &level.path, context));
+                }
+                geometry
+            }
+            // Clusters of a raw image only cut requests into pios; 1 MiB is the format's usual size.
+            Layout::Raw => {
+                Geometry { version: Version::V2, cluster: 1 << 20, entries: 0, disk: len, first: 0 }
+            }
+        };
+        let header = match &level.layout {
+            Layout::Ploop(header) => Some(*header),
+            Layout::Raw => None,
+        };
+        let top = (levels.len() - 1) as u16;
+        let bat = header.map(|_| BatCache::new(Arc::clone(&engine.budget), top, geometry));
+        let (never_blocks, nowait_reads) = fast::probe(&levels);
+        // R7 where nobody can get around it: after a failed sync the file itself refuses every change.
+        let level = &mut levels[usize::from(top)];
+        level.file = Arc::new(Poison::new(Arc::clone(&level.file)));
+        Ok(Arc::new(Image {
+            id: engine.new_id(),
+            name: name.into(),
+            engine: Arc::clone(engine),
+            levels,
+            geometry,
+            cluster: geometry.cluster,
+            bat,
+            never_blocks,
+            nowait_reads,
+            gate: gate::Gate::default(),
+            locks: ClusterLocks::default(),
+            stage: AtomicU8::new(Stage::ReadOnly as u8),
+            header: Mutex::new(header),
+            scan: Mutex::default(),
+            marker: mark::Marker::default(),
+            allocator: std::sync::OnceLock::new(),
+            flusher: flush::Flusher::default(),
+            space: space::Space::default(),
+            bat_timer: AtomicBool::new(false),
+            host_busy: AtomicU32::new(0),
+            cannot_punch: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            failure: Mutex::default(),
+            closing: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            counters: Default::default(),
+            discards: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+            last_write: AtomicU64::new(0),
+        }))
+    }
+
+    /// Makes the image writable: scans the BAT for ranges and doubles. Blocks. No byte changes before the first
+    /// write. Damage: `Kind::Damaged`, and the image stays readable.
+    pub fn make_writable(self: &Arc<Self>) -> Result<()> {
+        if self.stage() != Stage::ReadOnly {
+            return Ok(());
+        }
+        if self.bat.is_some() {
+            let found = scan::scan(self.top(), &self.geometry)?;
+            *lock(&self.scan) = Some(found);
+        }
+        self.set_stage(Stage::ReadOnly, Stage::Unmarked);
+        Ok(())
+    }
+
+    /// Disk size in bytes.
+    pub fn size(&self) -> u64 {
+        self.geometry.disk
+    }
+
+    /// Cluster size in bytes.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
+    }
+
+    /// The name it was opened under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Reads; `reply` is called from any thread. Clipped at the disk's end.
+    pub fn read(self: &Arc<Self>, offset: u64, len: usize, reply: Reply<Bytes>) {
+        let len = (len as u64).min(self.size().saturating_sub(offset)) as usize;
+        if len == 0 {
+            return reply(Ok(Bytes::new()));
+        }
+        pio::submit_read(self, offset, len, reply);
+    }
+
+    /// Writes; `durable` = O_DSYNC. A range that passes the disk's end is `Kind::NoSpace`, and nothing is written.
+    pub fn write(self: &Arc<Self>, offset: u64, data: Bytes, durable: bool, reply: Reply<()>) {
+        match self.check_range(offset, data.len() as u64) {
+            Err(e) => reply(Err(e)),
+            Ok(()) if data.is_empty() => reply(Ok(())),
+            Ok(()) => pio::submit_write(self, offset, data, durable, reply),
+        }
+    }
+
+    /// Makes a range read as zero and gives space back (discard and write-zeroes). Clipped at the disk's end.
+    pub fn discard(self: &Arc<Self>, offset: u64, len: u64, reply: Reply<()>) {
+        let len = len.min(self.size().saturating_sub(offset));
+        if len == 0 {
+            return reply(Ok(()));
+        }
+        discard::submit(self, offset, len, reply);
+    }
+
+    /// Live counters.
+    pub fn stats(&self) -> Stats {
+        let sum = |of: fn(&Counters) -> &AtomicU64| -> u64 {
+            self.counters.iter().map(|c| of(&c.0).load(Ordering::Relaxed)).sum()
+        };
+        Stats {
+            mode: self.mode(),
+            low: self.is_low(),
+            dirty_pages: self.bat.as_ref().map_or(0, |bat| bat.dirty_pages()),
+            queued: (self.space.parked() + self.flusher.throttled()) as u64,
+            reads: sum(|c| &c.reads),
+            writes: sum(|c| &c.writes),
+            discards: self.discards.load(Ordering::Relaxed),
+            flushes: self.flushes.load(Ordering::Relaxed),
+            read_bytes: sum(|c| &c.read_bytes),
+            written_bytes: sum(|c| &c.written_bytes),
+        }
+    }
+
+    /// What it can do at the moment.
+    pub fn mode(&self) -> Mode {
+        if self.failed.load(Ordering::SeqCst) || self.stage() == Stage::ReadOnly {
+            Mode::ReadOnly
+        } else if !self.space.is_full() {
+            Mode::Write
+        } else if self.space.fails() || self.engine.options.on_full == OnFull::Error {
+            Mode::FullError
+        } else {
+            Mode::FullQueue
+        }
+    }
+
+    /// Time of the last write through us.
+    pub fn last_write(&self) -> Option<SystemTime> {
+        match self.last_write.load(Ordering::Relaxed) {
+            0 => None,
+            nanos => Some(UNIX_EPOCH + Duration::from_nanos(nanos)),
+        }
+    }
+
+    /// Waits for what runs and lets nothing new begin; what arrives waits for [`thaw`](Self::thaw). Blocks; not
+    /// for runners. Pios parked for space do not count as running.
+    pub fn freeze(&self) {
+        self.gate.close();
+    }
+
+    /// Ends a [`freeze`](Self::freeze).
+    pub fn thaw(&self) {
+        self.gate.open().into_iter().for_each(|job| self.submit(job));
+    }
+
+    /// Closes: fails what is parked for space, waits for what runs, syncs, cuts the tail, clears the in-use mark.
+    /// Blocks. The image answers EIO afterwards. On error the in-use mark stays.
+    pub fn close(self: &Arc<Self>) -> Result<()> {
+        if self.closing.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        self.fail_parked(&self.closed_error());
+        self.engine.no_clean_pages(self.id);
+        self.gate.shut();
+        let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
+        let result = synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark() } else { Ok(()) });
+        self.stop_rounds();
+        self.give_up_pages();
+        self.closed.store(true, Ordering::SeqCst);
+        // Whoever came meanwhile finds the image closed.
+        self.gate.take_outside().into_iter().for_each(|job| self.submit(job));
+        result
+    }
+
+    /// Blocking read, for tests and library users.
+    pub fn read_at(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes> {
+        wait_for(|reply| self.read(offset, len, reply))
+    }
+
+    /// Blocking write.
+    pub fn write_at(self: &Arc<Self>, offset: u64, data: &[u8]) -> Result<()> {
+        wait_for(|reply| self.write(offset, Bytes::copy_from_slice(data), false, reply))
+    }
+
+    /// Blocking discard.
+    pub fn discard_at(self: &Arc<Self>, offset: u64, len: u64) -> Result<()> {
+        wait_for(|reply| self.discard(offset, len, reply))
+    }
+
+    /// Blocking flush.
+    pub fn flush_now(self: &Arc<Self>) -> Result<()> {
+        wait_for(|reply| self.flush(reply))
+    }
+
+    // What the files of this room share.
+
+    fn top(&self) -> &Level {
+        self.levels.last().expect("an image has a level")
+    }
+
+    /// Where a guest cluster lies.
+    fn place(&self, cluster: u64) -> Lookup {
+        match &self.bat {
+            Some(bat) => bat.lookup(cluster),
+            None => Lookup::Found(Place::At { level: 0, position: cluster * self.cluster }),
+        }
+    }
+
+    fn allocator(&self) -> &alloc::Allocator {
+        self.allocator.get().expect("only marked images allocate and free")
+    }
+
+    fn submit(&self, job: runner::Job) {
+        self.engine.runners.submit(self.id, job);
+    }
+
+    fn unlock(&self, cluster: u64, mode: LockMode) {
+        self.locks.unlock(cluster, mode, |job| self.submit(job));
+    }
+
+    /// Runs `job` when the gate opens, or now when it has.
+    fn outside(&self, job: runner::Job) {
+        if let Some(job) = self.gate.wait(job) {
+            self.submit(job);
+        }
+        // `close` may have looked for the last time just before the job came.
+        if self.is_closed() {
+            self.gate.take_outside().into_iter().for_each(|job| self.submit(job));
+        }
+    }
+
+    fn stage(&self) -> Stage {
+        match self.stage.load(Ordering::SeqCst) {
+            0 => Stage::ReadOnly,
+            1 => Stage::Unmarked,
+            _ => Stage::Marked,
+        }
+    }
+
+    fn set_stage(&self, from: Stage, to: Stage) {
+        let _ = self.stage.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    fn ready(&self) -> Ready {
+        if self.failed.load(Ordering::SeqCst) {
+            return Ready::No(self.failure().unwrap_or_else(|| self.closed_error()));
+        }
+        match self.stage() {
+            Stage::Marked => Ready::Yes,
+            Stage::Unmarked => Ready::Unmarked,
+            Stage::ReadOnly => {
+                Ready::No(Error::at(Kind::ReadOnly, &self.top().path, "the image was opened read-only"))
+            }
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    fn closed_error(&self) -> Error {
+        Error::at(Kind::Io, &self.top().path, "the image is closed")
+    }
+
+    /// Why the image turned read-only after it was opened.
+    pub fn failure(&self) -> Option<Error> {
+        if !self.failed.load(Ordering::SeqCst) {
+            return None;
+        }
+        lock(&self.failure).clone()
+    }
+
+    /// Read-only from now on (R7): every waiter and every later fsync fails until the image is closed.
+    fn fail(self: &Arc<Self>, error: &Error) {
+        {
+            let mut failure = lock(&self.failure);
+            if failure.is_some() {
+                return;
+            }
+            *failure = Some(error.with_kind(Kind::Io));
+            self.failed.store(true, Ordering::SeqCst);
+        }
+        self.engine.tell(Event::ReadOnly { image: self.name.clone(), reason: error.to_string() });
+        // Not here: this may be a thread that holds the header or a cluster.
+        let (image, error) = (Arc::clone(self), error.clone());
+        self.submit(Box::new(move || {
+            image.give_up_pages();
+            image.fail_parked(&error);
+        }));
+    }
+
+    /// Dirty pages that will never be written keep nobody waiting.
+    fn give_up_pages(&self) {
+        if let Some(bat) = &self.bat {
+            bat.give_up();
+            self.engine.pages_are_clean();
+        }
+    }
+
+    /// A write reached the host.
+    fn wrote(self: &Arc<Self>, bytes: usize) {
+        self.touched(bytes as u64);
+        self.count_write(bytes);
+    }
+
+    fn count_read(&self, bytes: usize) {
+        let c = &self.counters[thread_shard()].0;
+        c.reads.fetch_add(1, Ordering::Relaxed);
+        c.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn count_write(&self, bytes: usize) {
+        let c = &self.counters[thread_shard()].0;
+        c.writes.fetch_add(1, Ordering::Relaxed);
+        c.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        self.last_write.store(now, Ordering::Relaxed);
+    }
+
+    fn count_discard(&self) {
+        self.discards.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn count_flush(&self) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Turns a call with a reply into one that waits.
+fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
+    let (tell, answer) = std::sync::mpsc::channel();
+    start(Box::new(move |result| {
+        let _ = tell.send(result);
+    }));
+    answer.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "internal error: the request was dropped")))
+}

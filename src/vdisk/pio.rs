@@ -1,0 +1,252 @@
+//! Requests and pios. A pio is the part of one request that lies in one cluster; it is what locks, runners and
+//! queues deal with. A request answers when its last pio has finished.
+
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+
+use super::bat::cache::Loading;
+use super::gate::Inside;
+use super::locks::Mode;
+use super::{Image, Reply, read, write};
+use crate::error::{Error, Kind, Result};
+use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, lock};
+
+/// What a pio carries.
+pub enum Body {
+    /// Room for what is read.
+    Read(BytesMut),
+    /// What is written.
+    Write(Bytes),
+}
+
+/// How a request answers.
+enum Answer {
+    Read { parts: Vec<BytesMut>, reply: Reply<Bytes> },
+    Write { durable: bool, reply: Reply<()> },
+}
+
+struct Request {
+    left: AtomicUsize,
+    /// The first failure, and the answer with the parts that have come in. A leaf.
+    state: Mutex<(Option<Error>, Option<Answer>)>,
+}
+
+/// The part of a request in one cluster.
+pub struct Pio {
+    /// The image.
+    pub image: Arc<Image>,
+    request: Arc<Request>,
+    /// Which part of the request.
+    index: usize,
+    /// Guest cluster.
+    pub cluster: u64,
+    /// First byte inside the cluster.
+    pub start: u64,
+    /// Data.
+    pub body: Body,
+    /// The cluster lock held.
+    held: Option<Mode>,
+    /// None while parked for space, and once finished.
+    inside: Option<Inside>,
+    /// When it was first parked for space.
+    pub parked: Option<Instant>,
+    finished: bool,
+}
+
+/// Splits a read and hands its pios to runners. `offset` and `len` lie inside the disk, `len` > 0.
+pub fn submit_read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
+    let parts = vec![BytesMut::new(); pieces(image, offset, len)];
+    let mut rest = BytesMut::zeroed(len);
+    let answer = Answer::Read { parts, reply };
+    submit(image, offset, len, answer, move |n| Body::Read(rest.split_to(n)));
+}
+
+/// Splits a write and hands its pios to runners. The range lies inside the disk and is not empty.
+pub fn submit_write(image: &Arc<Image>, offset: u64, mut data: Bytes, durable: bool, reply: Reply<()>) {
+    let len = data.len();
+    submit(image, offset, len, Answer::Write { durable, reply }, move |n| Body::Write(data.split_to(n)));
+}
+
+fn pieces(image: &Image, offset: u64, len: usize) -> usize {
+    let last = (offset + len as u64 - 1) / image.cluster;
+    (last - offset / image.cluster + 1) as usize
+}
+
+fn submit<F>(image: &Arc<Image>, offset: u64, len: usize, answer: Answer, mut body: F)
+where
+    F: FnMut(usize) -> Body + Send + 'static,
+{
+    let count = pieces(image, offset, len);
+    let Some(mut inside) = image.gate.enter(count as u64) else {
+        if image.is_closed() {
+            let error = Err(image.closed_error());
+            return match answer {
+                Answer::Read { reply, .. } => reply(error.map(|()| Bytes::new())),
+                Answer::Write { reply, .. } => reply(error),
+            };
+        }
+        let again = Arc::clone(image);
+        image.outside(Box::new(move || submit(&again, offset, len, answer, body)));
+        return;
+    };
+    let request =
+        Arc::new(Request { left: AtomicUsize::new(count), state: Mutex::new((None, Some(answer))) });
+    let mut at = offset;
+    let end = offset + len as u64;
+    for index in 0..count {
+        let (cluster, start) = (at / image.cluster, at % image.cluster);
+        let n = (image.cluster - start).min(end - at);
+        at += n;
+        let pio = Pio {
+            image: Arc::clone(image),
+            request: Arc::clone(&request),
+            index,
+            cluster,
+            start,
+            body: body(n as usize),
+            held: None,
+            inside: Some(inside.split()),
+            parked: None,
+            finished: false,
+        };
+        pio.requeue();
+    }
+}
+
+impl Pio {
+    /// Runs the pio from its beginning; it holds no lock.
+    pub fn run(self) {
+        match &self.body {
+            Body::Read(_) => read::run(self),
+            Body::Write(_) => write::run(self),
+        }
+    }
+
+    /// Hands the pio to a runner, to run from its beginning.
+    pub fn requeue(self) {
+        let image = Arc::clone(&self.image);
+        image.submit(Box::new(move || self.run()));
+    }
+
+    /// Goes on with `then` once the cluster is locked: at once, or on the runner that is handed the lock.
+    pub fn with_lock(self, mode: Mode, then: fn(Pio)) {
+        let (image, cluster) = (Arc::clone(&self.image), self.cluster);
+        let queued = move |mut pio: Pio| -> super::runner::Job {
+            pio.held = Some(mode);
+            Box::new(move || then(pio))
+        };
+        if let Some(mut pio) = image.locks.lock_or_queue(cluster, mode, self, queued) {
+            pio.held = Some(mode);
+            then(pio);
+        }
+    }
+
+    /// Lets the cluster lock go.
+    pub fn unlock(&mut self) {
+        if let Some(mode) = self.held.take() {
+            self.image.unlock(self.cluster, mode);
+        }
+    }
+
+    /// Lets the lock go and starts over once the BAT page is loaded; loads it here when nobody else does.
+    pub fn run_with_page(mut self) {
+        self.unlock();
+        let (image, cluster) = (Arc::clone(&self.image), self.cluster);
+        let Some(bat) = &image.bat else { return self.run() };
+        match bat.load_or_queue(cluster, self, |pio: Pio| Box::new(move || pio.run())) {
+            Loading::Queued => {}
+            Loading::Loaded(pio) => pio.run(),
+            Loading::Mine(pio) => {
+                let (waiting, loaded) = bat.load(cluster, &image.levels);
+                waiting.into_iter().for_each(|job| image.submit(job));
+                match loaded {
+                    Ok(()) => pio.run(),
+                    Err(e) => pio.finish(Err(e)),
+                }
+            }
+        }
+    }
+
+    /// A place inside the gate for work that this pio starts and does not wait for.
+    pub fn companion(&self) -> Option<Inside> {
+        self.inside.as_ref().map(|inside| self.image.gate.enter_with(inside))
+    }
+
+    /// Leaves the image while parked for space: a freeze does not wait for it.
+    pub fn leave(&mut self) {
+        self.unlock();
+        if let Some(inside) = self.inside.take() {
+            self.image.gate.leave(inside);
+        }
+    }
+
+    /// Comes back from being parked and runs; waits outside while the gate is closed.
+    pub fn come_back(mut self) {
+        let image = Arc::clone(&self.image);
+        match image.gate.enter(1) {
+            Some(inside) => {
+                self.inside = Some(inside);
+                self.requeue();
+            }
+            None if image.is_closed() => {
+                let e = image.closed_error();
+                self.finish(Err(e));
+            }
+            None => image.outside(Box::new(move || self.come_back())),
+        }
+    }
+
+    /// The end: lets go of everything and, as the last pio, answers the request.
+    pub fn finish(mut self, result: Result<()>) {
+        self.end(result);
+    }
+
+    fn end(&mut self, result: Result<()>) {
+        self.finished = true;
+        self.leave();
+        let mut state = lock(&self.request.state);
+        match result {
+            Err(e) => {
+                state.0.get_or_insert(e);
+            }
+            Ok(()) => {
+                if let (Some(Answer::Read { parts, .. }), Body::Read(data)) = (&mut state.1, &mut self.body) {
+                    parts[self.index] = std::mem::take(data);
+                }
+            }
+        }
+        drop(state);
+        if self.request.left.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.answer();
+        }
+    }
+
+    fn answer(&self) {
+        let (error, answer) = std::mem::take(&mut *lock(&self.request.state));
+        match (error, answer) {
+            (Some(e), Some(Answer::Read { reply, .. })) => reply(Err(e)),
+            (Some(e), Some(Answer::Write { reply, .. })) => reply(Err(e)),
+            (None, Some(Answer::Read { parts, reply })) => {
+                let mut parts = parts.into_iter();
+                let mut whole = parts.next().unwrap_or_default();
+                // The parts were split from one buffer, so that joining them moves no data.
+                parts.for_each(|part| whole.unsplit(part));
+                reply(Ok(whole.freeze()));
+            }
+            // O_DSYNC: no fsync follows from the kernel, so the write itself waits for a round (R6).
+            (None, Some(Answer::Write { durable: true, reply })) => self.image.flush(reply),
+            (None, Some(Answer::Write { durable: false, reply })) => reply(Ok(())),
+            (_, None) => {}
+        }
+    }
+}
+
+impl Drop for Pio {
+    /// A pio that is dropped unfinished (its runner panicked) answers EIO and keeps no lock.
+    fn drop(&mut self) {
+        if !self.finished {
+            self.end(Err(Error::new(Kind::Io, "internal error: the request was dropped")));
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Races and failures of one image, each as a test: closes, rounds, space and the shared budget.
+
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
+use crate::error::{Kind, Result};
+use crate::format::header::{Header, Version};
+use crate::io::fault::{FaultFile, Plan};
+use crate::io::file::HostFile;
+use crate::io::memory::MemoryFile;
+use crate::sync::Arc;
+
+const CLUSTER: u64 = 32 << 10;
+/// Guest bytes that one BAT page maps.
+const PAGE: u64 = 1024 * CLUSTER;
+const LONG: Duration = Duration::from_secs(20);
+
+struct Bench {
+    file: Arc<MemoryFile>,
+    plan: Arc<Plan>,
+    image: Arc<Image>,
+}
+
+fn engine(options: Options) -> Arc<Engine> {
+    Engine::new(options, Box::new(|_| ()))
+}
+
+fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
+    let header = Header::new(Version::V2, 16 * PAGE, CLUSTER).expect("fits the format");
+    let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
+    file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
+    let plan = Arc::new(faults.parse::<Plan>().expect("a plan"));
+    let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file.clone(), plan.clone()));
+    let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
+    let image = Image::open(engine, "memory", vec![level]).expect("opens");
+    image.make_writable().expect("the BAT is sound");
+    Bench { file, plan, image }
+}
+
+fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
+    let (tell, answer) = mpsc::channel();
+    image.write(offset, vec![1; 512].into(), false, Box::new(move |r| drop(tell.send(r))));
+    answer
+}
+
+fn until(mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !holds() {
+        assert!(Instant::now() < deadline, "it never came");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn after_a_close_that_failed_nothing_more_is_written() {
+    for delay in [0, 20] {
+        let engine = engine(Options {
+            bat_delay: Duration::from_millis(delay),
+            on_full: OnFull::Error,
+            ..Options::default()
+        });
+        let b = bench(&engine, "");
+        let round_under_way = b.image.clone();
+        b.image.write_at(0, &[7; 512]).expect("space");
+        until(|| round_under_way.stats().dirty_pages == 0);
+        // Data of the next cluster gets in; its BAT page meets a full host.
+        b.plan.set_delay(crate::io::fault::Op::Sync, 50);
+        b.image.write_at(4 * CLUSTER, &[8; 512]).expect("space");
+        b.plan.set_full(true);
+        assert_eq!(b.image.close().expect_err("the BAT has no space").kind(), Kind::NoSpace);
+        let closed = b.file.to_bytes();
+        b.plan.set_full(false);
+        assert!(b.image.flush_now().is_err(), "what was not written is not durable");
+        // Longer than any deadline of a BAT page.
+        std::thread::sleep(Duration::from_millis(1300));
+        assert!(b.file.to_bytes() == closed, "the file belongs to the next opener");
+    }
+}
+
+#[test]
+fn after_a_close_a_thaw_opens_nothing() {
+    let b = bench(&engine(Options::default()), "");
+    b.image.write_at(0, &[7; 512]).expect("space");
+    b.image.freeze();
+    b.image.close().expect("closes");
+    b.image.thaw();
+    let closed = b.file.to_bytes();
+    assert!(b.image.write_at(0, &[8; 512]).is_err());
+    assert!(b.image.try_write(0, &[8; 512]).is_none_or(|r| r.is_err()));
+    assert!(b.file.to_bytes() == closed);
+}
+
+#[test]
+fn an_extension_that_once_found_no_space_is_tried_again_by_the_next_write() {
+    // The mark cuts the tail; the extension fails, the shorter one as well, the next one works.
+    let faults = "fail=set_len:2:ENOSPC,fail=set_len:3:ENOSPC";
+    let b = bench(&engine(Options { on_full: OnFull::Error, ..Options::default() }), faults);
+    assert_eq!(b.image.write_at(0, &[1; 512]).expect_err("full").kind(), Kind::NoSpace);
+    b.image.write_at(0, &[1; 512]).expect("space is back");
+    assert_eq!(b.image.mode(), Mode::Write);
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn a_mark_that_finds_no_space_is_parked_like_any_write() {
+    let b = bench(&engine(Options::default()), "fail=write:1:ENOSPC");
+    let answer = later(&b.image, 0);
+    answer.recv_timeout(LONG).expect("answered").expect("written when space was back");
+    b.image.close().expect("closes");
+}
+
+/// Two images that share the smallest cache; the first has dirtied its share, and never writes by itself.
+fn crowded(faults: &str) -> (Bench, Bench) {
+    let options = Options { bat_cache: 0, bat_delay: Duration::from_secs(3600), ..Options::default() };
+    let engine = engine(options);
+    let (a, b) = (bench(&engine, faults), bench(&engine, ""));
+    for page in 0..8 {
+        a.image.write_at(page * PAGE, &[1; 512]).expect("space");
+    }
+    assert!(engine.budget.dirty_full());
+    (a, b)
+}
+
+fn nothing_comes<T>(answer: &mpsc::Receiver<T>) {
+    assert!(answer.recv_timeout(Duration::from_millis(100)).is_err(), "it waits");
+}
+
+#[test]
+fn an_allocation_waits_for_the_dirty_pages_of_another_image_without_spinning() {
+    let (a, b) = crowded("");
+    let answer = later(&b.image, 0);
+    nothing_comes(&answer);
+    assert!(b.plan.counters(crate::io::fault::Op::Sync).started < 10, "no round after round");
+    a.image.flush_now().expect("durable");
+    answer.recv_timeout(LONG).expect("woken").expect("written");
+}
+
+#[test]
+fn a_discard_waits_for_clean_pages_too() {
+    let (a, b) = crowded("");
+    let (tell, answer) = mpsc::channel();
+    b.image.discard(0, CLUSTER, Box::new(move |r| drop(tell.send(r))));
+    // The first change of an image marks it in use; the discard itself waits.
+    nothing_comes(&answer);
+    a.image.flush_now().expect("durable");
+    answer.recv_timeout(LONG).expect("woken").expect("discarded");
+}
+
+#[test]
+fn freeze_and_close_do_not_wait_for_dirty_pages_of_another_image() {
+    let (_a, b) = crowded("");
+    let answer = later(&b.image, 0);
+    nothing_comes(&answer);
+    let (tell, closed) = mpsc::channel();
+    let image = b.image.clone();
+    std::thread::spawn(move || {
+        image.freeze();
+        image.thaw();
+        let _ = tell.send(image.close());
+    });
+    closed.recv_timeout(LONG).expect("the close ends").expect("closes");
+    assert!(answer.recv_timeout(LONG).expect("answered").is_err());
+}
+
+#[test]
+fn the_dirty_pages_of_an_image_that_failed_keep_nobody_waiting() {
+    // One sync marks it, one makes the first extension durable; the next one fails.
+    let (a, b) = crowded("fail=sync:3:EIO:forever");
+    let answer = later(&b.image, 0);
+    nothing_comes(&answer);
+    assert!(a.image.flush_now().is_err());
+    answer.recv_timeout(LONG).expect("woken").expect("written");
+}
+
+#[test]
+fn a_file_of_eight_exbibytes_takes_no_memory_for_its_length() {
+    let mut header = Header::new(Version::V1, 64 << 20, 1 << 20).expect("fits the format");
+    header.in_use = 0;
+    let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
+    file.set_len(i64::MAX as u64).expect("memory grows");
+    let host: Arc<dyn HostFile> = file;
+    let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
+    let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");
+    image.make_writable().expect("an empty BAT is sound");
+}

@@ -1,0 +1,115 @@
+//! The scan before an image's first write: which file clusters are in use, and whether the BAT can be trusted.
+//! Runs outside every lock, in parallel, in pieces: memory is one bit per file cluster, bounded by the file's
+//! length, never by a number in the header.
+
+use rayon::prelude::*;
+
+use super::alloc::Bits;
+use super::level::Level;
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{Geometry, HEADER_BYTES};
+use crate::io::file::read_full;
+use crate::sync::{AtomicU64, Ordering};
+
+/// Bytes of BAT per piece: large enough for sequential reads, small enough to spread over threads.
+const PIECE: u64 = 1 << 20;
+
+/// What a scan found.
+pub struct Scan {
+    /// File clusters up to the last one in use.
+    pub end: u64,
+    /// Free file clusters before it; their content is unknown.
+    pub free: Bits,
+}
+
+/// Scans the BAT of `level`. An entry out of range, off the grid or used twice is an error that names it.
+pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
+    let io = |e: std::io::Error, what: &str| Error::io(&e, &level.path, what);
+    let len = level.file.len().map_err(|e| io(e, "cannot read the length"))?;
+    let bat = geometry.bat_end();
+    if len < bat {
+        let context = format!("the file ends at byte {len}, inside the BAT, which ends at byte {bat}");
+        return Err(Error::at(Kind::Damaged, &level.path, context));
+    }
+    // A last cluster that lies only partly in the file counts: the cut makes it whole.
+    // Nor can an entry reach further than the format counts: a sparse file may be as long as 8 EiB.
+    let clusters =
+        len.saturating_sub(geometry.first).div_ceil(geometry.cluster).min(geometry.file_clusters());
+    let used: Vec<AtomicU64> = (0..clusters.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+    let pieces = (bat - HEADER_BYTES).div_ceil(PIECE);
+    (0..pieces).into_par_iter().try_for_each(|piece| {
+        let start = HEADER_BYTES + piece * PIECE;
+        let want = (bat - start).min(PIECE) as usize;
+        let mut bytes = vec![0; want];
+        let got = read_full(&*level.file, &mut bytes, start).map_err(|e| io(e, "cannot read the BAT"))?;
+        if got < want {
+            return Err(Error::at(
+                Kind::Damaged,
+                &level.path,
+                "the file became shorter while it was scanned",
+            ));
+        }
+        for (i, entry) in bytes.chunks_exact(4).enumerate() {
+            let entry = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
+            if entry == 0 {
+                continue;
+            }
+            let at = start + 4 * i as u64;
+            let damaged = |reason: &str| {
+                let context = format!(
+                    "BAT entry {} = {entry:#x} at byte {at}: {reason}; run `ploopfs check`",
+                    (at - HEADER_BYTES) / 4
+                );
+                Error::at(Kind::Damaged, &level.path, context)
+            };
+            let position = geometry
+                .position(entry)
+                .ok_or_else(|| damaged("points into the header, the BAT, or between clusters"))?;
+            let cluster = geometry.file_cluster(position);
+            if cluster >= clusters {
+                return Err(damaged("points behind the end of the file"));
+            }
+            let bit = 1 << (cluster % 64);
+            if used[(cluster / 64) as usize].fetch_or(bit, Ordering::Relaxed) & bit != 0 {
+                return Err(damaged("its cluster is used twice"));
+            }
+        }
+        Ok(())
+    })?;
+    let used: Vec<u64> = used.into_iter().map(AtomicU64::into_inner).collect();
+    Ok(free_before_the_end(&used))
+}
+
+fn free_before_the_end(used: &[u64]) -> Scan {
+    let end = used
+        .iter()
+        .rposition(|w| *w != 0)
+        .map_or(0, |i| i as u64 * 64 + 64 - u64::from(used[i].leading_zeros()));
+    let mut free = Bits::default();
+    for (i, word) in used.iter().enumerate() {
+        let mut holes = !word;
+        while holes != 0 {
+            let n = i as u64 * 64 + u64::from(holes.trailing_zeros());
+            if n >= end {
+                break;
+            }
+            free.insert(n);
+            holes &= holes - 1;
+        }
+    }
+    Scan { end, free }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn free_clusters_are_those_before_the_last_used_one() {
+        let scan = free_before_the_end(&[0b1011, 1]);
+        assert_eq!(scan.end, 65);
+        assert_eq!(scan.free.len(), 61);
+        assert!(scan.free.contains(2) && !scan.free.contains(3) && !scan.free.contains(65));
+        assert_eq!(free_before_the_end(&[0, 0]).end, 0);
+    }
+}

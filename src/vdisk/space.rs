@@ -1,0 +1,242 @@
+//! When the host is full: parked writes, the modes, the way back, and the low-water mark (DESIGN.md 6).
+//!
+//! A pio parked for space holds no lock and is outside the gate: freeze, fsync and shutdown do not wait for it.
+//! Every second the one that waits longest is tried again; when it gets through, all others follow in order.
+//! Freed clusters wake them at once.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::Image;
+use super::engine::{Event, OnFull};
+use super::pio::Pio;
+use crate::error::{Error, Kind};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
+
+/// How often the host is tried again: often enough that a person who frees space sees the guest go on at once.
+const PROBE: Duration = Duration::from_secs(1);
+
+/// The space state of one image.
+#[derive(Default)]
+pub struct Space {
+    /// Copy of `State::full` for the fast path.
+    full: AtomicBool,
+    low: AtomicBool,
+    /// A leaf.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    parked: VecDeque<Pio>,
+    full: bool,
+    /// The timeout has passed: writes fail until space is back.
+    timed_out: bool,
+    ticking: bool,
+    /// A BAT write found no space, and none has worked since: data that finds some does not end the mode.
+    bat: bool,
+    /// Closed: nothing is parked any more.
+    closed: bool,
+}
+
+impl Space {
+    /// True while writes have failed for want of space since the last that worked.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// True when a full image fails writes instead of parking them.
+    pub fn fails(&self) -> bool {
+        lock(&self.state).timed_out
+    }
+
+    /// Parked pios.
+    pub fn parked(&self) -> usize {
+        lock(&self.state).parked.len()
+    }
+}
+
+impl Image {
+    /// The host, or the format's address range, has no room for `pio`: park it or fail it.
+    pub(super) fn park(self: &Arc<Self>, mut pio: Pio) {
+        pio.leave();
+        let engine = &self.engine;
+        let options = &engine.options;
+        let mut state = lock(&self.space.state);
+        let news = !state.full;
+        state.full = true;
+        self.space.full.store(true, Ordering::SeqCst);
+        // At most a quarter of the connection's requests may be parked, a sixteenth per image: the rest must
+        // stay free for reads and for other images.
+        // One that was tried again in vain keeps its place, whoever came meanwhile.
+        let fits = pio.parked.is_some()
+            || state.parked.len() < (options.background / 16).max(1)
+                && engine.parked.load(Ordering::SeqCst) < (options.background / 4).max(1);
+        let queue = options.on_full == OnFull::Queue && !state.timed_out && !state.closed && fits;
+        let tick = queue && !state.ticking;
+        if queue {
+            state.ticking = true;
+            engine.parked.fetch_add(1, Ordering::SeqCst);
+            match pio.parked {
+                // Tried again in vain: back to its place. Many may come back at once, in any order, and whoever
+                // has waited longest must stay at the head: the timeout looks there.
+                Some(since) => {
+                    let place = state.parked.partition_point(|p| p.parked.is_some_and(|at| at <= since));
+                    state.parked.insert(place, pio);
+                }
+                None => {
+                    pio.parked = Some(Instant::now());
+                    state.parked.push_back(pio);
+                }
+            }
+            drop(state);
+        } else {
+            drop(state);
+            // Nothing ticks for what is not parked: the next write itself must try the host again, or it would
+            // be refused for ever.
+            self.try_space_again();
+            pio.finish(Err(self.no_space()));
+        }
+        if news {
+            engine.tell(Event::Full { image: self.name.clone() });
+        }
+        if tick {
+            self.tick_later();
+        }
+    }
+
+    /// A BAT write found no space: the same mode as for data.
+    pub(super) fn bat_is_full(self: &Arc<Self>) {
+        let mut state = lock(&self.space.state);
+        state.bat = true;
+        let news = !std::mem::replace(&mut state.full, true);
+        self.space.full.store(true, Ordering::SeqCst);
+        drop(state);
+        if news {
+            self.engine.tell(Event::Full { image: self.name.clone() });
+            // Allocations that wait for this round would wait inside the gate: they park instead.
+            self.engine.no_clean_pages(self.id);
+        }
+    }
+
+    /// A BAT write has waited long enough: the mode turns, as for any other write.
+    pub(super) fn bat_timed_out(&self) {
+        lock(&self.space.state).timed_out = true;
+    }
+
+    /// A BAT was written: ends the mode if want of space for it had begun or kept it.
+    pub(super) fn bat_fits(self: &Arc<Self>) {
+        if self.space.is_full() && std::mem::take(&mut lock(&self.space.state).bat) {
+            self.space_worked(true);
+        }
+    }
+
+    /// The error of a write that finds no space.
+    pub(super) fn no_space(&self) -> Error {
+        Error::at(Kind::NoSpace, &self.top().path, "the host file system is full; free space there")
+    }
+
+    fn tick_later(self: &Arc<Self>) {
+        let image = Arc::downgrade(self);
+        let job = move || {
+            if let Some(image) = image.upgrade() {
+                image.tick();
+            }
+        };
+        self.engine.clock.at(Instant::now() + PROBE, Box::new(job));
+    }
+
+    /// On the clock's thread: fails what has waited too long, tries the one that waits longest.
+    fn tick(self: &Arc<Self>) {
+        let mut state = lock(&self.space.state);
+        let timeout = self.engine.options.full_timeout;
+        let late =
+            |pio: &Pio| matches!((timeout, pio.parked), (Some(t), Some(since)) if since.elapsed() >= t);
+        let mut failed = VecDeque::new();
+        let mut probe = None;
+        if state.parked.front().is_some_and(late) {
+            // As dm-thin: the first timeout turns the mode, and everything queued fails with it.
+            state.timed_out = true;
+            failed = std::mem::take(&mut state.parked);
+        } else {
+            probe = state.parked.pop_front();
+        }
+        state.ticking = !state.parked.is_empty() || probe.is_some();
+        let again = state.ticking;
+        drop(state);
+        let count = failed.len() + usize::from(probe.is_some());
+        self.engine.parked.fetch_sub(count, Ordering::SeqCst);
+        self.try_space_again();
+        for pio in failed {
+            // Not here: answering may block the clock.
+            let e = self.no_space();
+            self.submit(Box::new(move || pio.finish(Err(e))));
+        }
+        if let Some(pio) = probe {
+            pio.come_back();
+        }
+        if again {
+            self.tick_later();
+        }
+    }
+
+    /// A write found space. `probed`: it says something about space (an allocation, or a parked one), so that
+    /// the mode goes back and everyone parked comes back, in order.
+    pub(super) fn space_worked(self: &Arc<Self>, probed: bool) {
+        if !probed || !self.space.is_full() {
+            return;
+        }
+        let mut state = lock(&self.space.state);
+        if state.bat {
+            return;
+        }
+        let news = std::mem::take(&mut state.full);
+        self.space.full.store(false, Ordering::SeqCst);
+        state.timed_out = false;
+        drop(state);
+        self.wake_parked();
+        if news {
+            self.engine.tell(Event::Space { image: self.name.clone() });
+        }
+    }
+
+    /// Clusters were freed: whoever is parked tries again, in order.
+    pub(super) fn wake_parked(self: &Arc<Self>) {
+        let parked = std::mem::take(&mut lock(&self.space.state).parked);
+        self.engine.parked.fetch_sub(parked.len(), Ordering::SeqCst);
+        parked.into_iter().for_each(Pio::come_back);
+    }
+
+    /// Fails everything parked, and parks nothing from now on: the image closes or is read-only.
+    pub(super) fn fail_parked(self: &Arc<Self>, error: &Error) {
+        let mut state = lock(&self.space.state);
+        state.closed = true;
+        let parked = std::mem::take(&mut state.parked);
+        drop(state);
+        self.engine.parked.fetch_sub(parked.len(), Ordering::SeqCst);
+        for pio in parked {
+            pio.finish(Err(error.clone()));
+        }
+    }
+
+    /// Raises the low-water event once when the host's free space is below the mark; re-armed 2 % above it, so
+    /// that a level at the mark does not raise it again and again.
+    pub(super) fn check_low_water(&self) {
+        let percent = u128::from(self.engine.options.low_water);
+        let Ok(space) = self.top().file.space() else { return };
+        let (free, total) = (u128::from(space.available) * 100, u128::from(space.total));
+        if free < total * percent {
+            if !self.space.low.swap(true, Ordering::SeqCst) {
+                let (free, total) = (space.available, space.total);
+                self.engine.tell(Event::LowWater { image: self.name.clone(), free, total });
+            }
+        } else if free > total * (percent + 2) {
+            self.space.low.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// True while free space is below the low-water mark.
+    pub(super) fn is_low(&self) -> bool {
+        self.space.low.load(Ordering::SeqCst)
+    }
+}

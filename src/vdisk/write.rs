@@ -1,0 +1,201 @@
+//! A write pio: in place under the shared lock, or an allocation under the exclusive one.
+//!
+//! Order of an allocation, all under the exclusive cluster lock:
+//! 1. look up and pin the BAT page: the entry can be set later without loading anything;
+//! 2. take a file cluster that is known to be zero and lies inside the durable file (R2, R3: `alloc`);
+//! 3. write the data into it;
+//! 4. set the entry in the cache, which makes the cluster visible;
+//! 5. let the lock go, answer.
+//!
+//! 4 before 3 would let a round publish the entry of a cluster whose data write then fails, and a reader see it.
+//! 5 before 4 would let a read after the answer see zeroes, and a second write allocate a second cluster.
+//! The entry reaches the disk in a later round, which syncs the data first (R3).
+
+use super::alloc::Alloc;
+use super::bat::cache::Lookup;
+use super::bat::page::Place;
+use super::engine::CleanWaiter;
+use super::locks::Mode;
+use super::pio::{Body, Pio};
+use super::zero::is_zero;
+use super::{Image, Ready};
+use crate::error::{Error, Kind, Result};
+use crate::io::file::write_full;
+use crate::sync::{Arc, Ordering};
+
+/// Runs a write pio; it holds no lock. May block on the host: for runners only.
+pub fn run(pio: Pio) {
+    let image = pio.image.clone();
+    match image.ready() {
+        Ready::No(e) => return pio.finish(Err(e)),
+        Ready::Unmarked => return image.mark_first(pio, Pio::run, not_marked),
+        Ready::Yes => {}
+    }
+    if let Some(pio) = image.throttle(pio) {
+        pio.with_lock(Mode::Shared, in_place);
+    }
+}
+
+/// Any write may meet ENOSPC, that of the mark included (a host that copies on write).
+fn not_marked(pio: Pio, result: Result<()>) {
+    match &result {
+        Err(e) if e.kind() == Kind::NoSpace => pio.image.clone().park(pio),
+        _ => pio.finish(result),
+    }
+}
+
+fn in_place(mut pio: Pio) {
+    match pio.image.place(pio.cluster) {
+        Lookup::Miss => pio.run_with_page(),
+        Lookup::Found(Place::Damaged) => {
+            let e = pio.image.damaged_entry(pio.cluster);
+            pio.finish(Err(e));
+        }
+        Lookup::Found(Place::At { position, .. }) => write_mapped(pio, position),
+        Lookup::Found(Place::None) if is_zero(data(&pio)) => {
+            pio.image.count_write(0);
+            pio.finish(Ok(()));
+        }
+        Lookup::Found(Place::None) => {
+            // No upgrade: let go, queue for exclusive, look up again.
+            pio.unlock();
+            pio.with_lock(Mode::Exclusive, allocate);
+        }
+    }
+}
+
+fn data(pio: &Pio) -> &[u8] {
+    match &pio.body {
+        Body::Write(data) => data,
+        Body::Read(_) => unreachable!("only writes come here"),
+    }
+}
+
+/// Writes into a cluster that the top maps. Even here the host may be full: sparse, punched and shared extents.
+fn write_mapped(pio: Pio, position: u64) {
+    let at = position + pio.start;
+    match write_full(&*pio.image.top().file, data(&pio), at) {
+        Ok(()) => {
+            let image = pio.image.clone();
+            image.wrote(data(&pio).len());
+            image.space_worked(pio.parked.is_some());
+            pio.finish(Ok(()));
+        }
+        Err(e) => failed(pio, &e, at),
+    }
+}
+
+/// ENOSPC parks the pio; anything else is the caller's error.
+fn failed(pio: Pio, e: &std::io::Error, at: u64) {
+    let image = pio.image.clone();
+    // What was written before the failure must be synced like any other data.
+    image.touched(1);
+    if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) {
+        return image.park(pio);
+    }
+    pio.finish(Err(Error::io(e, &image.top().path, format!("cannot write at byte {at}"))));
+}
+
+fn allocate(pio: Pio) {
+    let image = pio.image.clone();
+    let Some(bat) = &image.bat else { unreachable!("every cluster of a raw image is mapped") };
+    match bat.lookup_to_allocate(pio.cluster) {
+        Lookup::Miss => return pio.run_with_page(),
+        // Somebody else allocated it while we queued.
+        Lookup::Found(Place::At { position, .. }) => return write_mapped(pio, position),
+        Lookup::Found(Place::Damaged) => {
+            let e = image.damaged_entry(pio.cluster);
+            return pio.finish(Err(e));
+        }
+        Lookup::Found(Place::None) => {}
+    }
+    let cluster = pio.cluster;
+    if image.engine.budget.dirty_full() {
+        bat.unpin(cluster);
+        return wait_for_clean_pages(pio);
+    }
+    // A pio that waits holds no lock: an extension may take long.
+    let unlocked = |mut pio: Pio| -> super::runner::Job {
+        pio.unlock();
+        Box::new(move || pio.run())
+    };
+    let alloc = image.allocator();
+    // Two places, for an extension and a scrub; what is not used is given back.
+    let mut places = [pio.companion(), pio.companion()];
+    let due = |due| {
+        if let Some(inside) = places.iter_mut().find_map(Option::take) {
+            image.start_due(due, inside);
+        }
+    };
+    let taken = alloc.take(pio, unlocked, due);
+    places.into_iter().flatten().for_each(|inside| image.gate.leave(inside));
+    match taken {
+        Alloc::Wait => bat.unpin(cluster),
+        Alloc::Full(pio) => {
+            bat.unpin(cluster);
+            image.park(pio);
+        }
+        Alloc::Got(file_cluster, pio) => {
+            let position = image.geometry.cluster_position(file_cluster);
+            let at = position + pio.start;
+            if let Err(e) = write_full(&*image.top().file, data(&pio), at) {
+                bat.unpin(cluster);
+                alloc.give_back(file_cluster);
+                return failed(pio, &e, at);
+            }
+            image.wrote(data(&pio).len());
+            if bat.set(cluster, position) {
+                image.bat_is_dirty();
+            }
+            image.space_worked(true);
+            pio.finish(Ok(()));
+        }
+    }
+}
+
+/// Half of the BAT cache is dirty: `pio` waits as if parked for space, outside the gate, so that no freeze or close
+/// of this image waits for the pages of another one.
+fn wait_for_clean_pages(mut pio: Pio) {
+    pio.leave();
+    let image = pio.image.clone();
+    let waiter = move |clean: bool| {
+        let image = pio.image.clone();
+        if clean { pio.come_back() } else { image.park(pio) }
+    };
+    image.wait_for_clean_pages(Box::new(waiter));
+}
+
+impl Image {
+    /// Parks `pio` until unsynced data is below the upper bound (DESIGN.md 6), or gives it back.
+    fn throttle(&self, pio: Pio) -> Option<Pio> {
+        if self.never_blocks || !self.flusher.is_over_bound() {
+            return Some(pio);
+        }
+        self.flusher.throttle(pio, |pio| Box::new(move || pio.run()))
+    }
+
+    /// Calls `waiter` when fewer BAT pages are dirty. It holds no lock and is outside the gate meanwhile.
+    pub(super) fn wait_for_clean_pages(self: &Arc<Self>, waiter: CleanWaiter) {
+        let closing = || self.closing.load(Ordering::SeqCst);
+        let queued = self.engine.wait_for_clean_pages(self.id, closing, waiter);
+        // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own
+        // a round would end at once, and wake everybody for nothing, again and again.
+        if queued && self.bat.as_ref().is_some_and(|bat| bat.dirty_pages() > 0) {
+            self.start_round();
+        }
+    }
+
+    /// Checks the range of a write: a disk has a fixed size, and a short write would lose its tail silently.
+    pub(super) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => {
+                let context = format!(
+                    "a write of {len} bytes at byte {offset} passes the disk's end at {}",
+                    self.size()
+                );
+                Err(Error::at(Kind::NoSpace, &self.top().path, context))
+            }
+        }
+    }
+}
