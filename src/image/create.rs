@@ -1,0 +1,505 @@
+//! Making a new single-file image. It appears under its name complete and durable, or not at all.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{BadField, FLAG_EMPTY, HEADER_BYTES, Header, SECTOR, Version};
+use crate::image::chain::{AtRest, Candidate, Form};
+use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
+
+/// ploop's default cluster in bytes, and QEMU's.
+pub const DEFAULT_CLUSTER: u64 = 1 << 20;
+/// Smallest cluster in bytes that the ploop tool takes.
+pub const MIN_CLUSTER: u64 = 32 << 10;
+/// Largest cluster in bytes that the ploop tool takes.
+pub const MAX_CLUSTER: u64 = 64 << 20;
+
+/// What to create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Disk size in bytes; rounded up to a cluster (ploop) or a sector (raw).
+    pub size: u64,
+    /// ploop or raw; None: as the name ends, else ploop.
+    pub kind: Option<ImageKind>,
+    /// Cluster size in bytes; None: [`DEFAULT_CLUSTER`]. A raw image has none.
+    pub cluster: Option<u64>,
+    /// Take all host space now.
+    pub preallocate: bool,
+}
+
+impl Plan {
+    /// A thin ploop image with default clusters, as `mount --create NAME=SIZE` makes it. `size` in bytes.
+    pub fn thin(size: u64) -> Plan {
+        Plan { size, kind: None, cluster: None, preallocate: false }
+    }
+}
+
+/// What was created or found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Created {
+    /// The file.
+    pub path: PathBuf,
+    /// Disk size in bytes.
+    pub size: u64,
+    /// True when it was there before.
+    pub existed: bool,
+}
+
+/// Creates an image. `image` is its path; `.hds` or `.raw` is put behind a name that ends in neither.
+pub fn create(image: &Path, plan: &Plan) -> Result<Created> {
+    let place = Place::of(image, plan.kind)?;
+    let shape = Shape::of(plan, place.kind).map_err(|e| invalid(&place.path(), &e))?;
+    place.check_folder()?;
+    if let Some(taken) = place.taken()? {
+        return Err(Error::at(Kind::Exists, taken, already(&place)));
+    }
+    build(&place, &shape)?;
+    Ok(Created { path: place.path(), size: shape.size(), existed: false })
+}
+
+/// Creates an image, or uses the one that has this name and size already. Another size is an error and touches
+/// nothing.
+pub fn create_or_use(image: &Path, plan: &Plan) -> Result<Created> {
+    let place = Place::of(image, plan.kind)?;
+    if place.check_folder().is_ok()
+        && let Some(path) = place.taken()?
+    {
+        let there = AtRest::open(&path)?;
+        let cluster = match &there.form {
+            Form::Ploop(header) => header.geometry().cluster,
+            Form::Raw => SECTOR,
+        };
+        // Created by the same words earlier, the disk was rounded up.
+        if there.size() != plan.size && Some(there.size()) != plan.size.checked_next_multiple_of(cluster) {
+            let why = format!(
+                "the image exists with a size of {} bytes, not {}; give its size, or another name",
+                there.size(),
+                plan.size
+            );
+            return Err(Error::at(Kind::Exists, path, why));
+        }
+        return Ok(Created { path, size: there.size(), existed: true });
+    }
+    create(image, plan)
+}
+
+/// Where the new file goes.
+struct Place {
+    folder: PathBuf,
+    file_name: OsString,
+    /// The image's name: the file's, without its suffix.
+    stem: OsString,
+    kind: ImageKind,
+}
+
+impl Place {
+    fn of(image: &Path, kind: Option<ImageKind>) -> Result<Place> {
+        let refuse = |why: &str| Err(Error::at(Kind::Invalid, image, why));
+        let Some(name) = image.file_name().filter(|_| !image.as_os_str().as_bytes().ends_with(b"/")) else {
+            return refuse("give the image's name behind the folder, such as images/vm1");
+        };
+        let suffix = |bytes: &[u8]| match bytes {
+            b if b.ends_with(b".hds") => Some(ImageKind::Ploop),
+            b if b.ends_with(b".raw") => Some(ImageKind::Raw),
+            _ => None,
+        };
+        let named = suffix(name.as_bytes());
+        let kind = match (named, kind) {
+            (Some(named), Some(asked)) if named != asked => {
+                return refuse("the name's ending contradicts --format; leave one of them out");
+            }
+            (Some(kind), _) | (None, Some(kind)) => kind,
+            (None, None) => ImageKind::Ploop,
+        };
+        let mut file_name = name.to_owned();
+        if named.is_none() {
+            file_name.push(match kind {
+                ImageKind::Ploop => ".hds",
+                ImageKind::Raw => ".raw",
+            });
+        }
+        match kind::classify(&file_name, true, b"") {
+            Class::Image { name: stem, .. } => {
+                let folder = image.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+                Ok(Place { folder: folder.to_owned(), file_name, stem, kind })
+            }
+            Class::NotAnImage { reason } => refuse(&format!("no image can have this name: {reason}")),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        // "vm1" and not "./vm1" for people who gave no folder.
+        if self.folder == Path::new(".") {
+            self.file_name.clone().into()
+        } else {
+            self.folder.join(&self.file_name)
+        }
+    }
+
+    fn check_folder(&self) -> Result<()> {
+        match self.folder.metadata() {
+            Ok(meta) if meta.is_dir() => Ok(()),
+            Ok(_) => Err(Error::at(Kind::Invalid, &self.folder, "not a folder")),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Err(Error::at(Kind::NotFound, &self.folder, "no such folder; make it first (mkdir)"))
+            }
+            Err(e) => Err(Error::io(&e, &self.folder, "cannot look into the folder")),
+        }
+    }
+
+    /// Whatever has the image's name already: the file itself, or a source that would be shown under the same name,
+    /// so that neither could be served.
+    fn taken(&self) -> Result<Option<PathBuf>> {
+        let own = self.path();
+        match own.symlink_metadata() {
+            Ok(_) => return Ok(Some(own)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(Error::io(&e, &own, "cannot look for the image")),
+        }
+        for suffix in ["", ".hds", ".raw", ".hdd", ".img"] {
+            let mut name = self.stem.clone();
+            name.push(suffix);
+            let path = own.with_file_name(&name);
+            let layered = path.join(DESCRIPTOR).symlink_metadata().is_ok();
+            let same = Candidate::open(&path)
+                .is_ok_and(|there| matches!(there.class(), Class::Image { name, .. } if name == self.stem));
+            if layered || same {
+                return Ok(Some(path));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn already(place: &Place) -> String {
+    format!("there is an image named {} already; choose another name", Path::new(&place.stem).display())
+}
+
+/// What goes into the new file.
+enum Shape {
+    Ploop { header: Header, preallocate: bool },
+    Raw { size: u64, preallocate: bool },
+}
+
+impl Shape {
+    fn of(plan: &Plan, kind: ImageKind) -> std::result::Result<Shape, String> {
+        if plan.size == 0 {
+            return Err("the size must be at least 1 byte".into());
+        }
+        let too_large = || "the size is too large".to_string();
+        let shape = match kind {
+            ImageKind::Raw => {
+                if plan.cluster.is_some() {
+                    return Err("a raw image has no clusters; leave the cluster size out".into());
+                }
+                let size = plan.size.checked_next_multiple_of(SECTOR).ok_or_else(too_large)?;
+                Shape::Raw { size, preallocate: plan.preallocate }
+            }
+            ImageKind::Ploop => {
+                let cluster = plan.cluster.unwrap_or(DEFAULT_CLUSTER);
+                if !cluster.is_power_of_two() || !(MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster) {
+                    return Err(format!(
+                        "the cluster size must be a power of two from 32K to 64M, not {cluster}"
+                    ));
+                }
+                let size = plan.size.checked_next_multiple_of(cluster).ok_or_else(too_large)?;
+                let mut header = Header::new(Version::V2, size, cluster)
+                    .map_err(|BadField { reason, .. }| format!("the size is too large: {reason}"))?;
+                if plan.preallocate {
+                    // The flag must be exact for `ploop check -f`: set only while the BAT is empty.
+                    header.flags &= !FLAG_EMPTY;
+                }
+                Shape::Ploop { header, preallocate: plan.preallocate }
+            }
+        };
+        // off_t is signed.
+        if i64::try_from(shape.file_len()).is_err() { Err(too_large()) } else { Ok(shape) }
+    }
+
+    fn size(&self) -> u64 {
+        match self {
+            Shape::Ploop { header, .. } => header.disk_sectors * SECTOR,
+            Shape::Raw { size, .. } => *size,
+        }
+    }
+
+    fn file_len(&self) -> u64 {
+        match self {
+            Shape::Ploop { header, preallocate } => {
+                let geometry = header.geometry();
+                geometry.first + if *preallocate { geometry.clusters() * geometry.cluster } else { 0 }
+            }
+            Shape::Raw { size, .. } => *size,
+        }
+    }
+
+    fn write(&self, file: &File) -> io::Result<()> {
+        file.set_len(self.file_len())?;
+        match self {
+            Shape::Raw { size, preallocate } => {
+                if *preallocate {
+                    reserve(file, *size)?;
+                }
+            }
+            Shape::Ploop { header, preallocate } => {
+                let geometry = header.geometry();
+                if *preallocate {
+                    reserve(file, self.file_len())?;
+                    write_sequential_bat(file, header)?;
+                } else {
+                    // The BAT never runs out of space later (R2).
+                    reserve(file, geometry.first)?;
+                }
+                file.write_all_at(&header.encode(), 0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes host space for the first `len` bytes; where the host cannot reserve, zeroes are written.
+fn reserve(file: &File, len: u64) -> io::Result<()> {
+    // Large files in steps, so that a signal is not held up for the whole of it on slow file systems.
+    const STEP: u64 = 1 << 30;
+    let mut at = 0;
+    while at < len {
+        let step = (len - at).min(STEP);
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), at, step) {
+            Ok(()) => at += step,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => return zero_out(file, at, len),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+fn zero_out(file: &File, from: u64, to: u64) -> io::Result<()> {
+    let zeroes = vec![0; 1 << 20];
+    let mut at = from;
+    while at < to {
+        let step = (to - at).min(zeroes.len() as u64);
+        file.write_all_at(&zeroes[..step as usize], at)?;
+        at += step;
+    }
+    Ok(())
+}
+
+/// Guest cluster i in file cluster i behind the header, as ploop's "preallocated" images have it.
+fn write_sequential_bat(file: &File, header: &Header) -> io::Result<()> {
+    const PIECE: u64 = 64 << 10;
+    let geometry = header.geometry();
+    let mut next = 0;
+    while next < geometry.clusters() {
+        let end = (next + PIECE).min(geometry.clusters());
+        let mut piece = Vec::with_capacity((end - next) as usize * 4);
+        for cluster in next..end {
+            let entry = geometry.entry(geometry.cluster_position(cluster));
+            // A disk of the format's largest size, full: the last positions have no number.
+            let entry = entry.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
+            piece.extend(entry.to_le_bytes());
+        }
+        file.write_all_at(&piece, HEADER_BYTES + next * 4)?;
+        next = end;
+    }
+    Ok(())
+}
+
+/// Removes the unfinished file unless it was renamed.
+struct Unfinished<'a> {
+    path: &'a Path,
+    armed: bool,
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            // Best effort: the name begins with a dot, so a leftover is never taken for an image.
+            let _ = std::fs::remove_file(self.path);
+        }
+    }
+}
+
+/// Builds the file under a dot-name and gives it its name.
+///
+/// 1. write it under a dot-name; 2. fsync it; 3. rename it without replacing; 4. fsync the folder.
+///
+/// With 3 before 2 a power cut could leave the name on a file without a header; without 4 the command could report
+/// an image that a power cut takes back. 3 refuses where someone else took the name meanwhile.
+fn build(place: &Place, shape: &Shape) -> Result<()> {
+    let path = place.path();
+    let temporary = path.with_file_name(dot_name(&place.file_name));
+    let cannot =
+        |e: &io::Error, doing: &str| Error::io(e, &path, format!("cannot create the image: {doing}"));
+    let open = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary);
+    let file = match open() {
+        // Left over from a process with our number that was killed: the name carries it, so it is nobody's.
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            std::fs::remove_file(&temporary).and_then(|()| open())
+        }
+        other => other,
+    }
+    .map_err(|e| cannot(&e, "making the file"))?;
+    let mut unfinished = Unfinished { path: &temporary, armed: true };
+    // 1.
+    shape.write(&file).map_err(|e| cannot(&e, "writing it"))?;
+    // 2.
+    file.sync_all().map_err(|e| cannot(&e, "syncing it"))?;
+    // 3.
+    rename_new(&temporary, &path).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => Error::at(Kind::Exists, &path, already(place)),
+        _ => cannot(&e, "giving it its name"),
+    })?;
+    unfinished.armed = false;
+    // 4.
+    File::open(&place.folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(|e| cannot(&e, "syncing the folder"))
+}
+
+fn dot_name(file_name: &OsStr) -> OsString {
+    // A long name is cut, so that the dot-name is a legal name as well; 200 leaves room for the rest.
+    let bytes = file_name.as_bytes();
+    let mut name = OsString::from(".");
+    name.push(OsStr::from_bytes(&bytes[..bytes.len().min(200)]));
+    // Two threads of one process (tests) must not share a name.
+    name.push(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
+    name
+}
+
+/// Renames; fails with EEXIST where `to` exists, on any file system.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::io::Errno;
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Network file systems without RENAME_NOREPLACE: a hard link does not replace either.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            rustix::fs::linkat(CWD, from, CWD, to, AtFlags::empty())?;
+            std::fs::remove_file(from)
+        }
+        other => Ok(other?),
+    }
+}
+
+fn invalid(path: &Path, why: &str) -> Error {
+    Error::at(Kind::Invalid, path, why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<_> = folder
+            .read_dir()
+            .expect("the folder is there")
+            .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn the_name_gets_a_suffix_unless_it_has_one_and_nothing_else_is_left() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let make = |name: &str, kind| {
+            create(&folder.path().join(name), &Plan { kind, ..Plan::thin(5 * MIB) }).expect("created").path
+        };
+        assert_eq!(make("a", None), folder.path().join("a.hds"));
+        assert_eq!(make("b.hds", None), folder.path().join("b.hds"));
+        assert_eq!(make("c.raw", None), folder.path().join("c.raw"));
+        assert_eq!(make("d", Some(ImageKind::Raw)), folder.path().join("d.raw"));
+        assert_eq!(names(folder.path()), ["a.hds", "b.hds", "c.raw", "d.raw"]);
+        assert_eq!(AtRest::open(&folder.path().join("a.hds")).expect("opens").len, MIB);
+    }
+
+    #[test]
+    fn a_name_that_is_taken_by_another_source_is_refused() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let at = |name: &str| folder.path().join(name);
+        create(&at("a.raw"), &Plan::thin(MIB)).expect("created");
+        std::fs::create_dir(at("b")).expect("mkdir");
+        std::fs::write(at("b/DiskDescriptor.xml"), "").expect("write");
+        std::fs::write(at("c"), "just a file").expect("write");
+        for name in ["a", "a.raw", "b", "b.raw"] {
+            assert_eq!(
+                create(&at(name), &Plan::thin(MIB)).expect_err("taken").kind(),
+                Kind::Exists,
+                "{name}"
+            );
+        }
+        create(&at("c"), &Plan::thin(MIB)).expect("a file that is no image takes no name");
+    }
+
+    #[test]
+    fn an_existing_image_is_used_when_the_size_is_the_same_and_left_alone_otherwise() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let at = folder.path().join("vm");
+        // Not a multiple of the cluster: the second time it must still count as the same size.
+        let plan = Plan::thin(5 * MIB + 1);
+        assert!(!create_or_use(&at, &plan).expect("created").existed);
+        let again = create_or_use(&at, &plan).expect("used");
+        assert_eq!((again.existed, again.size), (true, 6 * MIB));
+        let before = std::fs::read(&again.path).expect("read");
+        assert_eq!(create_or_use(&at, &Plan::thin(7 * MIB)).expect_err("another size").kind(), Kind::Exists);
+        assert_eq!(std::fs::read(&again.path).expect("read"), before);
+        assert_eq!(names(folder.path()), ["vm.hds"]);
+    }
+
+    #[test]
+    fn bad_arguments_are_usage_errors_and_leave_nothing() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let bad = |name: &str, plan: Plan| {
+            let error = create(&folder.path().join(name), &plan).expect_err(name);
+            assert_eq!(error.kind(), Kind::Invalid, "{error}");
+        };
+        bad("zero", Plan::thin(0));
+        bad("huge", Plan::thin(u64::MAX));
+        bad("huge.raw", Plan::thin(u64::MAX));
+        bad(".dot", Plan::thin(MIB));
+        bad("slash/", Plan::thin(MIB));
+        bad("x.{5fbaabe3-6958-40ff-92a7-860e329aab41}.hds/..", Plan::thin(MIB));
+        for cluster in [16 << 10, 128 << 20, 48 << 10, 0] {
+            bad("cluster", Plan { cluster: Some(cluster), ..Plan::thin(MIB) });
+        }
+        bad("c.raw", Plan { cluster: Some(MIB), ..Plan::thin(MIB) });
+        bad("c.raw", Plan { kind: Some(ImageKind::Ploop), ..Plan::thin(MIB) });
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_name_taken_at_the_last_moment_is_not_replaced_and_no_unfinished_file_is_left() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let place = Place::of(&folder.path().join("vm"), None).expect("a good name");
+        let shape = Shape::of(&Plan::thin(MIB), place.kind).expect("a good size");
+        std::fs::write(place.path(), "somebody else's").expect("write");
+        assert_eq!(build(&place, &shape).expect_err("taken").kind(), Kind::Exists);
+        assert_eq!(std::fs::read(place.path()).expect("read"), b"somebody else's");
+        assert_eq!(names(folder.path()), ["vm.hds"]);
+    }
+
+    #[test]
+    fn a_preallocated_image_has_its_space_and_a_sequential_bat() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let plan = Plan { preallocate: true, cluster: Some(32 << 10), ..Plan::thin(3 * MIB) };
+        let image =
+            AtRest::open(&create(&folder.path().join("vm"), &plan).expect("created").path).expect("opens");
+        let Form::Ploop(header) = image.form else { panic!("ploop") };
+        assert_eq!(header.flags, 0);
+        let mut entries = Vec::new();
+        image
+            .for_each_entry(&header.geometry(), |cluster, entry| entries.push((cluster, entry)))
+            .expect("read");
+        assert_eq!(entries, (0..96).map(|i| (i, i as u32 + 1)).collect::<Vec<_>>());
+        assert_eq!(image.len, 97 * (32 << 10));
+        assert!(image.allocated >= image.len);
+    }
+}
