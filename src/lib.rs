@@ -8,6 +8,7 @@
 
 pub mod error;
 pub mod format;
+pub mod fuse;
 pub mod image;
 pub mod io;
 pub mod sync;

@@ -1,0 +1,548 @@
+//! fuser's callbacks, each turned into one call of [`FileSystem`].
+
+use std::any::Any;
+use std::ffi::OsStr;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, FopenFlags, INodeNo, InitFlags, IoctlFlags,
+    KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::convert::{GENERATION, IMAGE_OPEN, TTL, attr, caller, errno, file_type};
+use super::lanes::{Inside, Lanes, with_read_buffer};
+use super::listing::Listings;
+use crate::fuse::ops::{self, Answer, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
+
+/// Largest WRITE in bytes: 256 pages, the kernel's own limit, and the same as for reads.
+const MAX_WRITE: u32 = 1 << 20;
+
+/// Longest name, as statfs tells it.
+const NAME_MAX: u32 = 255;
+
+/// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
+const WANTED: [(InitFlags, &str); 5] = [
+    (InitFlags::FUSE_ASYNC_DIO, "loop and libaio requests run one at a time"),
+    (InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP, "images cannot be mapped shared"),
+    (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups in one folder run one at a time"),
+    (InitFlags::FUSE_DO_READDIRPLUS, "ls -l asks for each file on its own"),
+    (InitFlags::FUSE_READDIRPLUS_AUTO, "plain ls fetches attributes too"),
+];
+
+pub(super) struct Bridge {
+    pub(super) fs: Arc<dyn FileSystem>,
+    pub(super) lanes: Arc<Lanes>,
+    pub(super) listings: Listings,
+    pub(super) max_background: u16,
+}
+
+/// Where a write is carried out.
+enum Place<'a> {
+    /// On this thread; the guard, where there is one, keeps the count.
+    Here(Option<Inside<'a>>),
+    /// This is the last free transport thread and the write may block.
+    Elsewhere,
+}
+
+impl Bridge {
+    /// Runs one request. A panic costs that request (its reply, dropped, becomes EIO), not the transport thread:
+    /// fuser would lose the thread, say nothing, and hang the mount with the last one.
+    fn serve(&self, what: &str, request: impl FnOnce()) {
+        self.lanes.name_thread();
+        if self.lanes.is_closed() {
+            return;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(request)) {
+            log::error!("bug: {what} panicked and was answered with EIO: {}", text_of(panic.as_ref()));
+        }
+    }
+
+    /// The one place that decides whether a write runs here (DESIGN.md 4, step 3).
+    fn place(&self, handle: u64) -> Place<'_> {
+        if !self.fs.writes_may_block(handle) {
+            return Place::Here(None);
+        }
+        match self.lanes.enter() {
+            Some(inside) => Place::Here(Some(inside)),
+            None => Place::Elsewhere,
+        }
+    }
+
+    /// Asks the file system to refuse a change of names. It has no way to answer with a new name, so consent is a
+    /// refusal too.
+    fn refusal(&self, request: &Request, parent: INodeNo, name: &OsStr) -> fuser::Errno {
+        match self.fs.change_name(caller(request), parent.0, name) {
+            Err(e) => errno(e),
+            Ok(()) => fuser::Errno::EPERM,
+        }
+    }
+
+    fn removal(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        answer_empty(reply, self.fs.change_name(caller(request), parent.0, name));
+    }
+
+    /// One entry of readdirplus, which is a look-up the kernel remembers unless the entry did not fit.
+    fn add_plus(
+        &self,
+        r: &Request,
+        folder: INodeNo,
+        next: u64,
+        n: &Name,
+        out: &mut ReplyDirectoryPlus,
+    ) -> bool {
+        let dot = n.name == "." || n.name == "..";
+        let found = if dot { self.fs.getattr(n.ino) } else { self.fs.lookup(caller(r), folder.0, &n.name) };
+        match found {
+            Ok(a) => {
+                let full = out.add(INodeNo(a.ino), next, &n.name, &TTL, &attr(&a), GENERATION);
+                if full && !dot {
+                    self.fs.forget(a.ino, 1);
+                }
+                full
+            }
+            // Gone meanwhile: node 0 tells the kernel that there is a name and nothing known of it.
+            Err(_) => out.add(INodeNo(0), next, &n.name, &TTL, &attr(&unknown(n)), GENERATION),
+        }
+    }
+}
+
+fn unknown(n: &Name) -> Attr {
+    let mtime = SystemTime::UNIX_EPOCH;
+    let (size, blocks, mode, links, uid, gid, block_size) = (0, 0, 0, 1, 0, 0, 0);
+    Attr { ino: n.ino, kind: n.kind, size, blocks, mode, links, uid, gid, block_size, mtime }
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (None, Some(text)) => text,
+        (None, None) => "(no text)",
+    }
+}
+
+fn answer_empty(reply: ReplyEmpty, answer: Answer<()>) {
+    match answer {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+fn answer_attr(reply: ReplyAttr, answer: Answer<Attr>) {
+    match answer {
+        Ok(a) => reply.attr(&TTL, &attr(&a)),
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+fn answer_written(reply: ReplyWrite, answer: Answer<usize>) {
+    match answer {
+        // At most MAX_WRITE bytes were asked for.
+        Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+fn answer_opened(reply: ReplyOpen, answer: Answer<ops::Opened>) {
+    match answer {
+        Ok(o) => {
+            reply.opened(FileHandle(o.handle), if o.direct { IMAGE_OPEN } else { FopenFlags::empty() });
+        }
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+impl fuser::Filesystem for Bridge {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        for (flag, loss) in WANTED {
+            if config.add_capabilities(flag).is_err() {
+                log::warn!("the kernel (FUSE {}) has no {flag:?}: {loss}", config.kernel_abi());
+            }
+        }
+        for (what, refused) in [
+            ("max_write", config.set_max_write(MAX_WRITE).err()),
+            ("max_background", config.set_max_background(self.max_background).err().map(u32::from)),
+            // Only read-ahead and background writing out heed it: three quarters, as the kernel's own default.
+            (
+                "congestion",
+                config.set_congestion_threshold(congestion(self.max_background)).err().map(u32::from),
+            ),
+        ] {
+            if let Some(nearest) = refused {
+                log::warn!("{what} is out of range; the nearest that works is {nearest}");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.serve("lookup", || match self.fs.lookup(caller(r), parent.0, name) {
+            Ok(a) => reply.entry(&TTL, &attr(&a), GENERATION),
+            Err(e) => reply.error(errno(e)),
+        });
+    }
+
+    fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
+        self.serve("forget", || self.fs.forget(ino.0, count));
+    }
+
+    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.serve("getattr", || answer_attr(reply, self.fs.getattr(ino.0)));
+    }
+
+    fn setattr(
+        &self,
+        r: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        ctime: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let times = atime.is_some() || mtime.is_some() || ctime.is_some();
+        let change = SetAttr { mode, uid, gid, size, times };
+        self.serve("setattr", || {
+            let done: Done<Attr> = Box::new(move |answer| answer_attr(reply, answer));
+            self.fs.setattr(caller(r), ino.0, change, done);
+        });
+    }
+
+    fn readlink(&self, _: &Request, _: INodeNo, reply: ReplyData) {
+        reply.error(fuser::Errno::EINVAL);
+    }
+
+    fn mknod(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        self.serve("mknod", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn mkdir(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        self.serve("mkdir", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn unlink(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.serve("unlink", || self.removal(r, parent, name, reply));
+    }
+
+    fn rmdir(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.serve("rmdir", || self.removal(r, parent, name, reply));
+    }
+
+    fn symlink(&self, r: &Request, parent: INodeNo, name: &OsStr, _: &Path, reply: ReplyEntry) {
+        self.serve("symlink", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn rename(
+        &self,
+        r: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.serve("rename", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn link(&self, r: &Request, _: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.serve("link", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn create(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        self.serve("create", || reply.error(self.refusal(r, parent, name)));
+    }
+
+    fn open(&self, r: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        self.serve("open", || {
+            let done: Done<ops::Opened> = Box::new(move |answer| answer_opened(reply, answer));
+            self.fs.open(caller(r), ino.0, ops::OpenFlags { raw: flags.0 }, done);
+        });
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _: fuser::OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.serve("read", || {
+            let len = size as usize;
+            let mut reply = Some(reply);
+            with_read_buffer(len, |buf| match self.fs.read_now(fh.0, offset, buf) {
+                Now::Later => {}
+                Now::Done(answer) => {
+                    if let Some(reply) = reply.take() {
+                        match answer {
+                            Ok(n) => reply.data(&buf[..n]),
+                            Err(e) => reply.error(errno(e)),
+                        }
+                    }
+                }
+            });
+            // Refused here, or larger than the buffer (the kernel was told not to).
+            if let Some(reply) = reply {
+                let done: Done<Bytes> = Box::new(move |answer| match answer {
+                    Ok(data) => reply.data(&data),
+                    Err(e) => reply.error(errno(e)),
+                });
+                self.fs.read_later(fh.0, offset, len, done);
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        flags: fuser::OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.serve("write", || {
+            let flags = ops::OpenFlags { raw: flags.0 };
+            let now = match self.place(fh.0) {
+                Place::Here(_inside) => self.fs.write_now(fh.0, offset, data, flags),
+                Place::Elsewhere => Now::Later,
+            };
+            match now {
+                Now::Done(answer) => answer_written(reply, answer),
+                Now::Later => {
+                    let done: Done<usize> = Box::new(move |answer| answer_written(reply, answer));
+                    self.fs.write_later(fh.0, offset, Bytes::copy_from_slice(data), flags, done);
+                }
+            }
+        });
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        _: fuser::OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.serve("release", || {
+            self.fs.release(fh.0);
+            reply.ok();
+        });
+    }
+
+    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.serve("fsync", || self.fs.fsync(fh.0, Box::new(move |answer| answer_empty(reply, answer))));
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        len: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.serve("fallocate", || {
+            let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
+            self.fs.fallocate(fh.0, offset, len, mode, done);
+        });
+    }
+
+    fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let whence = match whence {
+            libc::SEEK_DATA => Whence::Data,
+            libc::SEEK_HOLE => Whence::Hole,
+            _ => return reply.error(fuser::Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return reply.error(fuser::Errno::ENXIO);
+        };
+        self.serve("lseek", || {
+            let done: Done<u64> = Box::new(move |answer| match answer.map(i64::try_from) {
+                Ok(Ok(found)) => reply.offset(found),
+                Ok(Err(_)) => reply.error(fuser::Errno::EOVERFLOW),
+                Err(e) => reply.error(errno(e)),
+            });
+            self.fs.lseek(fh.0, offset, whence, done);
+        });
+    }
+
+    fn opendir(&self, _: &Request, _: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
+        self.serve("opendir", || reply.opened(FileHandle(self.listings.open()), FopenFlags::empty()));
+    }
+
+    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.serve("readdir", || {
+            let names = match self.listings.names(self.fs.as_ref(), ino.0, fh.0, offset) {
+                Ok(names) => names,
+                Err(e) => return reply.error(errno(e)),
+            };
+            for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+                if reply.add(INodeNo(n.ino), next, file_type(n.kind), &n.name) {
+                    break;
+                }
+            }
+            reply.ok();
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        r: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.serve("readdirplus", || {
+            let names = match self.listings.names(self.fs.as_ref(), ino.0, fh.0, offset) {
+                Ok(names) => names,
+                Err(e) => return reply.error(errno(e)),
+            };
+            for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+                if self.add_plus(r, ino, next, n, &mut reply) {
+                    break;
+                }
+            }
+            reply.ok();
+        });
+    }
+
+    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: fuser::OpenFlags, reply: ReplyEmpty) {
+        self.serve("releasedir", || {
+            self.listings.close(fh.0);
+            reply.ok();
+        });
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        // Names do not change through the mount; what changes them syncs its folder itself (R8).
+        reply.ok();
+    }
+
+    fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        self.serve("statfs", || match self.fs.statfs(ino.0) {
+            Ok(s) => {
+                let bs = s.block_size;
+                reply.statfs(s.blocks, s.free, s.available, s.files, s.files_free, bs, NAME_MAX, bs);
+            }
+            Err(e) => reply.error(errno(e)),
+        });
+    }
+
+    fn ioctl(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: IoctlFlags,
+        _: u32,
+        _: &[u8],
+        _: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
+    }
+
+    // ENOSYS from here on, on purpose: the kernel remembers it and does the right thing without asking again. For
+    // any other operation it would be remembered too, and something would be lost for the whole mount (FUSE.md 8.6).
+
+    fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: ReplyBmap) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: PollNotifier,
+        _: PollEvents,
+        _: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+}
+
+/// Three quarters of `max_background`, at least 1.
+fn congestion(max_background: u16) -> u16 {
+    (max_background - max_background / 4).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn congestion_begins_at_three_quarters() {
+        assert_eq!(congestion(4096), 3072);
+        assert_eq!(congestion(1), 1);
+    }
+}

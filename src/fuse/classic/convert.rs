@@ -1,0 +1,71 @@
+//! Between fuser's types and the transport-neutral ones.
+
+use std::time::Duration;
+
+use fuser::{FileAttr, FileType, FopenFlags, Generation, INodeNo, Request};
+
+use crate::fuse::ops::{Attr, Caller, Errno, FileKind};
+
+/// How long the kernel may keep names and attributes without asking. Short, because st_blocks moves with every
+/// allocation; size and name changes are announced at once (fuse/notify).
+pub(super) const TTL: Duration = Duration::from_secs(1);
+
+/// Inode numbers are never reused within a mount, so one generation is enough.
+pub(super) const GENERATION: Generation = Generation(0);
+
+/// Images: no page cache (loop and qemu have their own), parallel writes, no FLUSH at close. 97 in numbers.
+pub(super) const IMAGE_OPEN: FopenFlags = FopenFlags::FOPEN_DIRECT_IO
+    .union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES)
+    .union(FopenFlags::FOPEN_NOFLUSH);
+
+pub(super) fn caller(request: &Request) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+pub(super) fn errno(e: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(e.0)
+}
+
+pub(super) fn file_type(kind: FileKind) -> FileType {
+    match kind {
+        FileKind::File => FileType::RegularFile,
+        FileKind::Folder => FileType::Directory,
+    }
+}
+
+pub(super) fn attr(a: &Attr) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(a.ino),
+        size: a.size,
+        blocks: a.blocks,
+        // Mounted noatime; and nothing but content changes here.
+        atime: a.mtime,
+        mtime: a.mtime,
+        ctime: a.mtime,
+        crtime: a.mtime,
+        kind: file_type(a.kind),
+        perm: a.mode,
+        nlink: a.links,
+        uid: a.uid,
+        gid: a.gid,
+        rdev: 0,
+        blksize: a.block_size,
+        flags: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_opened_direct_parallel_and_without_flush() {
+        assert_eq!(IMAGE_OPEN.bits(), 97);
+    }
+
+    #[test]
+    fn an_errno_that_is_none_becomes_eio() {
+        assert_eq!(errno(Errno(0)).code(), libc::EIO);
+        assert_eq!(errno(Errno(libc::ENOSPC)).code(), libc::ENOSPC);
+    }
+}

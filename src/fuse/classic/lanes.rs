@@ -1,0 +1,136 @@
+//! The transport threads: their names, their read buffers, and the rule that one of them stays free.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use crate::fuse::mount::MAX_READ;
+
+/// Alignment of read buffers: a page, so that O_DIRECT reads of the host file may go straight into them.
+const PAGE: usize = 4096;
+
+/// The transport threads of one session.
+///
+/// Only a write may wait on a transport thread (fuse/ops); everything else ends at once or is handed over. So it is
+/// enough to count the threads that are inside such a write: with one thread left outside, the kernel always finds
+/// a reader, and a getattr, a cached read or an fsync is never stuck behind a slow disk.
+#[derive(Debug)]
+pub struct Lanes {
+    threads: usize,
+    /// Threads inside a write that may block.
+    waiting: AtomicUsize,
+    /// Names given so far.
+    named: AtomicUsize,
+    /// The file system was told that the session has ended.
+    closed: AtomicBool,
+}
+
+impl Lanes {
+    pub(super) fn new(threads: usize) -> Lanes {
+        Lanes {
+            threads,
+            waiting: AtomicUsize::new(0),
+            named: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes a place for a write that may block; None on the last free thread, which must hand it over.
+    pub fn enter(&self) -> Option<Inside<'_>> {
+        // Relaxed: the count guards no data, and the sum of increments is exact in any order.
+        if self.waiting.fetch_add(1, Ordering::Relaxed) + 1 < self.threads {
+            return Some(Inside { lanes: self });
+        }
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+
+    /// No request reaches the file system from here on. Only matters when fuser could not start all its threads:
+    /// it then returns while the first ones go on.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// How many transport threads there are.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// How many of them are inside a write that may block.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Names the calling thread ploopfs/tN at its first request: fuser starts the threads and calls them fuser-N.
+    pub(super) fn name_thread(&self) {
+        thread_local!(static NAMED: Cell<bool> = const { Cell::new(false) });
+        if NAMED.replace(true) {
+            return;
+        }
+        let number = self.named.fetch_add(1, Ordering::Relaxed);
+        if let Ok(name) = CString::new(format!("ploopfs/t{number}")) {
+            // Only for ps and top: a refusal changes nothing.
+            let _ = rustix::thread::set_name(&name);
+        }
+    }
+}
+
+/// One place taken; given back on drop, a panic included.
+#[derive(Debug)]
+pub struct Inside<'a> {
+    lanes: &'a Lanes,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.lanes.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Runs `f` with the first `len` bytes of this thread's page-aligned buffer; None when it is not that large.
+/// Memory is touched, and so taken, only as far as requests really went.
+pub(super) fn with_read_buffer<R>(len: usize, f: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+    thread_local!(static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+    BUFFER.with_borrow_mut(|memory| {
+        if memory.is_empty() {
+            *memory = vec![0; MAX_READ as usize + PAGE];
+        }
+        // A vector does not move while it keeps its size, but asking again costs nothing.
+        let start = memory.as_ptr().align_offset(PAGE);
+        memory.get_mut(start..start.checked_add(len)?).map(f)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_free_thread_hands_blocking_writes_over() {
+        let lanes = Lanes::new(3);
+        let first = lanes.enter().expect("two others are free");
+        let second = lanes.enter().expect("one other is free");
+        assert!(lanes.enter().is_none());
+        assert_eq!(lanes.waiting(), 2);
+        drop(first);
+        assert!(lanes.enter().is_some());
+        drop(second);
+        assert_eq!(lanes.waiting(), 0);
+    }
+
+    #[test]
+    fn a_single_thread_never_blocks_in_a_write() {
+        assert!(Lanes::new(1).enter().is_none());
+    }
+
+    #[test]
+    fn the_read_buffer_is_page_aligned_and_refuses_more_than_max_read() {
+        let aligned = with_read_buffer(MAX_READ as usize, |b| (b.len(), b.as_ptr().align_offset(PAGE)));
+        assert_eq!(aligned, Some((MAX_READ as usize, 0)));
+        assert_eq!(with_read_buffer(2 * MAX_READ as usize, |_| ()), None);
+    }
+}

@@ -1,0 +1,161 @@
+//! The `fuse` transport: /dev/fuse through fuser 0.18, several threads with a cloned descriptor each, requests
+//! served on the thread that read them (FUSE.md 0: a hand-over costs half of a small request).
+
+mod bridge;
+mod convert;
+mod lanes;
+mod listing;
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fuser::{INodeNo, SessionACL};
+
+pub use self::lanes::{Inside, Lanes};
+
+use self::bridge::Bridge;
+use self::listing::Listings;
+use crate::error::{Error, Kind, Result};
+use crate::fuse::mount::{self, DEVICE};
+use crate::fuse::notify::{self, Notifier};
+use crate::fuse::ops::{FileSystem, Ino};
+use crate::io::unmount::unmount;
+
+/// How a folder is mounted and served.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Transport threads, at least 1. More let more requests wait on the host at once, but each wakes cache-cold.
+    pub threads: usize,
+    /// Let users other than the mounting one in. Ordinary users need `user_allow_other` in /etc/fuse.conf for it.
+    pub allow_other: bool,
+    /// Refuse every change.
+    pub read_only: bool,
+    /// The source shown by findmnt: the images folder.
+    pub fs_name: OsString,
+    /// How many asynchronous requests the kernel may have outstanding, over all images of the mount: the true
+    /// queue depth of loop devices and libaio. The kernel holds ordinary users to fs/fuse's max_user_bgreq.
+    pub max_background: u16,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            // One per CPU; below 2 a single slow write would stop the mount, above 8 they only share a queue lock.
+            threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
+            allow_other: rustix::process::geteuid().is_root(),
+            read_only: false,
+            fs_name: "ploopfs".into(),
+            // 256 for each of 16 busy loop devices.
+            max_background: 4096,
+        }
+    }
+}
+
+/// A mounted folder whose handshake is done. Dropping it without [`run`](Session::run) closes the connection and
+/// leaves a dead mount point: [`unmount`] it.
+pub struct Session {
+    fuser: fuser::Session<Bridge>,
+    fs: Arc<dyn FileSystem>,
+    lanes: Arc<Lanes>,
+    notifier: Notifier,
+    notifications: notify::Pending,
+    mountpoint: PathBuf,
+}
+
+/// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::run`].
+pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
+    if settings.threads == 0 || settings.max_background == 0 {
+        return Err(Error::new(
+            Kind::Invalid,
+            "a mount needs at least one thread and one background request",
+        ));
+    }
+    // Before the mount: afterwards looking at the path would wait for ourselves.
+    let mountpoint = mount::absolute(mountpoint)?;
+    let (allow_other, read_only) = (settings.allow_other, settings.read_only);
+    let options = mount::Options { source: settings.fs_name.clone(), allow_other, read_only };
+    let connection = mount::mount(&mountpoint, &options)?;
+
+    let lanes = Arc::new(Lanes::new(settings.threads));
+    let bridge = Bridge {
+        fs: fs.clone(),
+        lanes: lanes.clone(),
+        listings: Listings::default(),
+        max_background: settings.max_background,
+    };
+    // A descriptor handed over, not a mount: fuser then never unmounts (see fuse/mount).
+    let mut config = fuser::Config::default();
+    config.acl = if allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(settings.threads);
+    config.clone_fd = settings.threads > 1 && device_opens();
+    let fuser = fuser::Session::from_fd(bridge, connection, config.acl, config).map_err(|e| {
+        if let Err(left) = unmount(&mountpoint, true) {
+            log::error!("{left}");
+        }
+        Error::io(&e, &mountpoint, "the handshake with the kernel failed")
+    })?;
+    let (notifier, notifications) = notify::queue(Box::new(Kernel(fuser.notifier())));
+    Ok(Session { fuser, fs, lanes, notifier, notifications, mountpoint })
+}
+
+/// Cloning needs /dev/fuse itself, which an ordinary user may not be able to open; threads then share one
+/// descriptor.
+fn device_opens() -> bool {
+    match std::fs::File::options().read(true).write(true).open(DEVICE) {
+        Ok(_) => true,
+        Err(e) => {
+            log::warn!("{DEVICE}: {e}: the transport threads share one descriptor, which is slower");
+            false
+        }
+    }
+}
+
+impl Session {
+    /// Serves on the session's threads until the connection has ended (ENODEV: unmounted, and the last file
+    /// closed; or aborted), then tells the file system. Opens /dev/fuse once per thread: a sandbox must allow it.
+    pub fn run(self) -> Result<()> {
+        let Session { fuser, fs, lanes, notifier: _, notifications, mountpoint } = self;
+        let sending = notifications.start()?;
+        let served = fuser.run();
+        // The sink holds a descriptor of the connection: it goes first, so that a failed `run` leaves a dead mount
+        // and not one that hangs.
+        drop(sending);
+        lanes.close();
+        fs.ended();
+        match served {
+            Ok(()) => Ok(()),
+            // The administrator's abort; fuser takes it for an error.
+            Err(e) if e.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+            Err(e) => Err(Error::io(&e, &mountpoint, "the connection to the kernel failed")),
+        }
+    }
+
+    /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
+    pub fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+
+    /// The transport threads, for counters.
+    pub fn lanes(&self) -> Arc<Lanes> {
+        self.lanes.clone()
+    }
+
+    /// The absolute path of the mount point, as it was before the mount.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+}
+
+struct Kernel(fuser::Notifier);
+
+impl notify::Sink for Kernel {
+    fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()> {
+        self.0.inval_inode(INodeNo(ino), offset, len)
+    }
+
+    fn inval_entry(&self, parent: Ino, name: &OsStr) -> io::Result<()> {
+        self.0.inval_entry(INodeNo(parent), name)
+    }
+}

@@ -1,0 +1,201 @@
+//! Mounting, for every transport.
+//!
+//! fuser could mount, but what it mounts it also unmounts when its session ends, and 0.18 gets that wrong three
+//! ways: it tests for "still mounted" the wrong way round (so it may hit a newer mount on the same folder), gives up
+//! on EBUSY, and hides the errno. Here a mount is a file descriptor and nothing else; it is unmounted once, by
+//! whoever decided to end it, with [`unmount`](crate::io::unmount::unmount).
+
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, FdFlags};
+use rustix::mount::MountFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use crate::error::{Error, Kind, Result};
+
+/// Where the kernel hands out connections.
+pub const DEVICE: &str = "/dev/fuse";
+
+/// Largest READ in bytes, as a mount option. The same as the largest WRITE, and as the kernel's own limit of 256
+/// pages (fs.fuse.max_pages_limit).
+pub const MAX_READ: u32 = 1 << 20;
+
+/// What the mount table shows and the kernel enforces.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The source shown by findmnt: the images folder.
+    pub source: OsString,
+    /// Let users other than the mounting one in; permission bits then decide.
+    pub allow_other: bool,
+    /// Refuse every change.
+    pub read_only: bool,
+}
+
+/// Mounts on `mountpoint` (an existing folder) and returns the connection. The kernel's INIT waits in it: until a
+/// transport has answered that, every access to the mount point hangs. As an ordinary user: through fusermount3.
+pub fn mount(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
+    let status = std::fs::metadata(mountpoint).map_err(|e| Error::io(&e, mountpoint, "cannot mount here"))?;
+    if !status.is_dir() {
+        return Err(Error::at(Kind::Invalid, mountpoint, "cannot mount here: not a folder"));
+    }
+    if rustix::process::geteuid().is_root() {
+        mount_directly(mountpoint, status.mode(), options)
+    } else {
+        mount_with_helper(mountpoint, options)
+    }
+}
+
+fn mount_directly(mountpoint: &Path, mode: u32, options: &Options) -> Result<OwnedFd> {
+    let device =
+        rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| match e {
+            Errno::NOENT | Errno::NODEV | Errno::NXIO => {
+                Error::at(Kind::Unsupported, DEVICE, "the kernel has no FUSE here; try `modprobe fuse`")
+            }
+            e => Error::io(&e.into(), DEVICE, "cannot open"),
+        })?;
+    let mut data = format!(
+        "fd={},rootmode={mode:o},user_id={},group_id={}",
+        device.as_raw_fd(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw()
+    );
+    for option in kernel_options(options) {
+        data.push(',');
+        data.push_str(option);
+    }
+    let data = CString::new(data).expect("made of numbers and constants: no NUL inside");
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    if options.read_only {
+        flags |= MountFlags::RDONLY;
+    }
+    rustix::mount::mount(options.source.as_os_str(), mountpoint, "fuse", flags, data.as_c_str())
+        .map_err(|e| Error::io(&e.into(), mountpoint, "cannot mount here"))?;
+    Ok(device)
+}
+
+/// The options that the kernel's fuse and fusermount3 both take as text.
+fn kernel_options(options: &Options) -> Vec<&'static str> {
+    // max_read: MAX_READ in digits.
+    let mut list = vec!["subtype=ploopfs", "max_read=1048576", "default_permissions"];
+    if options.allow_other {
+        list.push("allow_other");
+    }
+    list
+}
+
+/// Asks the set-uid helper of libfuse, which sends the connection's descriptor back over a socket pair.
+fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
+    let failed = |e: io::Error| Error::io(&e, mountpoint, "cannot mount through fusermount3");
+    let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+    // The helper's end must survive exec. No thread runs yet (DESIGN.md 8), so no other child can inherit it.
+    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|e| failed(e.into()))?;
+    let mut text = OsString::from("nosuid,nodev,noatime");
+    for option in kernel_options(options) {
+        text.push(",");
+        text.push(option);
+    }
+    text.push(if options.read_only { ",ro,fsname=" } else { ",fsname=" });
+    text.push(escaped(&options.source));
+    let child = Command::new("fusermount3")
+        .arg("-o")
+        .arg(text)
+        .arg("--")
+        .arg(mountpoint)
+        .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::at(
+                Kind::NotPermitted,
+                mountpoint,
+                "mounting without root needs fusermount3 (package fuse3), which is not installed",
+            ),
+            _ => failed(e),
+        })?;
+    // Our copy of its end goes away, so that a helper that dies ends the wait below.
+    drop(theirs);
+    let received = receive_descriptor(&ours);
+    let output = child.wait_with_output().map_err(failed)?;
+    match received {
+        Ok(Some(connection)) => {
+            rustix::io::fcntl_setfd(&connection, FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+            Ok(connection)
+        }
+        Ok(None) => Err(Error::at(Kind::NotPermitted, mountpoint, complaint(&output))),
+        Err(e) => Err(failed(e)),
+    }
+}
+
+fn complaint(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr);
+    format!("cannot mount through fusermount3: {}", said.trim())
+}
+
+/// A comma or backslash in the source would end the option.
+fn escaped(source: &OsStr) -> OsString {
+    let mut out = Vec::with_capacity(source.len());
+    for &byte in source.as_bytes() {
+        if byte == b',' || byte == b'\\' {
+            out.push(b'\\');
+        }
+        out.push(byte);
+    }
+    OsString::from_vec(out)
+}
+
+/// None: the other end was closed without sending anything.
+fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
+    let mut byte = [0u8; 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    rustix::io::retry_on_intr(|| {
+        let mut parts = [io::IoSliceMut::new(&mut byte)];
+        rustix::net::recvmsg(socket.as_fd(), &mut parts, &mut control, RecvFlags::empty())
+    })?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
+            return Ok(descriptors.next());
+        }
+    }
+    Ok(None)
+}
+
+/// The absolute path of a mount point, taken before mounting: afterwards the daemon must not look at it.
+pub fn absolute(mountpoint: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(mountpoint).map_err(|e| Error::io(&e, mountpoint, "cannot mount here"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_in_the_source_does_not_become_a_mount_option() {
+        assert_eq!(escaped(OsStr::new("a,suid\\b")), OsString::from("a\\,suid\\\\b"));
+    }
+
+    #[test]
+    fn max_read_as_text_is_the_constant() {
+        let options = Options { source: "x".into(), allow_other: false, read_only: false };
+        assert!(kernel_options(&options).contains(&format!("max_read={MAX_READ}").as_str()));
+    }
+
+    #[test]
+    fn a_missing_mount_point_is_named() {
+        let options = Options { source: "x".into(), allow_other: false, read_only: false };
+        let error = mount(Path::new("/nonexistent/ploopfs"), &options).expect_err("nothing to mount on");
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.to_string().contains("/nonexistent/ploopfs"), "{error}");
+    }
+}

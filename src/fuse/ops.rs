@@ -1,0 +1,206 @@
+//! The typed operations that every transport speaks and `tree` implements. No transport's types appear here.
+//!
+//! Reads and writes come in two steps, because a hand-over to another thread costs half of a small request
+//! (FUSE.md 0): `read_now`/`write_now` run on the transport thread, with the transport's own buffer, and finish
+//! only what cannot block; what they refuse goes through `read_later`/`write_later`, which own their bytes and
+//! answer from whichever thread finished. Everything else that may block takes a [`Done`].
+
+use std::ffi::{OsStr, OsString};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+/// An errno of the host, as the kernel is told. Never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl From<&crate::Error> for Errno {
+    fn from(e: &crate::Error) -> Errno {
+        Errno(e.errno())
+    }
+}
+
+/// The answer of an operation.
+pub type Answer<T> = Result<T, Errno>;
+/// Called once, from any thread, with the answer.
+pub type Done<T> = Box<dyn FnOnce(Answer<T>) + Send>;
+
+/// Inode number; never reused within a mount. 1 is the root.
+pub type Ino = u64;
+/// File handle: a stable number (DESIGN.md 12).
+pub type Handle = u64;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Process; 0 for kernel threads in other namespaces.
+    pub pid: u32,
+}
+
+/// File or folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// Regular file.
+    File,
+    /// Folder.
+    Folder,
+}
+
+/// What stat shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: Ino,
+    /// File or folder.
+    pub kind: FileKind,
+    /// Length in bytes.
+    pub size: u64,
+    /// Allocated space in units of 512 bytes.
+    pub blocks: u64,
+    /// Permission bits.
+    pub mode: u16,
+    /// Number of names.
+    pub links: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Preferred size of a request, in bytes.
+    pub block_size: u32,
+    /// Last change of content.
+    pub mtime: SystemTime,
+}
+
+/// A `setattr`: only what is asked for is Some.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetAttr {
+    /// New mode.
+    pub mode: Option<u32>,
+    /// New owner.
+    pub uid: Option<u32>,
+    /// New group.
+    pub gid: Option<u32>,
+    /// New length in bytes.
+    pub size: Option<u64>,
+    /// True when a time is set.
+    pub times: bool,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags {
+    /// The open flags as the kernel sent them (O_ACCMODE, O_DIRECT, O_SYNC, ...).
+    pub raw: i32,
+}
+
+impl OpenFlags {
+    /// True when the handle may write.
+    pub fn writes(self) -> bool {
+        self.raw & libc::O_ACCMODE != libc::O_RDONLY
+    }
+}
+
+/// What a transport tells the kernel about an opened file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// The handle for later operations.
+    pub handle: Handle,
+    /// Bypass the page cache, with parallel writes and no FLUSH (images); else cached (not for images).
+    pub direct: bool,
+}
+
+/// One name of a folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name {
+    /// Inode number.
+    pub ino: Ino,
+    /// File or folder.
+    pub kind: FileKind,
+    /// The name.
+    pub name: OsString,
+}
+
+/// statfs: in blocks of `block_size` bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// f_bsize and f_frsize: the unit in which punching really gives space back; loop makes it its discard granularity.
+    pub block_size: u32,
+    /// All blocks.
+    pub blocks: u64,
+    /// Free blocks.
+    pub free: u64,
+    /// Free blocks for ordinary users.
+    pub available: u64,
+    /// Inodes.
+    pub files: u64,
+    /// Free inodes.
+    pub files_free: u64,
+}
+
+/// SEEK_DATA or SEEK_HOLE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whence {
+    /// Next data.
+    Data,
+    /// Next hole.
+    Hole,
+}
+
+/// The result of an attempt on the transport thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Now<T> {
+    /// Finished; answer this.
+    Done(Answer<T>),
+    /// Would block, or needs more than a look-up: hand it over.
+    Later,
+}
+
+/// One file system, as transports see it. All methods may be called from many threads at once.
+///
+/// Methods without [`Done`] must not block.
+pub trait FileSystem: Send + Sync + 'static {
+    /// Finds a name in a folder.
+    fn lookup(&self, caller: Caller, parent: Ino, name: &OsStr) -> Answer<Attr>;
+    /// The kernel forgot `count` look-ups of `ino`.
+    fn forget(&self, ino: Ino, count: u64);
+    /// stat.
+    fn getattr(&self, ino: Ino) -> Answer<Attr>;
+    /// chmod, chown, truncate, utimes.
+    fn setattr(&self, caller: Caller, ino: Ino, change: SetAttr, done: Done<Attr>);
+    /// The names of a folder, without `.` and `..`.
+    fn readdir(&self, ino: Ino) -> Answer<Vec<Name>>;
+    /// statfs of the file system behind `ino`.
+    fn statfs(&self, ino: Ino) -> Answer<Space>;
+    /// Any operation that would create, rename, link or remove a name.
+    fn change_name(&self, caller: Caller, parent: Ino, name: &OsStr) -> Answer<()>;
+    /// Opens a file; may scan an image, so it answers later.
+    fn open(&self, caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>);
+    /// The last reference to a handle is gone. Nobody waits for it.
+    fn release(&self, handle: Handle);
+    /// Reads on the transport thread. `Done(Ok(n))`: `buf[..n]` holds the answer.
+    fn read_now(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Now<usize>;
+    /// Reads; answers from any thread.
+    fn read_later(&self, handle: Handle, offset: u64, len: usize, done: Done<Bytes>);
+    /// Writes on the transport thread. `flags` are the open flags of the request (O_DSYNC, O_SYNC).
+    fn write_now(&self, handle: Handle, offset: u64, data: &[u8], flags: OpenFlags) -> Now<usize>;
+    /// True when [`write_now`](Self::write_now) on this handle may wait for the host (its file lies on a disk).
+    /// A transport then keeps its last free thread out of it and hands the write over. tmpfs never waits.
+    fn writes_may_block(&self, handle: Handle) -> bool {
+        let _ = handle;
+        false
+    }
+    /// Writes; answers from any thread.
+    fn write_later(&self, handle: Handle, offset: u64, data: Bytes, flags: OpenFlags, done: Done<usize>);
+    /// fsync and fdatasync: everything acknowledged before is durable.
+    fn fsync(&self, handle: Handle, done: Done<()>);
+    /// fallocate with the kernel's mode bits.
+    fn fallocate(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>);
+    /// SEEK_DATA, SEEK_HOLE; ENXIO at or behind the end.
+    fn lseek(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>);
+    /// The connection has ended (ENODEV on /dev/fuse): no operation follows.
+    fn ended(&self) {}
+}
