@@ -7,11 +7,13 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 pub mod error;
+pub mod folder;
 pub mod format;
 pub mod fuse;
 pub mod image;
 pub mod io;
 pub mod sync;
+pub mod tree;
 pub mod vdisk;
 
 pub use error::{Error, Kind, Result};

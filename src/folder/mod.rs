@@ -1,0 +1,36 @@
+//! The live set: which files of a folder are images, which are open, and who holds them.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::io::file::HostFile;
+
+mod claims;
+mod counted;
+mod entry;
+mod place;
+mod scan;
+mod set;
+mod settle;
+mod strand;
+mod watch;
+
+pub use entry::{Attributes, Entry, OpenDone, OpenImage};
+pub use place::PRIVATE;
+pub use set::{Folder, FolderOptions, ImageStatus};
+
+/// Puts something around an image's file (`mount --fault`).
+pub type Wrap = Arc<dyn Fn(Arc<dyn HostFile>) -> Arc<dyn HostFile> + Send + Sync>;
+
+// A panic elsewhere must not take the folder with it: every state under these locks is whole between statements.
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,289 @@
+//! What lies in an images folder: which entries claim to be images, under which names, and whether they can be.
+//!
+//! Everything is reached through the folder's one descriptor, links are never followed, and only regular files
+//! are opened. Nothing is locked or changed.
+
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use rustix::fs::{AtFlags, Dir, FileType, Stat};
+
+use crate::format::header::Header;
+use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::io::file::read_full;
+use crate::io::real::{Access, RealFile};
+
+/// What a file is, whatever it is called: device and inode.
+pub type Identity = (u64, u64);
+
+/// A descriptor longer than this is not one that ploop or Parallels wrote (they need some 400 bytes a level), and
+/// is not read further.
+const DESCRIPTOR_BYTES: usize = 1 << 20;
+
+/// Tells one state of a file from another without opening it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Which file.
+    pub identity: Identity,
+    /// Length in bytes.
+    pub len: u64,
+    /// Last change of content: seconds and nanoseconds since 1970.
+    pub mtime: (i64, i64),
+    /// Number of names.
+    pub links: u64,
+}
+
+impl Stamp {
+    fn of(stat: &Stat) -> Stamp {
+        Stamp {
+            identity: (stat.st_dev, stat.st_ino),
+            len: stat.st_size as u64,
+            mtime: (stat.st_mtime, stat.st_mtime_nsec as i64),
+            links: stat.st_nlink,
+        }
+    }
+}
+
+/// What an image would be served from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// One file.
+    File(ImageKind),
+    /// A folder with a descriptor.
+    Layers,
+}
+
+/// An entry of the folder that claims an image's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Its own name in the folder.
+    pub file: OsString,
+    /// The image's name, without `.img`.
+    pub name: OsString,
+    /// File or folder.
+    pub source: Source,
+    /// The state that was looked at.
+    pub stamp: Stamp,
+    /// Disk size in bytes; 0 when it is not known.
+    pub size: u64,
+    /// Why it cannot be served.
+    pub problem: Option<String>,
+    /// For a folder: the files in it.
+    pub parts: HashSet<Identity>,
+}
+
+/// A file or folder that was looked at.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// Its name.
+    pub file: OsString,
+    /// The state that was looked at.
+    pub stamp: Stamp,
+    /// None: not an image.
+    pub claim: Option<Claim>,
+}
+
+/// What to do with a file of the folder.
+pub enum Look {
+    /// Nothing has changed: take this.
+    Same(Box<Seen>),
+    /// Look at it.
+    Inspect,
+    /// Not yet (somebody still writes it).
+    Skip,
+}
+
+/// The stamp of the regular file or folder `name`; None when there is neither.
+pub fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
+    let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile | FileType::Directory => Some(Stamp::of(&stat)),
+        _ => None,
+    }
+}
+
+/// All that lies in the folder and was not skipped, sorted by name. `judge` is asked about every file that may be
+/// an image.
+pub fn read(dir: &OwnedFd, judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look) -> io::Result<Vec<Seen>> {
+    let descriptor = read_descriptor(dir);
+    let mut seen = Vec::new();
+    for file in names(dir)? {
+        // It may be gone again; then it is no claim.
+        let Ok(stat) = rustix::fs::statat(dir, &file, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        let stamp = Stamp::of(&stat);
+        let claim = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => look_at_folder(dir, &file, stamp),
+            FileType::RegularFile if kind::descriptor_names(&descriptor, &file) => None,
+            FileType::RegularFile => match judge(&file, &stamp) {
+                Look::Same(same) => {
+                    seen.push(*same);
+                    continue;
+                }
+                Look::Inspect => inspect(dir, &file, stamp),
+                Look::Skip => continue,
+            },
+            _ => None,
+        };
+        seen.push(Seen { file, stamp, claim });
+    }
+    Ok(seen)
+}
+
+/// Every name that does not begin with a dot, sorted.
+fn names(dir: &impl AsFd) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if !name.starts_with(b".") {
+            names.push(OsString::from_vec(name.to_vec()));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn read_descriptor(dir: &OwnedFd) -> Vec<u8> {
+    let Ok(file) = RealFile::open_at(dir, DESCRIPTOR, Access::ReadOnly) else { return Vec::new() };
+    let mut bytes = vec![0; DESCRIPTOR_BYTES];
+    let n = read_full(&file, &mut bytes, 0).unwrap_or(0);
+    bytes.truncate(n);
+    bytes
+}
+
+/// A folder that holds a descriptor is a layered image; its files may also lie outside, as the left-over of a
+/// crash while a single file became a folder.
+fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let inner = rustix::fs::openat(dir, name, flags, Mode::empty()).ok()?;
+    self::stamp(&inner, DESCRIPTOR.as_ref())?;
+    let bytes = name.as_bytes();
+    let image = bytes.strip_suffix(b".hdd").unwrap_or(bytes);
+    let parts = names(&inner).unwrap_or_default();
+    Some(Claim {
+        file: name.to_owned(),
+        name: OsStr::from_bytes(image).to_owned(),
+        source: Source::Layers,
+        stamp,
+        size: 0,
+        problem: Some(kind::folder_reason(true).into()),
+        parts: parts.iter().filter_map(|part| Some(self::stamp(&inner, part)?.identity)).collect(),
+    })
+}
+
+/// Opens a regular file and sees what it is; None: not an image.
+fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
+    let mut head = [0; HEAD_BYTES];
+    let read = match RealFile::open_at(dir, name, Access::ReadOnly) {
+        Ok(file) => read_full(&file, &mut head, 0).map_err(|e| format!("cannot be read: {e}")),
+        Err(e) => Err(format!("cannot be opened: {e}")),
+    };
+    let head = &head[..*read.as_ref().unwrap_or(&0)];
+    // A file that cannot be read is an image if its name says so, and its trouble is told.
+    let Class::Image { name: image, kind } = kind::classify(name, true, head) else { return None };
+    let (size, problem) = match (read, kind) {
+        (Err(problem), _) => (0, Some(problem)),
+        (Ok(_), ImageKind::Raw) => (stamp.len, None),
+        (Ok(_), ImageKind::Ploop) => match Header::parse(head) {
+            Ok(header) => (header.geometry().disk, None),
+            Err(field) => (0, Some(format!("damaged: {field}"))),
+        },
+    };
+    let source = Source::File(kind);
+    Some(Claim { file: name.to_owned(), name: image, source, stamp, size, problem, parts: HashSet::new() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+    use std::path::Path;
+
+    fn header() -> Vec<u8> {
+        let mut bytes = vec![0; 64];
+        bytes[..16].copy_from_slice(b"WithouFreSpacExt");
+        bytes[16] = 2;
+        bytes[28..32].copy_from_slice(&2048u32.to_le_bytes());
+        bytes[32..36].copy_from_slice(&10u32.to_le_bytes());
+        bytes[36..44].copy_from_slice(&20480u64.to_le_bytes());
+        bytes[48..52].copy_from_slice(&2048u32.to_le_bytes());
+        bytes
+    }
+
+    fn scan(path: &Path) -> Vec<Claim> {
+        let dir = OwnedFd::from(fs::File::open(path).expect("the folder opens"));
+        let seen = read(&dir, &mut |_, _| Look::Inspect).expect("the folder can be read");
+        seen.into_iter().filter_map(|s| s.claim).collect()
+    }
+
+    fn names_of(claims: &[Claim]) -> Vec<&str> {
+        claims.iter().map(|c| c.name.to_str().expect("ASCII")).collect()
+    }
+
+    #[test]
+    fn regular_files_become_claims_with_their_disk_size() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("a.hds"), header()).expect("written");
+        fs::write(temp.path().join("b.raw"), [1; 1000]).expect("written");
+        fs::write(temp.path().join("c"), header()).expect("written");
+        fs::write(temp.path().join("notes.txt"), "x").expect("written");
+        fs::write(temp.path().join(".hidden.hds"), header()).expect("written");
+        let claims = scan(temp.path());
+        assert_eq!(names_of(&claims), ["a", "b", "c"]);
+        assert_eq!(claims.iter().map(|c| c.size).collect::<Vec<_>>(), [20480 * 512, 1000, 20480 * 512]);
+        assert!(claims.iter().all(|c| c.problem.is_none()));
+    }
+
+    #[test]
+    fn links_pipes_and_plain_folders_are_no_claims() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("a.hds"), header()).expect("written");
+        symlink("a.hds", temp.path().join("b.hds")).expect("linked");
+        fs::create_dir(temp.path().join("d.hds")).expect("made");
+        let pipe = temp.path().join("p.raw");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, 0o600.into(), 0).expect("made");
+        assert_eq!(names_of(&scan(temp.path())), ["a"]);
+    }
+
+    #[test]
+    fn a_bad_header_is_a_claim_with_a_reason() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("short.hds"), b"With").expect("written");
+        let mut bad = header();
+        bad[28] = 0;
+        bad[29] = 0;
+        fs::write(temp.path().join("zero.hds"), bad).expect("written");
+        let claims = scan(temp.path());
+        assert_eq!(names_of(&claims), ["short", "zero"]);
+        assert!(claims[1].problem.as_ref().expect("damaged").contains("m_Sectors"));
+        assert!(claims[0].problem.is_some());
+    }
+
+    #[test]
+    fn a_folder_with_a_descriptor_is_a_layered_claim_and_knows_its_files() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let inner = temp.path().join("vm1.hdd");
+        fs::create_dir(&inner).expect("made");
+        fs::write(inner.join(DESCRIPTOR), "<x/>").expect("written");
+        fs::write(temp.path().join("vm1.hds"), header()).expect("written");
+        fs::hard_link(temp.path().join("vm1.hds"), inner.join("vm1.hds")).expect("linked");
+        let claims = scan(temp.path());
+        assert_eq!(names_of(&claims), ["vm1", "vm1"]);
+        assert_eq!(claims[0].source, Source::Layers);
+        assert!(claims[0].parts.contains(&claims[1].stamp.identity));
+    }
+
+    #[test]
+    fn a_file_that_a_descriptor_beside_it_names_is_no_image_of_its_own() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("root.hds"), header()).expect("written");
+        fs::write(temp.path().join("own.hds"), header()).expect("written");
+        fs::write(temp.path().join(DESCRIPTOR), "<File>root.hds</File>").expect("written");
+        assert_eq!(names_of(&scan(temp.path())), ["own"]);
+    }
+}

@@ -1,0 +1,407 @@
+//! The live set: every image of one folder, served or left out, and the way to open one.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
+
+use super::claims::{self, Incumbent, Verdict};
+use super::entry::{Entry, OpenDone, OpenImage, single_file};
+use super::place::Place;
+use super::scan::{self, Claim, Look, Seen, Source, Stamp};
+use super::strand::Spawn;
+use super::watch::Watcher;
+use super::{Wrap, locked, read, write};
+use crate::error::{Error, Kind, Result};
+use crate::image::kind::SHOWN_SUFFIX;
+use crate::io::file::HostSpace;
+use crate::vdisk::{Engine, Stats};
+
+/// How a folder is served.
+#[derive(Clone, Default)]
+pub struct FolderOptions {
+    /// Nothing is written: images are opened read-only.
+    pub read_only: bool,
+    /// The mount point, told to whoever finds the folder locked.
+    pub note: String,
+    /// Put around every image's file (`mount --fault`).
+    #[cfg(feature = "faults")]
+    pub wrap: Option<Wrap>,
+}
+
+impl FolderOptions {
+    #[cfg(feature = "faults")]
+    fn wrap(&self) -> Option<Wrap> {
+        self.wrap.clone()
+    }
+
+    #[cfg(not(feature = "faults"))]
+    fn wrap(&self) -> Option<Wrap> {
+        None
+    }
+}
+
+/// What all images of a folder have in common.
+pub(super) struct Shared {
+    pub(super) place: Place,
+    pub(super) engine: Arc<Engine>,
+    pub(super) spawn: Spawn,
+    pub(super) wrap: Option<Wrap>,
+    pub(super) read_only: bool,
+    /// No image is opened any more.
+    pub(super) refusing: AtomicBool,
+    /// It was said that this host has no locks.
+    pub(super) unlocked: AtomicBool,
+}
+
+/// One image of the folder, as `list` shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageStatus {
+    /// The image's name, without `.img`.
+    pub name: OsString,
+    /// Its file or folder.
+    pub path: PathBuf,
+    /// "ploop", "raw" or "layered".
+    pub kind: &'static str,
+    /// Disk size in bytes; 0 when it is not known.
+    pub size: u64,
+    /// Space taken on the host in bytes.
+    pub allocated: u64,
+    /// Shown in the mount.
+    pub served: bool,
+    /// Why it is not served, or what a person should know.
+    pub reason: Option<String>,
+    /// "closed", "read-only", "write", "full-queue" or "full-error".
+    pub mode: &'static str,
+    /// How often it is open.
+    pub openers: u32,
+}
+
+/// An images folder that is being served.
+pub struct Folder {
+    own: Weak<Folder>,
+    shared: Arc<Shared>,
+    next_id: AtomicU64,
+    /// Protects "one look at the folder at a time" and what was seen at the last. Before `set`.
+    known: Mutex<HashMap<OsString, Seen>>,
+    /// Protects the set. Before an entry's own locks; nothing blocks under it.
+    set: RwLock<Set>,
+    /// Protects the names of files that were created and are not closed yet. A leaf.
+    writing: Mutex<HashSet<OsString>>,
+    /// Protects the watching thread's handle. A leaf.
+    watcher: Mutex<Option<Watcher>>,
+}
+
+#[derive(Default)]
+struct Set {
+    by_name: BTreeMap<OsString, Arc<Entry>>,
+    by_id: HashMap<u64, Arc<Entry>>,
+    left_out: BTreeMap<OsString, (Claim, String)>,
+}
+
+/// What to do with a file that was not seen before, or is no image and has changed (`known`).
+pub(super) type Accept<'a> = &'a mut dyn FnMut(&OsStr, &Stamp, bool) -> bool;
+
+impl Folder {
+    /// Locks the folder and takes in what lies in it.
+    pub fn open(dir: &Path, engine: &Arc<Engine>, options: FolderOptions) -> Result<Arc<Folder>> {
+        let place = Place::open(dir, &options.note)?;
+        let on = engine.clone();
+        let shared = Arc::new(Shared {
+            place,
+            engine: engine.clone(),
+            spawn: Arc::new(move |job| on.blocking(job)),
+            wrap: options.wrap(),
+            read_only: options.read_only,
+            refusing: AtomicBool::new(false),
+            unlocked: AtomicBool::new(false),
+        });
+        let folder = Arc::new_cyclic(|own| Folder {
+            own: own.clone(),
+            shared,
+            next_id: AtomicU64::new(1),
+            known: Mutex::default(),
+            set: RwLock::default(),
+            writing: Mutex::default(),
+            watcher: Mutex::default(),
+        });
+        folder.look(&mut |_, _, _| true)?;
+        Ok(folder)
+    }
+
+    /// Starts the thread that sees images come and go.
+    pub fn start_watch(&self) -> Result<()> {
+        let watcher = Watcher::start(&self.own, self.shared.place.fd())
+            .map_err(|e| Error::io(&e, self.path(), "cannot watch the images folder"))?;
+        *locked(&self.watcher) = Some(watcher);
+        Ok(())
+    }
+
+    /// Ends that thread, and waits for it.
+    pub fn stop_watch(&self) {
+        let watcher = locked(&self.watcher).take();
+        if let Some(watcher) = watcher {
+            watcher.stop();
+        }
+    }
+
+    /// Takes in at once what is new in the folder, but for files that somebody still writes.
+    pub fn rescan_now(&self) -> Result<()> {
+        let writing = locked(&self.writing).clone();
+        self.look(&mut |file, _, _| !writing.contains(file))
+    }
+
+    /// Looks at the folder again without taking in anything new.
+    pub(super) fn look_again(&self) {
+        if let Err(e) = self.look(&mut |_, _, _| false) {
+            log::warn!("{e}");
+        }
+    }
+
+    /// Reads the folder, decides, and changes the set.
+    pub(super) fn look(&self, accept: Accept<'_>) -> Result<()> {
+        let mut known = locked(&self.known);
+        let held: HashSet<_> =
+            read(&self.set).by_id.values().filter(|e| e.is_held()).map(|e| e.identity()).collect();
+        let mut judge = |file: &OsStr, stamp: &Stamp| {
+            let old = known.get(file).filter(|old| old.stamp.identity == stamp.identity);
+            match old {
+                // An open image changes all the time, and nobody but its own descriptor should touch it.
+                Some(old) if old.stamp == *stamp || held.contains(&stamp.identity) => {
+                    Look::Same(Box::new(old.clone()))
+                }
+                Some(old) if old.claim.is_none() && !accept(file, stamp, true) => {
+                    Look::Same(Box::new(old.clone()))
+                }
+                Some(_) => Look::Inspect,
+                None if accept(file, stamp, false) => Look::Inspect,
+                None => Look::Skip,
+            }
+        };
+        let seen = scan::read(self.shared.place.fd(), &mut judge)
+            .map_err(|e| Error::io(&e, self.path(), "cannot read the images folder"))?;
+        let claims = seen.iter().filter_map(|s| s.claim.clone()).collect();
+        *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
+        let verdict = self.settle(claims);
+        self.apply(verdict);
+        Ok(())
+    }
+
+    /// Decides, and makes sure that whatever is dropped is opened by nobody meanwhile: who is held after all
+    /// stays, and then the decision is made anew.
+    fn settle(&self, claims: Vec<Claim>) -> Verdict {
+        let entries: HashMap<u64, Arc<Entry>> = read(&self.set).by_id.clone();
+        let mut incumbents: Vec<Incumbent> = entries
+            .values()
+            .map(|e| Incumbent {
+                id: e.id(),
+                name: e.name().to_owned(),
+                file: e.file().to_owned(),
+                identity: e.identity(),
+                open: e.is_held(),
+            })
+            .collect();
+        // Each round marks at least one more as open, so this ends.
+        loop {
+            let verdict = claims::decide(claims.clone(), &incumbents);
+            let stays = |id: &u64| entries.get(id).is_some_and(|e| !e.retire());
+            let held: HashSet<u64> = verdict.dropped.iter().copied().filter(stays).collect();
+            if held.is_empty() {
+                return verdict;
+            }
+            incumbents.iter_mut().filter(|i| held.contains(&i.id)).for_each(|i| i.open = true);
+        }
+    }
+
+    fn apply(&self, verdict: Verdict) {
+        let mut set = write(&self.set);
+        for (id, claim) in &verdict.kept {
+            if let Some(entry) = set.by_id.get(id) {
+                entry.seen(Some(claim));
+            }
+        }
+        for id in &verdict.vanished {
+            if let Some(entry) = set.by_id.get(id) {
+                entry.seen(None);
+            }
+        }
+        for id in &verdict.dropped {
+            if let Some(entry) = set.by_id.remove(id) {
+                set.by_name.remove(entry.name());
+                log::info!("{}: no longer served", entry.path().display());
+            }
+        }
+        for claim in &verdict.new {
+            let Some(kind) = single_file(claim.source) else { continue };
+            let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+            let entry = Arc::new(Entry::new(id, claim, kind, &self.shared, &self.own));
+            log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
+            set.by_name.insert(claim.name.clone(), entry.clone());
+            set.by_id.insert(id, entry);
+        }
+        let mut left_out = BTreeMap::new();
+        for (claim, reason) in verdict.left_out {
+            let said = set.left_out.get(&claim.file).is_some_and(|(_, old)| *old == reason);
+            if !said {
+                log::warn!("{}: not served: {reason}", self.path().join(&claim.file).display());
+            }
+            left_out.insert(claim.file.clone(), (claim, reason));
+        }
+        set.left_out = left_out;
+    }
+
+    /// Notes that a file was created and is being written, or no longer is.
+    pub(super) fn note_writing(&self, file: &OsStr, is: bool) {
+        let mut writing = locked(&self.writing);
+        if is {
+            writing.insert(file.to_owned());
+        } else {
+            writing.remove(file);
+        }
+    }
+
+    pub(super) fn is_writing(&self, file: &OsStr) -> bool {
+        locked(&self.writing).contains(file)
+    }
+
+    pub(super) fn stamp(&self, file: &OsStr) -> Option<Stamp> {
+        scan::stamp(self.shared.place.fd(), file)
+    }
+
+    /// The folder, as it was named.
+    pub fn path(&self) -> &Path {
+        self.shared.place.path()
+    }
+
+    /// The folder `.ploopfs` in it (log, socket); None on a folder that cannot be written.
+    pub fn private(&self) -> Option<BorrowedFd<'_>> {
+        self.shared.place.private()
+    }
+
+    /// Space of the file system that holds the images.
+    pub fn space(&self) -> Result<HostSpace> {
+        self.shared.place.space()
+    }
+
+    /// The served image of this name (without `.img`).
+    pub fn find(&self, name: &OsStr) -> Option<Arc<Entry>> {
+        read(&self.set).by_name.get(name).cloned()
+    }
+
+    /// The served image of this number.
+    pub fn get(&self, id: u64) -> Option<Arc<Entry>> {
+        read(&self.set).by_id.get(&id).cloned()
+    }
+
+    /// All served images, sorted by name.
+    pub fn entries(&self) -> Vec<Arc<Entry>> {
+        read(&self.set).by_name.values().cloned().collect()
+    }
+
+    /// All images, served or left out, sorted by name.
+    pub fn images(&self) -> Vec<ImageStatus> {
+        let mut images: Vec<ImageStatus> = self.entries().iter().map(status).collect();
+        let left_out: Vec<(Claim, String)> = read(&self.set).left_out.values().cloned().collect();
+        images.extend(left_out.into_iter().map(|(claim, reason)| self.left_out_status(&claim, reason)));
+        images.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
+        images
+    }
+
+    fn left_out_status(&self, claim: &Claim, reason: String) -> ImageStatus {
+        let stat =
+            rustix::fs::statat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+        ImageStatus {
+            name: claim.name.clone(),
+            path: self.path().join(&claim.file),
+            kind: match claim.source {
+                Source::File(kind) => kind.as_str(),
+                Source::Layers => "layered",
+            },
+            size: claim.size,
+            allocated: stat.map_or(0, |s| s.st_blocks as u64 * 512),
+            served: false,
+            reason: Some(reason),
+            mode: "closed",
+            openers: 0,
+        }
+    }
+
+    /// Live counters of every open image, sorted by name.
+    pub fn stats(&self) -> Vec<(String, &'static str, Stats)> {
+        let entries = self.entries();
+        let open = entries.iter().filter_map(|e| Some((e.stats()?, e)));
+        open.map(|(stats, e)| (e.name().to_string_lossy().into_owned(), e.mode(), stats)).collect()
+    }
+
+    /// Opens an image; `done` is called from a thread of the engine.
+    pub fn open_later(&self, id: u64, write: bool, done: OpenDone) {
+        match self.get(id) {
+            Some(entry) => entry.open_later(write, done),
+            None => done(Err(Error::at(Kind::NotFound, self.path(), format!("serves no image number {id}")))),
+        }
+    }
+
+    /// Opens an image by name (without `.img`), and waits for it. Not for threads of the engine or a transport.
+    pub fn open_image(&self, name: &str, write: bool) -> Result<OpenImage> {
+        let missing = || Error::at(Kind::NotFound, self.path().join(name), "no such image is served");
+        let entry = self.find(name.as_ref()).ok_or_else(missing)?;
+        let (send, receive) = mpsc::channel();
+        entry.open_later(write, Box::new(move |result| drop(send.send(result))));
+        receive.recv().unwrap_or_else(|_| Err(Error::at(Kind::Io, entry.path(), "the open was abandoned")))
+    }
+
+    /// From now on every open is refused (EBUSY).
+    pub fn refuse_new_opens(&self) {
+        self.shared.refusing.store(true, Ordering::Release);
+    }
+
+    /// Names of the images that somebody has open.
+    pub fn busy(&self) -> Vec<String> {
+        let entries = self.entries();
+        let busy = entries.iter().filter(|e| e.openers() > 0);
+        busy.map(|e| e.name().to_string_lossy().into_owned()).collect()
+    }
+
+    /// Makes everything that was acknowledged durable, in every image that is open for writing, at the same
+    /// time. Blocks. Not for threads of the engine.
+    pub fn sync_all(&self) -> Vec<(String, Result<()>)> {
+        let entries = self.entries();
+        let syncing: Vec<_> = entries.iter().filter_map(|e| Some((e.clone(), e.sync()?))).collect();
+        let synced = syncing.into_iter().map(|(entry, answer)| {
+            let abandoned = || Err(Error::at(Kind::Io, entry.path(), "the sync was abandoned"));
+            let result = answer.recv().unwrap_or_else(|_| abandoned());
+            (entry.name().to_string_lossy().into_owned(), result)
+        });
+        synced.collect()
+    }
+
+    /// The end: refuses opens, then drains, syncs and closes every open image, whoever has it, at the same
+    /// time; waits for all, also for closes under way. What fails is for the caller to log. Not for threads of the engine.
+    pub fn close_all(&self) -> Vec<(String, Result<()>)> {
+        self.refuse_new_opens();
+        let closing: Vec<_> = self.entries().iter().map(|e| (e.clone(), e.close_by_force())).collect();
+        let ended = closing.into_iter().filter_map(|(entry, answer)| {
+            let abandoned = || Some(Err(Error::at(Kind::Io, entry.path(), "the close was abandoned")));
+            let result = answer.recv().unwrap_or_else(|_| abandoned())?;
+            Some((entry.name().to_string_lossy().into_owned(), result))
+        });
+        ended.collect()
+    }
+}
+
+fn status(entry: &Arc<Entry>) -> ImageStatus {
+    let attributes = entry.attributes();
+    ImageStatus {
+        name: entry.name().to_owned(),
+        path: entry.path(),
+        kind: entry.kind().as_str(),
+        size: attributes.size,
+        allocated: attributes.host.blocks * 512,
+        served: true,
+        reason: entry.trouble(),
+        mode: entry.mode(),
+        openers: entry.openers(),
+    }
+}

@@ -1,0 +1,261 @@
+//! What can be done with an open file: read, write, sync, punch, seek.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::trouble::Trouble;
+use crate::error::{Error, Result};
+use crate::folder::OpenImage;
+use crate::fuse::ops::{Answer, Done, Errno, Now, OpenFlags, Whence};
+use crate::vdisk::{Engine, Image, Reply};
+
+/// fallocate: the length stays.
+const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+/// fallocate: what loop sends for a discard.
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP_SIZE;
+/// fallocate: make it zeroes; loop sends it with [`KEEP_SIZE`] for `blkdiscard -z`.
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
+
+/// What is behind a handle.
+pub enum OpenFile {
+    /// An image.
+    Image(OpenImage),
+    /// A file that was made up at its open.
+    Text(Bytes),
+}
+
+/// Where failures of one file are reported.
+struct Report {
+    trouble: Arc<Trouble>,
+    path: PathBuf,
+    doing: &'static str,
+}
+
+impl Report {
+    fn answer<T>(&self, result: Result<T>) -> Answer<T> {
+        result.map_err(|e| self.errno(&e))
+    }
+
+    fn errno(&self, e: &Error) -> Errno {
+        self.trouble.errno(e, &self.path, self.doing)
+    }
+}
+
+/// The part of `[offset, offset + len)` that lies before `end`: its length.
+fn clip(offset: u64, len: u64, end: u64) -> u64 {
+    len.min(end.saturating_sub(offset))
+}
+
+fn is_durable(flags: OpenFlags) -> bool {
+    // O_SYNC contains O_DSYNC.
+    flags.raw & libc::O_DSYNC != 0
+}
+
+impl OpenFile {
+    /// See [`FileSystem::read_now`](crate::fuse::ops::FileSystem::read_now).
+    pub fn read_now(&self, trouble: &Arc<Trouble>, offset: u64, buf: &mut [u8]) -> Now<usize> {
+        match self {
+            OpenFile::Image(open) => {
+                let image = open.image();
+                let len = clip(offset, buf.len() as u64, image.size()) as usize;
+                if len == 0 {
+                    return Now::Done(Ok(0));
+                }
+                match image.try_read(offset, &mut buf[..len]) {
+                    Some(result) => Now::Done(result.map_err(|e| report(trouble, open, "read").errno(&e))),
+                    None => Now::Later,
+                }
+            }
+            OpenFile::Text(text) => {
+                let part = text_part(text, offset, buf.len());
+                buf[..part.len()].copy_from_slice(&part);
+                Now::Done(Ok(part.len()))
+            }
+        }
+    }
+
+    /// Reads; answers from any thread.
+    pub fn read_later(&self, trouble: &Arc<Trouble>, offset: u64, len: usize, done: Done<Bytes>) {
+        match self {
+            OpenFile::Image(open) => open.image().read(offset, len, reply(trouble, open, "read", done)),
+            OpenFile::Text(text) => done(Ok(text_part(text, offset, len))),
+        }
+    }
+
+    /// An image that may be written through this handle, and where `len` bytes at `offset` lie inside.
+    ///
+    /// A write across the end fails whole, with the errno that a full disk has: loop takes a short write for a
+    /// complete one, and the tail would be lost (FUSE.md 8.1).
+    fn writable(&self, offset: u64, len: u64) -> Answer<&OpenImage> {
+        match self {
+            OpenFile::Image(open) if open.writes() => {
+                let inside = offset.checked_add(len).is_some_and(|end| end <= open.image().size());
+                if inside { Ok(open) } else { Err(Errno(libc::ENOSPC)) }
+            }
+            _ => Err(Errno(libc::EBADF)),
+        }
+    }
+
+    /// See [`FileSystem::write_now`](crate::fuse::ops::FileSystem::write_now).
+    pub fn write_now(
+        &self,
+        trouble: &Arc<Trouble>,
+        offset: u64,
+        data: &[u8],
+        flags: OpenFlags,
+    ) -> Now<usize> {
+        let open = match self.writable(offset, data.len() as u64) {
+            Ok(open) => open,
+            Err(errno) => return Now::Done(Err(errno)),
+        };
+        if is_durable(flags) {
+            return Now::Later;
+        }
+        match open.image().try_write(offset, data) {
+            Some(Ok(())) => Now::Done(Ok(data.len())),
+            Some(Err(e)) => Now::Done(Err(report(trouble, open, "write").errno(&e))),
+            None => Now::Later,
+        }
+    }
+
+    /// Writes; answers from any thread.
+    pub fn write_later(
+        &self,
+        trouble: &Arc<Trouble>,
+        offset: u64,
+        data: Bytes,
+        flags: OpenFlags,
+        done: Done<usize>,
+    ) {
+        let len = data.len();
+        match self.writable(offset, len as u64) {
+            Ok(open) => {
+                let done = Box::new(move |answer: Answer<()>| done(answer.map(|()| len)));
+                open.image().write(offset, data, is_durable(flags), reply(trouble, open, "write", done));
+            }
+            Err(errno) => done(Err(errno)),
+        }
+    }
+
+    /// True when a write may wait for a device.
+    pub fn writes_may_block(&self) -> bool {
+        match self {
+            OpenFile::Image(open) => !open.never_blocks(),
+            OpenFile::Text(_) => false,
+        }
+    }
+
+    /// Everything acknowledged before is durable. On an image that nobody could have changed that is so already.
+    pub fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
+        match self {
+            OpenFile::Image(open) if open.may_change() => {
+                open.image().flush(reply(trouble, open, "sync", done));
+            }
+            _ => done(Ok(())),
+        }
+    }
+
+    /// Punches and zeroes. What lies behind the end is cut off; what would change the size is not supported.
+    pub fn fallocate(&self, trouble: &Arc<Trouble>, offset: u64, len: u64, mode: i32, done: Done<()>) {
+        let open = match self.writable(0, 0) {
+            Ok(_) if len == 0 => return done(Err(Errno(libc::EINVAL))),
+            Ok(open) => open,
+            Err(errno) => return done(Err(errno)),
+        };
+        let clipped = clip(offset, len, open.image().size());
+        let supported = match mode {
+            PUNCH => true,
+            _ if mode == ZERO | KEEP_SIZE => true,
+            ZERO => clipped == len,
+            _ => false,
+        };
+        match clipped {
+            _ if !supported => done(Err(Errno(libc::EOPNOTSUPP))),
+            0 => done(Ok(())),
+            _ => open.image().discard(offset, clipped, reply(trouble, open, "discard", done)),
+        }
+    }
+
+    /// SEEK_DATA and SEEK_HOLE.
+    pub fn lseek(
+        &self,
+        trouble: &Arc<Trouble>,
+        engine: &Engine,
+        offset: u64,
+        whence: Whence,
+        done: Done<u64>,
+    ) {
+        let size = match self {
+            OpenFile::Image(open) => open.image().size(),
+            OpenFile::Text(text) => text.len() as u64,
+        };
+        if offset >= size {
+            return done(Err(Errno(libc::ENXIO)));
+        }
+        let OpenFile::Image(open) = self else {
+            return done(Ok(if whence == Whence::Data { offset } else { size }));
+        };
+        let image = open.image().clone();
+        let report = report(trouble, open, "seek");
+        engine.blocking(Box::new(move || done(seek(&image, offset, whence, &report))));
+    }
+}
+
+fn seek(image: &Arc<Image>, offset: u64, whence: Whence, report: &Report) -> Answer<u64> {
+    match whence {
+        Whence::Data => report.answer(image.seek_data(offset))?.ok_or(Errno(libc::ENXIO)),
+        Whence::Hole => report.answer(image.seek_hole(offset)),
+    }
+}
+
+fn report(trouble: &Arc<Trouble>, open: &OpenImage, doing: &'static str) -> Report {
+    Report { trouble: trouble.clone(), path: open.entry().path(), doing }
+}
+
+/// The image's answer, as the transport wants it.
+fn reply<T: 'static>(
+    trouble: &Arc<Trouble>,
+    open: &OpenImage,
+    doing: &'static str,
+    done: Done<T>,
+) -> Reply<T> {
+    let (trouble, entry) = (trouble.clone(), open.entry().clone());
+    Box::new(move |result| {
+        done(result.map_err(|e| Report { trouble, path: entry.path(), doing }.errno(&e)));
+    })
+}
+
+fn text_part(text: &Bytes, offset: u64, len: usize) -> Bytes {
+    let from = offset.min(text.len() as u64) as usize;
+    text.slice(from..from + len.min(text.len() - from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_made_up_file_is_read_in_pieces_and_ends() {
+        let text = Bytes::from_static(b"hello");
+        assert_eq!(&text_part(&text, 0, 3)[..], b"hel");
+        assert_eq!(&text_part(&text, 3, 30)[..], b"lo");
+        assert!(text_part(&text, 5, 1).is_empty());
+        assert!(text_part(&text, u64::MAX, 1).is_empty());
+    }
+
+    #[test]
+    fn sync_flags_make_a_write_durable() {
+        assert!(is_durable(OpenFlags { raw: libc::O_RDWR | libc::O_DSYNC }));
+        assert!(is_durable(OpenFlags { raw: libc::O_WRONLY | libc::O_SYNC }));
+        assert!(!is_durable(OpenFlags { raw: libc::O_RDWR | libc::O_DIRECT }));
+    }
+
+    #[test]
+    fn ranges_are_cut_at_the_end_without_overflow() {
+        assert_eq!(clip(0, 10, 5), 5);
+        assert_eq!(clip(5, 10, 5), 0);
+        assert_eq!(clip(u64::MAX, u64::MAX, 5), 0);
+    }
+}

@@ -1,0 +1,238 @@
+//! What the kernel sees: names, inodes, attributes, handles. No transport's types.
+//!
+//! ```text
+//! NAME.img               every served image
+//! .ploopfs/stats.json    live counters
+//! ```
+
+mod attrs;
+mod data;
+mod handles;
+mod names;
+mod stats;
+mod trouble;
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+
+use crate::folder::{Entry, Folder};
+use crate::fuse::ops::{
+    Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
+    SetAttr, Space, Whence,
+};
+use crate::vdisk::Engine;
+use attrs::Owner;
+use data::OpenFile;
+use handles::{Borrowed, Handles};
+use names::{Node, PRIVATE_NAME, STATS_NAME};
+pub use stats::MountInfo;
+use trouble::Trouble;
+
+/// The mount of one folder.
+pub struct Tree {
+    folder: Arc<Folder>,
+    engine: Arc<Engine>,
+    info: MountInfo,
+    owner: Owner,
+    handles: Arc<Handles<OpenFile>>,
+    trouble: Arc<Trouble>,
+}
+
+const NO_ENTRY: Errno = Errno(libc::ENOENT);
+const BAD_HANDLE: Errno = Errno(libc::EBADF);
+const NOT_PERMITTED: Errno = Errno(libc::EPERM);
+
+impl Tree {
+    /// A view of `folder`.
+    pub fn new(folder: Arc<Folder>, engine: Arc<Engine>, info: MountInfo) -> Arc<Tree> {
+        let owner = Owner {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            since: SystemTime::now(),
+        };
+        let (handles, trouble) = (Arc::default(), Arc::new(Trouble::new()));
+        Arc::new(Tree { folder, engine, info, owner, handles, trouble })
+    }
+
+    fn node(&self, ino: Ino) -> Answer<Node> {
+        Node::of(ino).ok_or(NO_ENTRY)
+    }
+
+    fn entry(&self, id: u64) -> Answer<Arc<Entry>> {
+        self.folder.get(id).ok_or(NO_ENTRY)
+    }
+
+    fn attr(&self, node: Node) -> Answer<Attr> {
+        Ok(match node {
+            Node::Root | Node::Private => self.owner.folder(node),
+            Node::Stats => self.owner.file(node, stats::render(&self.folder, &self.info).len() as u64),
+            Node::Image(id) => attrs::image(node, &self.entry(id)?.attributes()),
+        })
+    }
+
+    fn borrow(&self, handle: Handle) -> Option<Borrowed<OpenFile>> {
+        self.handles.get(handle)
+    }
+
+    /// Does something with what is open under `handle`; without it, answers EBADF.
+    fn with<T>(&self, handle: Handle, done: Done<T>, act: impl FnOnce(&OpenFile, Done<T>)) {
+        let borrowed = self.borrow(handle);
+        match borrowed.as_ref().and_then(Borrowed::get) {
+            Some(open) => act(open, done),
+            None => done(Err(BAD_HANDLE)),
+        }
+    }
+
+    /// Why `change` is refused; None: it is nothing. Times are taken and forgotten, so that `cp -p` and `touch`
+    /// go on: what is shown is the last write (DESIGN.md 2).
+    fn refusal(change: &SetAttr, size: u64) -> Option<Errno> {
+        let owner = change.mode.is_some() || change.uid.is_some() || change.gid.is_some();
+        let resize = change.size.is_some_and(|new| new != size);
+        (owner || resize).then_some(NOT_PERMITTED)
+    }
+
+    fn open_image(&self, id: u64, flags: OpenFlags, done: Done<Opened>) {
+        let entry = match self.entry(id) {
+            Ok(entry) => entry,
+            Err(errno) => return done(Err(errno)),
+        };
+        let (handles, trouble, path) = (self.handles.clone(), self.trouble.clone(), entry.path());
+        let opened = move |result| {
+            let open = match result {
+                Ok(open) => open,
+                Err(e) => return done(Err(trouble.errno(&e, &path, "open"))),
+            };
+            done(keep(&handles, OpenFile::Image(open)));
+        };
+        entry.open_later(flags.writes(), Box::new(opened));
+    }
+}
+
+/// Gives what was opened a handle. Always direct: an image has no second cache in front of it, and a made-up
+/// file has no length to go by.
+fn keep(handles: &Handles<OpenFile>, open: OpenFile) -> Answer<Opened> {
+    let handle = handles.insert(open).ok_or(Errno(libc::ENFILE))?;
+    Ok(Opened { handle, direct: true })
+}
+
+impl FileSystem for Tree {
+    fn lookup(&self, _caller: Caller, parent: Ino, name: &OsStr) -> Answer<Attr> {
+        match self.node(parent)? {
+            Node::Root if name == PRIVATE_NAME => self.attr(Node::Private),
+            Node::Root => {
+                let image = names::image_of(name).ok_or(NO_ENTRY)?;
+                let entry = self.folder.find(image).ok_or(NO_ENTRY)?;
+                Ok(attrs::image(Node::Image(entry.id()), &entry.attributes()))
+            }
+            Node::Private if name == STATS_NAME => self.attr(Node::Stats),
+            Node::Private => Err(NO_ENTRY),
+            Node::Stats | Node::Image(_) => Err(Errno(libc::ENOTDIR)),
+        }
+    }
+
+    /// Nothing is kept for the kernel's sake: a number leads to its image for as long as that is served.
+    fn forget(&self, _ino: Ino, _count: u64) {}
+
+    fn getattr(&self, ino: Ino) -> Answer<Attr> {
+        self.attr(self.node(ino)?)
+    }
+
+    fn setattr(&self, _caller: Caller, ino: Ino, change: SetAttr, done: Done<Attr>) {
+        let answer = self.getattr(ino).and_then(|attr| match Tree::refusal(&change, attr.size) {
+            Some(errno) => Err(errno),
+            None => Ok(attr),
+        });
+        done(answer);
+    }
+
+    fn readdir(&self, ino: Ino) -> Answer<Vec<Name>> {
+        let name = |node: Node, kind, name| Name { ino: node.ino(), kind, name };
+        match self.node(ino)? {
+            Node::Root => {
+                let mut all = vec![name(Node::Private, FileKind::Folder, PRIVATE_NAME.into())];
+                let entries = self.folder.entries();
+                let image =
+                    |e: &Arc<Entry>| name(Node::Image(e.id()), FileKind::File, names::shown(e.name()));
+                all.extend(entries.iter().map(image));
+                Ok(all)
+            }
+            Node::Private => Ok(vec![name(Node::Stats, FileKind::File, STATS_NAME.into())]),
+            Node::Stats | Node::Image(_) => Err(Errno(libc::ENOTDIR)),
+        }
+    }
+
+    fn statfs(&self, _ino: Ino) -> Answer<Space> {
+        match self.folder.space() {
+            Ok(space) => Ok(attrs::space(&space)),
+            Err(e) => Err(self.trouble.errno(&e, self.folder.path(), "statfs")),
+        }
+    }
+
+    fn change_name(&self, _caller: Caller, _parent: Ino, _name: &OsStr) -> Answer<()> {
+        Err(NOT_PERMITTED)
+    }
+
+    fn open(&self, _caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
+        match self.node(ino) {
+            Ok(Node::Image(id)) => self.open_image(id, flags, done),
+            Ok(Node::Stats) if flags.writes() => done(Err(NOT_PERMITTED)),
+            Ok(Node::Stats) => {
+                done(keep(&self.handles, OpenFile::Text(stats::render(&self.folder, &self.info))));
+            }
+            Ok(Node::Root | Node::Private) => done(Err(Errno(libc::EISDIR))),
+            Err(errno) => done(Err(errno)),
+        }
+    }
+
+    fn release(&self, handle: Handle) {
+        if !self.handles.remove(handle) {
+            log::warn!("the kernel released handle {handle:#x}, which is not open");
+        }
+    }
+
+    fn read_now(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Now<usize> {
+        let borrowed = self.borrow(handle);
+        match borrowed.as_ref().and_then(Borrowed::get) {
+            Some(open) => open.read_now(&self.trouble, offset, buf),
+            None => Now::Done(Err(BAD_HANDLE)),
+        }
+    }
+
+    fn read_later(&self, handle: Handle, offset: u64, len: usize, done: Done<Bytes>) {
+        self.with(handle, done, |open, done| open.read_later(&self.trouble, offset, len, done));
+    }
+
+    fn write_now(&self, handle: Handle, offset: u64, data: &[u8], flags: OpenFlags) -> Now<usize> {
+        let borrowed = self.borrow(handle);
+        match borrowed.as_ref().and_then(Borrowed::get) {
+            Some(open) => open.write_now(&self.trouble, offset, data, flags),
+            None => Now::Done(Err(BAD_HANDLE)),
+        }
+    }
+
+    fn writes_may_block(&self, handle: Handle) -> bool {
+        let borrowed = self.borrow(handle);
+        borrowed.as_ref().and_then(Borrowed::get).is_some_and(OpenFile::writes_may_block)
+    }
+
+    fn write_later(&self, handle: Handle, offset: u64, data: Bytes, flags: OpenFlags, done: Done<usize>) {
+        self.with(handle, done, |open, done| open.write_later(&self.trouble, offset, data, flags, done));
+    }
+
+    fn fsync(&self, handle: Handle, done: Done<()>) {
+        self.with(handle, done, |open, done| open.fsync(&self.trouble, done));
+    }
+
+    fn fallocate(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>) {
+        self.with(handle, done, |open, done| open.fallocate(&self.trouble, offset, len, mode, done));
+    }
+
+    fn lseek(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>) {
+        self.with(handle, done, |open, done| {
+            open.lseek(&self.trouble, &self.engine, offset, whence, done);
+        });
+    }
+}
