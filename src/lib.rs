@@ -6,6 +6,9 @@
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 
+pub mod cli;
+pub mod control;
+pub mod daemon;
 pub mod error;
 pub mod folder;
 pub mod format;

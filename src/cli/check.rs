@@ -1,0 +1,103 @@
+//! `ploopfs check`.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::cli::{Outcome, out, size, target};
+use crate::format::header::SECTOR;
+use crate::image::check::{Report, check};
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let report = check(&target::find(&args.image)?)?;
+    if args.json {
+        out::json(&to_json(&report))?;
+    } else {
+        out::text(&to_text(&report))?;
+    }
+    Ok(if report.is_damaged() { Outcome::Damaged } else { Outcome::Done })
+}
+
+fn to_json(report: &Report) -> serde_json::Value {
+    let findings: Vec<_> = report
+        .findings
+        .iter()
+        .map(|finding| {
+            json!({
+                "problem": finding.problem.as_str(),
+                "cluster": finding.cluster,
+                "offset": finding.offset,
+                "message": finding.message,
+            })
+        })
+        .collect();
+    json!({
+        "path": report.path.to_string_lossy(),
+        "kind": report.kind.as_str(),
+        "errors": report.errors,
+        "leaks": report.leaks,
+        "tail": report.tail,
+        "free": report.free,
+        "mapped": report.mapped,
+        "in_use": report.in_use,
+        // Nothing is repaired by this version.
+        "repaired": 0,
+        "findings": findings,
+        "notes": report.notes,
+    })
+}
+
+fn to_text(report: &Report) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let mut line = |what: std::fmt::Arguments| {
+        let _ = writeln!(text, "{what}");
+    };
+    for finding in &report.findings {
+        line(format_args!("error: {finding}"));
+    }
+    let unsaid = report.errors - report.findings.len() as u64;
+    if unsaid > 0 {
+        line(format_args!("error: {unsaid} more of the kind"));
+    }
+    if report.in_use {
+        line(format_args!("in use: the image was not closed cleanly, or somebody has it open"));
+    }
+    if report.leaks > 0 {
+        let cluster = report.header.map_or(0, |header| u64::from(header.cluster_sectors) * SECTOR);
+        let (bytes, tail) = (size::human(report.leaks.saturating_mul(cluster)), report.tail);
+        line(format_args!(
+            "leaks: {} clusters ({bytes}) are not referred to, {tail} of them at the end",
+            report.leaks
+        ));
+    }
+    if report.free > 0 {
+        line(format_args!("free: {} clusters inside the file are holes; they cost nothing", report.free));
+    }
+    for note in &report.notes {
+        line(format_args!("note: {note}"));
+    }
+    let path = out::printable(&report.path.to_string_lossy());
+    match (report.errors, report.leaks, report.in_use) {
+        (0, 0, false) => line(format_args!("{path}: no errors")),
+        (0, ..) => line(format_args!("{path}: no errors; the above does no harm")),
+        (1, ..) => line(format_args!("{path}: damaged, 1 error; keep a copy before anything else")),
+        (errors, ..) => {
+            line(format_args!("{path}: damaged, {errors} errors; keep a copy before anything else"))
+        }
+    }
+    text
+}

@@ -1,0 +1,54 @@
+//! `ploopfs create`.
+
+use std::path::PathBuf;
+
+use crate::cli::{Outcome, out, served, size};
+use crate::image::create::{Plan, create};
+use crate::image::kind::ImageKind;
+
+/// Arguments of `create`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The new image, such as images/vm1
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Size of the disk, such as 10G; rounded up to a cluster
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    size: u64,
+    /// Cluster size: a power of two from 32K to 64M [default: 1M]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    cluster: Option<u64>,
+    /// How the image is stored [default: ploop, or as the name ends]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<Format>,
+    /// Take all the space on the host now
+    #[arg(long)]
+    preallocate: bool,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Format {
+    /// Thin, with everything ploopfs can do
+    Ploop,
+    /// Plain bytes
+    Raw,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let kind = args.format.map(|format| match format {
+        Format::Ploop => ImageKind::Ploop,
+        Format::Raw => ImageKind::Raw,
+    });
+    let plan = Plan { size: args.size, kind, cluster: args.cluster, preallocate: args.preallocate };
+    let created = create(&args.image, &plan)?;
+    // Shown when we return, not 2 s later.
+    if let Some(folder) = created.path.parent()
+        && let Some(mut daemon) = served::of_folder(folder)?
+    {
+        daemon.client.rescan()?;
+    }
+    let path = out::printable(&created.path.to_string_lossy());
+    out::text(&format!("created {path}, {}\n", size::human(created.size)))?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,23 @@
+//! The hidden commands that `mount` starts itself again with.
+
+use std::ffi::OsString;
+
+use crate::cli::Outcome;
+use crate::daemon::{keeper, start};
+
+/// Arguments of `keeper` and `daemon`: folder and mount point, for `ps` only; what counts comes on standard input.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[arg(hide = true)]
+    shown: Vec<OsString>,
+}
+
+/// The keeper.
+pub fn keeper(_args: Args) -> anyhow::Result<Outcome> {
+    Ok(Outcome::Status(keeper::main()))
+}
+
+/// The daemon.
+pub fn daemon(_args: Args) -> anyhow::Result<Outcome> {
+    Ok(Outcome::Status(start::main()))
+}

@@ -1,0 +1,146 @@
+//! `ploopfs info`.
+
+use std::fmt::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::cli::{Outcome, out, served, size, target};
+use crate::format::header::{CLOSED, CLOSED_V21, IN_USE};
+use crate::image::chain::{AtRest, Candidate, Form};
+use crate::image::kind::Class;
+use crate::io::lock::{Holder, who_holds};
+
+/// Arguments of `info`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let path = target::find(&args.image)?;
+    let live = served::image(&path)?;
+    let candidate = Candidate::open(&path)?;
+    let kind = candidate.kind()?;
+    let name = match candidate.class() {
+        Class::Image { name, .. } => name.to_string_lossy().into_owned(),
+        Class::NotAnImage { .. } => String::new(),
+    };
+    let image = candidate.open_as(kind)?;
+    let mapped = mapped_clusters(&image)?;
+    // While our daemon has it open it says more of itself than a lock does.
+    let ours = live.as_ref().is_some_and(|live| live.mode != "closed");
+    let holder = if ours { None } else { holder(&path)? };
+    if args.json {
+        let mut value = to_json(&name, &image, mapped);
+        if let (Some(live), Some(fields)) = (&live, value.as_object_mut()) {
+            fields.insert("mode".to_owned(), json!(live.mode));
+            fields.insert("openers".to_owned(), json!(live.openers));
+            fields.insert("reason".to_owned(), json!(live.reason));
+            fields.insert("daemon".to_owned(), json!(live.pid));
+            fields.insert("shown".to_owned(), json!(live.shown.to_string_lossy()));
+        }
+        if let (Some(holder), Some(fields)) = (&holder, value.as_object_mut()) {
+            fields.insert("holder".to_owned(), json!(holder.to_string()));
+        }
+        out::json(&value)?;
+    } else {
+        let live = live.as_ref().map(served::Live::to_text).unwrap_or_default();
+        let holder = holder.map(|holder| format!("held by:     {holder}\n")).unwrap_or_default();
+        out::text(&(to_text(&name, &image, mapped) + &live + &holder))?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// The other process that has the file locked.
+fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
+    let file = std::fs::metadata(path)?;
+    Ok(who_holds(file.dev(), file.ino()))
+}
+
+fn mapped_clusters(image: &AtRest) -> anyhow::Result<u64> {
+    let mut mapped = 0;
+    if let Form::Ploop(header) = &image.form {
+        image.for_each_entry(&header.geometry(), |_, _| mapped += 1)?;
+    }
+    Ok(mapped)
+}
+
+fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
+    let path = image.path.to_string_lossy();
+    let kind = image.kind().as_str();
+    let (mut in_use, mut level) = (false, json!({ "path": path, "kind": kind, "length": image.len }));
+    if let Form::Ploop(header) = &image.form {
+        let geometry = header.geometry();
+        in_use = header.is_in_use();
+        let more = json!({
+            "version": header.version.to_string(),
+            "cluster": geometry.cluster,
+            "clusters": geometry.clusters(),
+            "mapped": mapped,
+            "entries": geometry.entries,
+            "first_block": geometry.first,
+            "in_use": in_use,
+            "in_use_value": header.in_use,
+            "flags": header.flags,
+            "extension": header.extension,
+        });
+        if let (Some(level), serde_json::Value::Object(more)) = (level.as_object_mut(), more) {
+            level.extend(more);
+        }
+    }
+    json!({
+        "name": name,
+        "path": path,
+        "kind": kind,
+        "size": image.size(),
+        "allocated": image.allocated,
+        "levels": [level],
+        "mode": "offline",
+        "in_use": in_use,
+        "openers": [],
+    })
+}
+
+fn to_text(name: &str, image: &AtRest, mapped: u64) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let mut row = |label: &str, value: String| {
+        let _ = writeln!(text, "{:<13}{value}", format!("{label}:"));
+    };
+    let both = |bytes: u64| format!("{} ({bytes} bytes)", size::human(bytes));
+    row("name", out::printable(name));
+    row("file", out::printable(&image.path.to_string_lossy()));
+    row("size", both(image.size()));
+    row("allocated", both(image.allocated));
+    row("file length", both(image.len));
+    match &image.form {
+        Form::Raw => row("kind", "raw".into()),
+        Form::Ploop(header) => {
+            let geometry = header.geometry();
+            row("kind", format!("ploop {}", header.version));
+            row("cluster", both(geometry.cluster));
+            row("mapped", format!("{mapped} of {} clusters", geometry.clusters()));
+            row(
+                "in-use mark",
+                match header.in_use {
+                    IN_USE => "set: open, or not closed cleanly".into(),
+                    CLOSED => "clear".into(),
+                    CLOSED_V21 => "clear (closed as v2.1)".into(),
+                    odd => format!("clear (odd value {odd:#x})"),
+                },
+            );
+            if header.extension != 0 {
+                row("extension", format!("at sector {}", header.extension));
+            }
+        }
+    }
+    text
+}

@@ -1,0 +1,282 @@
+//! `ploopfs list`: the images of a folder, and what its daemon says of them where one serves it.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write;
+use std::io::{Read, Write as _};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::cli::{Outcome, out, served, size};
+use crate::daemon::holders;
+use crate::error::Error;
+use crate::image::chain::Candidate;
+use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR};
+use crate::io::loopdev::LoopDevice;
+
+/// A descriptor larger than this (in bytes) names no files; ploop's own are some KiB.
+const MAX_DESCRIPTOR: u64 = 16 << 20;
+
+/// stat(2) counts blocks of this many bytes, whatever the file system's own are.
+const SECTOR: u64 = 512;
+
+/// Arguments of `list`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The folder, or where it is mounted
+    #[arg(value_name = "IMAGES|MOUNTPOINT", default_value = ".")]
+    folder: PathBuf,
+    /// Also name what is no image, and say why
+    #[arg(long)]
+    all: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One image; the fields of `--json`.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    path: String,
+    kind: &'static str,
+    /// Disk size in bytes; none where the image cannot be read.
+    size: Option<u64>,
+    /// Space taken on the host, in bytes.
+    allocated: u64,
+    served: bool,
+    /// Why it is not served; none for a good image.
+    reason: Option<String>,
+    /// What it can do now; none where nobody serves it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
+    /// The loop devices over it.
+    loops: Vec<Attached>,
+}
+
+/// A loop device over an image.
+#[derive(Debug, Serialize)]
+struct Attached {
+    device: PathBuf,
+    direct_io: bool,
+    /// The line that switches direct I/O on, where it is off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advice: Option<String>,
+}
+
+/// What is no image.
+#[derive(Debug, Serialize)]
+struct Other {
+    path: String,
+    reason: String,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Listing {
+    images: Vec<Row>,
+    /// Only with `--all`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    others: Option<Vec<Other>>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let (folder, mut daemon) = served::behind(&args.folder)?;
+    let mut listing = look(&folder, args.all)?;
+    if let Some(daemon) = &mut daemon {
+        add_live(&mut listing.images, daemon)?;
+    }
+    if args.json {
+        out::json(&listing)?;
+        return Ok(Outcome::Done);
+    }
+    if listing.images.is_empty() {
+        let line = format!("ploopfs: {}: no images in this folder", folder.display());
+        // Not on standard output, which is the list. Nobody is left to hear it where stderr is closed.
+        let _ = writeln!(std::io::stderr(), "{}", out::printable(&line));
+    }
+    out::text(&to_text(&listing))?;
+    Ok(Outcome::Done)
+}
+
+/// What the daemon knows better than the files say.
+fn add_live(rows: &mut [Row], daemon: &mut served::Daemon) -> Result<(), Error> {
+    let mut loops = daemon.loops();
+    for image in daemon.client.list()? {
+        let file = Path::new(&image.path).file_name();
+        let Some(row) = rows.iter_mut().find(|row| Path::new(&row.path).file_name() == file) else {
+            continue;
+        };
+        let shown = daemon.mountpoint.join(format!("{}.img", image.name));
+        row.served = image.served;
+        row.reason = image.reason.or(row.reason.take());
+        row.mode = image.served.then_some(image.mode);
+        let (over, others) = loops.into_iter().partition(|device| device.backing == shown);
+        loops = others;
+        row.loops = Vec::from_iter(over).into_iter().map(attached).collect();
+    }
+    Ok(())
+}
+
+fn attached(device: LoopDevice) -> Attached {
+    let advice = (!device.direct_io).then(|| holders::direct_io_advice(&device));
+    Attached { device: device.dev, direct_io: device.direct_io, advice }
+}
+
+fn look(folder: &Path, all: bool) -> Result<Listing, Error> {
+    let cannot = |e: &std::io::Error| Error::io(e, folder, "cannot list the folder");
+    let mut names = Vec::new();
+    for entry in folder.read_dir().map_err(|e| cannot(&e))? {
+        names.push(entry.map_err(|e| cannot(&e))?.file_name());
+    }
+    names.sort();
+    let descriptor = read_descriptor(&folder.join(DESCRIPTOR));
+    let (mut images, mut others) = (Vec::new(), Vec::new());
+    for name in &names {
+        let path = if folder == Path::new(".") { name.into() } else { folder.join(name) };
+        match entry(&path, name, &descriptor) {
+            Ok(row) => images.push(row),
+            Err(reason) => others.push(Other { path: path.to_string_lossy().into_owned(), reason }),
+        }
+    }
+    refuse_shared_names(&mut images);
+    Ok(Listing { images, others: all.then_some(others) })
+}
+
+/// One entry of the folder as an image, or why it is none.
+fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
+    // The name alone may rule it out; then it is not even opened.
+    if name.as_encoded_bytes().starts_with(b".")
+        && let Class::NotAnImage { reason } = kind::classify(name, true, b"")
+    {
+        return Err(reason);
+    }
+    let candidate = match Candidate::open(path) {
+        Ok(candidate) => candidate,
+        Err(e) => return unreadable(path, name, &e),
+    };
+    let (name, kind) = match candidate.class() {
+        Class::Image { name, kind } => (name, kind),
+        Class::NotAnImage { reason } => return Err(reason),
+    };
+    if path.file_name().is_some_and(|name| kind::descriptor_names(descriptor, name)) {
+        return Err(NAMED_BY_DESCRIPTOR.into());
+    }
+    let (_, allocated) = candidate.extent();
+    let (size, reason) = match candidate.open_as(kind) {
+        Ok(image) => (Some(image.size()), None),
+        Err(e) => (None, Some(format!("damaged: {}", without_path(&e, path)))),
+    };
+    Ok(Row {
+        name: name.to_string_lossy().into_owned(),
+        path: path.to_string_lossy().into_owned(),
+        kind: kind.as_str(),
+        size,
+        allocated,
+        served: false,
+        reason,
+        mode: None,
+        loops: Vec::new(),
+    })
+}
+
+/// What could not be opened or read: an image by its name all the same, unless it is no regular file.
+fn unreadable(path: &Path, name: &OsStr, e: &Error) -> Result<Row, String> {
+    let reason = without_path(e, path);
+    match (kind::classify(name, true, b""), path.symlink_metadata()) {
+        (Class::Image { name, kind }, Ok(meta)) if meta.is_file() => Ok(Row {
+            name: name.to_string_lossy().into_owned(),
+            path: path.to_string_lossy().into_owned(),
+            kind: kind.as_str(),
+            size: None,
+            allocated: meta.blocks() * SECTOR,
+            served: false,
+            reason: Some(reason),
+            mode: None,
+            loops: Vec::new(),
+        }),
+        _ => Err(reason),
+    }
+}
+
+/// The error's text without the file in front, which stands beside it.
+fn without_path(error: &Error, path: &Path) -> String {
+    let text = error.to_string();
+    let rest = text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text);
+    rest.strip_prefix("not an image: ").unwrap_or(rest).to_owned()
+}
+
+/// Two sources with one name: neither is served, both are named.
+fn refuse_shared_names(images: &mut [Row]) {
+    let mut sources: HashMap<String, Vec<String>> = HashMap::new();
+    for row in images.iter() {
+        sources.entry(row.name.clone()).or_default().push(row.path.clone());
+    }
+    for row in images {
+        let paths = &sources[&row.name];
+        if paths.len() > 1 && row.reason.is_none() {
+            row.reason =
+                Some(format!("{} have one name: neither can be served; rename one", paths.join(" and ")));
+        }
+    }
+}
+
+/// The descriptor's text; empty where there is none.
+fn read_descriptor(path: &Path) -> Vec<u8> {
+    let mut text = Vec::new();
+    if let Ok(meta) = path.symlink_metadata()
+        && meta.is_file()
+        && let Ok(file) = std::fs::File::open(path)
+        && file.take(MAX_DESCRIPTOR).read_to_end(&mut text).is_err()
+    {
+        text.clear();
+    }
+    text
+}
+
+fn to_text(listing: &Listing) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    if !listing.images.is_empty() {
+        let _ = writeln!(text, "{:<32} {:<6} {:>10} {:>10}  STATE", "NAME", "KIND", "SIZE", "ALLOCATED");
+    }
+    for row in &listing.images {
+        let shown = row.size.map_or("-".into(), size::human);
+        let state = match (&row.reason, row.served) {
+            (_, true) => row.mode.as_deref().unwrap_or("served"),
+            (Some(_), false) => "not served",
+            (None, false) => "idle",
+        };
+        let name = out::printable(&row.name);
+        let _ = writeln!(
+            text,
+            "{name:<32} {:<6} {shown:>10} {:>10}  {state}",
+            row.kind,
+            size::human(row.allocated)
+        );
+        if let Some(reason) = &row.reason {
+            let _ = writeln!(text, "    {}", out::printable(reason));
+        }
+        for device in &row.loops {
+            let plain = || format!("{} is attached to it", device.device.display());
+            let _ = writeln!(text, "    {}", out::printable(&device.advice.clone().unwrap_or_else(plain)));
+        }
+    }
+    if let Some(others) = &listing.others
+        && !others.is_empty()
+    {
+        let _ = writeln!(text, "Not images:");
+        for other in others {
+            let name = Path::new(&other.path).file_name().map_or_else(OsString::new, OsStr::to_owned);
+            let _ = writeln!(
+                text,
+                "    {}: {}",
+                out::printable(&name.to_string_lossy()),
+                out::printable(&other.reason)
+            );
+        }
+    }
+    text
+}

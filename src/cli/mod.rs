@@ -1,0 +1,141 @@
+//! The commands; each file parses its arguments and calls the library.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Kind};
+
+pub mod attach;
+pub mod check;
+pub mod completions;
+pub mod create;
+mod daemon_entry;
+pub mod detach;
+pub mod info;
+pub mod list;
+pub mod man;
+pub mod mount;
+pub mod out;
+pub mod served;
+pub mod size;
+pub mod target;
+pub mod umount;
+
+/// What a command ends with: done, or done with something to say through the exit status.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    /// Exit status 0.
+    Done,
+    /// Exit status 3: the command worked, and found damage.
+    Damaged,
+    /// The exit status of a process that the command was or waited for; everything is said already.
+    Status(ExitCode),
+}
+
+/// Thin, snapshotted virtual disks as plain files.
+#[derive(Debug, Parser)]
+#[command(name = "ploopfs", version, max_term_width = 100)]
+#[command(after_help = "Exit status: 0 done, 1 failed, 2 usage, 3 image damaged, 4 image in use.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands, in the order of `--help`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the images of a folder as flat files
+    ///
+    /// Returns when the mount works; a daemon in the background goes on serving it. Mounting the same folder again on
+    /// the same mount point says so and is no error.
+    Mount(mount::Args),
+    /// End a mount
+    ///
+    /// Returns when every image is closed and the daemon has ended. While files are open nothing happens, and who has
+    /// them open is said, with the command that ends it (exit status 4).
+    Umount(umount::Args),
+    /// Put a loop device with direct I/O over an image, and print its name
+    Attach(attach::Args),
+    /// Take a loop device away, and wait until it is gone
+    Detach(detach::Args),
+    /// Create an image
+    ///
+    /// IMAGE is the path of the new file; .hds is put behind it (.raw for a raw image) unless it ends so already. The
+    /// file appears complete and durable, or not at all; nothing is ever replaced.
+    Create(create::Args),
+    /// List the images of a folder
+    ///
+    /// An image is a file that ends in .hds or .raw, or begins with the ploop magic. Damaged images are listed with the
+    /// reason; --all names everything else as well, and says why it is no image.
+    List(list::Args),
+    /// Show what an image is
+    ///
+    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it.
+    Info(info::Args),
+    /// Check an image for damage and leaks
+    ///
+    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Nothing is written. Exit status 0: nothing
+    /// worse than leaks or a left-over in-use mark (both are said); 3: damage.
+    Check(check::Args),
+    /// Print the completion script for a shell
+    ///
+    /// For bash: ploopfs completions bash > /etc/bash_completion.d/ploopfs
+    Completions(completions::Args),
+    /// Write the man pages into a folder
+    #[command(hide = true)]
+    Man(man::Args),
+    /// The process that keeps a daemon; started by mount
+    #[command(hide = true)]
+    Keeper(daemon_entry::Args),
+    /// The process that serves a folder; started by its keeper
+    #[command(hide = true)]
+    Daemon(daemon_entry::Args),
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<Outcome> {
+        match self {
+            Command::Mount(args) => mount::run(args),
+            Command::Umount(args) => umount::run(args),
+            Command::Attach(args) => attach::run(args),
+            Command::Detach(args) => detach::run(args),
+            Command::Create(args) => create::run(args),
+            Command::List(args) => list::run(args),
+            Command::Info(args) => info::run(args),
+            Command::Check(args) => check::run(args),
+            Command::Completions(args) => completions::run(args),
+            Command::Man(args) => man::run(args),
+            Command::Keeper(args) => daemon_entry::keeper(args),
+            Command::Daemon(args) => daemon_entry::daemon(args),
+        }
+    }
+}
+
+/// The program: parses `args` (the program's name first), runs the command, says what went wrong on stderr.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Help and version go to stdout with status 0. A reader that went away is no failure.
+            let _ = usage.print();
+            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+        }
+    };
+    match cli.command.run() {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Status(status)) => status,
+        Ok(Outcome::Damaged) => ExitCode::from(Kind::Damaged.exit_status()),
+        Err(error) => {
+            // eprintln! would panic where stderr is closed.
+            let text = format!("{error:#}");
+            let lines: Vec<String> = text.lines().map(out::printable).collect();
+            let _ = writeln!(std::io::stderr(), "ploopfs: {}", lines.join("\n"));
+            let kind = error.downcast_ref::<Error>().map(Error::kind);
+            ExitCode::from(kind.map_or(1, Kind::exit_status))
+        }
+    }
+}

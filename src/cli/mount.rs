@@ -1,0 +1,392 @@
+//! `ploopfs mount`.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Outcome, out, served, size};
+use crate::control::client::Client;
+use crate::daemon::keeper::{self, Report};
+use crate::daemon::settings::Settings;
+use crate::daemon::wire::Note;
+use crate::daemon::{holders, mounts};
+use crate::error::{Error, Kind, Result};
+use crate::image::create::{Plan, create_or_use};
+use crate::io::unmount::unmount;
+
+/// Options of mount(8) that say nothing to us: they are about when to mount, or what a mount of ours is anyway.
+const FOR_MOUNT: [&str; 9] =
+    ["rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"];
+/// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
+/// request that blocks, and many wake cache-cold (FUSE.md 1.1).
+const THREADS: (usize, usize) = (2, 8);
+
+/// Arguments of `mount`.
+#[derive(Debug, clap::Args)]
+#[command(args_override_self = true)]
+pub struct Args {
+    /// The folder with the images; made if it is missing
+    #[arg(value_name = "IMAGES")]
+    images: PathBuf,
+    /// Where they are shown; made if it is missing
+    #[arg(value_name = "MOUNTPOINT")]
+    mountpoint: PathBuf,
+    /// Create an image first, unless one of that name and size is there (may be given again)
+    #[arg(long, value_name = "NAME=SIZE", value_parser = parse_create, action = clap::ArgAction::Append)]
+    create: Vec<Create>,
+    /// Stay in front and log to standard error
+    #[arg(short, long)]
+    foreground: bool,
+    /// Write to no image
+    #[arg(short, long)]
+    read_only: bool,
+    /// How to talk to the kernel
+    #[arg(long, value_enum, default_value = "auto")]
+    transport: Transport,
+    /// Threads that talk to the kernel [default: one for each CPU, 2 to 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: Option<u16>,
+    /// Threads that may wait for the host's disks on behalf of one image
+    #[arg(long, value_name = "N", default_value = "16", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    runners: u16,
+    /// Most memory for block allocation tables
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
+    bat_cache: u64,
+    /// How long a changed allocation table may wait before it is written, in milliseconds; 0: not at all
+    #[arg(long, value_name = "MS", default_value = "1000")]
+    bat_delay: u64,
+    /// What a write does that finds the host full
+    #[arg(long, value_enum, default_value = "queue")]
+    on_full: WhenFull,
+    /// How long such a write waits before it fails, in seconds; 0: for ever
+    #[arg(long, value_name = "SECS", default_value = "60")]
+    full_timeout: u64,
+    /// Free space on the host, in percent, below which the low-water event is raised
+    #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = clap::value_parser!(u8).range(0..=100))]
+    low_water: u8,
+    /// Run PROGRAM EVENT IMAGE when something happens: low-water, full, space, read-only
+    ///
+    /// The environment holds PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES, PLOOPFS_MOUNTPOINT and, where they apply,
+    /// PLOOPFS_FREE and PLOOPFS_TOTAL (bytes) and PLOOPFS_REASON.
+    #[arg(long, value_name = "PROGRAM")]
+    on_event: Option<PathBuf>,
+    /// How long open files may hold up the end after SIGTERM, in seconds
+    #[arg(long, value_name = "SECS", default_value = "60")]
+    stop_timeout: u64,
+    /// Any of these options by its long name, and mount(8)'s ro, rw, noauto, nofail, _netdev and x-*
+    #[arg(short = 'o', value_name = "NAME[=VALUE],...", action = clap::ArgAction::Append)]
+    options: Vec<String>,
+    /// Faults to inject into host files
+    #[cfg(feature = "faults")]
+    #[arg(long, value_name = "SPEC")]
+    fault: Option<String>,
+}
+
+/// One `--create`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Create {
+    name: String,
+    /// Bytes.
+    size: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Transport {
+    /// The best one that works here
+    Auto,
+    /// /dev/fuse
+    Fuse,
+    /// FUSE over io_uring
+    Uring,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum WhenFull {
+    /// Waits for space
+    Queue,
+    /// Fails at once
+    Error,
+}
+
+fn parse_create(text: &str) -> std::result::Result<Create, String> {
+    let Some((name, size)) = text.rsplit_once('=') else {
+        return Err("write NAME=SIZE, such as vm1=10G".to_owned());
+    };
+    if name.is_empty() || name.contains('/') || name.starts_with('.') {
+        return Err(format!("'{name}' is no name for an image: no '/' in it, and no '.' in front"));
+    }
+    Ok(Create { name: name.to_owned(), size: size::parse(size)? })
+}
+
+/// Only to parse `-o`: its options are options of `mount` behind two dashes.
+#[derive(Debug, Parser)]
+#[command(name = "ploopfs mount", no_binary_name = true)]
+struct Again {
+    #[command(flatten)]
+    args: Args,
+}
+
+/// The words of a command line in which every `-o` is spelled out with long options; None: there is none.
+fn spell_out(options: &[String]) -> Vec<OsString> {
+    let words = options.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty());
+    let words = words.filter(|word| !FOR_MOUNT.contains(word) && !word.starts_with("x-"));
+    words.map(|word| if word == "ro" { "--read-only".into() } else { format!("--{word}").into() }).collect()
+}
+
+/// `args` with its `-o` carried out. The words of the command line are parsed once more, with the options from `-o`
+/// in front, so that an option that stands there by itself wins.
+fn with_options(args: Args, words: impl Iterator<Item = OsString>) -> anyhow::Result<Args> {
+    if args.options.is_empty() {
+        return Ok(args);
+    }
+    let words = spell_out(&args.options).into_iter().chain(words.skip_while(|word| word != "mount").skip(1));
+    let again = Again::try_parse_from(words);
+    again
+        .map(|again| again.args)
+        .map_err(|e| Error::new(Kind::Invalid, format!("in -o: {}", first_line(&e))).into())
+}
+
+/// What is wrong, without the advice for a command line that follows: nobody typed one of these.
+fn first_line(e: &clap::Error) -> String {
+    let text = e.render().to_string();
+    let line = text.lines().next().unwrap_or_default();
+    format!("{}; `ploopfs mount --help` has all options", line.strip_prefix("error: ").unwrap_or(line))
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let args = with_options(args, std::env::args_os())?;
+    if args.transport == Transport::Uring {
+        let what = "--transport uring is not built yet; use --transport fuse, or leave it out";
+        return Err(Error::new(Kind::Unsupported, what).into());
+    }
+    let images = folder(&args.images, "cannot make the images folder")?;
+    let mountpoint = mounts::resolve(&args.mountpoint)?;
+    check_places(&images, &mountpoint)?;
+    clear_dead(&mountpoint)?;
+    let living = Client::find(&images)?;
+    for wanted in &args.create {
+        create_or_use(&images.join(&wanted.name), &Plan::thin(wanted.size))?;
+    }
+    if let Some(client) = living {
+        return already_served(client, &images, &mountpoint);
+    }
+    check_free(&images, &mountpoint)?;
+    folder(&mountpoint, "cannot make the mount point")?;
+    let settings = settings(&args, images, mountpoint)?;
+    if args.foreground {
+        return Ok(Outcome::Status(keep_in_front(&settings)));
+    }
+    let begun = keeper::launch(&settings)?;
+    if !begun.notes.is_empty() {
+        let notes = begun.notes.iter().map(|note| format!("\n  {}", out::printable(note)));
+        let block = format!("mounted, without these (also in the log):{}", notes.collect::<String>());
+        // Nobody is left to hear it where stderr is closed.
+        let _ = writeln!(std::io::stderr(), "ploopfs: {block}");
+    }
+    Ok(Outcome::Done)
+}
+
+/// Makes a folder that is missing, and returns its absolute path without links.
+fn folder(path: &Path, doing: &str) -> Result<PathBuf> {
+    let made = std::fs::create_dir_all(path).and_then(|()| path.canonicalize());
+    made.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => Error::at(Kind::Invalid, path, "is not a folder"),
+        _ => Error::io(&e, path, doing),
+    })
+}
+
+/// A daemon must never need its own mount.
+fn check_places(images: &Path, mountpoint: &Path) -> Result<()> {
+    if mountpoint.starts_with(images) {
+        return Err(Error::at(
+            Kind::Invalid,
+            mountpoint,
+            "lies in the images folder; choose a mount point outside of it",
+        ));
+    }
+    if images.starts_with(mountpoint) {
+        return Err(Error::at(
+            Kind::Invalid,
+            mountpoint,
+            "would hide the images folder; choose another mount point",
+        ));
+    }
+    match mounts::covering(images)? {
+        Some(mount) if mount.is_ours() => {
+            let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
+            Err(Error::at(Kind::Invalid, images, what))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Takes away mounts whose daemon died, and names what still hangs on them.
+fn clear_dead(mountpoint: &Path) -> Result<()> {
+    while let Some(mount) = mounts::at(mountpoint)? {
+        if !served::has_died(&mount)? {
+            break;
+        }
+        let hanging = holders::of(&mount);
+        unmount(mountpoint, true)?;
+        let mut lines =
+            vec![format!("{}: the daemon of the mount here had died; unmounted", mountpoint.display())];
+        lines.extend(
+            hanging
+                .iter()
+                .map(|h| format!("still hanging on the dead mount: {h}; end it with: {}", h.remedy())),
+        );
+        say(&lines);
+    }
+    Ok(())
+}
+
+/// A living daemon serves the folder: fine where it is the mount that was asked for.
+fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
+    let mounted = mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours() && mount.source == images);
+    let hello = client.hello();
+    if mounted {
+        client.rescan()?;
+        out::text(&format!("{}: already mounted\n", mountpoint.display()))?;
+        return Ok(Outcome::Done);
+    }
+    let why = format!(
+        "is served on {0} by process {1}; end that with: ploopfs umount {0}",
+        hello.mountpoint, hello.pid
+    );
+    Err(Error::at(Kind::InUse, images, why).into())
+}
+
+/// Another folder's mount is not covered up: its files would be out of reach.
+fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
+    match mounts::at(mountpoint)? {
+        Some(mount) if mount.is_ours() && mount.source == images => {
+            let what = "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach";
+            Err(Error::at(Kind::InUse, mountpoint, what))
+        }
+        Some(mount) if mount.is_ours() => {
+            let what =
+                format!("{} is mounted here already; choose another mount point", mount.source.display());
+            Err(Error::at(Kind::InUse, mountpoint, what))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Settings> {
+    let cpus = std::thread::available_parallelism().map_or(THREADS.0, usize::from);
+    let on_event = args.on_event.as_deref().map(program).transpose()?;
+    Ok(Settings {
+        images: images.into(),
+        mountpoint: mountpoint.into(),
+        foreground: args.foreground,
+        read_only: args.read_only,
+        threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),
+        runners: args.runners.into(),
+        bat_cache: args.bat_cache,
+        bat_delay_ms: args.bat_delay,
+        queue_when_full: args.on_full == WhenFull::Queue,
+        full_timeout_s: args.full_timeout,
+        low_water: args.low_water,
+        on_event,
+        stop_timeout_s: args.stop_timeout,
+        #[cfg(feature = "faults")]
+        fault: args.fault.clone(),
+        #[cfg(not(feature = "faults"))]
+        fault: None,
+    })
+}
+
+/// The program of `--on-event`: the keeper runs in another folder, so a path is made absolute, and a missing
+/// program is better found now than on the day it is needed.
+fn program(path: &Path) -> Result<OsString> {
+    if path.components().count() == 1 {
+        // Looked for in PATH.
+        return Ok(path.into());
+    }
+    let found =
+        path.canonicalize().map_err(|e| Error::io(&e, path, "cannot find the program of --on-event"))?;
+    Ok(found.into())
+}
+
+/// Lines for people; nobody is left to hear it where stderr is closed.
+fn say(lines: &[String]) {
+    for line in lines {
+        let _ = writeln!(std::io::stderr(), "ploopfs: {}", out::printable(line));
+    }
+}
+
+/// The keeper of `-f` is this process.
+fn keep_in_front(settings: &Settings) -> ExitCode {
+    struct InFront;
+    impl Report for InFront {
+        fn first(&mut self, note: &Note) -> bool {
+            // What was refused is in the log, and that is on stderr already.
+            if let Note::Failed { text, .. } = note {
+                say(std::slice::from_ref(text));
+            }
+            true
+        }
+        fn in_front(&self) -> bool {
+            true
+        }
+    }
+    keeper::run(settings, &mut InFront)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> anyhow::Result<Args> {
+        let words: Vec<OsString> = words.iter().map(Into::into).collect();
+        let args = Again::try_parse_from(&words)?.args;
+        with_options(args, std::iter::once("mount".into()).chain(words))
+    }
+
+    #[test]
+    fn options_behind_o_are_the_long_options_and_mounts_own_are_passed_over() {
+        let args = parse(&[
+            "a",
+            "b",
+            "-o",
+            "ro,noauto,x-systemd.automount,threads=3,create=vm=1G",
+            "-o",
+            "on-full=error",
+        ])
+        .expect("all known");
+        assert!(args.read_only);
+        assert_eq!(args.threads, Some(3));
+        assert_eq!(args.on_full, WhenFull::Error);
+        assert_eq!(args.create, [Create { name: "vm".to_owned(), size: 1 << 30 }]);
+    }
+
+    #[test]
+    fn an_unknown_option_behind_o_is_named() {
+        let e = parse(&["a", "b", "-o", "rw,shiny"]).expect_err("unknown");
+        assert!(format!("{e:#}").contains("shiny"), "{e:#}");
+    }
+
+    #[test]
+    fn an_option_of_the_command_line_wins_over_the_one_behind_o() {
+        assert_eq!(parse(&["--threads", "5", "a", "b", "-o", "threads=3"]).expect("known").threads, Some(5));
+    }
+
+    #[test]
+    fn a_name_to_create_cannot_leave_the_folder() {
+        for text in ["../x=1G", "a/b=1G", ".x=1G", "=1G", "x", "x=", "x=-1"] {
+            assert!(parse_create(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_mount_point_inside_the_images_folder_is_refused_and_the_reverse() {
+        assert!(check_places(Path::new("/a"), Path::new("/a/b")).is_err());
+        assert!(check_places(Path::new("/a"), Path::new("/a")).is_err());
+        assert!(check_places(Path::new("/a/b"), Path::new("/a")).is_err());
+        assert!(check_places(Path::new("/a"), Path::new("/ab")).is_ok());
+    }
+}

@@ -1,0 +1,151 @@
+//! What a living daemon knows of a folder or an image, for the commands that look.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::cli::out;
+use crate::control::client::Client;
+use crate::control::protocol::ImageLine;
+use crate::daemon::holders;
+use crate::daemon::mounts::{self, Mount};
+use crate::error::{Error, Kind, Result};
+use crate::io::loopdev::LoopDevice;
+
+/// How long a killed daemon may take until its mount is dead: the time of its last system call.
+const LAST_THREADS: Duration = Duration::from_secs(2);
+
+/// The daemon of a folder, and where the folder is mounted.
+#[derive(Debug)]
+pub struct Daemon {
+    /// The line to it.
+    pub client: Client,
+    /// Where it shows the folder.
+    pub mountpoint: PathBuf,
+}
+
+impl Daemon {
+    /// The loop devices over its files.
+    pub fn loops(&self) -> Vec<LoopDevice> {
+        holders::loops_below(&self.mountpoint)
+    }
+}
+
+/// True when `mount` is one of ours whose daemon died. Without a daemon on the socket its last threads may still be
+/// about to end, so that is waited for. The socket is asked first: its answer is bounded in time, while a look at the
+/// mount of a daemon that was stopped has no end.
+pub fn has_died(mount: &Mount) -> Result<bool> {
+    if !mount.is_ours() {
+        return Ok(false);
+    }
+    let deadline = Instant::now() + LAST_THREADS;
+    loop {
+        // A mount may be dead while its folder is served elsewhere.
+        let daemon = Client::find(&mount.source)?;
+        if daemon.is_some_and(|daemon| Path::new(&daemon.hello().mountpoint) == mount.point) {
+            return Ok(false);
+        }
+        if mount.is_dead() {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The daemon of the folder `images`, if one serves it.
+pub fn of_folder(images: &Path) -> Result<Option<Daemon>> {
+    // A name without a folder in front has an empty parent.
+    let images = if images.as_os_str().is_empty() { Path::new(".") } else { images };
+    let images = images.canonicalize().map_err(|e| Error::io(&e, images, "cannot resolve the path"))?;
+    let Some(client) = Client::find(&images)? else { return Ok(None) };
+    let mount = mounts::all()?.into_iter().rev().find(|mount| mount.is_ours() && mount.source == images);
+    // Mounted in another namespace, or just being unmounted: the daemon's own word.
+    let mountpoint = mount.map_or_else(|| PathBuf::from(&client.hello().mountpoint), |mount| mount.point);
+    Ok(Some(Daemon { client, mountpoint }))
+}
+
+/// The images folder that `path` means (itself, or the one that is mounted there), and its daemon.
+pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
+    let point = mounts::resolve(path)?;
+    let folder = match mounts::at(&point)? {
+        Some(mount) if mount.is_ours() => mount.source,
+        _ => path.to_owned(),
+    };
+    let daemon = if folder.exists() { of_folder(&folder)? } else { None };
+    Ok((folder, daemon))
+}
+
+/// The file behind a flat file that a mount of ours shows; None where `shown` is none.
+pub fn source_of(shown: &Path) -> Result<Option<PathBuf>> {
+    let Ok(found) = shown.canonicalize() else { return Ok(None) };
+    let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
+    let name =
+        found.strip_prefix(&mount.point).ok().and_then(Path::to_str).and_then(|n| n.strip_suffix(".img"));
+    let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
+    let name = name.ok_or_else(none)?;
+    let mut daemon = of_folder(&mount.source)?
+        .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
+    let image = daemon.client.list()?.into_iter().find(|image| image.served && image.name == name);
+    Ok(Some(PathBuf::from(image.ok_or_else(none)?.path)))
+}
+
+/// What a daemon says of one image, and who has it open.
+#[derive(Debug)]
+pub struct Live {
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// The flat file that shows it.
+    pub shown: PathBuf,
+    /// What the image can do now.
+    pub mode: String,
+    /// What a person should know.
+    pub reason: Option<String>,
+    /// Who has it open, in words.
+    pub openers: Vec<String>,
+}
+
+/// What a daemon says of the image in the file `path`; None where none serves it.
+pub fn image(path: &Path) -> Result<Option<Live>> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let Some(mut daemon) = of_folder(folder)? else { return Ok(None) };
+    let file = path.file_name();
+    let named = |image: &ImageLine| Path::new(&image.path).file_name() == file;
+    let Some(image) = daemon.client.list()?.into_iter().find(|image| image.served && named(image)) else {
+        return Ok(None);
+    };
+    let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
+    let shown = daemon.mountpoint.join(format!("{}.img", image.name));
+    Ok(Some(Live { pid: daemon.client.hello().pid, shown, mode: image.mode, reason: image.reason, openers }))
+}
+
+fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
+    let shown = daemon.mountpoint.join(format!("{name}.img"));
+    let Some(mount) = mounts::at(&daemon.mountpoint)? else { return Ok(Vec::new()) };
+    let mut found = holders::of(&mount);
+    found.retain(|holder| holder.file() == Some(&shown));
+    Ok(found.iter().map(ToString::to_string).collect())
+}
+
+impl Live {
+    /// The lines of `info`.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        let mut row = |label: &str, value: &str| {
+            // Writing into a String cannot fail.
+            let _ = writeln!(text, "{:<13}{}", format!("{label}:"), out::printable(value));
+        };
+        row("shown as", &self.shown.to_string_lossy());
+        row("served by", &format!("process {}", self.pid));
+        row("mode", &self.mode);
+        if let Some(reason) = &self.reason {
+            row("note", reason);
+        }
+        for opener in &self.openers {
+            row("open by", opener);
+        }
+        text
+    }
+}

@@ -1,0 +1,158 @@
+//! The command line's side of the control socket.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::place::{Place, SOCKET};
+use super::protocol::{Answer, Closed, Hello, ImageLine, MAX_ANSWER, Op, Request, VERSION};
+use crate::error::{Error, Kind, Result};
+
+/// How long a daemon may take for an answer that needs no waiting. A rescan opens files, so it is generous.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to greet. That needs no file and no lock: a daemon that is slower has been stopped, or its
+/// host is out of breath.
+const GREETING: Duration = Duration::from_secs(10);
+
+/// A connection to the daemon that serves a folder.
+#[derive(Debug)]
+pub struct Client {
+    stream: BufReader<UnixStream>,
+    socket: PathBuf,
+    hello: Hello,
+}
+
+impl Client {
+    /// The daemon of the folder `images`, if one lives. A socket without a daemon behind it counts as none.
+    pub fn find(images: &Path) -> Result<Option<Client>> {
+        for place in Place::candidates(images) {
+            let Ok(stream) = UnixStream::connect(place.short(SOCKET)) else { continue };
+            let socket = place.path(SOCKET);
+            let mut client = Client { stream: BufReader::new(stream), socket, hello: Hello::default() };
+            client.bound(Some(GREETING))?;
+            let answer = match client.send(Op::Hello).and_then(|()| client.receive()) {
+                Ok(Some(answer)) => answer,
+                // It was just dying: nobody is behind the socket any more.
+                Ok(None) => continue,
+                Err(e) if matches!(e.errno(), libc::ECONNRESET | libc::EPIPE) => continue,
+                Err(e) => return Err(e),
+            };
+            client.hello = answer.hello.ok_or_else(|| client.odd("no greeting in the answer"))?;
+            client.bound(Some(PATIENCE))?;
+            return Ok(Some(client));
+        }
+        Ok(None)
+    }
+
+    /// What the daemon said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// The images of the folder, as the daemon sees them.
+    pub fn list(&mut self) -> Result<Vec<ImageLine>> {
+        self.ask(Op::List)?.images.ok_or_else(|| self.odd("no images in the answer"))
+    }
+
+    /// Makes the daemon look at its folder; what was made there is shown when this returns.
+    pub fn rescan(&mut self) -> Result<()> {
+        self.ask(Op::Rescan).map(drop)
+    }
+
+    /// Ends the daemon as SIGTERM does.
+    pub fn stop(&mut self) -> Result<()> {
+        self.ask(Op::Stop).map(drop)
+    }
+
+    /// Asks to be told how it ended; [`Waiting::end`] then waits for it.
+    pub fn wait(mut self) -> Result<Waiting> {
+        self.bound(None)?;
+        self.send(Op::Wait)?;
+        Ok(Waiting(self))
+    }
+
+    /// Bounds the wait for every answer, and for a place to put a request; None: for ever.
+    fn bound(&self, patience: Option<Duration>) -> Result<()> {
+        let stream = self.stream.get_ref();
+        let bounded = stream.set_read_timeout(patience).and_then(|()| stream.set_write_timeout(patience));
+        bounded.map_err(|e| Error::io(&e, &self.socket, "cannot bound the wait for the daemon"))
+    }
+
+    /// The daemon took too long, or the connection broke.
+    fn silent(&self, e: &io::Error) -> Error {
+        if !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
+            return Error::io(e, &self.socket, "no answer from the daemon");
+        }
+        let peer = rustix::net::sockopt::socket_peercred(self.stream.get_ref());
+        let what = match peer.map(|peer| peer.pid.as_raw_nonzero()) {
+            Ok(pid) => format!(
+                "the daemon (process {pid}) does not answer; if it was stopped: kill -CONT {pid}; to give it up: kill -9 {pid}"
+            ),
+            Err(_) => "the daemon does not answer".to_owned(),
+        };
+        Error::at(Kind::Io, &self.socket, what)
+    }
+
+    fn odd(&self, what: &str) -> Error {
+        Error::at(Kind::Io, &self.socket, format!("the daemon answers oddly: {what}"))
+    }
+
+    fn ask(&mut self, op: Op) -> Result<Answer> {
+        self.send(op)?;
+        match self.receive()? {
+            Some(answer) => Ok(answer),
+            None => Err(Error::at(Kind::Io, &self.socket, "the daemon hung up")),
+        }
+    }
+
+    fn send(&mut self, op: Op) -> Result<()> {
+        let mut line = serde_json::to_vec(&Request { v: VERSION, op })
+            .map_err(|e| Error::at(Kind::Io, &self.socket, format!("cannot write the request: {e}")))?;
+        line.push(b'\n');
+        let sent = self.stream.get_mut().write_all(&line);
+        sent.map_err(|e| Error::io(&e, &self.socket, "cannot reach the daemon"))
+    }
+
+    /// One answer; None when the daemon hung up.
+    fn receive(&mut self) -> Result<Option<Answer>> {
+        let mut line = Vec::new();
+        let read = (&mut self.stream).take(MAX_ANSWER as u64).read_until(b'\n', &mut line);
+        read.map_err(|e| self.silent(&e))?;
+        if line.is_empty() {
+            return Ok(None);
+        }
+        let answer: Answer = serde_json::from_slice(&line).map_err(|e| self.odd(&e.to_string()))?;
+        if answer.ok {
+            return Ok(Some(answer));
+        }
+        let why = answer.error.unwrap_or_else(|| "the daemon refused without a reason".to_owned());
+        Err(Error::new(kind_of_status(answer.status), why))
+    }
+}
+
+/// The kind that ends a command with `status`; the other way round than [`Kind::exit_status`].
+fn kind_of_status(status: u8) -> Kind {
+    match status {
+        2 => Kind::Invalid,
+        3 => Kind::Damaged,
+        4 => Kind::InUse,
+        _ => Kind::Io,
+    }
+}
+
+/// A daemon that was asked to tell its end.
+#[derive(Debug)]
+pub struct Waiting(Client);
+
+impl Waiting {
+    /// Waits until every image was closed. None: the daemon died without a word.
+    pub fn end(mut self) -> Result<Option<Vec<Closed>>> {
+        match self.0.receive() {
+            Ok(answer) => Ok(answer.map(|a| a.closed.unwrap_or_default())),
+            // A killed daemon resets the connection.
+            Err(e) if e.kind() == Kind::Io => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The control socket: JSON lines, versioned on both sides (DESIGN.md 7).
+//!
+//! [`place`] says where socket, lock and log of a folder live, [`protocol`] what is said, [`server`] answers in the
+//! daemon, [`client`] asks from the command line.
+
+pub mod client;
+pub mod place;
+pub mod protocol;
+pub mod server;

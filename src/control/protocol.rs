@@ -1,0 +1,180 @@
+//! What is said over the control socket: one JSON object a line, each way, with the version in every line.
+//!
+//! Fields are added, never renamed; what a reader does not know it skips.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind};
+
+/// The version both sides put in every line.
+pub const VERSION: u32 = 1;
+/// The longest line, in bytes. A list of some thousand images is an answer, so only requests are held to it.
+pub const MAX_REQUEST: usize = 64 << 10;
+/// The longest answer a client takes, in bytes.
+pub const MAX_ANSWER: usize = 64 << 20;
+
+/// What a client wants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase")]
+pub enum Op {
+    /// Who serves this folder.
+    Hello,
+    /// The images of the folder.
+    List,
+    /// Look at the folder now; answered when what lies there is shown.
+    Rescan,
+    /// End as after SIGTERM; a second one forces it.
+    Stop,
+    /// Answered when every image was closed, just before the daemon ends.
+    Wait,
+}
+
+/// One request line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Protocol version.
+    pub v: u32,
+    /// What is wanted.
+    #[serde(flatten)]
+    pub op: Op,
+}
+
+/// The answer to [`Op::Hello`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// Process id of its keeper.
+    pub keeper: u32,
+    /// Version of the program.
+    pub version: String,
+    /// Where the folder is mounted.
+    pub mountpoint: String,
+    /// The images folder.
+    pub images: String,
+    /// `fuse` or `uring`.
+    pub transport: String,
+    /// True when no image can be written.
+    pub read_only: bool,
+}
+
+/// One image in the answer to [`Op::List`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageLine {
+    /// Name without `.img`.
+    pub name: String,
+    /// Its file or folder.
+    pub path: String,
+    /// `ploop`, `raw`, `layered`, ...
+    pub kind: String,
+    /// Disk size in bytes.
+    pub size: u64,
+    /// Space taken on the host in bytes.
+    pub allocated: u64,
+    /// True when it is shown under the mount.
+    pub served: bool,
+    /// Why it is not served, or served read-only.
+    pub reason: Option<String>,
+    /// What it can do now: `write`, `full-queue`, `full-error`, `read-only`, or `closed` while nobody has it open.
+    pub mode: String,
+    /// Number of open handles.
+    pub openers: u64,
+}
+
+/// How one image ended, in the answer to [`Op::Wait`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    /// Name of the image.
+    pub name: String,
+    /// Why its in-use mark stays; None when it was closed cleanly.
+    pub error: Option<String>,
+}
+
+/// One answer line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Protocol version.
+    pub v: u32,
+    /// Whether the request was carried out.
+    pub ok: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The exit status that the command should end with.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub status: u8,
+    /// For [`Op::Hello`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hello: Option<Hello>,
+    /// For [`Op::List`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<Vec<ImageLine>>,
+    /// For [`Op::Wait`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Vec<Closed>>,
+}
+
+fn is_zero(n: &u8) -> bool {
+    *n == 0
+}
+
+impl Answer {
+    /// "Done".
+    pub fn done() -> Answer {
+        Answer { v: VERSION, ok: true, ..Answer::default() }
+    }
+
+    /// "Not done, because".
+    pub fn failed(e: &Error) -> Answer {
+        Answer {
+            v: VERSION,
+            ok: false,
+            error: Some(e.to_string()),
+            status: e.kind().exit_status(),
+            ..Answer::default()
+        }
+    }
+}
+
+/// Reads one request line.
+pub fn parse_request(line: &[u8]) -> Result<Op, Error> {
+    /// Only the version: read first, so that a newer client hears why it is not understood.
+    #[derive(Deserialize)]
+    struct Version {
+        v: u32,
+    }
+    let malformed = |e: serde_json::Error| Error::new(Kind::Invalid, format!("not a request: {e}"));
+    let Version { v } = serde_json::from_slice(line).map_err(malformed)?;
+    if v != VERSION {
+        let what = format!("protocol version {v} is not known here, this daemon speaks {VERSION}");
+        return Err(Error::new(Kind::Unsupported, what));
+    }
+    let request: Request = serde_json::from_slice(line).map_err(malformed)?;
+    Ok(request.op)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_survives_being_written_and_read() {
+        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait] {
+            let line = serde_json::to_vec(&Request { v: VERSION, op: op.clone() }).expect("plain data");
+            assert_eq!(parse_request(&line).expect("our own line"), op);
+        }
+    }
+
+    #[test]
+    fn another_version_is_told_which_one_is_spoken() {
+        let e = parse_request(br#"{"v":9,"op":"dance"}"#).expect_err("version 9");
+        assert!(e.to_string().contains("speaks 1"), "{e}");
+    }
+
+    #[test]
+    fn rubbish_is_an_error_and_not_a_panic() {
+        for line in [&b""[..], b"{", b"[]", b"\xff\xfe", br#"{"v":1}"#, br#"{"v":1,"op":"dance"}"#, b"null"] {
+            assert_eq!(parse_request(line).expect_err("rubbish").kind(), Kind::Invalid);
+        }
+    }
+}

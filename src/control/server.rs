@@ -1,0 +1,173 @@
+//! The daemon's side of the control socket. Whatever a client sends, or fails to send, harms nothing: clients are
+//! few at a time, lines are bounded, silence has an end.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use super::place::{Place, SOCKET};
+use super::protocol::{Answer, MAX_REQUEST, Op, parse_request};
+use crate::error::{Error, Kind, Result};
+
+/// Clients at a time; each costs a thread. Commands are short, and `umount` waits in one, so sixteen is plenty.
+const MAX_CLIENTS: usize = 16;
+/// How long a client may say nothing, or not take its answer. A command speaks at once.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the daemon does with requests. Called from the threads of the clients, so it may block.
+pub trait Service: Send + Sync + 'static {
+    /// Carries out `op`. `gone` tells whether the client hung up, for requests that wait.
+    fn serve(&self, op: Op, gone: &dyn Fn() -> bool) -> Answer;
+}
+
+/// A bound socket that nobody is answered on yet. Binding belongs before the first thread, serving behind it.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+}
+
+impl Server {
+    /// Binds the socket of `place`. The caller holds the folder's lock: what lies there is a dead daemon's.
+    pub fn bind(place: &Place) -> Result<Server> {
+        let path = place.short(SOCKET);
+        let fail = |e: &io::Error| Error::io(e, place.path(SOCKET), "cannot bind the control socket");
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(&e)),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path).map_err(|e| fail(&e))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(|e| fail(&e))?;
+        Ok(Server { listener })
+    }
+
+    /// Answers clients from now on, on threads of its own, until the process ends.
+    pub fn start(self, service: Arc<dyn Service>) -> Result<Clients> {
+        let clients = Arc::new(AtomicUsize::new(0));
+        let count = Clients(clients.clone());
+        let accept = move || {
+            for client in self.listener.incoming() {
+                match client {
+                    Ok(client) => admit(client, &service, &clients),
+                    // Out of descriptors, mostly: waiting is all that helps.
+                    Err(_) => thread::sleep(Duration::from_millis(100)),
+                }
+            }
+        };
+        spawn("ploopfs/control", accept)?;
+        Ok(count)
+    }
+}
+
+/// How many clients are connected.
+#[derive(Clone, Debug)]
+pub struct Clients(Arc<AtomicUsize>);
+
+impl Clients {
+    /// The number at this moment.
+    pub fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let started = crate::io::process::spawn_thread(name, body);
+    started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
+}
+
+/// Counts a client as long as it lives.
+struct Seat(Arc<AtomicUsize>);
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn admit(client: UnixStream, service: &Arc<dyn Service>, clients: &Arc<AtomicUsize>) {
+    let seats = clients.fetch_add(1, Ordering::Relaxed);
+    let seat = Seat(clients.clone());
+    if let Err(e) = trust(&client).and_then(|()| patience(&client)) {
+        refuse(client, &e);
+    } else if seats >= MAX_CLIENTS {
+        refuse(client, &Error::new(Kind::Busy, "the daemon talks to too many clients, try again"));
+    } else {
+        let service = service.clone();
+        let body = move || {
+            let _seat = seat;
+            talk(client, &*service);
+        };
+        if let Err(e) = spawn("ploopfs/client", body) {
+            log::warn!("{e}");
+        }
+    }
+}
+
+/// Only our own user and root may give orders; the mode of the socket says so too, but it can be changed.
+fn trust(client: &UnixStream) -> Result<()> {
+    let peer = rustix::net::sockopt::socket_peercred(client)
+        .map_err(|e| Error::new(Kind::Access, format!("cannot tell who asks: {e}")))?;
+    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Access, "only the user who mounted it, and root, may ask"))
+}
+
+fn patience(client: &UnixStream) -> Result<()> {
+    let set = client.set_read_timeout(Some(PATIENCE)).and_then(|()| client.set_write_timeout(Some(PATIENCE)));
+    set.map_err(|e| Error::new(Kind::Io, format!("cannot bound the wait for a client: {e}")))
+}
+
+/// The client may be gone already, and nobody else wants to know.
+fn refuse(mut client: UnixStream, e: &Error) {
+    let _ = send(&mut client, &Answer::failed(e));
+}
+
+fn send(client: &mut UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    client.write_all(&line)
+}
+
+/// One client from its first line to its end.
+fn talk(client: UnixStream, service: &dyn Service) {
+    let Ok(mut out) = client.try_clone() else { return };
+    let mut reader = BufReader::new(&client);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let limit = MAX_REQUEST as u64 + 1;
+        match (&mut reader).take(limit).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        if line.last() != Some(&b'\n') {
+            if line.len() > MAX_REQUEST {
+                refuse(
+                    out,
+                    &Error::new(Kind::Invalid, format!("a request is at most {MAX_REQUEST} bytes long")),
+                );
+            }
+            return;
+        }
+        let answer = match parse_request(&line) {
+            Ok(op) => service.serve(op, &|| hung_up(&client)),
+            Err(e) => Answer::failed(&e),
+        };
+        if send(&mut out, &answer).is_err() {
+            return;
+        }
+    }
+}
+
+/// True when the client closed its end.
+fn hung_up(client: &UnixStream) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(client, PollFlags::RDHUP)];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&at_once)).is_ok() && fds[0].revents().intersects(gone)
+}

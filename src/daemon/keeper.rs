@@ -1,0 +1,325 @@
+//! The keeper: the small process between the command line and the daemon. It starts the daemon, reports whether the
+//! mount works, and does what the daemon itself may not: unmounting, running `--on-event`, looking around in /proc
+//! and /sys. When the daemon dies it takes the dead mount away and names what still hangs on it.
+
+use std::collections::HashSet;
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::settings::Settings;
+use super::wire::{self, Event, Note, Order};
+use super::{events, holders, log, mounts, spawn};
+use crate::control::place::{LOG, Place};
+use crate::error::{Error, Kind, Result};
+use crate::io::process;
+use crate::io::unmount::unmount;
+
+/// How often loop devices without direct I/O are looked for. A person who has just typed losetup reads the log
+/// later than that.
+const LOOK_AROUND: Duration = Duration::from_secs(5);
+
+/// How a mount began.
+#[derive(Clone, Debug)]
+pub struct Begun {
+    /// What was refused by the system, one sentence each.
+    pub notes: Vec<String>,
+}
+
+/// Starts a keeper in the background and waits until the mount works or cannot be had.
+pub fn launch(settings: &Settings) -> Result<Begun> {
+    let failed =
+        |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
+    let mut child = ourselves("keeper", settings)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|e| failed(&e))?;
+    let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(failed(&io::ErrorKind::BrokenPipe.into()));
+    };
+    wire::put(&mut to, settings).map_err(|e| failed(&e))?;
+    match wire::get(&mut BufReader::new(from)) {
+        Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
+        Ok(Some(Note::Failed { text, status })) => Err(told(text, status)),
+        other => {
+            let why =
+                other.err().map_or_else(|| "the keeper ended without a word".to_owned(), |e| e.to_string());
+            Err(Error::at(Kind::Io, settings.mountpoint(), format!("cannot mount: {why}")))
+        }
+    }
+}
+
+fn told(text: String, status: u8) -> Error {
+    let kinds = [Kind::Invalid, Kind::Damaged, Kind::InUse];
+    let kind = kinds.into_iter().find(|kind| kind.exit_status() == status).unwrap_or(Kind::Io);
+    Error::new(kind, text)
+}
+
+fn ourselves(what: &str, settings: &Settings) -> Command {
+    let mut command = process::daemon_command("ploopfs");
+    // The two paths are for `ps`; what counts is the settings on standard input.
+    command.arg(what).arg(&settings.images).arg(&settings.mountpoint);
+    command
+}
+
+/// The hidden command `keeper`: a keeper in a session of its own, told its settings on standard input.
+pub fn main() -> ExitCode {
+    let begun = begin_in_background();
+    let settings = match begun {
+        Ok(settings) => settings,
+        Err(e) => {
+            // The command line may be gone; there is nobody else to tell.
+            let _ = wire::put(&mut io::stdout(), &failure(&e));
+            return ExitCode::from(e.kind().exit_status());
+        }
+    };
+    run(&settings, &mut Background)
+}
+
+fn begin_in_background() -> Result<Settings> {
+    let odd = |what: &str, e: &dyn std::fmt::Display| Error::new(Kind::Io, format!("{what}: {e}"));
+    let settings: Option<Settings> =
+        wire::get(&mut io::stdin().lock()).map_err(|e| odd("cannot read the settings", &e))?;
+    let settings = settings.ok_or_else(|| {
+        Error::new(Kind::Invalid, "this command is started by `ploopfs mount`, not by hand")
+    })?;
+    // A name for `ps`; without it we are called "exe".
+    let _ = process::name_this_thread("ploopfs-keeper");
+    Ok(settings)
+}
+
+/// A failed start in the words that go to the command line.
+pub fn failure(e: &Error) -> Note {
+    Note::Failed { text: e.to_string(), status: e.kind().exit_status() }
+}
+
+/// Who is told that the mount works.
+pub trait Report {
+    /// Passes the first note on. False: nobody listens any more.
+    fn first(&mut self, note: &Note) -> bool;
+    /// True when messages belong on stderr instead of in the log file.
+    fn in_front(&self) -> bool;
+}
+
+/// Reports over standard output, then lets go of the command line's pipes.
+struct Background;
+
+impl Report for Background {
+    fn first(&mut self, note: &Note) -> bool {
+        let heard = wire::put(&mut io::stdout(), note).is_ok();
+        if let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
+            // Should it fail, the pipe stays open, which only a shell that collects our output notices.
+            let _ = rustix::stdio::dup2_stdin(&null);
+            let _ = rustix::stdio::dup2_stdout(&null);
+        }
+        heard
+    }
+
+    fn in_front(&self) -> bool {
+        false
+    }
+}
+
+enum Happening {
+    Said(Note),
+    /// The daemon closed its end: it has ended, or is about to.
+    Silent,
+    Signal,
+}
+
+/// Keeps one daemon, from its start to its end. Returns the daemon's exit status.
+pub fn run(settings: &Settings, report: &mut dyn Report) -> ExitCode {
+    match Keeper::start(settings) {
+        Ok(keeper) => keeper.keep(report),
+        Err(e) => {
+            report.first(&failure(&e));
+            ExitCode::from(e.kind().exit_status())
+        }
+    }
+}
+
+/// The way to the daemon's standard input, shared with the thread that runs `--on-event`. The lock keeps lines
+/// whole and is a leaf.
+type Orders = Arc<Mutex<ChildStdin>>;
+
+fn order(orders: &Orders, what: &Order) {
+    // A daemon that is gone is noticed by its silence.
+    let _ = wire::put(&mut *orders.lock().unwrap_or_else(PoisonError::into_inner), what);
+}
+
+struct Keeper<'a> {
+    settings: &'a Settings,
+    daemon: Child,
+    orders: Orders,
+    happenings: Receiver<Happening>,
+    events: Option<Sender<Event>>,
+    /// Our mount, once it works: nothing else on the same mount point is ever unmounted.
+    mount: Option<u64>,
+    /// Loop devices that were warned of.
+    slow_loops: HashSet<PathBuf>,
+}
+
+impl<'a> Keeper<'a> {
+    fn start(settings: &'a Settings) -> Result<Keeper<'a>> {
+        let failed = |e: &io::Error| {
+            Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"))
+        };
+        let (sender, happenings) = bounded(64);
+        // Before the daemon exists, so that no signal is missed.
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| failed(&e))?;
+        let on_signal = sender.clone();
+        spawn("keeper/signals", move || {
+            signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
+        })?;
+        let mut command = ourselves("daemon", settings);
+        let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
+        let mut daemon = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(err)
+            .spawn()
+            .map_err(|e| failed(&e))?;
+        let (Some(mut to), Some(from)) = (daemon.stdin.take(), daemon.stdout.take()) else {
+            return Err(failed(&io::ErrorKind::BrokenPipe.into()));
+        };
+        wire::put(&mut to, settings).map_err(|e| failed(&e))?;
+        let orders = Arc::new(Mutex::new(to));
+        spawn("keeper/daemon", move || listen(BufReader::new(from), &sender))?;
+        let warn = orders.clone();
+        let events = events::runner(settings, move |text| order(&warn, &Order::Warn(text)))?;
+        let slow_loops = HashSet::new();
+        Ok(Keeper { settings, daemon, orders, happenings, events, mount: None, slow_loops })
+    }
+
+    fn keep(mut self, report: &mut dyn Report) -> ExitCode {
+        let mut reported = false;
+        let mut look_next = Instant::now() + LOOK_AROUND;
+        loop {
+            match self.happenings.recv_deadline(look_next) {
+                Ok(Happening::Said(note @ (Note::Ready { .. } | Note::Failed { .. }))) => {
+                    self.mount = self.current().map(|mount| mount.id);
+                    let heard = report.first(&note);
+                    reported = true;
+                    if !heard {
+                        // Nobody waits for this mount any more.
+                        self.signal_daemon();
+                    }
+                }
+                Ok(Happening::Said(Note::Unmount { detach })) => {
+                    let error = self.unmount(detach).err().map(|e| e.to_string());
+                    order(&self.orders, &Order::Unmounted { error });
+                }
+                Ok(Happening::Said(Note::Holders)) => {
+                    let who = self.current().map(|mount| holders::of(&mount)).unwrap_or_default();
+                    order(&self.orders, &Order::Holders(who.iter().map(ToString::to_string).collect()));
+                }
+                Ok(Happening::Said(Note::Event(event))) => {
+                    // Full: the program hangs, and the log has the event.
+                    self.events.iter().for_each(|events| drop(events.try_send(event.clone())));
+                }
+                Ok(Happening::Signal) => self.signal_daemon(),
+                Ok(Happening::Silent) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look_around();
+                    look_next = Instant::now() + LOOK_AROUND;
+                }
+            }
+        }
+        let status = self.daemon.wait();
+        if !reported {
+            let why = format!("the daemon ended before the mount worked: {}", spelled(&status));
+            report.first(&failure(&Error::at(Kind::Io, self.settings.mountpoint(), why)));
+        }
+        let code = status.as_ref().ok().and_then(ExitStatus::code);
+        if code.is_none() {
+            self.clean_up(&spelled(&status), report.in_front());
+        }
+        ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+    }
+
+    /// What lies uppermost on the mount point, if it is the mount of our daemon.
+    fn current(&self) -> Option<mounts::Mount> {
+        let found = mounts::at(self.settings.mountpoint()).ok()??;
+        (found.is_ours() && self.mount.is_none_or(|id| id == found.id)).then_some(found)
+    }
+
+    fn unmount(&self, detach: bool) -> Result<()> {
+        match self.current() {
+            Some(mount) => unmount(&mount.point, detach),
+            None => Ok(()),
+        }
+    }
+
+    fn signal_daemon(&self) {
+        if let Some(pid) = i32::try_from(self.daemon.id()).ok().and_then(Pid::from_raw) {
+            // It is not reaped yet, so the number is still its own; a daemon that ended needs no signal.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+
+    /// Names loop devices without direct I/O, once each.
+    fn look_around(&mut self) {
+        let slow = holders::without_direct_io(self.settings.mountpoint());
+        let names: HashSet<PathBuf> = slow.iter().map(|device| device.dev.clone()).collect();
+        for device in &slow {
+            if !self.slow_loops.contains(&device.dev.clone()) {
+                order(&self.orders, &Order::Warn(holders::direct_io_advice(device)));
+            }
+        }
+        self.slow_loops = names;
+    }
+
+    /// After the daemon's death: whoever looks at the mount point gets ENOTCONN, so it goes away, and what still
+    /// has files open there is named, because nothing else will tell.
+    fn clean_up(&self, how: &str, in_front: bool) {
+        let left = self.current();
+        let hanging = left.as_ref().map(holders::of).unwrap_or_default();
+        let unmounted = self.unmount(true);
+        let path =
+            Place::make(self.settings.images()).map(|place| place.path(LOG)).ok().filter(|_| !in_front);
+        if log::open(path.as_deref()).is_err() {
+            return;
+        }
+        let point = self.settings.mountpoint().display();
+        ::log::error!("the daemon of {point} died: {how}; every open file gives EIO now");
+        if let Err(e) = unmounted {
+            ::log::error!("{e}");
+        } else if left.is_some() {
+            ::log::error!("{point} is unmounted; mount it again with: {}", mount_line(self.settings));
+        }
+        for holder in hanging {
+            ::log::error!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy());
+        }
+    }
+}
+
+fn mount_line(settings: &Settings) -> String {
+    let shown = |path: &Path| path.display().to_string();
+    format!("ploopfs mount {} {}", shown(settings.images()), shown(settings.mountpoint()))
+}
+
+fn spelled(status: &io::Result<ExitStatus>) -> String {
+    match status {
+        Ok(status) => status.to_string(),
+        Err(e) => e.to_string(),
+    }
+}
+
+fn listen(mut from: BufReader<std::process::ChildStdout>, to: &Sender<Happening>) {
+    while let Ok(Some(note)) = wire::get(&mut from) {
+        if to.send(Happening::Said(note)).is_err() {
+            return;
+        }
+    }
+    // The keeper ends when nobody receives any more.
+    let _ = to.send(Happening::Silent);
+}

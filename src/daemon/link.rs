@@ -1,0 +1,102 @@
+//! The daemon's end of the line to its keeper.
+
+use std::io::{self, BufRead, BufReader, Stdin};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::settings::Settings;
+use super::spawn;
+use super::wire::{self, Event, Note, Order};
+use crate::error::{Error, Kind, Result};
+use crate::io::unmount::unmount;
+
+/// Events on their way to the keeper; more are dropped, because nobody waits for a person to be told.
+const MAX_EVENTS: usize = 256;
+/// How long the keeper may take; an unmount is the longest that it is asked for.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The line to the keeper.
+pub struct Link {
+    events: (Sender<Event>, Receiver<Event>),
+    answers: (Sender<Order>, Receiver<Order>),
+    /// Held from a question to its answer, so that answers find their question. A leaf.
+    asking: Mutex<()>,
+}
+
+impl Link {
+    /// A line on standard input and output. No thread is started yet.
+    pub fn new() -> Link {
+        Link { events: bounded(MAX_EVENTS), answers: bounded(4), asking: Mutex::new(()) }
+    }
+
+    /// What the engine calls with its events; blocks nobody.
+    pub fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
+        let events = self.events.0.clone();
+        Box::new(move |event| {
+            let event = Event::from(event);
+            log::warn!("{}", event.sentence());
+            // Full: the keeper is stuck in earlier ones, and the log has this one too.
+            let _ = events.try_send(event);
+        })
+    }
+
+    /// Starts listening to the keeper and passing events on.
+    pub fn start(&self, from_keeper: BufReader<Stdin>) -> Result<()> {
+        let answers = self.answers.0.clone();
+        spawn("ploopfs/keeper", move || listen(from_keeper, &answers))?;
+        let events = self.events.1.clone();
+        spawn("ploopfs/events", move || {
+            for event in events {
+                if tell(&Note::Event(event)).is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
+    /// Unmounts through the keeper, or ourselves when it is gone.
+    pub fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
+        match self.ask(&Note::Unmount { detach }) {
+            Some(Order::Unmounted { error: None }) => Ok(()),
+            Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
+            _ => unmount(settings.mountpoint(), detach),
+        }
+    }
+
+    /// Who holds files of the mount open, in words; empty when nobody can tell.
+    pub fn holders(&self) -> Vec<String> {
+        match self.ask(&Note::Holders) {
+            Some(Order::Holders(who)) => who,
+            _ => Vec::new(),
+        }
+    }
+
+    fn ask(&self, question: &Note) -> Option<Order> {
+        let _asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        // An answer that came too late for its question is not ours.
+        while self.answers.1.try_recv().is_ok() {}
+        tell(question).ok()?;
+        self.answers.1.recv_timeout(PATIENCE).ok()
+    }
+}
+
+/// Says something to the keeper; standard output locks itself, so lines stay whole.
+pub fn tell(note: &Note) -> io::Result<()> {
+    wire::put(&mut io::stdout().lock(), note)
+}
+
+fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>) {
+    loop {
+        match wire::get(&mut from_keeper) {
+            Ok(Some(Order::Warn(text))) => log::warn!("{text}"),
+            // Full: nobody waits for these answers any more.
+            Ok(Some(order)) => drop(answers.try_send(order)),
+            Ok(None) | Err(_) => {
+                log::warn!("the keeper process is gone: the mount goes on, but --on-event is no longer run");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! What one mount was asked to do; travels from the command line through the keeper to the daemon.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::vdisk::{OnFull, Options};
+
+/// Background requests of the connection: at least twice what the runners and 256 per loop device can keep
+/// busy (FUSE.md 7.2).
+pub const BACKGROUND: u16 = 4096;
+
+/// All settings of a mount. Paths are absolute and without links.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Settings {
+    /// The images folder.
+    pub images: OsString,
+    /// Where it is mounted.
+    pub mountpoint: OsString,
+    /// The keeper stays in front and everything is logged to stderr.
+    pub foreground: bool,
+    /// No image is ever opened for writing.
+    pub read_only: bool,
+    /// Transport threads.
+    pub threads: usize,
+    /// Runner threads.
+    pub runners: usize,
+    /// Bound of the BAT cache in bytes.
+    pub bat_cache: u64,
+    /// How long a changed BAT page may stay unwritten, in milliseconds.
+    pub bat_delay_ms: u64,
+    /// Park writes when the host is full, instead of failing them.
+    pub queue_when_full: bool,
+    /// How long a parked write waits, in seconds; 0 = for ever.
+    pub full_timeout_s: u64,
+    /// Percent of free host space below which the low-water event is raised.
+    pub low_water: u8,
+    /// Program to run on events.
+    pub on_event: Option<OsString>,
+    /// How long open files may hold up an orderly stop, in seconds.
+    pub stop_timeout_s: u64,
+    /// Faults to inject (feature `faults`).
+    pub fault: Option<String>,
+}
+
+impl Settings {
+    /// The images folder.
+    pub fn images(&self) -> &Path {
+        Path::new(&self.images)
+    }
+
+    /// The mount point.
+    pub fn mountpoint(&self) -> &Path {
+        Path::new(&self.mountpoint)
+    }
+
+    /// How long open files may hold up an orderly stop.
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_secs(self.stop_timeout_s)
+    }
+
+    /// The settings of the engine.
+    pub fn engine(&self) -> Options {
+        Options {
+            runners: self.runners,
+            bat_cache: self.bat_cache,
+            bat_delay: Duration::from_millis(self.bat_delay_ms),
+            on_full: if self.queue_when_full { OnFull::Queue } else { OnFull::Error },
+            full_timeout: (self.full_timeout_s != 0).then(|| Duration::from_secs(self.full_timeout_s)),
+            low_water: self.low_water,
+            background: BACKGROUND.into(),
+            ..Options::default()
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The daemon's start, in the order of DESIGN.md 8, and its way to the end.
+
+use std::io::{self, BufReader, Stdin};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::link::{self, Link};
+use super::service::Desk;
+use super::settings::{BACKGROUND, Settings};
+use super::stop::Ending;
+use super::wire::{self, Note};
+use super::{keeper, log};
+use crate::control::place::{LOG, Place};
+use crate::control::server::Server;
+use crate::error::{Error, Kind, Result};
+use crate::folder::{Folder, FolderOptions};
+use crate::fuse::classic;
+use crate::io::lock::FolderLock;
+use crate::io::process;
+use crate::tree::{MountInfo, Tree};
+use crate::vdisk::Engine;
+
+/// Descriptors that a mount should be able to have: two for each of some ten thousand images in use.
+const DESCRIPTORS: u64 = 32_768;
+
+/// The hidden command `daemon`: serves one folder, told its settings on standard input.
+pub fn main() -> ExitCode {
+    let mut keeper_says = BufReader::new(io::stdin());
+    match begin(&mut keeper_says).and_then(|settings| serve(settings, keeper_says)) {
+        Ok(never) => match never {},
+        Err(e) => {
+            // A keeper that is gone has nobody to pass it on to.
+            let _ = link::tell(&keeper::failure(&e));
+            ExitCode::from(e.kind().exit_status())
+        }
+    }
+}
+
+fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
+    let settings: Option<Settings> =
+        wire::get(keeper_says).map_err(|e| Error::new(Kind::Io, format!("cannot read the settings: {e}")))?;
+    let settings = settings.ok_or_else(|| {
+        Error::new(Kind::Invalid, "this command is started by `ploopfs mount`, not by hand")
+    })?;
+    // A name for `ps`; without it we are called "exe".
+    let _ = process::name_this_thread("ploopfs");
+    // What we make (log, socket, lock) is nobody else's business.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    Ok(settings)
+}
+
+/// Never returns once the mount works: the process ends with it.
+///
+/// Order: (1) the log, because everything after it may have to complain; (2) the locks, because what follows
+/// belongs to one daemon alone: the socket of a living one must not be unlinked; (3) the socket, so that a mount
+/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene, which threads inherit, so
+/// (6) the first thread comes after it; (7) readiness, when requests are about to be served.
+fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
+    let place = Place::make(settings.images())?;
+    log::open((!settings.foreground).then(|| place.path(LOG)).as_deref())?;
+
+    let link = Arc::new(Link::new());
+    let engine = Engine::new(settings.engine(), link.listener());
+    let note = settings.mountpoint().display().to_string();
+    // A folder that cannot be written holds no lock; what stands for it under /run does.
+    let outside =
+        (!place.is_inside()).then(|| FolderLock::acquire(&place, settings.images(), &note)).transpose()?;
+    let options = FolderOptions {
+        read_only: settings.read_only,
+        note,
+        #[cfg(feature = "faults")]
+        wrap: settings.fault.as_deref().map(faults).transpose()?,
+    };
+    let folder = Folder::open(settings.images(), &engine, options)?;
+
+    let server = Server::bind(&place)?;
+
+    let root = rustix::process::geteuid().is_root();
+    let tree = Tree::new(folder.clone(), engine, mount_info(&settings));
+    let session = classic::mount(
+        tree,
+        settings.mountpoint(),
+        &classic::Settings {
+            threads: settings.threads,
+            allow_other: root,
+            read_only: settings.read_only,
+            fs_name: settings.images.clone(),
+            max_background: BACKGROUND,
+        },
+    )?;
+
+    let mut notes: Vec<String> = process::harden(DESCRIPTORS).iter().map(ToString::to_string).collect();
+    if !root {
+        notes.insert(
+            0,
+            "not running as root: only this user can see the mount, and no loop device can use it".into(),
+        );
+    }
+
+    let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
+    let ending = Arc::new(Ending::new(settings.clone(), folder.clone(), link.clone()));
+    log::start_thread()?;
+    ::log::info!(
+        "ploopfs {}: {} on {}, process {}",
+        env!("CARGO_PKG_VERSION"),
+        settings.images().display(),
+        settings.mountpoint().display(),
+        std::process::id()
+    );
+    for note in &notes {
+        ::log::warn!("{note}");
+    }
+    watch_signals(&ending)?;
+    ending.start()?;
+    link.start(keeper_says)?;
+    let clients =
+        server.start(Arc::new(Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper)))?;
+    if let Err(e) = folder.start_watch() {
+        ::log::warn!("{e}; new images are seen at the next mount");
+    }
+    let ready = link::tell(&Note::Ready { notes });
+    ready.map_err(|e| Error::new(Kind::Io, format!("the keeper is gone: {e}")))?;
+
+    if let Err(e) = session.run() {
+        ::log::error!("the connection to the kernel ended with an error: {e}");
+    }
+    let closed = ending.close_all();
+    // Held to here: the socket under /run is ours as long as it is answered.
+    drop(outside);
+    ending.exit(&closed, &|| clients.count())
+}
+
+/// Files that fail as `--fault SPEC` says.
+#[cfg(feature = "faults")]
+fn faults(spec: &str) -> Result<crate::folder::Wrap> {
+    use crate::io::fault::{FaultFile, Plan};
+    let plan: Plan = spec.parse().map_err(|e| Error::new(Kind::Invalid, format!("--fault: {e}")))?;
+    let plan = Arc::new(plan);
+    Ok(Arc::new(move |file| Arc::new(FaultFile::new(file, plan.clone()))))
+}
+
+fn mount_info(settings: &Settings) -> MountInfo {
+    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: "fuse" }
+}
+
+/// Signals come as requests to end, on a thread of their own.
+fn watch_signals(ending: &Arc<Ending>) -> Result<()> {
+    let failed = |e: io::Error| Error::new(Kind::Io, format!("cannot watch for signals: {e}"));
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
+    let ending = ending.clone();
+    let body = move || signals.forever().for_each(|signal| ending.request(name_of(signal)));
+    process::spawn_thread("ploopfs/signals", body).map(drop).map_err(failed)
+}
+
+fn name_of(signal: i32) -> &'static str {
+    match signal {
+        SIGINT => "SIGINT",
+        SIGHUP => "SIGHUP",
+        _ => "SIGTERM",
+    }
+}

@@ -1,0 +1,477 @@
+//! How mounts begin and end, with the real binary and the real /dev/fuse.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use common::{Loop, Mount, Run, marked_in_use, text, until};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// How long an end may take on a busy machine.
+const SOON: Duration = Duration::from_secs(15);
+
+fn signal(pid: u32, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
+    kill_process(pid, signal).expect("our own daemon");
+}
+
+fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+fn log(mount: &Mount) -> String {
+    fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default()
+}
+
+fn umount(mount: &Mount) -> Run {
+    Run::ploopfs().arg("umount").arg(mount.point()).limit(60)
+}
+
+/// The keeper of a daemon: its parent.
+fn keeper_of(pid: u32) -> u32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a living daemon");
+    let behind = stat.rsplit_once(") ").expect("a name in brackets").1;
+    behind.split(' ').nth(1).and_then(|ppid| ppid.parse().ok()).expect("a parent")
+}
+
+#[test]
+fn folder_and_mount_point_are_made_and_the_whole_line_works_twice() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let again = mount.try_start();
+    assert!(again.success() && again.stdout.contains("already mounted"), "{again}");
+    mount.umount();
+}
+
+#[test]
+fn a_second_umount_says_that_nothing_is_mounted_and_succeeds() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    mount.umount();
+    let again = umount(&mount).status(0);
+    assert!(again.stderr.contains("not mounted"), "{again}");
+    let nowhere = Run::ploopfs().args(["umount", "/nonexistent/vdisks"]).status(1);
+    assert!(nowhere.stderr.contains("/nonexistent/vdisks"), "{nowhere}");
+}
+
+#[test]
+fn umount_while_a_process_has_an_image_open_names_it_and_changes_nothing() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let open = mount.open("vm1");
+    let refused = umount(&mount).status(4);
+    assert!(refused.stderr.contains(&format!("pid {}", std::process::id())), "{refused}");
+    assert!(refused.stderr.contains("vm1.img"), "{refused}");
+    open.write_all_at(b"still here", 0).expect("the mount goes on");
+    drop(open);
+    mount.umount();
+    assert!(!marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn umount_with_a_loop_device_attached_names_it_and_the_command_that_ends_it() {
+    require!("fuse", "loop");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Run::ploopfs().arg("attach").arg(mount.delta("vm1")).ok().trim().to_owned();
+    let refused = umount(&mount).status(4);
+    assert!(refused.stderr.contains(&format!("ploopfs detach {device}")), "{refused}");
+    Run::ploopfs().args(["detach", &device]).ok();
+    assert!(!Path::new("/sys/block").join(device.trim_start_matches("/dev/")).join("loop").exists());
+    let again = Run::ploopfs().args(["detach", &device]).status(0);
+    assert!(again.stderr.contains("not attached"), "{again}");
+    mount.umount();
+}
+
+#[test]
+fn umount_with_detach_goes_on_until_the_last_close_and_then_leaves_a_clean_image() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    let open = mount.open("vm1");
+    let detached = umount(&mount).arg("--detach").status(0);
+    assert!(detached.stderr.contains("goes on") && !mount.is_mounted(), "{detached}");
+    open.write_all_at(b"after the name is gone", 4096).expect("still served");
+    assert!(is_alive(pid));
+    drop(open);
+    assert!(until(SOON, || !is_alive(pid)), "the daemon goes on after the last close");
+    assert!(!marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn umount_with_detach_takes_idle_loop_devices_along_and_leaves_a_clean_image() {
+    require!("fuse", "loop");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    let device = Loop::attach(&mount.flat("vm1"), true);
+    common::sh(&format!("echo written > {}", text(device.device())));
+    umount(&mount).arg("--detach").status(0);
+    assert!(!is_alive(pid) && !mount.is_mounted());
+    assert!(!marked_in_use(&mount.delta("vm1")));
+    assert!(common::loops_in(mount.point()).is_empty());
+}
+
+#[test]
+fn umount_by_anyone_else_ends_the_daemon_and_leaves_clean_images() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    mount.open("vm1").write_all_at(b"x", 0).expect("written");
+    assert!(until(SOON, || Run::new("umount").arg(mount.point()).run().success()));
+    assert!(until(SOON, || !is_alive(pid)));
+    assert!(!marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn sigterm_with_nothing_open_ends_the_mount() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || !is_alive(pid)));
+    assert!(!mount.is_mounted());
+}
+
+#[test]
+fn sigterm_with_a_file_open_says_who_refuses_new_opens_and_ends_with_the_last_close() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M", "--create", "vm2=64M"]);
+    let pid = mount.pid();
+    let open = mount.open("vm1");
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || log(&mount).contains("held by")), "{}", log(&mount));
+    assert!(log(&mount).contains(&format!("pid {}", std::process::id())), "{}", log(&mount));
+    let refused = fs::File::open(mount.flat("vm2")).expect_err("no new opens");
+    assert_eq!(refused.raw_os_error(), Some(libc::EBUSY));
+    open.write_all_at(b"until the end", 0).expect("still served");
+    open.sync_all().expect("still served");
+    drop(open);
+    assert!(until(SOON, || !is_alive(pid)));
+    assert!(!mount.is_mounted() && !marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn a_second_sigterm_closes_images_under_their_users_who_get_eio() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    let open = mount.open("vm1");
+    open.write_all_at(b"acknowledged", 1 << 20).expect("written");
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || log(&mount).contains("held by")));
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || !is_alive(pid)));
+    assert!(open.write_all_at(b"too late", 0).is_err());
+    assert!(until(SOON, || !mount.is_mounted()));
+    assert!(!marked_in_use(&mount.delta("vm1")), "the mark must go: everything was synced");
+    drop(open);
+    let again = Mount::over(mount.images(), &[]);
+    let mut there = [0; 12];
+    again.open("vm1").read_exact_at(&mut there, 1 << 20).expect("readable");
+    assert_eq!(&there, b"acknowledged");
+}
+
+#[test]
+fn the_stop_timeout_forces_the_end_too() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M", "--stop-timeout", "1"]);
+    let pid = mount.pid();
+    let open = mount.open("vm1");
+    open.write_all_at(b"x", 0).expect("written");
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || !is_alive(pid)));
+    drop(open);
+    assert!(!marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn a_killed_daemon_leaves_no_dead_mount_and_its_log_names_what_hangs_on_it() {
+    require!("fuse", "loop");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Loop::attach(&mount.flat("vm1"), true);
+    signal(mount.pid(), Signal::KILL);
+    assert!(until(SOON, || !mount.is_mounted()));
+    let hanging = format!("ploopfs detach {}", text(device.device()));
+    assert!(until(SOON, || log(&mount).contains(&hanging)), "{}", log(&mount));
+    Run::ploopfs().args(["detach", text(device.device())]).ok();
+}
+
+#[test]
+fn a_dead_mount_is_cleaned_up_by_the_next_mount_which_names_what_hangs_on_it() {
+    require!("fuse", "loop");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Loop::attach(&mount.flat("vm1"), true);
+    let pid = mount.pid();
+    // The keeper first: it would clean up.
+    signal(keeper_of(pid), Signal::KILL);
+    signal(pid, Signal::KILL);
+    assert!(until(SOON, || !is_alive(pid)) && mount.is_mounted());
+    let again = mount.try_start();
+    assert!(again.success(), "{again}");
+    assert!(again.stderr.contains(text(device.device())), "{again}");
+    assert_eq!(fs::metadata(mount.flat("vm1")).expect("served again").len(), 64 << 20);
+    Run::ploopfs().args(["detach", text(device.device())]).ok();
+}
+
+#[test]
+fn a_stopped_daemon_is_named_with_the_command_that_wakes_it_instead_of_hanging_list() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    signal(pid, Signal::STOP);
+    let list = Run::ploopfs().args(["list", text(mount.images())]).run();
+    // Before anything is demanded: what cleans up needs it.
+    signal(pid, Signal::CONT);
+    assert!(!list.success() && list.stderr.contains("kill -CONT"), "{list}");
+    Run::ploopfs().args(["list", text(mount.images())]).ok();
+}
+
+#[test]
+fn a_dead_keeper_does_not_take_the_mount_with_it() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    signal(keeper_of(mount.pid()), Signal::KILL);
+    assert!(until(SOON, || log(&mount).contains("keeper process is gone")));
+    mount.open("vm1").write_all_at(b"x", 0).expect("still served");
+    mount.umount();
+    assert!(!marked_in_use(&mount.delta("vm1")));
+}
+
+#[test]
+fn places_that_would_make_the_daemon_need_its_own_mount_are_refused() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let inside = mount.images().join("inside");
+    let elsewhere = common::temp_dir();
+    for (images, point) in [
+        (mount.images(), inside.as_path()),
+        (mount.images(), mount.images()),
+        (inside.as_path(), mount.images()),
+        (mount.point(), elsewhere.path()),
+    ] {
+        let refused = Run::ploopfs().arg("mount").args([images, point]).status(2);
+        assert!(refused.stderr.contains("mount"), "{refused}");
+    }
+    assert!(elsewhere.path().read_dir().expect("readable").next().is_none());
+}
+
+#[test]
+fn another_folder_on_a_mount_point_in_use_is_refused() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let other = common::temp_dir();
+    let refused = Run::ploopfs().arg("mount").args([other.path(), mount.point()]).status(4);
+    assert!(refused.stderr.contains(text(mount.images())), "{refused}");
+}
+
+#[test]
+fn an_io_uring_transport_is_refused_with_a_reason_until_it_is_built() {
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("i"), folder.path().join("m"));
+    let refused = Run::ploopfs().args(["mount", "--transport", "uring"]).args([&images, &point]).status(1);
+    assert!(refused.stderr.contains("not built yet"), "{refused}");
+    assert!(!images.exists());
+}
+
+#[test]
+fn options_behind_o_are_those_of_mount_and_an_unknown_one_is_named() {
+    require!("fuse");
+    let mut mount =
+        Mount::new(&["--create", "vm1=64M", "-o", "ro,_netdev,nofail,x-systemd.automount,threads=3"]);
+    assert!(fs::OpenOptions::new().write(true).open(mount.flat("vm1")).is_err());
+    mount.umount();
+    mount.set_args(&["-o", "rw,shiny=3"]);
+    let refused = mount.try_start();
+    assert_eq!(refused.code(), Some(2), "{refused}");
+    assert!(refused.stderr.contains("shiny"), "{refused}");
+}
+
+#[test]
+fn a_daemon_in_front_logs_to_stderr_and_ends_with_a_signal_to_its_keeper() {
+    require!("fuse");
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("i"), folder.path().join("m"));
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_ploopfs"))
+        .args(["mount", "-f", "--create", "vm1=64M"])
+        .args([&images, &point])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary under test");
+    let up = until(SOON, || point.join("vm1.img").exists());
+    signal(child.id(), Signal::INT);
+    let ended = until(SOON, || matches!(child.try_wait(), Ok(Some(_))));
+    if !ended {
+        child.kill().expect("our own child");
+    }
+    let out = child.wait_with_output().expect("our own child");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(up && ended && out.status.success(), "{:?}: {said}", out.status);
+    assert!(said.contains("ended"), "{said}");
+    assert!(!point.join("vm1.img").exists());
+}
+
+/// Talks to the control socket as nobody should; returns what came back.
+fn say(images: &Path, what: &[u8]) -> String {
+    let mut stream = UnixStream::connect(images.join(".ploopfs/control")).expect("the daemon's socket");
+    stream.set_read_timeout(Some(SOON)).expect("a timeout");
+    // The daemon may hang up in the middle of it.
+    let _ = stream.write_all(what);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    let mut said = Vec::new();
+    let _ = stream.read_to_end(&mut said);
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+#[test]
+fn rubbish_on_the_control_socket_harms_nothing() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    assert!(say(mount.images(), b"\xff\x00{{{\n").contains("\"ok\":false"));
+    assert!(say(mount.images(), b"{\"v\":7,\"op\":\"hello\"}\n").contains("speaks 1"));
+    assert!(say(mount.images(), b"{\"v\":1,\"op\":\"explode\"}\n").contains("\"ok\":false"));
+    say(mount.images(), &vec![b'x'; 1 << 20]);
+    say(mount.images(), b"{\"v\":1,\"op\":\"hel");
+    assert!(say(mount.images(), b"{\"v\":1,\"op\":\"hello\"}\n").contains("\"pid\""));
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &fs::metadata(mount.images().join(".ploopfs/control")).expect("the socket").permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o600);
+    mount.umount();
+}
+
+#[test]
+fn silent_clients_keep_nobody_from_being_served() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let socket = mount.images().join(".ploopfs/control");
+    let silent: Vec<UnixStream> = (0..40).map(|_| UnixStream::connect(&socket).expect("connected")).collect();
+    // Silence ends after ten seconds.
+    let heard = || say(mount.images(), b"{\"v\":1,\"op\":\"hello\"}\n").contains("\"pid\"");
+    assert!(until(Duration::from_secs(25), heard));
+    drop(silent);
+    assert!(until(SOON, heard));
+}
+
+#[test]
+fn the_program_of_on_event_must_exist_at_the_start() {
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("i"), folder.path().join("m"));
+    let refused =
+        Run::ploopfs().args(["mount", "--on-event", "/nonexistent/tell"]).args([&images, &point]).run();
+    assert!(!refused.success() && refused.stderr.contains("/nonexistent/tell"), "{refused}");
+}
+
+#[test]
+fn an_event_runs_the_program_with_its_arguments_and_its_environment() {
+    require!("fuse");
+    let folder = common::temp_dir();
+    let (program, told) = (folder.path().join("tell"), folder.path().join("told"));
+    let script = format!(
+        "#!/bin/sh\necho \"$1 $2 $PLOOPFS_EVENT $PLOOPFS_IMAGE $PLOOPFS_FREE $PLOOPFS_MOUNTPOINT\" >> {}\n",
+        text(&told)
+    );
+    fs::write(&program, script).expect("a script");
+    common::sh(&format!("chmod 755 {}", text(&program)));
+    // Less than all of the host is free, so that the first allocation is below the mark.
+    let mount = Mount::new(&["--create", "vm1=64M", "--low-water", "100", "--on-event", text(&program)]);
+    let open = mount.open("vm1");
+    open.write_all_at(&[7; 1 << 20], 0).expect("written");
+    open.sync_all().expect("synced");
+    let said = || fs::read_to_string(&told).unwrap_or_default();
+    assert!(until(SOON, || said().contains('\n')), "nothing was told; the log: {}", log(&mount));
+    let words: Vec<String> = said().split_whitespace().map(str::to_owned).collect();
+    assert_eq!(words[..4], ["low-water", "vm1", "low-water", "vm1"], "{words:?}");
+    assert!(words[4].parse::<u64>().is_ok() && words[5] == text(mount.point()), "{words:?}");
+}
+
+#[test]
+fn the_log_names_a_loop_device_without_direct_io_and_the_line_that_switches_it_on() {
+    require!("fuse", "loop");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Loop::attach(&mount.flat("vm1"), false);
+    let line = format!("losetup --direct-io=on {}", text(device.device()));
+    assert!(until(SOON, || log(&mount).contains(&line)), "{}", log(&mount));
+    device.detach();
+}
+
+/// A bind mount of a folder, read-only, taken away at the end.
+struct ReadOnly(tempfile::TempDir);
+
+impl ReadOnly {
+    fn of(folder: &Path) -> ReadOnly {
+        let shown = common::temp_dir();
+        common::ok("mount", &["--bind", text(folder), text(shown.path())]);
+        let shown = ReadOnly(shown);
+        common::ok("mount", &["-o", "remount,bind,ro", text(shown.0.path())]);
+        shown
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        Run::new("umount").arg("-l").arg(self.0.path()).run();
+    }
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_served_with_its_socket_log_and_lock_under_run() {
+    use std::os::unix::fs::MetadataExt;
+    require!("fuse", "loop");
+    let folder = common::temp_dir();
+    Run::ploopfs().arg("create").arg(folder.path().join("vm1")).args(["--size", "64M"]).ok();
+    let images = ReadOnly::of(folder.path());
+    let meta = fs::metadata(images.0.path()).expect("there");
+    let place = Path::new("/run/ploopfs").join(format!("{:x}-{:x}", meta.dev(), meta.ino()));
+    let mut mount = Mount::over(images.0.path(), &["-r"]);
+    assert!(place.join("control").exists() && place.join("log").exists());
+    let mut nothing = [1; 512];
+    fs::File::open(mount.flat("vm1")).expect("readable").read_exact(&mut nothing).expect("readable");
+    assert_eq!(nothing, [0; 512]);
+    let refused = Mount::prepare(images.0.path(), &["-r"]).try_start();
+    assert_eq!(refused.code(), Some(4), "{refused}");
+    let list = Run::ploopfs().args(["list", "--json"]).arg(images.0.path()).ok();
+    assert!(list.contains("\"served\": true"), "{list}");
+    mount.umount();
+    fs::remove_dir_all(&place).expect("ours");
+    assert!(!folder.path().join(".ploopfs").exists());
+}
+
+#[test]
+fn a_user_without_root_can_mount_through_fusermount3_and_is_told_what_is_missing() {
+    require!("fuse");
+    if !rustix::process::geteuid().is_root() || !Path::new("/usr/bin/fusermount3").exists() {
+        println!("SKIPPED: needs root (to become nobody) and fusermount3");
+        return;
+    }
+    let folder = common::temp_dir();
+    let here = text(folder.path());
+    // The binary under test may lie where nobody cannot reach it, and /dev/fuse may be closed to ordinary users:
+    // in a mount namespace of our own it is opened to all.
+    let done = Run::new("unshare")
+        .args(["--mount", "bash", "-euxc"])
+        .arg(format!(
+            "cp {program} {here}/ploopfs; chmod 755 {here} {here}/ploopfs; mkdir -m 777 {here}/own
+             mknod {here}/fuse c 10 229; chmod 666 {here}/fuse; mount --bind {here}/fuse /dev/fuse
+             as_nobody() {{ runuser -u nobody -- \"$@\"; }}
+             as_nobody {here}/ploopfs mount --create vm1=64M {here}/own/i {here}/own/m
+             as_nobody dd if=/dev/zero of={here}/own/m/vm1.img bs=64k count=1 conv=notrunc,fsync status=none
+             as_nobody stat -c size=%s {here}/own/m/vm1.img
+             as_nobody {here}/ploopfs umount {here}/own/m",
+            program = env!("CARGO_BIN_EXE_ploopfs"),
+        ))
+        .limit(60)
+        .run();
+    // Whatever happened: nobody's daemon ends with its files.
+    let left = Run::new("pgrep").args(["-f", &format!("ploopfs daemon {here}")]).run();
+    for pid in left.stdout.lines().filter_map(|pid| pid.parse().ok()) {
+        signal(pid, Signal::KILL);
+    }
+    assert!(done.success() && left.stdout.is_empty(), "{done}");
+    assert!(done.stderr.contains("not running as root"), "{done}");
+    assert!(done.stdout.contains(&format!("size={}", 64 << 20)), "{done}");
+}
