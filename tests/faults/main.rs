@@ -1,0 +1,10 @@
+//! What the library does when the host fails it: failed, short and slow calls, a full disk (feature `faults`).
+//! Images live in memory; no kernel is needed.
+#![cfg(feature = "faults")]
+
+mod discards;
+mod loops;
+mod places;
+mod rig;
+mod space;
+mod syncs;
