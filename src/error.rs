@@ -33,6 +33,8 @@ pub enum Kind {
     NotPermitted,
     /// The caller may not do this.
     Access,
+    /// Stopped because somebody asked for it.
+    Cancelled,
     /// A host operation failed.
     Io,
 }
@@ -51,6 +53,7 @@ impl Kind {
             Kind::NoSpace => libc::ENOSPC,
             Kind::NotPermitted => libc::EPERM,
             Kind::Access => libc::EACCES,
+            Kind::Cancelled => libc::ECANCELED,
             Kind::Io => libc::EIO,
         }
     }

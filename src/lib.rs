@@ -15,6 +15,7 @@ pub mod format;
 pub mod fuse;
 pub mod image;
 pub mod io;
+pub mod progress;
 pub mod sync;
 pub mod tree;
 pub mod vdisk;

@@ -4,7 +4,7 @@
 //! mutex is simply taken.
 
 pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-pub use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+pub use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 
 /// Locks `mutex`, poisoned or not.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

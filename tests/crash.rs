@@ -1,57 +1,34 @@
 //! Power cuts in memory: after any host operation, with any part of what was not synced lost, the image opens,
 //! its BAT is sound, every sector holds an allowed value, and what an fsync or an O_DSYNC write acknowledged is there.
 //!
-//! A recording file keeps what is durable and the log of what is not. A cut keeps, for every 512-byte sector on its
-//! own, any prefix of the unsynced writes and punches that touched it, and any prefix of the size changes.
+//! A recording file keeps what is durable and the log of what is not (see `common::power`).
 
-use std::collections::BTreeMap;
+mod common;
+
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use common::power::{Change, Rng, SECTOR, Unsynced, collapse, read_stamp, stamp};
 use ploopfs::format::header::{CLOSED, FLAG_EMPTY, Header, Version};
 use ploopfs::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::vdisk::{Engine, Image, Layout, Level, Options};
-
-/// The few random choices a history and a cut need (SplitMix64): the same seed makes the same choices.
-struct Rng(u64);
-
-impl Rng {
-    /// A number in `0..n`.
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % n.max(1)
-    }
-}
-
-const SECTOR: usize = 512;
-
-#[derive(Clone, Debug)]
-enum Change {
-    Write { at: u64, data: Vec<u8> },
-    Punch { at: u64, len: u64 },
-    SetLen(u64),
-}
 
 /// What a sector may hold: every value written since the last sync that covers it, and the one before.
 type Allowed = Vec<Vec<u32>>;
 
 #[derive(Clone)]
 struct Cut {
-    durable: Vec<u8>,
-    pending: Vec<Change>,
+    file: Unsynced,
     allowed: Allowed,
 }
 
 struct Recording {
     live: MemoryFile,
-    log: Mutex<(Vec<u8>, Vec<Change>)>,
+    log: Mutex<Unsynced>,
     allowed: Arc<Mutex<Allowed>>,
     /// Cuts taken so far; every `every`-th host operation is a crash point.
     cuts: Mutex<Vec<Cut>>,
@@ -75,7 +52,7 @@ impl Recording {
     fn new(file: &MemoryFile, allowed: Allowed, every: u64, skip_sync: bool) -> Recording {
         Recording {
             live: MemoryFile::from_bytes(&file.to_bytes()),
-            log: Mutex::new((file.to_bytes(), Vec::new())),
+            log: Mutex::new(Unsynced { durable: file.to_bytes(), pending: Vec::new() }),
             allowed: Arc::new(Mutex::new(allowed)),
             cuts: Mutex::default(),
             operations: AtomicU64::new(0),
@@ -93,41 +70,23 @@ impl Recording {
         let mut log = lock(&self.log);
         act(&self.live)?;
         match change {
-            Some(change) => log.1.push(change),
+            Some(change) => log.pending.push(change),
             None if self.skip_sync => {}
             None => {
                 // The cut just before a sync is the one that loses most.
                 self.cut(&log, 1);
-                let pending = std::mem::take(&mut log.1);
-                for change in &pending {
-                    apply(&mut log.0, change);
-                }
+                log.sync();
             }
         }
         self.cut(&log, self.every);
         Ok(())
     }
 
-    fn cut(&self, log: &(Vec<u8>, Vec<Change>), every: u64) {
+    fn cut(&self, log: &Unsynced, every: u64) {
         if self.operations.fetch_add(1, Ordering::Relaxed).is_multiple_of(every) {
             let allowed = lock(&self.allowed).clone();
-            lock(&self.cuts).push(Cut { durable: log.0.clone(), pending: log.1.clone(), allowed });
+            lock(&self.cuts).push(Cut { file: log.clone(), allowed });
         }
-    }
-}
-
-fn apply(bytes: &mut Vec<u8>, change: &Change) {
-    match change {
-        Change::Write { at, data } => {
-            let end = *at as usize + data.len();
-            assert!(end <= bytes.len(), "the product never writes past the file's end");
-            bytes[*at as usize..end].copy_from_slice(data);
-        }
-        Change::Punch { at, len } => {
-            let end = ((at + len) as usize).min(bytes.len());
-            bytes[*at as usize..end].fill(0);
-        }
-        Change::SetLen(len) => bytes.resize(*len as usize, 0),
     }
 }
 
@@ -177,77 +136,8 @@ impl HostFile for Recording {
         Ok(())
     }
     fn traits(&self) -> HostTraits {
-        HostTraits { nowait_reads: true, never_blocks: false }
+        HostTraits { nowait_reads: true, never_blocks: false, device: 0 }
     }
-}
-
-impl Cut {
-    /// One state that the cut could leave.
-    fn state(&self, rng: &mut Rng) -> Vec<u8> {
-        let mut bytes = self.durable.clone();
-        // Size changes of one file are ordered by the host's journal: a prefix of them survives.
-        let sizes: Vec<u64> = self
-            .pending
-            .iter()
-            .filter_map(|c| if let Change::SetLen(n) = c { Some(*n) } else { None })
-            .collect();
-        let kept = rng.below(sizes.len() as u64 + 1) as usize;
-        for len in &sizes[..kept] {
-            bytes.resize(*len as usize, 0);
-        }
-        // What happened to each sector, in order.
-        let mut sectors: BTreeMap<usize, Vec<Option<&[u8]>>> = BTreeMap::new();
-        for change in &self.pending {
-            match change {
-                Change::Write { at, data } => {
-                    // The header's 64 bytes and the BAT's end are parts of a sector; a part is as atomic as it.
-                    for (sector, from, len) in split(*at, data.len()) {
-                        sectors.entry(sector).or_default().push(Some(&data[from..from + len]));
-                    }
-                }
-                Change::Punch { at, len } => {
-                    for (sector, _, _) in split(*at, *len as usize) {
-                        sectors.entry(sector).or_default().push(None);
-                    }
-                }
-                Change::SetLen(_) => {}
-            }
-        }
-        // Nothing, everything, or anything.
-        let mood = rng.below(4);
-        for (sector, history) in sectors {
-            let n = match mood {
-                0 => 0,
-                1 => history.len(),
-                _ => rng.below(history.len() as u64 + 1) as usize,
-            };
-            let start = sector * SECTOR;
-            for data in &history[..n] {
-                if start >= bytes.len() {
-                    continue;
-                }
-                match data {
-                    Some(data) => {
-                        let end = (start + data.len()).min(bytes.len());
-                        bytes[start..end].copy_from_slice(&data[..end - start]);
-                    }
-                    None => {
-                        let end = (start + SECTOR).min(bytes.len());
-                        bytes[start..end].fill(0);
-                    }
-                }
-            }
-        }
-        bytes
-    }
-}
-
-/// The sectors of `[at, at + len)`: number, first byte in the data, bytes. All changes begin on a sector.
-fn split(at: u64, len: usize) -> Vec<(usize, usize, usize)> {
-    assert_eq!(at as usize % SECTOR, 0, "changes begin on a sector");
-    (0..len.div_ceil(SECTOR))
-        .map(|i| (at as usize / SECTOR + i, i * SECTOR, (len - i * SECTOR).min(SECTOR)))
-        .collect()
 }
 
 const DISK: usize = 3000;
@@ -290,17 +180,6 @@ fn open(engine: &Arc<Engine>, file: Arc<dyn HostFile>) -> ploopfs::Result<Arc<Im
     let image = Image::open(engine, "crash", vec![level])?;
     image.make_writable()?;
     Ok(image)
-}
-
-/// A sector full of one stamp.
-fn stamp(value: u32) -> Vec<u8> {
-    value.to_le_bytes().repeat(SECTOR / 4)
-}
-
-/// The stamp a sector holds; a mixture is a torn sector.
-fn read_stamp(sector: &[u8]) -> Option<u32> {
-    let first: [u8; 4] = sector[..4].try_into().ok()?;
-    sector.chunks(4).all(|c| c == first).then(|| u32::from_le_bytes(first))
 }
 
 /// A history of random operations on `file`; returns the cuts.
@@ -356,12 +235,6 @@ fn history(
     (cuts, end, allowed)
 }
 
-fn collapse(values: &mut Vec<u32>) {
-    let last = values.last().copied();
-    values.clear();
-    values.extend(last);
-}
-
 /// R1: an image that says it was closed cleanly has neither leaks nor a tail.
 fn clean_means_clean(bytes: &[u8]) -> Result<(), String> {
     let header = Header::parse(&bytes[..64]).map_err(|e| e.to_string())?;
@@ -410,7 +283,7 @@ fn campaign(histories: u64, seed: u64, skip_sync: bool) -> Result<u64, String> {
             for (i, cut) in cuts.iter().enumerate() {
                 for _ in 0..2 {
                     states += 1;
-                    let state = cut.state(&mut rng);
+                    let state = cut.file.state(&mut rng);
                     let found = judge(&judges, &state, &cut.allowed)?;
                     if i == restart {
                         file = MemoryFile::from_bytes(&state);

@@ -363,7 +363,7 @@ impl HostFile for FaultFile {
     /// A file that may be made slow blocks, whatever stands behind it.
     fn traits(&self) -> HostTraits {
         if OPS.iter().any(|(_, op)| self.plan.delay(*op) > 0) {
-            HostTraits { nowait_reads: true, never_blocks: false }
+            HostTraits { nowait_reads: true, never_blocks: false, device: 0 }
         } else {
             self.file.traits()
         }
@@ -467,7 +467,7 @@ mod tests {
     #[test]
     fn a_delayed_read_that_must_not_wait_says_eagain() {
         let (file, plan) = faulty("delay=read:100");
-        assert_eq!(file.traits(), HostTraits { nowait_reads: true, never_blocks: false });
+        assert_eq!(file.traits(), HostTraits { nowait_reads: true, never_blocks: false, device: 0 });
         assert_eq!(errno(file.read_at_nowait(&mut [0], 0)), Some(libc::EAGAIN));
         plan.set_delay(Op::Read, 0);
         assert_eq!(file.read_at_nowait(&mut [0], 0).expect("no delay"), 0);

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 /// One open delta (or raw) file.
 pub trait HostFile: Send + Sync + fmt::Debug {
@@ -59,6 +60,11 @@ pub trait HostFile: Send + Sync + fmt::Debug {
 
     /// What was probed once, at open.
     fn traits(&self) -> HostTraits;
+
+    /// The host's descriptor, where there is one: two files that have it may share extents.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// What a host file system can do for one file; probed at open, never guessed.
@@ -68,6 +74,8 @@ pub struct HostTraits {
     pub nowait_reads: bool,
     /// Reads and writes never wait for a device (tmpfs, memory): they may run on any thread.
     pub never_blocks: bool,
+    /// The device number of the host file system; 0 where there is none.
+    pub device: u64,
 }
 
 /// What `fstat` says of a file.
@@ -91,6 +99,22 @@ pub struct HostStatus {
     pub links: u64,
     /// Last change of content: seconds and nanoseconds since 1970.
     pub mtime: (i64, u32),
+}
+
+impl From<rustix::fs::Stat> for HostStatus {
+    fn from(stat: rustix::fs::Stat) -> HostStatus {
+        HostStatus {
+            dev: stat.st_dev,
+            ino: stat.st_ino,
+            len: stat.st_size as u64,
+            blocks: stat.st_blocks as u64,
+            mode: stat.st_mode & 0o7777,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            links: stat.st_nlink,
+            mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
+        }
+    }
 }
 
 /// What `statfs` says of a host file system, in bytes.

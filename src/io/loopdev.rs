@@ -17,6 +17,7 @@ use crate::{Error, Kind, Result};
 // linux/loop.h
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
+const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
 const LOOP_SET_DIRECT_IO: libc::Ioctl = 0x4C08;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
@@ -164,6 +165,25 @@ pub fn set_direct_io(dev: &Path, on: bool) -> Result<()> {
     set().map_err(|e| Error::io(&e, dev, "cannot change direct I/O of this loop device"))
 }
 
+/// Makes the device as large as the file behind it is now.
+pub fn update_size(dev: &Path) -> Result<()> {
+    let set = || -> io::Result<()> {
+        let file = File::open(dev)?;
+        // SAFETY: the descriptor is open, and this ioctl takes no argument.
+        retry(|| unsafe { libc::ioctl(file.as_raw_fd(), LOOP_SET_CAPACITY) })?;
+        Ok(())
+    };
+    set().map_err(|e| Error::io(&e, dev, "cannot tell this loop device its new size; try: losetup -c"))
+}
+
+/// Where the file systems on a loop device and its partitions are mounted, each file system once.
+pub fn mounted_on(device: &LoopDevice) -> Vec<PathBuf> {
+    let mut found: Vec<(String, PathBuf)> = mounts(device.number, &device.dev);
+    let mut seen = std::collections::HashSet::new();
+    found.retain(|(file_system, _)| seen.insert(file_system.clone()));
+    found.into_iter().map(|(_, point)| point).collect()
+}
+
 /// Takes the file away from a loop device and returns when it is really gone, at most `wait` later.
 ///
 /// The kernel lets go only when the last opener closes the device, so: (1) what holds it for long (a mount,
@@ -258,36 +278,47 @@ fn number_of(dev: &Path) -> Result<u32> {
 /// What holds the device for long, in words: mounts, swap, devices on top of it or of its partitions.
 fn holders(number: u32, dev: &Path) -> Vec<String> {
     let mut held = Vec::new();
-    let name = format!("loop{number}");
-    // The device itself and its partitions, as "major:minor".
-    let mut places = Vec::new();
-    let sys = PathBuf::from(format!("/sys/block/{name}"));
-    let partitions = fs::read_dir(&sys).into_iter().flatten().flatten().map(|entry| entry.path());
-    let partition = format!("{name}p");
-    let is_partition =
-        |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&partition));
-    for place in partitions.filter(is_partition).chain([sys.clone()]) {
-        places.extend(fs::read_to_string(place.join("dev")).map(|dev| dev.trim_end().to_owned()));
+    for place in places(number) {
         for stacked in fs::read_dir(place.join("holders")).into_iter().flatten().flatten() {
             held.push(format!("used by /dev/{}", stacked.file_name().to_string_lossy()));
         }
     }
-    // btrfs shows a device number of its own, so the source is compared as well.
-    for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
-        let words: Vec<&str> = line.split(' ').collect();
-        let source = words.iter().position(|w| *w == "-").and_then(|dash| words.get(dash + 2));
-        let same_number = words.get(2).is_some_and(|place| places.iter().any(|p| p == place));
-        let same_name = source.is_some_and(|source| is_device_or_partition(source, dev));
-        if let (true, Some(point)) = (same_number || same_name, words.get(4)) {
-            held.push(format!("mounted at {}", unescape(point)));
-        }
-    }
+    held.extend(mounts(number, dev).into_iter().map(|(_, point)| format!("mounted at {}", point.display())));
     for line in fs::read_to_string("/proc/swaps").unwrap_or_default().lines().skip(1) {
         if line.split_whitespace().next().is_some_and(|source| is_device_or_partition(source, dev)) {
             held.push("used as swap".to_owned());
         }
     }
     held
+}
+
+/// The device itself and its partitions in sysfs.
+fn places(number: u32) -> Vec<PathBuf> {
+    let sys = PathBuf::from(format!("/sys/block/loop{number}"));
+    let partition = format!("loop{number}p");
+    let is_partition =
+        |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&partition));
+    let inside = fs::read_dir(&sys).into_iter().flatten().flatten().map(|entry| entry.path());
+    inside.filter(is_partition).chain([sys.clone()]).collect()
+}
+
+/// The mounts of a device and its partitions: the file system ("major:minor") and the mount point.
+fn mounts(number: u32, dev: &Path) -> Vec<(String, PathBuf)> {
+    let numbers = places(number).into_iter().filter_map(|place| fs::read_to_string(place.join("dev")).ok());
+    let numbers: Vec<String> = numbers.map(|dev| dev.trim_end().to_owned()).collect();
+    let mut found = Vec::new();
+    // btrfs shows a device number of its own, so the source is compared as well.
+    for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let source = words.iter().position(|w| *w == "-").and_then(|dash| words.get(dash + 2));
+        let same_number = words.get(2).is_some_and(|place| numbers.iter().any(|n| n == place));
+        let same_name = source.is_some_and(|source| is_device_or_partition(source, dev));
+        if let (true, Some(file_system), Some(point)) = (same_number || same_name, words.get(2), words.get(4))
+        {
+            found.push(((*file_system).to_owned(), PathBuf::from(unescape(point))));
+        }
+    }
+    found
 }
 
 fn is_device_or_partition(source: &str, dev: &Path) -> bool {
@@ -457,6 +488,40 @@ mod tests {
         assert!(!describe(a.device.number).expect("attached").direct_io);
         set_direct_io(&a.device.dev, true).expect("on");
         assert!(describe(a.device.number).expect("attached").direct_io);
+    }
+
+    #[test]
+    fn a_device_over_a_file_that_grew_is_as_large_as_it_once_it_is_told() {
+        let a = Attached::new(false);
+        let sectors = || {
+            let text = fs::read_to_string(format!("/sys/block/loop{}/size", a.device.number)).expect("size");
+            text.trim_end().parse::<u64>().expect("a number")
+        };
+        OpenOptions::new().write(true).open(&a.path).and_then(|f| f.set_len(32 << 20)).expect("grow");
+        assert_eq!(sectors() * 512, 16 << 20);
+        update_size(&a.device.dev).expect("told");
+        assert_eq!(sectors() * 512, 32 << 20);
+    }
+
+    #[test]
+    fn a_file_system_is_named_once_however_often_it_is_mounted() {
+        struct Mounted(PathBuf);
+        impl Drop for Mounted {
+            fn drop(&mut self) {
+                let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+            }
+        }
+        let a = Attached::new(false);
+        run("mkfs.ext4", &[Path::new("-q"), &a.device.dev]);
+        assert!(mounted_on(&a.device).is_empty());
+        let points = ["one", "other"].map(|name| a.dir.path().join(name));
+        points.iter().for_each(|point| fs::create_dir(point).expect("mkdir"));
+        let mounted = points.each_ref().map(|point| {
+            run("mount", &[&a.device.dev, point]);
+            Mounted(point.clone())
+        });
+        assert_eq!(mounted_on(&a.device), [points[0].clone()]);
+        drop(mounted);
     }
 
     #[test]

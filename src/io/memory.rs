@@ -165,6 +165,6 @@ impl HostFile for MemoryFile {
         Ok(())
     }
     fn traits(&self) -> HostTraits {
-        HostTraits { nowait_reads: false, never_blocks: true }
+        HostTraits { nowait_reads: false, never_blocks: true, device: 0 }
     }
 }

@@ -1,13 +1,16 @@
 //! The host: files, locks, loop devices and process settings. `unsafe` and raw system calls live here
 //! (and in `fuse/uring`), behind safe functions.
 
+pub mod descriptor_lock;
 #[cfg(any(test, feature = "faults"))]
 pub mod fault;
 pub mod file;
+pub mod freeze;
 pub mod lock;
 pub mod loopdev;
 pub mod memory;
 pub mod poison;
 pub mod process;
 pub mod real;
+pub mod share;
 pub mod unmount;

@@ -7,6 +7,7 @@
 //! lets the next sync succeed; so the failure is remembered here, where no caller can get around it.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -91,6 +92,10 @@ impl HostFile for Poison {
     }
     fn drop_cache(&self) -> io::Result<()> {
         self.file.drop_cache()
+    }
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        // Without one nothing is shared into it, and the copy meets `check`.
+        if self.poisoned() { None } else { self.file.descriptor() }
     }
     fn traits(&self) -> HostTraits {
         self.file.traits()

@@ -12,6 +12,8 @@ use rustix::mm::MlockAllFlags;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::CapabilitySet;
 
+use crate::error::{Error, Kind};
+
 /// The kernel keeps this much of a thread's name.
 pub const MAX_THREAD_NAME: usize = 15;
 
@@ -102,6 +104,12 @@ pub fn spawn_thread<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     debug_assert!(name.len() <= MAX_THREAD_NAME, "'{name}' would be cut");
     Builder::new().name(name.to_owned()).spawn(body)
+}
+
+/// Starts a named thread that nobody waits for.
+pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate::error::Result<()> {
+    let started = spawn_thread(name, body);
+    started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
 }
 
 /// Names the calling thread; of the first thread, it is the name of the process in `ps` and `top`.

@@ -52,11 +52,21 @@ impl RealFile {
 
     /// Like [`open`](Self::open), with `name` looked up in the folder `dirfd`.
     pub fn open_at(dirfd: &impl AsFd, name: impl AsRef<Path>, access: Access) -> Result<RealFile> {
-        let name = name.as_ref();
+        RealFile::open_as(dirfd, name.as_ref(), name.as_ref(), access)
+    }
+
+    /// Like [`open_at`](Self::open_at); messages say `shown`.
+    pub fn open_as(
+        dirfd: &impl AsFd,
+        name: impl AsRef<Path>,
+        shown: impl AsRef<Path>,
+        access: Access,
+    ) -> Result<RealFile> {
+        let (name, shown) = (name.as_ref(), shown.as_ref());
         // Looked at before it is opened: opening a device or a pipe can have effects of its own.
         let stat = retry_on_intr(|| rustix::fs::statat(dirfd, name, AtFlags::SYMLINK_NOFOLLOW))
-            .map_err(|e| Error::io(&e.into(), name, "cannot open"))?;
-        require_regular(&stat, name)?;
+            .map_err(|e| Error::io(&e.into(), shown, "cannot open"))?;
+        require_regular(&stat, shown)?;
 
         let open = |mode| {
             // NONBLOCK: should the name become a pipe meanwhile, the open must not wait for its other end.
@@ -72,8 +82,8 @@ impl RealFile {
             },
         };
         let how = if access == Access::ReadWrite { "cannot open for writing" } else { "cannot open" };
-        let fd = opened.map_err(|e| Error::io(&e.into(), name, how))?;
-        RealFile::from_file(File::from(fd), name)
+        let fd = opened.map_err(|e| Error::io(&e.into(), shown, how))?;
+        RealFile::from_file(File::from(fd), shown)
     }
 
     /// Takes over an open file; `path` is how messages name it. It must be a regular file.
@@ -139,6 +149,7 @@ fn probe_traits(file: &File) -> rustix::io::Result<HostTraits> {
         // EAGAIN is the honest answer of a host that has it; any other error means: read plainly.
         nowait_reads: matches!(nowait, Ok(_) | Err(Errno::AGAIN)),
         never_blocks: magic == TMPFS_MAGIC || magic == RAMFS_MAGIC,
+        device: rustix::fs::fstat(file)?.st_dev,
     })
 }
 
@@ -230,18 +241,7 @@ impl HostFile for RealFile {
     }
 
     fn status(&self) -> io::Result<HostStatus> {
-        let stat = rustix::fs::fstat(&self.file)?;
-        Ok(HostStatus {
-            dev: stat.st_dev,
-            ino: stat.st_ino,
-            len: stat.st_size as u64,
-            blocks: stat.st_blocks as u64,
-            mode: stat.st_mode & 0o7777,
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            links: stat.st_nlink,
-            mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
-        })
+        Ok(rustix::fs::fstat(&self.file)?.into())
     }
 
     fn space(&self) -> io::Result<HostSpace> {
@@ -262,6 +262,10 @@ impl HostFile for RealFile {
 
     fn traits(&self) -> HostTraits {
         self.traits
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 }
 

@@ -4,7 +4,9 @@
 #![allow(unused_imports)] // likewise
 
 mod host;
+pub mod lanes;
 mod mount;
+pub mod power;
 mod run;
 mod stamp;
 mod v1;
@@ -67,6 +69,7 @@ fn missing(need: &str) -> Option<String> {
         "fsx" => &["fsx"],
         "xfs" => &["mkfs.xfs", "xfs_repair", "xfs_io"],
         "btrfs" => &["mkfs.btrfs", "btrfs"],
+        "ext4" => &["mkfs.ext4", "e2fsck"],
         other => return Some(format!("the test asks for `{other}`, which the harness does not know")),
     };
     if let Some(program) = programs.iter().find(|program| find_program(program).is_none()) {

@@ -1,0 +1,121 @@
+//! Who may change a descriptor: `flock` on `DiskDescriptor.xml.lck`, which the ploop tool (1.15) takes, exclusively
+//! and waiting, before it reads an XML that it is going to change or check. Newer ones lock bytes of the base delta
+//! instead, which [`DeltaLock`](super::lock::DeltaLock) does.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+
+use super::lock::Holder;
+use crate::{Error, Kind, Result};
+
+/// ploop's name for it. The file stays, as with ploop: removing it could take it from under somebody who waits.
+pub const LOCK_NAME: &str = "DiskDescriptor.xml.lck";
+
+/// The hold on one descriptor, given back when dropped. First in the order of an image's locks: it is taken before
+/// any delta's.
+#[derive(Debug)]
+pub struct DescriptorLock {
+    file: Option<File>,
+}
+
+impl DescriptorLock {
+    /// Takes the descriptor in the folder `dir`, or says who has it ([`Kind::InUse`]). Does not wait. `path` is the
+    /// descriptor, for messages.
+    pub fn acquire(dir: BorrowedFd<'_>, path: &Path) -> Result<DescriptorLock> {
+        let failed = |e: Errno| Error::io(&e.into(), path, "cannot take the lock of this descriptor");
+        let open = |flags: OFlags| {
+            let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            retry_on_intr(|| rustix::fs::openat(dir, LOCK_NAME, flags, Mode::from_raw_mode(0o600)))
+        };
+        let opened = match open(OFlags::RDWR | OFlags::CREATE) {
+            // Nobody can change a descriptor there, or we may not; a lock that others may have is still heeded.
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => open(OFlags::RDONLY),
+            result => result,
+        };
+        let file = match opened {
+            Ok(fd) => File::from(fd),
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOENT) => {
+                return Ok(DescriptorLock { file: None });
+            }
+            Err(e) => return Err(failed(e)),
+        };
+        match retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)) {
+            Ok(()) => Ok(DescriptorLock { file: Some(file) }),
+            Err(Errno::WOULDBLOCK) => Err(in_use(&file, path)),
+            Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(DescriptorLock { file: None }),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
+    /// False where the host has no locks, or the lock's file cannot be made: nothing is kept out.
+    pub fn held(&self) -> bool {
+        self.file.is_some()
+    }
+}
+
+impl Drop for DescriptorLock {
+    fn drop(&mut self) {
+        if let Some(file) = &self.file {
+            // Said, not left to the close: a child of ours between fork and exec still has the descriptor.
+            let _ = rustix::fs::flock(file, FlockOperation::Unlock);
+        }
+    }
+}
+
+fn in_use(file: &impl AsFd, path: &Path) -> Error {
+    let holder = rustix::fs::fstat(file).ok().and_then(|stat| holder(stat.st_ino)).and_then(Holder::of);
+    let what = match holder {
+        Some(holder) if holder.name.starts_with("ploopfs") => {
+            format!("is in use by {holder}; `ploopfs umount` of its mount ends that")
+        }
+        Some(holder) => format!("is in use by {holder}; `kill {}` ends that", holder.pid),
+        None => "is in use by another process; end that first".to_owned(),
+    };
+    Error::at(Kind::InUse, path, what)
+}
+
+/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`. The device is left out: file systems show different ones here
+/// and in `stat`, and this only names a process in a message.
+fn holder(ino: u64) -> Option<u32> {
+    let ending = format!(":{ino}");
+    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            [_, "FLOCK", _, "WRITE", pid, place, ..] if place.ends_with(&ending) => pid.parse().ok(),
+            _ => None,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_has_one_user_who_is_named_until_it_lets_go() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let dir = File::open(folder.path()).expect("open");
+        let lock = DescriptorLock::acquire(dir.as_fd(), folder.path()).expect("free");
+        assert!(lock.held());
+        let refused = DescriptorLock::acquire(dir.as_fd(), folder.path()).expect_err("taken");
+        assert_eq!(refused.kind(), Kind::InUse);
+        assert!(refused.to_string().contains(&format!("(pid {}", std::process::id())), "{refused}");
+        drop(lock);
+        DescriptorLock::acquire(dir.as_fd(), folder.path()).expect("free again");
+        assert!(folder.path().join(LOCK_NAME).exists(), "the file stays");
+    }
+
+    #[test]
+    fn a_link_in_the_locks_place_is_not_followed() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let victim = folder.path().join("victim");
+        std::os::unix::fs::symlink(&victim, folder.path().join(LOCK_NAME)).expect("link");
+        let dir = File::open(folder.path()).expect("open");
+        DescriptorLock::acquire(dir.as_fd(), folder.path()).expect_err("a link");
+        assert!(!victim.exists());
+    }
+}
