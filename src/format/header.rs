@@ -244,6 +244,24 @@ impl Header {
         })
     }
 
+    /// This header for a disk of `disk_bytes`, which is not smaller: the first data block moves up by whole clusters,
+    /// as far as the longer BAT needs; everything else stays.
+    pub fn grown(&self, disk_bytes: u64) -> Result<Header, BadField> {
+        let old = self.geometry();
+        let fresh = Header::new(self.version, disk_bytes, old.cluster)?;
+        let entries = fresh.entries.max(self.entries);
+        let bat_end = HEADER_BYTES + 4 * u64::from(entries);
+        let first = old.first + bat_end.saturating_sub(old.first).next_multiple_of(old.cluster);
+        Ok(Header {
+            heads: fresh.heads,
+            cylinders: fresh.cylinders,
+            entries,
+            disk_sectors: fresh.disk_sectors,
+            first_block: (first / SECTOR) as u32,
+            ..*self
+        })
+    }
+
     /// The 64 bytes on disk.
     pub fn encode(&self) -> [u8; 64] {
         let magic = match self.version {

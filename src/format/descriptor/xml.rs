@@ -1,0 +1,254 @@
+//! Just enough of an XML tree to change a descriptor and keep everything in it that is not understood.
+
+use quick_xml::Reader;
+use quick_xml::escape::{escape, resolve_predefined_entity};
+use quick_xml::events::{BytesStart, Event};
+
+use super::BadXml;
+
+/// Descriptors are a few kilobytes; 1 MiB holds thousands of snapshots.
+pub const MAX_BYTES: usize = 1 << 20;
+/// The format needs five levels; the rest is for what others nest in it.
+const MAX_DEPTH: usize = 32;
+
+/// One part of an element's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Node {
+    /// An element.
+    Element(Element),
+    /// Text, unescaped.
+    Text(String),
+    /// A comment or processing instruction, written back as it was.
+    Verbatim(String),
+}
+
+/// One element.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Element {
+    /// Its name, prefix included.
+    pub name: String,
+    /// Its attributes as they were written.
+    pub attributes: String,
+    /// Its content; white space between elements is not kept.
+    pub children: Vec<Node>,
+}
+
+impl Element {
+    /// An element with text.
+    pub fn text(name: &str, text: impl ToString) -> Element {
+        Element { name: name.into(), attributes: String::new(), children: vec![Node::Text(text.to_string())] }
+    }
+
+    /// An element with elements.
+    pub fn of(name: &str, children: Vec<Element>) -> Element {
+        let children = children.into_iter().map(Node::Element).collect();
+        Element { name: name.into(), attributes: String::new(), children }
+    }
+
+    /// Its child elements.
+    pub fn elements(&self) -> impl Iterator<Item = &Element> {
+        self.children.iter().filter_map(|node| match node {
+            Node::Element(element) => Some(element),
+            _ => None,
+        })
+    }
+
+    /// The first child of that name: of duplicates the first wins.
+    pub fn child(&self, name: &str) -> Option<&Element> {
+        self.elements().find(|element| element.name == name)
+    }
+
+    /// The first child of that name; made, as the first of all, when there is none.
+    pub fn child_mut(&mut self, name: &str) -> &mut Element {
+        let is_it = |node: &Node| matches!(node, Node::Element(element) if element.name == name);
+        let at = self.children.iter().position(is_it).unwrap_or_else(|| {
+            self.children.insert(0, Node::Element(Element { name: name.into(), ..Element::default() }));
+            0
+        });
+        match &mut self.children[at] {
+            Node::Element(element) => element,
+            // Found or made above as an element.
+            _ => unreachable!("the node at this place is an element"),
+        }
+    }
+
+    /// Its text without the white space around it.
+    pub fn content(&self) -> String {
+        let texts = self.children.iter().filter_map(|node| match node {
+            Node::Text(text) => Some(text.as_str()),
+            _ => None,
+        });
+        texts.collect::<String>().trim().to_owned()
+    }
+
+    /// Makes `text` its whole content.
+    pub fn set_content(&mut self, text: impl ToString) {
+        self.children = vec![Node::Text(text.to_string())];
+    }
+}
+
+/// A whole document: one root element, and the comments around it.
+pub fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
+    if bytes.len() > MAX_BYTES {
+        return Err(BadXml::new("document", bytes.len(), "larger than 1 MiB; this is no descriptor"));
+    }
+    let text = std::str::from_utf8(bytes)
+        .map_err(|e| BadXml::new("document", format!("byte {}", e.valid_up_to()), "not UTF-8 text"))?;
+    let mut reader = Reader::from_str(text.strip_prefix('\u{feff}').unwrap_or(text));
+    // The element at the bottom stands for the document.
+    let mut open = vec![Element::default()];
+    loop {
+        let at = reader.buffer_position();
+        let broken = |why: String| BadXml::new("document", format!("byte {at}"), why);
+        let event = reader.read_event().map_err(|e| broken(e.to_string()))?;
+        let [.., inner] = &mut open[..] else { return Err(broken("more is closed than was opened".into())) };
+        match event {
+            Event::Start(start) => {
+                if open.len() > MAX_DEPTH {
+                    return Err(broken(format!("elements are nested deeper than {MAX_DEPTH}")));
+                }
+                open.push(begun(&start));
+            }
+            Event::Empty(start) => inner.children.push(Node::Element(begun(&start))),
+            Event::End(_) => {
+                // The reader compares the names; the element for the document has none and is never closed.
+                let mut done = open.pop().unwrap_or_default();
+                let [.., outer] = &mut open[..] else {
+                    return Err(broken("more is closed than was opened".into()));
+                };
+                tidy(&mut done);
+                outer.children.push(Node::Element(done));
+            }
+            Event::Text(text) => add_text(inner, &text.xml10_content()),
+            Event::CData(data) => add_text(inner, &data.xml10_content()),
+            Event::GeneralRef(reference) => {
+                let character = reference.resolve_char_ref().map_err(|e| broken(e.to_string()))?;
+                let name = reference.into_inner();
+                match (character, resolve_predefined_entity(&name)) {
+                    (Some(character), _) => add_text(inner, character.encode_utf8(&mut [0; 4])),
+                    (None, Some(text)) => add_text(inner, text),
+                    (None, None) => return Err(broken(format!("the entity &{name}; is not known"))),
+                }
+            }
+            Event::Comment(text) => inner.children.push(Node::Verbatim(format!("<!--{}-->", &*text))),
+            Event::PI(text) => inner.children.push(Node::Verbatim(format!("<?{}?>", &*text))),
+            Event::Decl(_) => {}
+            Event::DocType(_) => return Err(broken("a DOCTYPE is not accepted".into())),
+            Event::Eof => break,
+        }
+    }
+    if open.len() > 1 {
+        let name = open.last().map(|e| e.name.clone()).unwrap_or_default();
+        return Err(BadXml::new(name, "", "is not closed; the file was cut short"));
+    }
+    let mut document = open.pop().unwrap_or_default();
+    tidy(&mut document);
+    let roots = document.elements().count();
+    if roots != 1 || document.children.iter().any(|node| matches!(node, Node::Text(_))) {
+        return Err(BadXml::new("document", roots, "must be one element and nothing else"));
+    }
+    Ok(document.children)
+}
+
+fn begun(start: &BytesStart<'_>) -> Element {
+    let attributes = start.attributes_raw().trim().to_owned();
+    Element { name: start.name().as_ref().to_owned(), attributes, children: Vec::new() }
+}
+
+fn add_text(element: &mut Element, text: &str) {
+    match element.children.last_mut() {
+        Some(Node::Text(before)) => before.push_str(text),
+        _ => element.children.push(Node::Text(text.to_owned())),
+    }
+}
+
+/// Drops the white space between elements, which the writer makes anew.
+fn tidy(element: &mut Element) {
+    let is_blank = |node: &Node| matches!(node, Node::Text(text) if text.trim().is_empty());
+    let only_blank = element.children.iter().all(|n| !matches!(n, Node::Text(_)) || is_blank(n));
+    if only_blank && element.children.iter().any(|node| !matches!(node, Node::Text(_))) {
+        element.children.retain(|node| !is_blank(node));
+    }
+}
+
+/// The document as text.
+pub fn write(document: &[Node]) -> Vec<u8> {
+    let mut text = String::from("<?xml version=\"1.0\"?>\n");
+    for node in document {
+        write_node(&mut text, node, Some(0));
+    }
+    text.into_bytes()
+}
+
+/// `indent` is None inside mixed content, where white space would mean something.
+fn write_node(out: &mut String, node: &Node, indent: Option<usize>) {
+    let start_of_line = |out: &mut String| (0..indent.unwrap_or(0)).for_each(|_| out.push_str("  "));
+    start_of_line(out);
+    match node {
+        // ploop reads "\r" and quotes in text as they are; only what would end the text is escaped.
+        Node::Text(text) => out.push_str(&escape(text.as_str())),
+        Node::Verbatim(text) => out.push_str(text),
+        Node::Element(element) => {
+            let Element { name, attributes, children } = element;
+            out.push('<');
+            out.push_str(name);
+            if !attributes.is_empty() {
+                out.push(' ');
+                out.push_str(attributes);
+            }
+            if children.is_empty() {
+                out.push_str("/>");
+            } else {
+                out.push('>');
+                let mixed = children.iter().any(|node| matches!(node, Node::Text(_)));
+                let inner = indent.filter(|_| !mixed).map(|n| n + 1);
+                if inner.is_some() {
+                    out.push('\n');
+                }
+                children.iter().for_each(|child| write_node(out, child, inner));
+                if inner.is_some() {
+                    start_of_line(out);
+                }
+                out.push_str("</");
+                out.push_str(name);
+                out.push('>');
+            }
+        }
+    }
+    if indent.is_some() {
+        out.push('\n');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rewritten(text: &str) -> String {
+        let document = parse(text.as_bytes()).expect(text);
+        String::from_utf8(write(&document)).expect("text")
+    }
+
+    #[test]
+    fn what_is_written_reads_back_as_the_same_tree() {
+        let text = "<?xml version='1.0' encoding=\"UTF-8\"?>\n<!-- by hand --><a x=\"1\" y='&lt;'>\n\
+                    <b>1 &amp; 2 &lt;3&gt; &#65;</b><c/><!-- in -->mixed<d>x</d><e><![CDATA[<raw>]]></e></a>";
+        let document = parse(text.as_bytes()).expect("well formed");
+        assert_eq!(parse(&write(&document)).expect("ours"), document);
+        assert!(rewritten(text).contains("<a x=\"1\" y='&lt;'>"));
+        assert!(rewritten("<a><b> x </b></a>").contains("<b> x </b>"));
+    }
+
+    #[test]
+    fn hostile_documents_are_refused_with_bounded_work() {
+        let deep = format!("{}{}", "<a>".repeat(5000), "</a>".repeat(5000));
+        let bomb = "<!DOCTYPE a [<!ENTITY b \"bb\">]><a>&b;</a>";
+        let large = format!("<a>{}</a>", " ".repeat(MAX_BYTES));
+        for text in
+            [&deep, bomb, &large, "", "<a>", "<a></b>", "</a>", "<a/><b/>", "text", "<a>&x;</a>", "<a/>x"]
+        {
+            parse(text.as_bytes()).expect_err(&text[..text.len().min(40)]);
+        }
+        parse(b"<a>\xff</a>").expect_err("not UTF-8");
+    }
+}
