@@ -133,6 +133,16 @@ pub fn check(path: &Path) -> Result<Report> {
     // What somebody else changes meanwhile would look like damage.
     let (candidate, _lock) = Candidate::open_locked(path)?;
     let kind = candidate.kind()?;
+    check_candidate(path, candidate, kind)
+}
+
+/// Checks a file that a descriptor names, whatever its own name says of it.
+pub fn check_level(path: &Path, kind: ImageKind) -> Result<Report> {
+    let (candidate, _lock) = Candidate::open_locked(path)?;
+    check_candidate(path, candidate, kind)
+}
+
+fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<Report> {
     if let Err(bad) = candidate.form(kind) {
         let mut report = Report::new(path, kind);
         report.error(|| Finding {

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, FLAG_EMPTY, HEADER_BYTES, Header, SECTOR, Version};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
+use crate::image::paths::image_folder;
+use crate::image::store::Store;
 
 /// ploop's default cluster in bytes, and QEMU's.
 pub const DEFAULT_CLUSTER: u64 = 1 << 20;
@@ -71,23 +74,33 @@ pub fn create_or_use(image: &Path, plan: &Plan) -> Result<Created> {
     if place.check_folder().is_ok()
         && let Some(path) = place.taken()?
     {
-        let there = AtRest::open(&path)?;
-        let cluster = match &there.form {
-            Form::Ploop(header) => header.geometry().cluster,
-            Form::Raw => SECTOR,
-        };
+        let (size, cluster) = size_and_cluster(&path)?;
         // Created by the same words earlier, the disk was rounded up.
-        if there.size() != plan.size && Some(there.size()) != plan.size.checked_next_multiple_of(cluster) {
+        if size != plan.size && Some(size) != plan.size.checked_next_multiple_of(cluster) {
             let why = format!(
-                "the image exists with a size of {} bytes, not {}; give its size, or another name",
-                there.size(),
+                "the image exists with a size of {size} bytes, not {}; give its size, or another name",
                 plan.size
             );
             return Err(Error::at(Kind::Exists, path, why));
         }
-        return Ok(Created { path, size: there.size(), existed: true });
+        return Ok(Created { path, size, existed: true });
     }
     create(image, plan)
+}
+
+/// The disk and cluster size of an image that is there, in bytes. Its first snapshot has made a file a folder.
+fn size_and_cluster(path: &Path) -> Result<(u64, u64)> {
+    if path.join(DESCRIPTOR).symlink_metadata().is_ok() {
+        let (descriptor, _) = Store::read(image_folder(path)?.as_fd(), path)?;
+        let bytes = |sectors: u64| sectors.saturating_mul(SECTOR);
+        return Ok((bytes(descriptor.disk_sectors), bytes(u64::from(descriptor.cluster_sectors).max(1))));
+    }
+    let there = AtRest::open(path)?;
+    let cluster = match &there.form {
+        Form::Ploop(header) => header.geometry().cluster,
+        Form::Raw => SECTOR,
+    };
+    Ok((there.size(), cluster))
 }
 
 /// Where the new file goes.
@@ -290,6 +303,18 @@ fn zero_out(file: &File, from: u64, to: u64) -> io::Result<()> {
         at += step;
     }
     Ok(())
+}
+
+/// Fills a new delta: header, and an empty BAT whose space is taken (R2).
+pub(super) fn write_empty(file: &File, header: &Header) -> io::Result<()> {
+    Shape::Ploop { header: *header, preallocate: false }.write(file)
+}
+
+/// What already has the name of the image that `image` would be: itself, or another source shown under it.
+pub(super) fn taken_by(image: &Path) -> Result<Option<PathBuf>> {
+    let place = Place::of(image, None)?;
+    place.check_folder()?;
+    place.taken()
 }
 
 /// Guest cluster i in file cluster i behind the header, as ploop's "preallocated" images have it.

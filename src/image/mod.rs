@@ -2,5 +2,13 @@
 
 pub mod chain;
 pub mod check;
+pub mod clone;
 pub mod create;
 pub mod kind;
+pub mod labels;
+pub mod layers;
+pub mod level;
+pub mod make_folder;
+pub mod paths;
+pub mod store;
+pub mod switch;

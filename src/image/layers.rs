@@ -1,0 +1,323 @@
+//! A layered image, opened: its descriptor, and the files of its chains.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::{Descriptor, Guid};
+use crate::format::header::{HEADER_BYTES, Header, SECTOR, Version};
+use crate::image::kind::DESCRIPTOR;
+use crate::image::level::{Layout, Level};
+use crate::image::paths;
+use crate::image::store::{self, Replaced, Store};
+use crate::io::file::{HostFile, read_full};
+use crate::io::lock::DeltaLock;
+use crate::io::real::{Access, RealFile};
+use crate::sync::{Arc, Mutex, MutexGuard, TryLockError, lock};
+
+/// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
+pub trait Opener: Send + Sync {
+    /// Opens the regular file `file` of the folder `dir`, not following a link; `shown` is for messages.
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened>;
+}
+
+/// An open and locked delta.
+#[derive(Clone)]
+pub struct Opened {
+    /// The file.
+    pub file: Arc<dyn HostFile>,
+    /// It can be written.
+    pub writable: bool,
+    /// What keeps it locked; dropped = unlocked.
+    pub hold: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Opened {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Opened").field("file", &self.file).field("writable", &self.writable).finish()
+    }
+}
+
+/// Opens files for this image alone: for commands that work offline.
+#[derive(Clone, Copy, Debug)]
+pub struct Direct(pub Access);
+
+impl Opener for Direct {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+        let file = Arc::new(RealFile::open_as(&dir, file, shown, self.0)?);
+        let hold = DeltaLock::acquire(Arc::clone(&file))?;
+        Ok(Opened { writable: file.writable(), file, hold: Arc::new(hold) })
+    }
+}
+
+/// A layered image in use.
+pub struct Layers {
+    /// The descriptor. Taken before `open`, never across guest I/O.
+    store: Mutex<Store>,
+    /// The files opened so far, by their text in the descriptor, which stays when GUIDs move. They stay locked until
+    /// they are removed or the image is closed. A leaf.
+    open: Mutex<HashMap<String, Opened>>,
+    opener: Arc<dyn Opener>,
+    allow_outside: bool,
+    /// One operation at a time. Before every other lock; held as long as it takes.
+    operation: Mutex<()>,
+}
+
+impl fmt::Debug for Layers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Layers").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Layers {
+    /// Opens the image in the folder `dir` (`path`, for messages): locks its descriptor, then the files of the live
+    /// chain, which is returned base first. Where the top can be written, what a crash left is removed, and a disk
+    /// size that differs from the top's header is corrected: the header is written first by a grow, so it is newer.
+    pub fn open(
+        dir: OwnedFd,
+        path: &Path,
+        opener: Arc<dyn Opener>,
+        allow_outside: bool,
+    ) -> Result<(Arc<Layers>, Vec<Level>)> {
+        let store = Store::open(dir, path)?;
+        if store.descriptor().volume {
+            let why =
+                "is part of a ploop volume, whose chain goes on in another folder; this is not supported";
+            return Err(Error::at(Kind::Unsupported, path.join(DESCRIPTOR), why));
+        }
+        let open = Mutex::new(HashMap::new());
+        let layers = Arc::new(Layers {
+            store: Mutex::new(store),
+            open,
+            opener,
+            allow_outside,
+            operation: Mutex::default(),
+        });
+        let top = lock(&layers.store).descriptor().top;
+        let levels = layers.chain(top)?;
+        if layers.writable() {
+            let mut store = lock(&layers.store);
+            store.clean_up()?;
+            if let Some(Layout::Ploop(header)) = levels.last().map(|level| &level.layout)
+                && header.disk_sectors != store.descriptor().disk_sectors
+            {
+                let mut next = store.descriptor().clone();
+                next.set_size(header.disk_sectors);
+                store.replace(next).and_then(Replaced::durable)?;
+            }
+        }
+        Ok((layers, levels))
+    }
+
+    /// The descriptor and labels. Nothing slow may be done while the guard lives, and no other method of this called.
+    pub fn store(&self) -> MutexGuard<'_, Store> {
+        lock(&self.store)
+    }
+
+    /// Begins an operation, or says that one is running: who asked should know, and not wait for it.
+    pub fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
+        match self.operation.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                let why = "another operation on this image is running; try again when it has ended";
+                Err(Error::at(Kind::Busy, self.store().path(), why))
+            }
+        }
+    }
+
+    /// The live chain, base first, headers as they are now.
+    pub fn live_chain(&self) -> Result<Vec<Level>> {
+        let top = self.store().descriptor().top;
+        self.chain(top)
+    }
+
+    /// One level of the tree, its header as it is now.
+    pub fn level_of(&self, guid: Guid) -> Result<Level> {
+        let mut chain = self.chain(guid)?;
+        chain
+            .pop()
+            .ok_or_else(|| Error::at(Kind::Damaged, self.store().path(), format!("has no delta {guid}")))
+    }
+
+    /// True when a merge may change this delta: it can be written, and has no other name (R9).
+    pub fn may_change(&self, guid: Guid) -> Result<bool> {
+        self.level_of(guid)?; // Opens it.
+        let file = self.store().descriptor().delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
+        let writable = lock(&self.open).get(&file).is_some_and(|opened| opened.writable);
+        Ok(writable && !self.is_shared(&file)?)
+    }
+
+    /// True when the live top was opened for writing.
+    pub fn writable(&self) -> bool {
+        let store = lock(&self.store);
+        let top = store.descriptor().delta(store.descriptor().top).map(|delta| delta.file.clone());
+        top.is_some_and(|file| lock(&self.open).get(&file).is_some_and(|opened| opened.writable))
+    }
+
+    /// The chain of a snapshot or of the live top, base first. Files that are open already are not opened again.
+    pub fn chain(&self, guid: Guid) -> Result<Vec<Level>> {
+        let store = lock(&self.store);
+        let descriptor = store.descriptor();
+        let xml = store.path().join(DESCRIPTOR);
+        let damaged = |why: String| Error::at(Kind::Damaged, &xml, why);
+        let chain = descriptor.chain(guid).map_err(|bad| damaged(bad.to_string()))?;
+        let mut levels = Vec::new();
+        for (index, guid) in chain.iter().enumerate() {
+            let delta = descriptor.delta(*guid).ok_or_else(|| damaged(format!("{guid} has no Image")))?;
+            // Only a base can be raw, whatever Type says above it. The guest writes a raw base's first bytes: they
+            // must not decide.
+            levels.push(self.level(&store, &delta.file, delta.plain && index == 0)?);
+        }
+        check_chain(&levels, descriptor)?;
+        Ok(levels)
+    }
+
+    /// Makes a new empty delta with this header and opens it, with the owner and mode of the top. No descriptor names
+    /// it yet; after a crash it is removed. Returns its text for the descriptor.
+    pub fn add_delta(&self, header: &Header) -> Result<(String, Level)> {
+        let mut store = lock(&self.store);
+        let name = store::new_delta_name(store.descriptor());
+        let like = self.top_status(&store)?;
+        store.note(&[&name])?;
+        drop(store::create_delta(store.dir(), store.path(), &name, header, &like)?);
+        let level = self.level(&store, &name, false)?;
+        Ok((name, level))
+    }
+
+    /// Closes a file that the descriptor does not name any more, and removes its name. A file with other names (hard
+    /// links) lives on under those.
+    pub fn remove(&self, file: &str) -> Result<()> {
+        let mut store = lock(&self.store);
+        store.remove(file)?;
+        lock(&self.open).remove(file);
+        Ok(())
+    }
+
+    /// True when the file has another name, so that another image may have it (R9): it must not be changed.
+    pub fn is_shared(&self, file: &str) -> Result<bool> {
+        let store = lock(&self.store);
+        let level = self.level(&store, file, true)?;
+        let status = level.file.status().map_err(|e| Error::io(&e, &level.path, "cannot look at it"))?;
+        Ok(status.links > 1)
+    }
+
+    fn top_status(&self, store: &Store) -> Result<crate::io::file::HostStatus> {
+        let descriptor = store.descriptor();
+        let file = descriptor.delta(descriptor.top).map(|delta| delta.file.clone()).unwrap_or_default();
+        let level = self.level(store, &file, true)?;
+        level.file.status().map_err(|e| Error::io(&e, &level.path, "cannot look at it"))
+    }
+
+    /// One file as a level; `raw` files are not looked into.
+    fn level(&self, store: &Store, file: &str, raw: bool) -> Result<Level> {
+        let path = paths::shown(store.path(), file);
+        let opened = self.opened(store, file, &path)?;
+        let layout = if raw { Layout::Raw } else { Layout::Ploop(read_header(&*opened.file, &path)?) };
+        Ok(Level { file: opened.file, path, layout })
+    }
+
+    fn opened(&self, store: &Store, file: &str, path: &Path) -> Result<Opened> {
+        let mut open = lock(&self.open);
+        if let Some(opened) = open.get(file) {
+            return Ok(opened.clone());
+        }
+        let (dir, name) = paths::resolve(store.dir(), Path::new(file), path, self.allow_outside)?;
+        let opened = self.opener.open(dir.as_fd(), Path::new(&name), path)?;
+        open.insert(file.to_owned(), opened.clone());
+        Ok(opened)
+    }
+
+    /// The folder and the name of a file of this image.
+    pub(super) fn place(&self, file: &str) -> Result<(OwnedFd, std::ffi::OsString)> {
+        let store = lock(&self.store);
+        paths::resolve(store.dir(), Path::new(file), &paths::shown(store.path(), file), self.allow_outside)
+    }
+}
+
+fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
+    let cannot = |e| Error::io(&e, path, "cannot read the header");
+    let mut bytes = [0; HEADER_BYTES as usize];
+    let got = read_full(file, &mut bytes, 0).map_err(cannot)?;
+    let header =
+        Header::parse(&bytes[..got]).map_err(|bad| Error::at(Kind::Damaged, path, bad.to_string()))?;
+    let (first, len) = (header.geometry().first, file.len().map_err(cannot)?);
+    if first > len {
+        let why = format!(
+            "m_FirstBlockOffset: the first data block is at byte {first}, but the file ends at byte {len}"
+        );
+        return Err(Error::at(Kind::Damaged, path, why));
+    }
+    Ok(header)
+}
+
+/// What must hold between the levels of a chain (FORMAT.md 4.1).
+fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
+    let mut below: Option<(&Header, &PathBuf)> = None;
+    for (index, level) in levels.iter().enumerate() {
+        let refuse = |why: String| Err(Error::at(Kind::Damaged, &level.path, why));
+        let same = |other: &Level| match (other.file.status(), level.file.status()) {
+            (Ok(a), Ok(b)) => a.ino != 0 && (a.dev, a.ino) == (b.dev, b.ino),
+            _ => false,
+        };
+        if let Some(other) = levels[..index].iter().find(|other| same(other)) {
+            return refuse(format!(
+                "is the same file as {}, another delta of the chain",
+                other.path.display()
+            ));
+        }
+        let Layout::Ploop(header) = &level.layout else { continue };
+        if header.cluster_sectors != descriptor.cluster_sectors {
+            return refuse(format!(
+                "its clusters have {} sectors, but Blocksize in the descriptor is {}",
+                header.cluster_sectors, descriptor.cluster_sectors
+            ));
+        }
+        match below {
+            Some((lower, path)) if lower.version != header.version => {
+                return refuse(format!(
+                    "is {}, but {} below it is {}; a chain has one version",
+                    header.version,
+                    path.display(),
+                    lower.version
+                ));
+            }
+            Some((lower, path)) if lower.geometry().clusters() > header.geometry().clusters() => {
+                return refuse(format!(
+                    "its disk ({} sectors) is shorter than that of {} below it ({} sectors)",
+                    header.disk_sectors,
+                    path.display(),
+                    lower.disk_sectors
+                ));
+            }
+            None if index > 0 && header.version != Version::V2 => {
+                return refuse("is v1, but lies on a raw base; only v2 can".into());
+            }
+            _ => {}
+        }
+        below = Some((header, &level.path));
+    }
+    Ok(())
+}
+
+/// The header of a new top on this chain: same version and clusters (v2 over raw), and a disk of `disk` bytes.
+pub fn header_above(levels: &[Level], descriptor: &Descriptor, disk: u64) -> Result<Header> {
+    let version = levels.iter().find_map(Level::geometry).map_or(Version::V2, |geometry| geometry.version);
+    let cluster = u64::from(descriptor.cluster_sectors) * SECTOR;
+    let path = levels.last().map(|level| level.path.clone()).unwrap_or_default();
+    Header::new(version, disk, cluster).map_err(|bad| Error::at(Kind::Invalid, path, bad.to_string()))
+}
+
+/// Size in bytes of the disk that a chain shows.
+pub fn disk_size(levels: &[Level], descriptor: &Descriptor) -> u64 {
+    match levels.last().and_then(Level::geometry) {
+        Some(geometry) => geometry.disk,
+        None => descriptor.disk_sectors * SECTOR,
+    }
+}
+
+#[cfg(test)]
+mod tests;

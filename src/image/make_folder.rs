@@ -1,0 +1,158 @@
+//! A single-file image becomes a layered one: a folder with a descriptor (DESIGN.md 2).
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags, flock};
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Descriptor;
+use crate::format::header::{Header, SECTOR};
+use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::level::raw_cluster;
+use crate::image::store::{sync_folder, unlink, write_beside};
+use crate::io::file::{HostFile, read_full};
+use crate::io::real::{Access, RealFile};
+
+/// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
+/// caller holds the image's lock. `path` is the images folder, for messages.
+///
+/// 1. `.NAME.new/` with a hard link to the file and the descriptor; 2. both, then the folder itself, synced; 3. renamed
+///    to `NAME`; 4. the images folder synced; 5. the file's old name removed, and that synced.
+///
+/// Before 3 the single file is the image; after it the folder is, which wins over its own file where both are found.
+/// 5 before 4: a power cut could keep the removal and lose the folder.
+pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
+    let shown = path.join(file_name);
+    let file = RealFile::open_as(&images, file_name, &shown, Access::ReadOnly)?;
+    let (name, descriptor) = describe(&file, file_name, &shown)?;
+    drop(file);
+    let mut building = OsString::from(".");
+    building.push(&name);
+    building.push(".new");
+    let built = path.join(&building);
+    // 1.
+    let folder = new_folder(images, &building, &built)?;
+    let finish = || {
+        let linked = rustix::fs::linkat(images, file_name, &folder, file_name, AtFlags::empty());
+        linked.map_err(|e| match e {
+            Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS | Errno::MLINK => Error::at(
+                Kind::Unsupported,
+                &shown,
+                "this file system has no hard links, with which the image would move into a folder of its own",
+            ),
+            e => Error::io(&e.into(), &shown, "cannot link into the image's new folder"),
+        })?;
+        // 2. The descriptor is synced as it is written.
+        write_beside(folder.as_fd(), &built, DESCRIPTOR, &descriptor.to_xml())?;
+        sync_folder(folder.as_fd(), &built)?;
+        // 3.
+        rename_new(images, &building, &name).map_err(|e| match e {
+            Errno::EXIST | Errno::NOTEMPTY => {
+                Error::at(Kind::Exists, path.join(&name), "is in the way of the image's folder; rename it")
+            }
+            e => Error::io(&e.into(), &built, "cannot rename"),
+        })
+    };
+    if let Err(error) = finish() {
+        // Best effort; the next attempt begins with it.
+        let _ = remove_folder(images, &building);
+        return Err(error);
+    }
+    // 4.
+    sync_folder(images, path)?;
+    // 5.
+    unlink(images, file_name).map_err(|e| Error::io(&e, &shown, "cannot remove the file's old name"))?;
+    sync_folder(images, path)?;
+    Ok(folder)
+}
+
+/// The image's name, and the descriptor of a disk with this file alone.
+fn describe(file: &RealFile, file_name: &OsStr, shown: &Path) -> Result<(OsString, Descriptor)> {
+    let cannot = |e| Error::io(&e, shown, "cannot read the header");
+    let mut head = vec![0; HEAD_BYTES];
+    let got = read_full(file, &mut head, 0).map_err(cannot)?;
+    head.truncate(got);
+    let invalid = |why: String| Error::at(Kind::Invalid, shown, why);
+    let text =
+        file_name.to_str().ok_or_else(|| invalid("a descriptor takes UTF-8 names only; rename it".into()))?;
+    let (name, kind) = match kind::classify(file_name, true, &head) {
+        Class::Image { name, kind } => (name, kind),
+        Class::NotAnImage { reason } => return Err(invalid(format!("not an image: {reason}"))),
+    };
+    let descriptor = match kind {
+        ImageKind::Ploop => {
+            let header =
+                Header::parse(&head).map_err(|bad| Error::at(Kind::Damaged, shown, bad.to_string()))?;
+            Descriptor::new(header.disk_sectors, header.cluster_sectors, text, false)
+        }
+        ImageKind::Raw => {
+            let len = file.len().map_err(cannot)?;
+            // At most 1 MiB.
+            Descriptor::new(len.div_ceil(SECTOR), (raw_cluster(len) / SECTOR) as u32, text, true)
+        }
+    };
+    // A file of this very name (no suffix) is where the folder must go; it cannot make room before it is safe.
+    if name == file_name {
+        let why = "the folder would have the file's own name; give the file the suffix .hds first";
+        return Err(invalid(why.into()));
+    }
+    Ok((name, descriptor))
+}
+
+/// A new, empty folder; what a crash left under that dot-name goes first. The folder's `flock` says that somebody
+/// builds in it: another process must neither empty it nor take it for its own.
+pub(super) fn new_folder(parent: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> Result<OwnedFd> {
+    let cannot = |e: std::io::Error| Error::io(&e, shown, "cannot make the folder");
+    let take = |folder: &File| retry_on_intr(|| flock(folder, FlockOperation::NonBlockingLockExclusive));
+    let busy = || Error::at(Kind::Busy, shown, "another process makes an image of this name");
+    if let Ok(left) = open_folder(parent, name) {
+        if take(&left) == Err(Errno::WOULDBLOCK) {
+            return Err(busy());
+        }
+        remove_folder(parent, name).map_err(cannot)?;
+    }
+    retry_on_intr(|| rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))).map_err(|e| match e {
+        Errno::EXIST => busy(),
+        e => cannot(e.into()),
+    })?;
+    let folder = open_folder(parent, name).map_err(|e| cannot(e.into()))?;
+    match take(&folder) {
+        Err(Errno::WOULDBLOCK) => Err(busy()),
+        // Hosts without such locks have no protection here; the rename still replaces nothing.
+        _ => Ok(folder.into()),
+    }
+}
+
+fn open_folder(parent: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    retry_on_intr(|| rustix::fs::openat(parent, name, flags, Mode::empty())).map(File::from)
+}
+
+/// Removes a folder of files. A missing one is no error; a folder in it is.
+pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Result<()> {
+    let folder = match open_folder(parent, name) {
+        Ok(folder) => folder,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    for entry in rustix::fs::Dir::read_from(&folder)? {
+        let entry = entry?;
+        let name = OsStr::new(entry.file_name().to_str().unwrap_or(".."));
+        if name != "." && name != ".." {
+            unlink(folder.as_fd(), name)?;
+        }
+    }
+    Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+}
+
+/// Renames; fails where `to` exists. An empty folder there is replaced by hosts that know no better.
+pub(super) fn rename_new(parent: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> rustix::io::Result<()> {
+    match rustix::fs::renameat_with(parent, from, parent, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rustix::fs::renameat(parent, from, parent, to),
+        other => other,
+    }
+}

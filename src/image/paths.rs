@@ -1,0 +1,153 @@
+//! From the text of a descriptor's `File` to the folder and the name that are opened. No link is followed on the way,
+//! and a path that leaves the folder around the image is refused unless that was allowed.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::error::{Error, Kind, Result};
+
+/// Opens an image's folder, without following a link.
+pub fn image_folder(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()))
+        .map_err(|e| Error::io(&e.into(), path, "cannot open the image's folder"))
+}
+
+/// Opens the folder that holds `file`, and returns it with the file's name. `dir` is the image's folder, `shown` the
+/// file for messages.
+pub fn resolve(
+    dir: BorrowedFd<'_>,
+    file: &Path,
+    shown: &Path,
+    allow_outside: bool,
+) -> Result<(OwnedFd, OsString)> {
+    let Some(name) = file.file_name() else {
+        return Err(Error::at(Kind::Damaged, shown, "File in the descriptor ends in no name"));
+    };
+    let folder = file.parent().unwrap_or(Path::new(""));
+    let opened = if allow_outside {
+        // Whoever allows it trusts the descriptor; links on the way are then as good as anything else.
+        let folder = if folder == Path::new("") { Path::new(".") } else { folder };
+        open_folder(dir, folder.as_os_str(), OFlags::empty())
+    } else {
+        inside(dir, folder, shown)?
+    };
+    let opened = opened.map_err(|e| match e {
+        Errno::LOOP | Errno::NOTDIR => Error::at(
+            Kind::NotPermitted,
+            shown,
+            "a part of its path is a link or no folder; links are followed with --allow-outside only",
+        ),
+        e => Error::io(&e.into(), shown, "cannot open the folder of this delta"),
+    })?;
+    Ok((opened, name.to_owned()))
+}
+
+fn open_folder(dir: impl AsFd, name: &OsStr, more: OFlags) -> std::result::Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | more;
+    retry_on_intr(|| rustix::fs::openat(&dir, name, flags, Mode::empty()))
+}
+
+/// Walks to `folder` one part at a time. The folder around the image is the border.
+fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::result::Result<OwnedFd, Errno>> {
+    let leaves = || {
+        let why =
+            "leaves the folder that the image lies in; if you trust the descriptor, use --allow-outside";
+        Error::at(Kind::NotPermitted, shown, why)
+    };
+    let step = |at: &OwnedFd, part: &OsStr| open_folder(at, part, OFlags::NOFOLLOW);
+    let own = match open_folder(dir, OsStr::new("."), OFlags::empty()) {
+        Ok(own) => own,
+        Err(e) => return Ok(Err(e)),
+    };
+    // Depth below the border: the image's own folder is 1. None: an absolute path that has not met it yet.
+    let (mut at, mut depth) = (own, Some(1_u32));
+    let mut border = None;
+    if folder.is_absolute() {
+        let status =
+            open_folder(dir, OsStr::new(".."), OFlags::empty()).and_then(|fd| rustix::fs::fstat(&fd));
+        let root = open_folder(CWD, OsStr::new("/"), OFlags::empty());
+        match (status, root) {
+            (Ok(status), Ok(root)) => {
+                border = Some((status.st_dev, status.st_ino));
+                (at, depth) = (root, None);
+            }
+            (Err(e), _) | (_, Err(e)) => return Ok(Err(e)),
+        }
+    }
+    let meets = |at: &OwnedFd| {
+        rustix::fs::fstat(at).is_ok_and(|status| Some((status.st_dev, status.st_ino)) == border)
+    };
+    if depth.is_none() && meets(&at) {
+        depth = Some(0);
+    }
+    for part in folder.components() {
+        let (part, next) = match (part, depth) {
+            (Component::CurDir | Component::RootDir | Component::Prefix(_), _) => continue,
+            // Before the border an absolute path has no business going up; at it, nobody has.
+            (Component::ParentDir, None | Some(0)) => return Err(leaves()),
+            (Component::ParentDir, Some(n)) => (OsStr::new(".."), Some(n - 1)),
+            (Component::Normal(part), depth) => (part, depth.map(|n| n + 1)),
+        };
+        at = match step(&at, part) {
+            Ok(next) => next,
+            Err(e) => return Ok(Err(e)),
+        };
+        depth = next;
+        if depth.is_none() && meets(&at) {
+            depth = Some(0);
+        }
+    }
+    match depth {
+        Some(_) => Ok(Ok(at)),
+        None => Err(leaves()),
+    }
+}
+
+/// The file for messages.
+pub fn shown(folder: &Path, file: &str) -> PathBuf {
+    folder.join(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    fn kind(image: &Path, file: &str, allow: bool) -> std::result::Result<OsString, Kind> {
+        let dir = File::open(image).expect("open");
+        let found = resolve(dir.as_fd(), Path::new(file), &image.join(file), allow);
+        found.map(|(_, name)| name).map_err(|e| e.kind())
+    }
+
+    #[test]
+    fn paths_stay_within_the_folder_around_the_image_unless_that_is_allowed() {
+        let root = tempfile::tempdir().expect("tmp");
+        // macOS-style links in the temp path are not ours to test.
+        let root = root.path().canonicalize().expect("real");
+        for folder in ["images/vm1/sub", "images/vm2", "elsewhere"] {
+            std::fs::create_dir_all(root.join(folder)).expect("mkdir");
+        }
+        std::os::unix::fs::symlink("../../elsewhere", root.join("images/vm1/link")).expect("link");
+        let image = root.join("images/vm1");
+        let absolute = |file: &str| root.join(file).to_str().expect("ASCII").to_owned();
+        for good in ["f", "./f", "sub/f", "../f", "../vm2/f", "sub/../../vm2/f"] {
+            assert_eq!(kind(&image, good, false), Ok("f".into()), "{good}");
+        }
+        assert_eq!(kind(&image, &absolute("images/vm2/f"), false), Ok("f".into()));
+        for bad in ["../../f", "../../images/f", "/f", "/etc/f", "sub/../../../f", "../vm2/../../f", "link/f"]
+        {
+            assert_eq!(kind(&image, bad, false), Err(Kind::NotPermitted), "{bad}");
+        }
+        assert_eq!(kind(&image, &absolute("elsewhere/f"), false), Err(Kind::NotPermitted));
+        for allowed in ["../../elsewhere/f", "link/f", &absolute("elsewhere/f")] {
+            assert_eq!(kind(&image, allowed, true), Ok("f".into()), "{allowed}");
+        }
+        assert_eq!(kind(&image, "..", false), Err(Kind::Damaged));
+        assert_eq!(kind(&image, "none/f", false), Err(Kind::NotFound));
+    }
+}

@@ -1,0 +1,504 @@
+//! The descriptor of a layered image on disk.
+//!
+//! **R8** Operations over several files: new file durable, descriptor written beside and renamed, folder synced, old
+//! file removed last. Whatever the moment of a crash, the image opens with the old state or the new one.
+//!
+//! So that nothing is left lying about, either, the names of files that a step makes or drops are noted, durably,
+//! before it begins ([`Store::note`]). At the next open a noted file that no delta has is removed.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::{BadXml, Descriptor, Guid, MAX_BYTES};
+use crate::format::header::Header;
+use crate::image::create;
+use crate::image::kind::DESCRIPTOR;
+use crate::image::labels::{LABELS_NAME, Labels, is_plain_name};
+use crate::io::descriptor_lock::DescriptorLock;
+use crate::io::file::HostStatus;
+use crate::io::real::RealFile;
+
+/// What came of [`Store::replace`], where the new descriptor is in place.
+#[must_use]
+#[derive(Debug)]
+pub enum Replaced {
+    /// It survives a power cut.
+    Durable,
+    /// The folder could not be synced: a power cut may bring the old one back. No file may be removed, and the image
+    /// must become read-only.
+    Unsynced(Error),
+}
+
+impl Replaced {
+    /// The error, for callers with nothing more to make read-only.
+    pub fn durable(self) -> Result<()> {
+        match self {
+            Replaced::Durable => Ok(()),
+            Replaced::Unsynced(error) => Err(error),
+        }
+    }
+}
+
+/// A descriptor in use: locked, and the only way to change it.
+#[derive(Debug)]
+pub struct Store {
+    dir: OwnedFd,
+    /// The image's folder, for messages.
+    path: PathBuf,
+    descriptor: Descriptor,
+    labels: Labels,
+    lock: DescriptorLock,
+}
+
+impl Store {
+    /// Opens the descriptor in the folder `dir` and keeps others from changing it. `path` is the folder, for messages.
+    pub fn open(dir: OwnedFd, path: &Path) -> Result<Store> {
+        // The lock first: what was read before it may be old.
+        let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR))?;
+        let (descriptor, labels) = Store::read(dir.as_fd(), path)?;
+        Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock })
+    }
+
+    /// Reads descriptor and labels without any lock, for those who only report.
+    pub fn read(dir: BorrowedFd<'_>, path: &Path) -> Result<(Descriptor, Labels)> {
+        let xml = path.join(DESCRIPTOR);
+        let Some(bytes) = read_small(dir, DESCRIPTOR, &xml)? else {
+            return Err(Error::at(Kind::NotFound, xml, "there is no descriptor; this is no layered image"));
+        };
+        let descriptor =
+            Descriptor::parse(&bytes).map_err(|bad| Error::at(Kind::Damaged, &xml, bad.to_string()))?;
+        let beside = path.join(LABELS_NAME);
+        let labels = match read_small(dir, LABELS_NAME, &beside)? {
+            None => Labels::default(),
+            Some(bytes) => Labels::parse(&bytes).unwrap_or_else(|why| {
+                // The disk is whole without its labels; the file is kept until the next change of a label.
+                log::warn!(
+                    "{}: the snapshots' names cannot be read ({why}); GUIDs are shown",
+                    beside.display()
+                );
+                Labels::default()
+            }),
+        };
+        Ok((descriptor, labels))
+    }
+
+    /// The descriptor as it is on disk.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// The snapshots' names.
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// The image's folder.
+    pub fn dir(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+
+    /// The snapshot of this label or GUID; one that was deleted is none.
+    pub fn find_snapshot(&self, name: &str) -> Result<Guid> {
+        let missing = |why: String| Err(Error::at(Kind::NotFound, &self.path, why));
+        let Some(guid) = self.labels.find(&self.descriptor, name) else {
+            let known: Vec<String> = self.snapshots().map(|guid| self.labels.name(guid)).collect();
+            let there = if known.is_empty() { "none".into() } else { known.join(", ") };
+            return missing(format!("there is no snapshot {name}; there is {there}"));
+        };
+        match self.descriptor.shot(guid) {
+            Some(shot) if shot.marker.is_some() => missing(format!("the snapshot {name} is deleted already")),
+            _ => Ok(guid),
+        }
+    }
+
+    /// Every snapshot that was not deleted, in the order of the descriptor.
+    pub fn snapshots(&self) -> impl Iterator<Item = Guid> {
+        let shots = self.descriptor.shots.iter();
+        shots.filter(|s| s.guid != self.descriptor.top && s.marker.is_none()).map(|s| s.guid)
+    }
+
+    /// The image's folder, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// False where the host has no locks: nothing is kept out.
+    pub fn locked(&self) -> bool {
+        self.lock.held()
+    }
+
+    /// Makes `next` the descriptor.
+    ///
+    /// 1. the files that `next` does not name any more are noted, durably: after 2 and a crash nobody else would know
+    ///    of them; 2. `next` is written beside and synced; 3. renamed over the old one: the point of no return; 4. the
+    ///    folder is synced. Removing a file is the caller's, after 4: before it, a power cut could bring back a
+    ///    descriptor that names the file. Err: the old descriptor is in place.
+    pub fn replace(&mut self, next: Descriptor) -> Result<Replaced> {
+        let files = self.descriptor.deltas.iter().map(|delta| &*delta.file);
+        let gone: Vec<String> =
+            files.filter(|file| is_plain_name(file) && !next.names(file)).map(str::to_owned).collect();
+        // 1.
+        self.note(&gone.iter().map(String::as_str).collect::<Vec<_>>())?;
+        // 2., 3. Parsed again, so that what we write is never what we refuse to read.
+        let xml = next.to_xml();
+        let cannot = |bad: BadXml| {
+            Error::at(Kind::Invalid, self.path.join(DESCRIPTOR), format!("cannot be written: {bad}"))
+        };
+        Descriptor::parse(&xml).map_err(cannot)?;
+        write_beside(self.dir(), &self.path, DESCRIPTOR, &xml)?;
+        self.descriptor = next;
+        // 4.
+        match sync_folder(self.dir(), &self.path) {
+            Ok(()) => Ok(Replaced::Durable),
+            Err(error) => Ok(Replaced::Unsynced(error)),
+        }
+    }
+
+    /// Gives the snapshot a name (or takes it away), durably. Before the descriptor that has the snapshot: a crash
+    /// between the two leaves a label without a snapshot, which nobody sees, and not a snapshot without its name.
+    pub fn set_label(&mut self, guid: Guid, label: Option<&str>) -> Result<()> {
+        let mut labels = self.labels.clone();
+        labels.prune(&self.descriptor, Some(guid));
+        labels.set(guid, None);
+        if let Some(label) = label {
+            labels.check(label)?;
+            labels.set(guid, Some(label.to_owned()));
+        }
+        self.write_labels(labels)
+    }
+
+    /// Notes, durably, files of this folder that a step is about to make or to drop.
+    pub fn note(&mut self, files: &[&str]) -> Result<()> {
+        let fresh = |file: &&&str| is_plain_name(file) && !self.labels.passing.contains(**file);
+        let fresh: Vec<String> = files.iter().filter(fresh).map(|file| (*file).to_owned()).collect();
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let mut labels = self.labels.clone();
+        // What was made and is in use by now needs no note; the list stays short.
+        labels.passing.retain(|file| !self.descriptor.names(file));
+        labels.passing.extend(fresh);
+        self.write_labels(labels)
+    }
+
+    /// Removes what a crash left: noted files that no delta has. To be called with every delta of the image locked.
+    pub fn clean_up(&mut self) -> Result<()> {
+        if self.labels.passing.is_empty() {
+            return Ok(());
+        }
+        let descriptor = &self.descriptor;
+        for file in self.labels.passing.iter().filter(|file| !descriptor.names(file)) {
+            match unlink(self.dir(), OsStr::new(file)) {
+                Ok(true) => {
+                    log::info!("{}: removed; an operation did not end", self.path.join(file).display())
+                }
+                Ok(false) => {}
+                Err(e) => return Err(Error::io(&e, self.path.join(file), "cannot remove what a crash left")),
+            }
+        }
+        // The removals first: a note that is gone before its file is a file for ever.
+        sync_folder(self.dir(), &self.path)?;
+        let mut labels = self.labels.clone();
+        labels.passing.clear();
+        self.write_labels(labels)
+    }
+
+    /// Removes a file that the descriptor does not name (any more). A missing one is no error.
+    pub fn remove(&mut self, file: &str) -> Result<()> {
+        let path = self.path.join(file);
+        if self.descriptor.names(file) {
+            return Err(Error::at(Kind::Busy, path, "the descriptor names this file; it is not removed"));
+        }
+        if !is_plain_name(file) {
+            let why =
+                "lies outside the image's folder and is left there; remove it by hand if nobody needs it";
+            log::warn!("{}: {why}", path.display());
+            return Ok(());
+        }
+        unlink(self.dir(), OsStr::new(file)).map_err(|e| Error::io(&e, &path, "cannot remove"))?;
+        if !self.labels.passing.contains(file) {
+            return Ok(());
+        }
+        // The note goes too, after the file: a note that stayed would cost whoever puts a file of this name here.
+        sync_folder(self.dir(), &self.path)?;
+        let mut labels = self.labels.clone();
+        labels.passing.remove(file);
+        self.write_labels(labels)
+    }
+
+    fn write_labels(&mut self, labels: Labels) -> Result<()> {
+        write_beside(self.dir(), &self.path, LABELS_NAME, &labels.to_bytes())?;
+        sync_folder(self.dir(), &self.path)?;
+        self.labels = labels;
+        Ok(())
+    }
+}
+
+/// A name for the next delta of this image (FORMAT.md 2.4): that of the base, a dot, a random GUID.
+pub fn new_delta_name(descriptor: &Descriptor) -> String {
+    let base = descriptor.chain(descriptor.top).ok().and_then(|chain| descriptor.delta(*chain.first()?));
+    let file = base.map_or("root.hds", |delta| &delta.file);
+    let name = file.rsplit('/').next().unwrap_or(file);
+    let stem = match name.rsplit_once('.') {
+        Some((stem, guid)) if guid.starts_with('{') && Guid::parse(guid).is_some() => stem,
+        _ => name,
+    };
+    // 255 bytes are a name's limit; the dot and the GUID take 39.
+    let mut end = stem.len().min(200);
+    while !stem.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}.{}", &stem[..end], Guid::random())
+}
+
+/// Makes a new empty delta with this header in the folder `dir`, with the owner and mode of `like`.
+///
+/// 1. made exclusively and filled; 2. synced; 3. the folder synced: only then a descriptor may name it.
+///
+/// A file that could not be finished is removed.
+pub fn create_delta(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    name: &str,
+    header: &Header,
+    like: &HostStatus,
+) -> Result<RealFile> {
+    let shown = path.join(name);
+    let cannot =
+        |e: &io::Error, doing: &str| Error::io(e, &shown, format!("cannot create the delta: {doing}"));
+    // 1.
+    let file = make(dir, name, like.mode).map_err(|e| cannot(&e, "making the file"))?;
+    let filled = create::write_empty(&file, header)
+        .map_err(|e| cannot(&e, "writing it"))
+        .and_then(|()| own(&file, like).map_err(|e| cannot(&e, "giving it its owner")))
+        // 2.
+        .and_then(|()| file.sync_all().map_err(|e| cannot(&e, "syncing it")))
+        // 3.
+        .and_then(|()| sync_folder(dir, path));
+    if let Err(error) = filled {
+        // Best effort; it was noted before, or has a name that nobody looks for.
+        let _ = unlink(dir, OsStr::new(name));
+        return Err(error);
+    }
+    RealFile::from_file(file, shown)
+}
+
+/// Makes a file for reading and writing that was not there.
+pub(super) fn make(dir: BorrowedFd<'_>, name: &str, mode: u32) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    // Never wider than the owner's until its owner is right.
+    let mode = Mode::from_raw_mode(mode & 0o600);
+    Ok(File::from(retry_on_intr(|| rustix::fs::openat(dir, name, flags, mode))?))
+}
+
+/// Gives `file` the owner and mode of `like`. Only root can give files away; for others it is their own.
+pub(super) fn own(file: &File, like: &HostStatus) -> io::Result<()> {
+    let (uid, gid) = (rustix::fs::Uid::from_raw(like.uid), rustix::fs::Gid::from_raw(like.gid));
+    match rustix::fs::fchown(file, Some(uid), Some(gid)) {
+        Ok(()) | Err(Errno::PERM) => {}
+        Err(e) => return Err(e.into()),
+    }
+    Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(like.mode & 0o777))?)
+}
+
+/// Writes `bytes` beside the file `name` and renames it over it. The folder is not synced. Err: the old one is there.
+pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let shown = path.join(name);
+    let beside = format!(".{name}.new");
+    let written = (|| -> io::Result<()> {
+        // Left by a crash; we hold the descriptor's lock, so it is nobody's.
+        unlink(dir, OsStr::new(&beside))?;
+        let mut file = make(dir, &beside, 0o600)?;
+        file.write_all(bytes)?;
+        // A first file of its sort gets the folder's owner, and is readable like a descriptor of ploop's.
+        let (old, mask) = match retry_on_intr(|| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)) {
+            Ok(old) => (old, 0o777),
+            Err(_) => (rustix::fs::fstat(dir)?, 0o644),
+        };
+        let mode = old.st_mode & mask;
+        let like = HostStatus { mode, uid: old.st_uid, gid: old.st_gid, ..HostStatus::default() };
+        own(&file, &like)?;
+        // Before the rename: else a power cut could leave the name on an empty file.
+        file.sync_all()?;
+        retry_on_intr(|| rustix::fs::renameat(dir, &beside, dir, name))?;
+        Ok(())
+    })();
+    written.map_err(|e| {
+        let _ = unlink(dir, OsStr::new(&beside));
+        Error::io(&e, shown, "cannot write")
+    })
+}
+
+/// Makes names in the folder durable.
+pub(super) fn sync_folder(dir: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    retry_on_intr(|| rustix::fs::fsync(dir)).map_err(|e| Error::io(&e.into(), path, "cannot sync the folder"))
+}
+
+/// Removes a name; false if it was not there.
+pub(super) fn unlink(dir: BorrowedFd<'_>, name: &OsStr) -> io::Result<bool> {
+    match retry_on_intr(|| rustix::fs::unlinkat(dir, name, AtFlags::empty())) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The whole of a small regular file; None if it is missing.
+fn read_small(dir: BorrowedFd<'_>, name: &str, shown: &Path) -> Result<Option<Vec<u8>>> {
+    let cannot = |e: io::Error| Error::io(&e, shown, "cannot read");
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = match retry_on_intr(|| rustix::fs::openat(dir, name, flags, Mode::empty())) {
+        Ok(fd) => File::from(fd),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::LOOP) => return Err(Error::at(Kind::Invalid, shown, "is a link; links are not followed")),
+        Err(e) => return Err(cannot(e.into())),
+    };
+    if !file.metadata().map_err(cannot)?.is_file() {
+        return Err(Error::at(Kind::Invalid, shown, "is not a regular file"));
+    }
+    let mut bytes = Vec::new();
+    // One more than is accepted, so that a longer file is refused and not cut.
+    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(cannot)?;
+    Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::header::Version;
+
+    struct Rig {
+        folder: tempfile::TempDir,
+    }
+
+    impl Rig {
+        fn new() -> Rig {
+            let folder = tempfile::tempdir().expect("tmp");
+            std::fs::write(
+                folder.path().join(DESCRIPTOR),
+                Descriptor::new(2048, 2048, "vm.hds", false).to_xml(),
+            )
+            .expect("write");
+            std::fs::write(folder.path().join("vm.hds"), "x").expect("write");
+            Rig { folder }
+        }
+
+        fn open(&self) -> Store {
+            let dir = File::open(self.folder.path()).expect("open");
+            Store::open(dir.into(), self.folder.path()).expect("a store")
+        }
+
+        fn has(&self, name: &str) -> bool {
+            self.folder.path().join(name).exists()
+        }
+
+        fn make(&self, name: &str) {
+            std::fs::write(self.folder.path().join(name), "x").expect("write");
+        }
+    }
+
+    #[test]
+    fn a_replaced_descriptor_is_read_back_and_nothing_is_left_beside_it() {
+        let rig = Rig::new();
+        let mut store = rig.open();
+        let (mut next, snapshot) = (store.descriptor().clone(), Guid::random());
+        next.add_snapshot(snapshot, "f1").expect("fresh");
+        store.set_label(snapshot, Some("one")).expect("a good label");
+        store.replace(next.clone()).and_then(Replaced::durable).expect("replaced");
+        let (read, labels) = Store::read(store.dir(), store.path()).expect("read");
+        assert_eq!((&read.deltas, &read.shots), (&next.deltas, &next.shots));
+        assert_eq!(labels.name(snapshot), "one");
+        assert!(!rig.has(".DiskDescriptor.xml.new") && !rig.has(".ploopfs.json.new"));
+        store.set_label(snapshot, None).expect("taken away");
+        assert_eq!(store.labels().label(snapshot), None);
+    }
+
+    #[test]
+    fn a_store_has_one_user() {
+        let rig = Rig::new();
+        let store = rig.open();
+        let again = File::open(rig.folder.path()).expect("open");
+        assert_eq!(Store::open(again.into(), rig.folder.path()).expect_err("taken").kind(), Kind::InUse);
+        drop(store);
+        rig.open();
+    }
+
+    #[test]
+    fn what_a_crash_left_goes_at_the_next_open_and_nothing_else_does() {
+        let rig = Rig::new();
+        let mut store = rig.open();
+        // Dropped by a replace, and made for a step that never came to its descriptor.
+        let mut next = store.descriptor().clone();
+        next.add_snapshot(Guid::random(), "f1").expect("fresh");
+        store.note(&["f1", "f2"]).expect("noted");
+        rig.make("f1");
+        rig.make("f2");
+        rig.make("mine");
+        store.replace(next).and_then(Replaced::durable).expect("replaced");
+        drop(store);
+        let mut store = rig.open();
+        store.clean_up().expect("cleaned");
+        assert!(rig.has("f1") && rig.has("vm.hds") && rig.has("mine") && !rig.has("f2"));
+
+        let mut next = store.descriptor().clone();
+        let base = next.chain(next.top).expect("a chain")[0];
+        next.remove_merged(base, Guid::TOP, "f1").expect("merged");
+        store.replace(next).and_then(Replaced::durable).expect("replaced");
+        store.remove("f1").expect_err("in use");
+        drop(store);
+        rig.open().clean_up().expect("cleaned");
+        assert!(rig.has("f1") && rig.has("mine") && !rig.has("vm.hds"));
+    }
+
+    #[test]
+    fn a_descriptor_that_would_not_be_read_is_not_written() {
+        let rig = Rig::new();
+        let mut store = rig.open();
+        let mut bad = store.descriptor().clone();
+        bad.top = Guid::random();
+        store.replace(bad).expect_err("no such top");
+        drop(store);
+        rig.open();
+    }
+
+    #[test]
+    fn a_new_delta_is_named_after_the_base_and_made_once() {
+        let mut descriptor =
+            Descriptor::new(8, 8, "sub/vm.hds.{5fbaabe3-6958-40ff-92a7-860e329aab41}", false);
+        let name = new_delta_name(&descriptor);
+        let (stem, guid) = name.split_at(7);
+        assert_eq!(stem, "vm.hds.");
+        assert!(Guid::parse(guid).is_some());
+        descriptor.add_snapshot(Guid::random(), &name).expect("fresh");
+        assert!(new_delta_name(&descriptor).starts_with("vm.hds.{"));
+
+        let rig = Rig::new();
+        let dir = File::open(rig.folder.path()).expect("open");
+        let header = Header::new(Version::V2, 1 << 30, 1 << 20).expect("a header");
+        let like = HostStatus { mode: 0o640, ..HostStatus::default() };
+        let create = || create_delta(dir.as_fd(), rig.folder.path(), &name, &header, &like);
+        drop(create().expect("made"));
+        assert_eq!(create().expect_err("there").kind(), Kind::Exists);
+        let made = std::fs::read(rig.folder.path().join(&name)).expect("read");
+        assert_eq!(made.len(), 1 << 20);
+        assert_eq!(Header::parse(&made), Ok(header));
+    }
+
+    #[test]
+    fn a_link_in_the_descriptors_place_is_refused() {
+        let rig = Rig::new();
+        let xml = rig.folder.path().join(DESCRIPTOR);
+        std::fs::rename(&xml, rig.folder.path().join("other")).expect("rename");
+        std::os::unix::fs::symlink("other", &xml).expect("link");
+        let dir = File::open(rig.folder.path()).expect("open");
+        let error = Store::read(dir.as_fd(), rig.folder.path()).expect_err("a link");
+        assert_eq!(error.kind(), Kind::Invalid);
+    }
+}
