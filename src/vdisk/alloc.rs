@@ -59,6 +59,31 @@ impl Bits {
         None
     }
 
+    /// Every member, lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.words.iter().enumerate().flat_map(|(i, word)| {
+            (0..64).filter(move |bit| word & 1 << bit != 0).map(move |bit| i as u64 * 64 + bit)
+        })
+    }
+
+    /// Takes out all below `n`.
+    fn remove_below(&mut self, n: u64) {
+        let keep: Vec<u64> = self.iter().filter(|member| *member >= n).collect();
+        *self = Bits::default();
+        keep.into_iter().for_each(|member| {
+            self.insert(member);
+        });
+    }
+
+    /// The same set, each member less by `n`; none is smaller.
+    fn moved_down(&self, n: u64) -> Bits {
+        let mut moved = Bits::default();
+        self.iter().for_each(|member| {
+            moved.insert(member - n);
+        });
+        moved
+    }
+
     /// Size of the set.
     pub fn len(&self) -> u64 {
         self.count
@@ -116,6 +141,16 @@ struct State {
     waiting: Vec<Job>,
 }
 
+impl State {
+    fn ready(&mut self) -> Option<u64> {
+        self.clean.take_lowest().or_else(|| {
+            let fresh = self.next < self.durable;
+            self.next += u64::from(fresh);
+            fresh.then(|| self.next - 1)
+        })
+    }
+}
+
 impl Allocator {
     /// `next`: the file's end in clusters after its free tail was cut off; `limit`: clusters the format can
     /// address; `step`: clusters per extension; `stale`: free clusters before `next`.
@@ -140,11 +175,7 @@ impl Allocator {
     /// `due` is called with work to start.
     pub fn take<T>(&self, token: T, job: impl FnOnce(T) -> Job, mut due: impl FnMut(Due)) -> Alloc<T> {
         let mut s = lock(&self.state);
-        let got = s.clean.take_lowest().or_else(|| {
-            let fresh = s.next < s.durable;
-            s.next += u64::from(fresh);
-            fresh.then(|| s.next - 1)
-        });
+        let got = s.ready();
         // Ahead of need: half a step in hand while the next is being made.
         let room = s.clean.len() + (s.durable - s.next);
         let wanted = if s.short { got.is_none() } else { room < s.step.div_ceil(2) };
@@ -164,6 +195,45 @@ impl Allocator {
             }
             None => Alloc::Full(token),
         }
+    }
+
+    /// Takes a file cluster if one is ready; starts nothing.
+    pub fn take_ready(&self) -> Option<u64> {
+        lock(&self.state).ready()
+    }
+
+    /// Takes the file clusters before `count` out of circulation: the BAT will grow over them. What was handed out
+    /// before is the caller's to move.
+    pub fn reserve(&self, count: u64) {
+        let mut s = lock(&self.state);
+        s.clean.remove_below(count);
+        s.stale.remove_below(count);
+        s.next = s.next.max(count);
+        s.durable = s.durable.max(s.next);
+    }
+
+    /// The same space, counted from a first data block that has moved up by `reserved` clusters. Nobody waits here.
+    pub fn moved_up(&self, reserved: u64, limit: u64) -> Allocator {
+        let s = lock(&self.state);
+        let state = State {
+            next: s.next - reserved,
+            durable: s.durable - reserved,
+            limit,
+            step: s.step,
+            clean: s.clean.moved_down(reserved),
+            stale: s.stale.moved_down(reserved),
+            extending: false,
+            scrubbing: false,
+            short: s.short,
+            exhausted: s.exhausted,
+            waiting: Vec::new(),
+        };
+        Allocator { state: Mutex::new(state) }
+    }
+
+    /// Gives back a cluster that nothing was written to: it is as it was.
+    pub fn put_back(&self, cluster: u64) {
+        lock(&self.state).clean.insert(cluster);
     }
 
     /// Gives back a cluster whose data write failed: handed out once, so no longer known to be zero.

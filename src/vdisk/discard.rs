@@ -3,7 +3,10 @@
 //! Whole clusters are unmapped and freed; a ragged end is punched in place. A long range goes in batches of
 //! neighbours, one BAT page at most, and queues again behind other pios after each, so that it starves nobody.
 //!
-//! Order for whole clusters, under their exclusive locks:
+//! Where a lower level maps the cluster, unmapping would bring its data back: the top keeps (or gets) a mapped cluster
+//! that is a hole in the file. A ragged end of a cluster that only a lower level maps is copied up without it.
+//!
+//! Order for whole clusters that only the top maps, under their exclusive locks:
 //! 1. pin the BAT page;
 //! 2. punch the file clusters, neighbours in one call;
 //! 3. unmap the entries; the page remembers the file clusters as freed by its next durable copy;
@@ -12,11 +15,15 @@
 //! The clusters are reused only after that copy is durable (R4), so a crash between 2 and 3, or before the copy
 //! is written, leaves an entry that names a hole: it reads as zero. 3 before 2 would let a failed punch leave
 //! clusters that nobody names and nobody scrubs. Punching after 4 would hit a cluster that is in use again.
+//! A zero cluster over lower data is an allocation, in the order of `write`, without data.
 
-use super::bat::cache::Loading;
+use super::alloc::Alloc;
 use super::bat::page::Place;
+use super::cow::{Copied, CopyError};
 use super::gate::Inside;
 use super::locks::Mode;
+use super::stack::Stack;
+use super::write::is_full;
 use super::{Image, Ready, Reply};
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
@@ -35,6 +42,14 @@ struct Discard {
     held: (u64, u64),
     inside: Option<Inside>,
     reply: Option<Reply<()>>,
+}
+
+/// How far a batch came, in bytes of the disk.
+enum Step {
+    /// Done up to here.
+    To(u64),
+    /// Done up to here; what follows needs a file cluster.
+    NeedsSpace(u64),
 }
 
 /// Begins; the range lies inside the disk.
@@ -90,35 +105,65 @@ impl Discard {
     /// The first cluster is locked: takes what neighbours it can without waiting, and works.
     fn locked(mut self) {
         let image = Arc::clone(&self.image);
+        let stack = image.stack();
         let first = self.held.0;
-        if image.bat.is_some() && self.is_whole(first) && image.engine.budget.dirty_full() {
+        // Only what is neither punched alone nor nothing dirties a page; which it is, the page tells.
+        if stack.bat.is_some() && image.engine.budget.dirty_full() {
             return self.wait_for_clean_pages();
         }
-        if let Some(bat) = &image.bat
+        if let Some(bat) = &stack.bat
             && !bat.pin(first)
         {
-            return self.load_page(); // 1
+            self.unlock();
+            return image.with_page(first, self, Discard::run, Discard::finish); // 1
         }
-        let (done, result) = if self.is_whole(first) {
-            while self.held.1 < BATCH && self.takes_next() {
+        let whole = self.is_whole(first);
+        if whole {
+            while self.held.1 < BATCH && self.takes_next(&stack) {
                 self.held.1 += 1;
             }
-            (((first + self.held.1) * image.cluster).min(self.end), self.whole_clusters())
-        } else {
-            let end = ((first + 1) * image.cluster).min(self.end);
-            (end, self.part(end))
-        };
-        if let Some(bat) = &image.bat {
+        }
+        let result = if whole { self.whole_clusters(&stack) } else { self.part(&stack) };
+        if let Some(bat) = &stack.bat {
             bat.unpin(first);
         }
         self.unlock(); // 4
         match result {
             Err(e) => self.finish(Err(e)),
-            Ok(()) => {
+            Ok(Step::To(done)) => {
                 self.at = done;
                 self.requeue();
             }
+            Ok(Step::NeedsSpace(done)) => {
+                self.at = done;
+                self.wait_for_space(&stack);
+            }
         }
+    }
+
+    /// A file cluster is needed and none is ready: goes on when one is. It holds no lock; without space it fails.
+    fn wait_for_space(self, stack: &Stack) {
+        let image = Arc::clone(&self.image);
+        let mut places = [self.companion(), self.companion()];
+        let due = |due| {
+            if let Some(inside) = places.iter_mut().find_map(Option::take) {
+                image.start_due(due, inside);
+            }
+        };
+        let taken = stack.allocator().take(self, |discard| Box::new(move || discard.run()), due);
+        places.into_iter().flatten().for_each(|inside| image.gate.leave(inside));
+        match taken {
+            Alloc::Wait => {}
+            Alloc::Full(discard) => discard.finish(Err(image.no_space())),
+            Alloc::Got(cluster, discard) => {
+                stack.allocator().put_back(cluster);
+                discard.requeue();
+            }
+        }
+    }
+
+    fn companion(&self) -> Option<Inside> {
+        self.inside.as_ref().map(|inside| self.image.gate.enter_with(inside))
     }
 
     /// True when the range covers all of the cluster that belongs to the disk.
@@ -127,80 +172,142 @@ impl Discard {
         self.at <= begin && (begin + self.image.cluster).min(self.image.size()) <= self.end
     }
 
-    fn takes_next(&self) -> bool {
+    fn takes_next(&self, stack: &Stack) -> bool {
         let next = self.held.0 + self.held.1;
         let begin = next * self.image.cluster;
         begin < self.end
             && self.is_whole(next)
-            && (self.image.bat.is_none() || slot_of(next).0 == slot_of(self.held.0).0)
+            && (stack.bat.is_none() || slot_of(next).0 == slot_of(self.held.0).0)
             && self.image.locks.try_lock(next, Mode::Exclusive)
     }
 
-    fn places(&self) -> Vec<Place> {
+    /// Where the held clusters lie, and which of them hide data of a lower level.
+    fn places(&self, stack: &Stack) -> (Vec<Place>, Vec<bool>) {
         let (first, count) = self.held;
-        let image = &self.image;
-        match &image.bat {
+        let mut hides = vec![false; (count as usize).min(PAGE_SLOTS)];
+        let places = match &stack.bat {
             Some(bat) => {
-                let mut places = vec![Place::None; (count as usize).min(PAGE_SLOTS)];
+                let mut places = vec![Place::None; hides.len()];
                 let found = bat.lookup_run(first, &mut places);
                 debug_assert!(found, "the page is pinned");
+                bat.hidden_run(first, &mut hides);
                 places
             }
-            None => {
-                (first..first + count).map(|c| Place::At { level: 0, position: c * image.cluster }).collect()
-            }
-        }
+            None => (first..first + count).map(|c| stack.raw_place(c)).collect(),
+        };
+        (places, hides)
     }
 
-    fn whole_clusters(&self) -> Result<()> {
+    fn whole_clusters(&self, stack: &Stack) -> Result<Step> {
         let image = &self.image;
-        let places = self.places();
+        let (first, top) = (self.held.0, stack.top_index());
+        let (places, hides) = self.places(stack);
+        let end_of = |i: usize| ((first + i as u64) * image.cluster).min(self.end);
         let mut i = 0;
         while i < places.len() {
-            let position = match places[i] {
-                Place::None => {
+            match places[i] {
+                Place::None => i += 1,
+                Place::Damaged => return Err(image.damaged_entry(first + i as u64)),
+                Place::At { level, position } if level != top => {
+                    let len = end_of(i + 1) - end_of(i);
+                    if !stack.is_hole(level, position, len)? && !self.zero_cluster(stack, first + i as u64)? {
+                        return Ok(Step::NeedsSpace(end_of(i).max(self.at)));
+                    }
                     i += 1;
-                    continue;
                 }
-                Place::Damaged => return Err(image.damaged_entry(self.held.0 + i as u64)),
-                Place::At { position, .. } => position,
-            };
-            let mut n = 1;
-            while matches!(places.get(i + n), Some(Place::At { position: p, .. })
-                if *p == position + n as u64 * image.cluster)
-            {
-                n += 1;
-            }
-            let mut len = n as u64 * image.cluster;
-            if image.bat.is_none() {
-                len = len.min(image.size() - position);
-            }
-            image.punch(position, len, image.bat.is_none())?; // 2
-            if let Some(bat) = &image.bat {
-                let first = image.geometry.file_cluster(position);
-                let freed: Vec<u64> = (first..first + n as u64).collect();
-                if bat.unmap(self.held.0 + i as u64, n, &freed) {
-                    image.bat_is_dirty(); // 3
-                }
-                if image.space.is_full() {
-                    image.start_round(); // Somebody may be parked for these clusters.
+                Place::At { position, .. } => {
+                    let mut n = 1;
+                    let next =
+                        |n: usize| Place::At { level: top, position: position + n as u64 * image.cluster };
+                    while places.get(i + n) == Some(&next(n)) && hides[i + n] == hides[i] {
+                        n += 1;
+                    }
+                    self.own_clusters(stack, (first + i as u64, n), position, hides[i])?;
+                    i += n;
                 }
             }
-            i += n;
+        }
+        Ok(Step::To(end_of(places.len())))
+    }
+
+    /// `run` = guest cluster and count, side by side in the top's file at `position`.
+    fn own_clusters(&self, stack: &Stack, run: (u64, usize), position: u64, hides: bool) -> Result<()> {
+        let image = &self.image;
+        let mut len = run.1 as u64 * image.cluster;
+        if stack.bat.is_none() {
+            len = len.min(image.size() - position);
+        }
+        let stays = stack.bat.is_none() || hides;
+        image.punch(stack, position, len, stays)?; // 2
+        if let Some(bat) = stack.bat.as_ref().filter(|_| !stays) {
+            let first = stack.geometry.file_cluster(position);
+            let freed: Vec<u64> = (first..first + run.1 as u64).collect();
+            if bat.unmap(run.0, run.1, &freed) {
+                image.bat_is_dirty(); // 3
+            }
+            if image.space.is_full() {
+                image.start_round(); // Somebody may be parked for these clusters.
+            }
         }
         Ok(())
     }
 
-    /// A ragged end, in a cluster that stays mapped.
-    fn part(&self, end: u64) -> Result<()> {
+    /// Puts a hole of the top over what a lower level maps. False: no file cluster is ready.
+    fn zero_cluster(&self, stack: &Stack, cluster: u64) -> Result<bool> {
+        let Some(position) = self.file_cluster(stack) else { return Ok(false) };
+        self.enter(stack, cluster, position);
+        Ok(true)
+    }
+
+    /// A file cluster that is known to be zero, if one is ready.
+    fn file_cluster(&self, stack: &Stack) -> Option<u64> {
+        stack.allocator().take_ready().map(|cluster| stack.geometry.cluster_position(cluster))
+    }
+
+    fn enter(&self, stack: &Stack, cluster: u64, position: u64) {
+        let Some(bat) = &stack.bat else { unreachable!("a raw top has nothing below") };
+        // The page is pinned by the batch; `set` takes one pin back.
+        bat.pin(cluster);
+        if bat.set(cluster, stack.top_index(), position) {
+            self.image.bat_is_dirty();
+        }
+    }
+
+    /// A ragged end, or a part of one cluster.
+    fn part(&self, stack: &Stack) -> Result<Step> {
         let image = &self.image;
-        match self.places()[0] {
-            Place::None => Ok(()),
-            Place::Damaged => Err(image.damaged_entry(self.held.0)),
-            Place::At { position, .. } => {
-                image.punch(position + self.at % image.cluster, end - self.at, true)
+        let (cluster, begin) = (self.held.0, self.held.0 * image.cluster);
+        let end = (begin + image.cluster).min(self.end);
+        let (from, len) = (self.at - begin, end - self.at);
+        match self.places(stack).0[0] {
+            Place::None => {}
+            Place::Damaged => return Err(image.damaged_entry(cluster)),
+            Place::At { level, position } if level == stack.top_index() => {
+                image.punch(stack, position + from, len, true)?;
+            }
+            Place::At { level, position } => {
+                let Some(to) = self.file_cluster(stack) else { return Ok(Step::NeedsSpace(self.at)) };
+                let cut = from..from + len;
+                let copied =
+                    image.copy_cluster(stack, (level, position), to, image.cluster_len(cluster), cut);
+                let done = match copied {
+                    Ok(Copied::Rest) => Ok(()),
+                    Ok(Copied::Whole) => image.punch(stack, to + from, len, true),
+                    Err(CopyError::Read(e)) => Err(e),
+                    Err(CopyError::Write(e)) if is_full(&e) => Err(image.no_space()),
+                    Err(CopyError::Write(e)) => {
+                        Err(Error::io(&e, &stack.top().path, "cannot copy a cluster"))
+                    }
+                };
+                if let Err(e) = done {
+                    stack.allocator().give_back(stack.geometry.file_cluster(to));
+                    return Err(e);
+                }
+                image.touched(1);
+                self.enter(stack, cluster, to);
             }
         }
+        Ok(Step::To(end))
     }
 
     /// Half of the BAT cache is dirty: what is left of the discard begins anew when there are clean pages. It waits
@@ -216,24 +323,6 @@ impl Discard {
             if clean { submit(&image, at, len, reply) } else { reply(Err(image.no_space())) }
         };
         self.image.wait_for_clean_pages(Box::new(waiter));
-    }
-
-    fn load_page(mut self) {
-        self.unlock();
-        let (image, cluster) = (Arc::clone(&self.image), self.at / self.image.cluster);
-        let Some(bat) = &image.bat else { return self.run() };
-        match bat.load_or_queue(cluster, self, |discard: Discard| Box::new(move || discard.run())) {
-            Loading::Queued => {}
-            Loading::Loaded(discard) => discard.run(),
-            Loading::Mine(discard) => {
-                let (waiting, loaded) = bat.load(cluster, &image.levels);
-                waiting.into_iter().for_each(|job| image.submit(job));
-                match loaded {
-                    Ok(()) => discard.run(),
-                    Err(e) => discard.finish(Err(e)),
-                }
-            }
-        }
     }
 
     fn unlock(&mut self) {
@@ -269,8 +358,8 @@ impl Drop for Discard {
 impl Image {
     /// Makes a range of the top's file read as zero. Where the host cannot punch: writes zeroes when `must_zero`,
     /// else leaves the content, which is then scrubbed before it is reused.
-    fn punch(self: &Arc<Self>, position: u64, len: u64, must_zero: bool) -> Result<()> {
-        let top = self.top();
+    fn punch(self: &Arc<Self>, stack: &Stack, position: u64, len: u64, must_zero: bool) -> Result<()> {
+        let top = stack.top();
         let punched = if self.cannot_punch.load(Ordering::SeqCst) {
             Err(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
         } else {

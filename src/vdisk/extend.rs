@@ -29,21 +29,22 @@ impl Image {
     ///
     /// 3 before 2 could leave a durable BAT entry that points behind the end of the file (R2).
     fn extend(self: &Arc<Self>) {
-        let alloc = self.allocator();
+        let stack = self.stack();
+        let alloc = stack.allocator();
         loop {
             let (from, to) = alloc.extension();
-            let end = self.geometry.cluster_position(to);
+            let end = stack.geometry.cluster_position(to);
             self.host_busy.fetch_add(1, Ordering::SeqCst);
-            let longer = if to > from { self.top().file.set_len(end) } else { Ok(()) }; // 1
+            let longer = if to > from { stack.top().file.set_len(end) } else { Ok(()) }; // 1
             self.host_busy.fetch_sub(1, Ordering::SeqCst);
             let waiting = match longer {
                 Ok(()) => {
                     // 2; a failed sync has made the image read-only, which those who wait find out.
-                    let durable = if self.sync_data().is_ok() { to } else { from };
+                    let durable = if self.sync_data(&stack).is_ok() { to } else { from };
                     alloc.extended(durable) // 3
                 }
                 Err(e) => {
-                    log::debug!("{}: cannot extend to {end} bytes: {e}", self.top().path.display());
+                    log::debug!("{}: cannot extend to {end} bytes: {e}", stack.top().path.display());
                     match alloc.extension_failed() {
                         (true, _) => continue,
                         (false, waiting) => waiting,
@@ -63,11 +64,12 @@ impl Image {
     ///
     /// 3 before 2: after a cut the old content could show through the new entry (R3).
     fn scrub(self: &Arc<Self>) {
-        let alloc = self.allocator();
+        let stack = self.stack();
+        let alloc = stack.allocator();
         let batch = alloc.scrub_batch();
         let zeroed = batch.chunk_by(|a, b| a + 1 == *b).try_for_each(|run| {
-            let (at, len) = (self.geometry.cluster_position(run[0]), run.len() as u64 * self.cluster);
-            let file = &*self.top().file;
+            let (at, len) = (stack.geometry.cluster_position(run[0]), run.len() as u64 * self.cluster);
+            let file = &*stack.top().file;
             self.host_busy.fetch_add(1, Ordering::SeqCst);
             let punched = file.punch(at, len);
             self.host_busy.fetch_sub(1, Ordering::SeqCst);
@@ -77,15 +79,15 @@ impl Image {
             }
         });
         if let Err(e) = &zeroed {
-            log::warn!("{}: cannot clear freed clusters for reuse: {e}", self.top().path.display());
+            log::warn!("{}: cannot clear freed clusters for reuse: {e}", stack.top().path.display());
         }
-        let done = zeroed.is_ok() && self.sync_data().is_ok();
+        let done = zeroed.is_ok() && self.sync_data(&stack).is_ok();
         alloc.scrubbed(&batch, done).into_iter().for_each(|job| self.submit(job));
     }
 
     /// Space may be back: extensions and scrubs are tried again.
     pub(super) fn try_space_again(&self) {
-        if let Some(alloc) = self.allocator.get() {
+        if let Some(alloc) = self.stack().state.allocator.get() {
             alloc.retry();
         }
     }

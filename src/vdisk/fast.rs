@@ -4,8 +4,9 @@
 use super::bat::page::Place;
 use super::gate::Inside;
 use super::locks::Mode;
+use super::stack::Stack;
 use super::zero::is_zero;
-use super::{Image, Ready};
+use super::{Image, Level, Ready};
 use crate::error::{Error, Result};
 use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering};
@@ -29,7 +30,7 @@ impl Image {
             return Some(Ok(0));
         }
         let inside = self.gate.enter(1)?;
-        let done = self.read_windows(offset, &mut buf[..len as usize]);
+        let done = self.read_windows(&self.stack(), offset, &mut buf[..len as usize]);
         self.gate.leave(inside);
         done.then(|| {
             self.count_read(len as usize);
@@ -37,41 +38,20 @@ impl Image {
         })
     }
 
-    fn read_windows(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> bool {
+    fn read_windows(self: &Arc<Self>, stack: &Stack, offset: u64, buf: &mut [u8]) -> bool {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
-            let window = Window::lock(self, at, (buf.len() - done) as u64);
+            let window = Window::lock(self, stack, at, (buf.len() - done) as u64);
             let Some(window) = window else { return false };
             let len = window.len as usize;
-            if !window.all(|at, run| self.read_run(run, &mut buf[done + at..done + at + run.len as usize])) {
+            if !window.all(|at, run| read_run(stack, run, &mut buf[done + at..done + at + run.len as usize]))
+            {
                 return false;
             }
             done += len;
         }
         true
-    }
-
-    /// One system call, without waiting. A short answer is never returned as it is: the runner reads again.
-    fn read_run(&self, run: &Run, buf: &mut [u8]) -> bool {
-        match run.place {
-            Place::None => {
-                buf.fill(0);
-                true
-            }
-            Place::Damaged => false,
-            Place::At { level, position } => {
-                let level = &self.levels[usize::from(level)];
-                let got = if self.never_blocks {
-                    level.file.read_at(buf, position)
-                } else if self.nowait_reads {
-                    level.file.read_at_nowait(buf, position)
-                } else {
-                    return false;
-                };
-                got.is_ok_and(|n| n == buf.len())
-            }
-        }
     }
 
     /// Writes in place on the caller's thread: clusters that the top maps, and zeroes to holes. Only while the
@@ -80,20 +60,22 @@ impl Image {
         if let Err(e) = self.check_range(offset, data.len() as u64) {
             return Some(Err(e));
         }
+        let stack = self.stack();
         if !matches!(self.ready(), Ready::Yes)
             || self.host_busy.load(Ordering::Relaxed) > 0
             || self.space.is_full()
         {
             return None;
         }
-        if !self.never_blocks && self.flusher.is_over_bound() {
+        if !stack.never_blocks && self.flusher.is_over_bound() {
             return None;
         }
         if data.is_empty() {
             return Some(Ok(()));
         }
         let inside = self.gate.enter(1)?;
-        let result = self.write_windows(offset, data);
+        // Again: outside the gate it may have been another.
+        let result = self.write_windows(&self.stack(), offset, data);
         self.leave_written(inside, data.len(), &result);
         result
     }
@@ -105,22 +87,23 @@ impl Image {
         self.gate.leave(inside);
     }
 
-    fn write_windows(self: &Arc<Self>, offset: u64, data: &[u8]) -> Option<Result<()>> {
+    fn write_windows(self: &Arc<Self>, stack: &Stack, offset: u64, data: &[u8]) -> Option<Result<()>> {
         let mut done = 0;
         let mut failure = None;
         while done < data.len() {
             let at = offset + done as u64;
-            let window = Window::lock(self, at, (data.len() - done) as u64)?;
+            let window = Window::lock(self, stack, at, (data.len() - done) as u64)?;
             let len = window.len as usize;
             // Nothing is written before all of the window is known to be writable here.
             if !window.all(|at, run| match run.place {
-                Place::At { .. } => true,
+                // A lower level's cluster is copied first: not here.
+                Place::At { level, .. } => level == stack.top_index(),
                 Place::None => is_zero(&data[done + at..done + at + run.len as usize]),
                 Place::Damaged => false,
             }) {
                 return None;
             }
-            let top = self.top();
+            let top = stack.top();
             let ok = window.all(|at, run| {
                 let Place::At { position, .. } = run.place else { return true };
                 let piece = &data[done + at..done + at + run.len as usize];
@@ -152,7 +135,29 @@ impl Image {
 
     /// True where inline writes may wait for a device, so that a transport keeps one thread free of them.
     pub fn writes_may_block(&self) -> bool {
-        !self.never_blocks
+        !self.stack().never_blocks
+    }
+}
+
+/// One system call, without waiting. A short answer is never returned as it is: the runner reads again.
+fn read_run(stack: &Stack, run: &Run, buf: &mut [u8]) -> bool {
+    match run.place {
+        Place::None => {
+            buf.fill(0);
+            true
+        }
+        Place::Damaged => false,
+        Place::At { level, position } => {
+            let level = stack.level(level);
+            let got = if stack.never_blocks {
+                level.file.read_at(buf, position)
+            } else if stack.nowait_reads {
+                level.file.read_at_nowait(buf, position)
+            } else {
+                return false;
+            };
+            got.is_ok_and(|n| n == buf.len())
+        }
     }
 }
 
@@ -170,7 +175,7 @@ struct Window<'a> {
 
 impl<'a> Window<'a> {
     /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way.
-    fn lock(image: &'a Arc<Image>, offset: u64, len: u64) -> Option<Window<'a>> {
+    fn lock(image: &'a Arc<Image>, stack: &Stack, offset: u64, len: u64) -> Option<Window<'a>> {
         let first = offset / image.cluster;
         let start = offset - first * image.cluster;
         let count = ((start + len - 1) / image.cluster + 1).min(WINDOW as u64) as usize;
@@ -182,11 +187,11 @@ impl<'a> Window<'a> {
             }
             window.count += 1;
         }
-        let found = match &image.bat {
+        let found = match &stack.bat {
             Some(bat) => bat.lookup_run(first, &mut window.places[..count]),
             None => {
                 for (i, place) in window.places[..count].iter_mut().enumerate() {
-                    *place = Place::At { level: 0, position: (first + i as u64) * image.cluster };
+                    *place = stack.raw_place(first + i as u64);
                 }
                 true
             }
@@ -235,8 +240,8 @@ impl Drop for Window<'_> {
 }
 
 /// Levels that can be read here without waiting: all must agree, since a request may touch any of them.
-pub(super) fn probe(levels: &[super::Level]) -> (bool, bool) {
-    let never_blocks = levels.iter().all(|l| l.file.traits().never_blocks);
-    let nowait = levels.iter().all(|l| l.file.traits().nowait_reads);
+pub(super) fn probe<'a>(levels: impl Iterator<Item = &'a Level> + Clone) -> (bool, bool) {
+    let never_blocks = levels.clone().all(|l| l.file.traits().never_blocks);
+    let nowait = levels.clone().all(|l| l.file.traits().nowait_reads);
     (never_blocks, nowait)
 }

@@ -15,10 +15,14 @@
 //! old data (R3). Writing the live page in 3 would do the same. 5 before 4 would reuse a cluster that the entry
 //! on disk still names.
 
+use std::collections::BTreeSet;
+
 use super::Image;
 use super::Reply;
+use super::bat::cache::BatCache;
 use super::pio::Pio;
 use super::runner::Job;
+use super::stack::Stack;
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, PoisonError, lock};
 
@@ -40,6 +44,24 @@ pub struct Flusher {
     ended: Condvar,
     /// Writes that wait for unsynced data to shrink. A leaf.
     throttled: Mutex<Vec<Job>>,
+    /// While somebody watches: the BAT pages that rounds have copied since. A leaf.
+    watched: Mutex<Option<BTreeSet<u64>>>,
+}
+
+/// A watch over the BAT pages that are written; ends when dropped.
+pub struct PageWatch<'a>(&'a Flusher);
+
+impl PageWatch<'_> {
+    /// The pages that were written since the watch began.
+    pub fn pages(&self) -> BTreeSet<u64> {
+        lock(&self.0.watched).clone().unwrap_or_default()
+    }
+}
+
+impl Drop for PageWatch<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.watched) = None;
+    }
 }
 
 #[derive(Default)]
@@ -71,6 +93,17 @@ impl Flusher {
         Some(pio)
     }
 
+    /// Watches which BAT pages are written from now on. One watch at a time.
+    pub fn watch_pages(&self) -> PageWatch<'_> {
+        *lock(&self.watched) = Some(BTreeSet::new());
+        PageWatch(self)
+    }
+
+    /// Bytes written (or punches made) since the last round began.
+    pub fn unsynced(&self) -> u64 {
+        self.unsynced.load(Ordering::SeqCst)
+    }
+
     /// Writes waiting here.
     pub fn throttled(&self) -> usize {
         lock(&self.throttled).len()
@@ -84,8 +117,7 @@ impl Image {
             return reply(Err(e));
         }
         let mut state = lock(&self.flusher.state);
-        let clean = self.flusher.unsynced.load(Ordering::SeqCst) == 0
-            && self.bat.as_ref().is_none_or(|bat| bat.dirty_pages() == 0);
+        let clean = self.flusher.unsynced.load(Ordering::SeqCst) == 0 && self.dirty_pages() == 0;
         if clean && !state.running {
             drop(state);
             self.count_flush();
@@ -163,28 +195,34 @@ impl Image {
         if self.is_closed() {
             return Err(self.closed_error()); // A close that failed left pages dirty; the file is not ours any more.
         }
-        let copies = self.bat.as_ref().map(|bat| bat.copy_dirty()).unwrap_or_default(); // 1
+        // One stack for all of it: a swap comes only when nothing is dirty.
+        let stack = self.stack();
+        let dirty = |bat: &Arc<BatCache>| bat.copy_dirty(stack.top_index(), &stack.geometry);
+        let copies = stack.bat.as_ref().map(dirty).unwrap_or_default(); // 1
+        if let Some(watched) = &mut *lock(&self.flusher.watched) {
+            watched.extend(copies.iter().map(|copy| u64::from(copy.page)));
+        }
         let unsynced = self.flusher.unsynced.swap(0, Ordering::SeqCst);
         if unsynced == 0 && copies.is_empty() {
             return Ok(());
         }
-        if let Err(e) = self.sync_data() {
-            self.bat_not_written(copies);
+        if let Err(e) = self.sync_data(&stack) {
+            self.bat_not_written(&stack, copies);
             return Err(e); // 2
         }
         if !copies.is_empty() {
-            self.write_back(copies)?; // 3, 4, 5
+            self.write_back(&stack, copies)?; // 3, 4, 5
         }
         self.check_low_water();
         Ok(())
     }
 
     /// fdatasync of the top. A failure is final (R7): the image is read-only at once, and every later fsync fails.
-    pub(super) fn sync_data(self: &Arc<Self>) -> Result<()> {
-        self.top().file.sync_data().map_err(|e| {
+    pub(super) fn sync_data(self: &Arc<Self>, stack: &Stack) -> Result<()> {
+        stack.top().file.sync_data().map_err(|e| {
             let e = Error::io(
                 &e,
-                &self.top().path,
+                &stack.top().path,
                 "fdatasync failed; what was written since the last sync may be lost",
             );
             self.fail(&e);
@@ -212,7 +250,7 @@ impl Drop for Rounds {
         if !std::thread::panicking() {
             return;
         }
-        let e = Error::at(Kind::Io, &image.top().path, "internal error: a sync round broke off");
+        let e = Error::at(Kind::Io, image.path(), "internal error: a sync round broke off");
         image.fail(&e);
         let mut state = lock(&image.flusher.state);
         state.running = false;

@@ -4,9 +4,11 @@
 //! last used cluster; fsync; then the mark cleared, synced.
 
 use super::alloc::Allocator;
-use super::{Image, Stage};
+use super::scan::Scan;
+use super::stack::Stack;
+use super::{Image, Ready, Stage};
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Header, IN_USE};
+use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header, IN_USE};
 use crate::io::file::write_full;
 use crate::sync::{Arc, Mutex, lock};
 use crate::vdisk::runner::Job;
@@ -19,6 +21,22 @@ pub struct Marker {
 }
 
 impl Image {
+    /// Marks the image in use if it is not, and waits for it. Not for runners.
+    pub(super) fn mark_and_wait(self: &Arc<Self>) -> Result<()> {
+        match self.ready() {
+            Ready::Yes => Ok(()),
+            Ready::No(e) => Err(e),
+            Ready::Unmarked => {
+                let inside = self.enter_and_wait()?;
+                let done = super::wait_for(|reply: super::Reply<()>| {
+                    self.mark_first(reply, |reply| reply(Ok(())), |reply, result| reply(result));
+                });
+                drop(inside);
+                done
+            }
+        }
+    }
+
     /// Runs `then(token)` once the image is marked in use, marking it here if nobody else does; `fail(token)` on
     /// failure. For runners.
     pub(super) fn mark_first<T: Send + 'static>(
@@ -58,16 +76,17 @@ impl Image {
     ///
     /// 3 before 2 would change the file of an image that still says "clean" and, closed as v2.1, "trust my bitmap".
     fn mark(self: &Arc<Self>) -> Result<()> {
-        let top = self.top();
-        if self.bat.is_none() {
+        let stack = self.stack();
+        let top = stack.top();
+        if stack.bat.is_none() {
             return Ok(()); // Raw: there is no header, and nothing is allocated.
         }
-        let scan = lock(&self.scan).take();
+        let scan = lock(&stack.state.scan).take();
         let Some(scan) = scan else {
             return Err(Error::at(Kind::ReadOnly, &top.path, "the image was not opened for writing"));
         };
         let result = (|| {
-            let mut header = lock(&self.header);
+            let mut header = lock(&stack.state.header);
             let Some(h) = &mut *header else { return Ok(()) };
             if h.in_use == CLOSED_V21 && h.extension != 0 {
                 log::warn!(
@@ -86,50 +105,52 @@ impl Image {
                 })?;
             }
             drop(header);
-            self.sync_data()?;
-            let end = self.geometry.cluster_position(scan.end);
+            self.sync_data(&stack)?;
+            let end = stack.geometry.cluster_position(scan.end);
             top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))
         })();
         match result {
             Ok(()) => {
-                let step = self.engine.options.extend / self.cluster;
-                let allocator = Allocator::new(scan.end, self.geometry.file_clusters(), step, scan.free);
-                if self.allocator.set(allocator).is_err() {
+                let allocator = self.new_allocator(&stack.geometry, scan);
+                if stack.state.allocator.set(allocator).is_err() {
                     unreachable!("the scan is taken once");
                 }
                 Ok(())
             }
             Err(e) => {
-                *lock(&self.scan) = Some(scan);
+                *lock(&stack.state.scan) = Some(scan);
                 Err(e)
             }
         }
     }
 
-    /// The clean close of a marked image, after its last round:
+    /// The allocator of a top whose scan found this.
+    pub(super) fn new_allocator(&self, geometry: &Geometry, scan: Scan) -> Allocator {
+        let step = self.engine.options.extend / self.cluster;
+        Allocator::new(scan.end, geometry.file_clusters(), step, scan.free)
+    }
+
+    /// The clean close of a marked top, after its last round:
     /// 1. cut the file to its last used cluster;
     /// 2. fsync;
     /// 3. the header says closed (and empty, when nothing is mapped); written in one sector;
     /// 4. fsync.
     ///
     /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows.
-    pub(super) fn unmark(self: &Arc<Self>) -> Result<()> {
-        let top = self.top();
+    pub(super) fn unmark(&self, stack: &Stack) -> Result<()> {
+        let top = stack.top();
         let sync = || {
-            top.file.sync_all().map_err(|e| {
-                let e = Error::io(&e, &top.path, "fsync failed; the image keeps its in-use mark");
-                self.fail(&e);
-                e
-            })
+            top.file
+                .sync_all()
+                .map_err(|e| Error::io(&e, &top.path, "fsync failed; the file keeps its in-use mark"))
         };
-        if self.bat.is_none() {
-            return sync();
-        }
-        let allocator = self.allocator();
-        let end = self.geometry.cluster_position(allocator.used_end());
+        let Some(allocator) = stack.state.allocator.get() else {
+            return sync(); // Raw.
+        };
+        let end = stack.geometry.cluster_position(allocator.used_end());
         top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))?;
         sync()?;
-        let mut header = lock(&self.header);
+        let mut header = lock(&stack.state.header);
         if let Some(h) = &mut *header {
             let closed = closed(h, allocator.used() == 0);
             write_full(&*top.file, &closed.encode(), 0)

@@ -10,13 +10,14 @@
 pub mod alloc;
 pub mod bat;
 mod clock;
+mod cow;
 mod discard;
 mod engine;
 mod extend;
 mod fast;
 mod flush;
 mod gate;
-mod level;
+pub mod live;
 pub mod locks;
 mod mark;
 mod pio;
@@ -27,25 +28,25 @@ mod runner;
 mod scan;
 mod seek;
 mod space;
+mod stack;
 mod write;
 mod zero;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use arc_swap::{ArcSwap, Guard};
 use bytes::Bytes;
 
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{Geometry, HEADER_BYTES, Header, Version};
-use crate::io::file::read_full;
-use crate::io::poison::Poison;
+use crate::format::header::{HEADER_BYTES, Header};
+pub use crate::image::level::{Layout, Level};
+use crate::io::file::{HostStatus, read_full};
 use crate::sync::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
 };
-use bat::cache::{BatCache, Lookup};
-use bat::page::Place;
 pub use engine::{Engine, Event, Listener, OnFull, Options};
-pub use level::{Layout, Level};
 use locks::{ClusterLocks, Mode as LockMode};
+use stack::Stack;
 
 /// Called once with the answer, from any thread.
 pub type Reply<T> = Box<dyn FnOnce(Result<T>) + Send>;
@@ -120,23 +121,18 @@ pub struct Image {
     id: u64,
     name: String,
     engine: Arc<Engine>,
-    levels: Vec<Level>,
-    /// The top's; for raw, one that maps every byte to itself.
-    geometry: Geometry,
+    /// Changes only while the gate is closed and nothing is inside.
+    stack: ArcSwap<Stack>,
+    /// Cluster size in bytes.
     cluster: u64,
-    /// None for a raw top.
-    bat: Option<Arc<BatCache>>,
-    never_blocks: bool,
-    nowait_reads: bool,
+    /// Disk size in bytes; grows with the stack.
+    size: AtomicU64,
     gate: gate::Gate,
     locks: ClusterLocks,
     stage: AtomicU8,
-    /// The header of the top as it should be on disk. Held across every write of bytes 0 to 4095 (R5).
-    header: Mutex<Option<Header>>,
-    /// What the scan found, until the mark turns it into the allocator. A leaf.
-    scan: Mutex<Option<scan::Scan>>,
     marker: mark::Marker,
-    allocator: std::sync::OnceLock<alloc::Allocator>,
+    /// One at a time: live operations, and becoming writable. Before every other lock; held across I/O.
+    operation: Mutex<()>,
     flusher: flush::Flusher,
     space: space::Space,
     /// The BAT deadline is armed.
@@ -160,70 +156,40 @@ pub struct Image {
 impl Image {
     /// Opens over `levels` (base first), read-only. Blocks. A delta found in use has its page cache dropped before
     /// anything of it is trusted (R7).
-    pub fn open(engine: &Arc<Engine>, name: &str, mut levels: Vec<Level>) -> Result<Arc<Image>> {
-        let [level] = &mut levels[..] else {
-            return Err(Error::new(
-                Kind::Unsupported,
-                format!("{name}: images of several layers are not served yet"),
-            ));
-        };
-        let io = |level: &Level, e: std::io::Error| Error::io(&e, &level.path, "cannot open the image");
-        let len = level.file.len().map_err(|e| io(level, e))?;
-        let geometry = match &mut level.layout {
-            Layout::Ploop(header) => {
-                if header.is_in_use() {
-                    level
-                        .file
-                        .drop_cache()
-                        .map_err(|e| Error::io(&e, &level.path, "cannot drop the page cache"))?;
-                    let mut bytes = [0; HEADER_BYTES as usize];
-                    read_full(&*level.file, &mut bytes, 0)
-                        .map_err(|e| Error::io(&e, &level.path, "cannot read"))?;
-                    *header = Header::parse(&bytes)
-                        .map_err(|e| Error::at(Kind::Damaged, &level.path, e.to_string()))?;
-                }
-                let geometry = header.geometry();
-                if geometry.bat_end() > len {
-                    let context = format!(
-                        "the file ends at byte {len}, inside the BAT, which ends at byte {}",
-                        geometry.bat_end()
-                    );
-                    return Err(Error::at(Kind::Damaged, &level.path, context));
-                }
-                geometry
-            }
-            // Clusters of a raw image only cut requests into pios; 1 MiB is the format's usual size.
-            Layout::Raw => {
-                Geometry { version: Version::V2, cluster: 1 << 20, entries: 0, disk: len, first: 0 }
-            }
-        };
-        let header = match &level.layout {
-            Layout::Ploop(header) => Some(*header),
-            Layout::Raw => None,
-        };
-        let top = (levels.len() - 1) as u16;
-        let bat = header.map(|_| BatCache::new(Arc::clone(&engine.budget), top, geometry));
-        let (never_blocks, nowait_reads) = fast::probe(&levels);
-        // R7 where nobody can get around it: after a failed sync the file itself refuses every change.
-        let level = &mut levels[usize::from(top)];
-        level.file = Arc::new(Poison::new(Arc::clone(&level.file)));
+    pub fn open(engine: &Arc<Engine>, name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
+        Image::open_whole_or_part(engine, name, levels, false)
+    }
+
+    /// Opens some levels out of the middle of a chain, to merge them: what they do not map lies below.
+    pub(in crate::vdisk) fn open_part(
+        engine: &Arc<Engine>,
+        name: &str,
+        levels: Vec<Level>,
+    ) -> Result<Arc<Image>> {
+        Image::open_whole_or_part(engine, name, levels, true)
+    }
+
+    fn open_whole_or_part(
+        engine: &Arc<Engine>,
+        name: &str,
+        mut levels: Vec<Level>,
+        part: bool,
+    ) -> Result<Arc<Image>> {
+        levels.iter_mut().try_for_each(distrust)?;
+        let stack = Stack::new(levels, &engine.budget)?;
+        let stack = if part { stack.into_part() } else { stack };
         Ok(Arc::new(Image {
             id: engine.new_id(),
             name: name.into(),
             engine: Arc::clone(engine),
-            levels,
-            geometry,
-            cluster: geometry.cluster,
-            bat,
-            never_blocks,
-            nowait_reads,
+            cluster: stack.geometry.cluster,
+            size: AtomicU64::new(stack.geometry.disk),
+            stack: ArcSwap::from_pointee(stack),
             gate: gate::Gate::default(),
             locks: ClusterLocks::default(),
             stage: AtomicU8::new(Stage::ReadOnly as u8),
-            header: Mutex::new(header),
-            scan: Mutex::default(),
             marker: mark::Marker::default(),
-            allocator: std::sync::OnceLock::new(),
+            operation: Mutex::default(),
             flusher: flush::Flusher::default(),
             space: space::Space::default(),
             bat_timer: AtomicBool::new(false),
@@ -243,12 +209,18 @@ impl Image {
     /// Makes the image writable: scans the BAT for ranges and doubles. Blocks. No byte changes before the first
     /// write. Damage: `Kind::Damaged`, and the image stays readable.
     pub fn make_writable(self: &Arc<Self>) -> Result<()> {
+        // Looked at first, so that nobody waits here for a long operation: that has made the image writable itself.
         if self.stage() != Stage::ReadOnly {
             return Ok(());
         }
-        if self.bat.is_some() {
-            let found = scan::scan(self.top(), &self.geometry)?;
-            *lock(&self.scan) = Some(found);
+        let _alone = lock(&self.operation);
+        if self.stage() != Stage::ReadOnly {
+            return Ok(());
+        }
+        let stack = self.stack();
+        if stack.bat.is_some() {
+            let found = scan::scan(stack.top(), &stack.geometry)?;
+            *lock(&stack.state.scan) = Some(found);
         }
         self.set_stage(Stage::ReadOnly, Stage::Unmarked);
         Ok(())
@@ -256,7 +228,7 @@ impl Image {
 
     /// Disk size in bytes.
     pub fn size(&self) -> u64 {
-        self.geometry.disk
+        self.size.load(Ordering::Acquire)
     }
 
     /// Cluster size in bytes.
@@ -304,7 +276,7 @@ impl Image {
         Stats {
             mode: self.mode(),
             low: self.is_low(),
-            dirty_pages: self.bat.as_ref().map_or(0, |bat| bat.dirty_pages()),
+            dirty_pages: self.dirty_pages(),
             queued: (self.space.parked() + self.flusher.throttled()) as u64,
             reads: sum(|c| &c.reads),
             writes: sum(|c| &c.writes),
@@ -326,6 +298,14 @@ impl Image {
         } else {
             Mode::FullQueue
         }
+    }
+
+    /// What the host says of the top's file, with the space of all levels.
+    pub fn host_status(&self) -> std::io::Result<HostStatus> {
+        let stack = self.stack();
+        let top = stack.top().file.status()?;
+        let below = stack.top_down().skip(1).filter_map(|(_, level)| level.file.status().ok());
+        Ok(HostStatus { blocks: top.blocks + below.map(|status| status.blocks).sum::<u64>(), ..top })
     }
 
     /// Time of the last write through us.
@@ -355,9 +335,15 @@ impl Image {
         }
         self.fail_parked(&self.closed_error());
         self.engine.no_clean_pages(self.id);
+        // A live operation sees that the image closes, and ends.
+        let _alone = lock(&self.operation);
         self.gate.shut();
         let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
-        let result = synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark() } else { Ok(()) });
+        let result = synced
+            .and_then(|()| if self.stage() == Stage::Marked { self.unmark(&self.stack()) } else { Ok(()) });
+        if let Err(e) = &result {
+            self.fail(e);
+        }
         self.stop_rounds();
         self.give_up_pages();
         self.closed.store(true, Ordering::SeqCst);
@@ -388,20 +374,18 @@ impl Image {
 
     // What the files of this room share.
 
-    fn top(&self) -> &Level {
-        self.levels.last().expect("an image has a level")
+    /// The levels as they are now. Inside the gate they stay so; outside, they are those of this moment.
+    fn stack(&self) -> Guard<Arc<Stack>> {
+        self.stack.load()
     }
 
-    /// Where a guest cluster lies.
-    fn place(&self, cluster: u64) -> Lookup {
-        match &self.bat {
-            Some(bat) => bat.lookup(cluster),
-            None => Lookup::Found(Place::At { level: 0, position: cluster * self.cluster }),
-        }
+    /// The writable level's file, for messages.
+    fn path(&self) -> std::path::PathBuf {
+        self.stack().top().path.clone()
     }
 
-    fn allocator(&self) -> &alloc::Allocator {
-        self.allocator.get().expect("only marked images allocate and free")
+    fn dirty_pages(&self) -> u64 {
+        self.stack().bat.as_ref().map_or(0, |bat| bat.dirty_pages())
     }
 
     fn submit(&self, job: runner::Job) {
@@ -443,7 +427,7 @@ impl Image {
             Stage::Marked => Ready::Yes,
             Stage::Unmarked => Ready::Unmarked,
             Stage::ReadOnly => {
-                Ready::No(Error::at(Kind::ReadOnly, &self.top().path, "the image was opened read-only"))
+                Ready::No(Error::at(Kind::ReadOnly, self.path(), "the image was opened read-only"))
             }
         }
     }
@@ -453,7 +437,7 @@ impl Image {
     }
 
     fn closed_error(&self) -> Error {
-        Error::at(Kind::Io, &self.top().path, "the image is closed")
+        Error::at(Kind::Io, self.path(), "the image is closed")
     }
 
     /// Why the image turned read-only after it was opened.
@@ -485,7 +469,7 @@ impl Image {
 
     /// Dirty pages that will never be written keep nobody waiting.
     fn give_up_pages(&self) {
-        if let Some(bat) = &self.bat {
+        if let Some(bat) = &self.stack().bat {
             bat.give_up();
             self.engine.pages_are_clean();
         }
@@ -527,4 +511,23 @@ fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
         let _ = tell.send(result);
     }));
     answer.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "internal error: the request was dropped")))
+}
+
+/// A delta found in use was not closed cleanly: what the page cache has of it may never have reached the disk. It is
+/// dropped before anything is trusted (R7), and the header read again.
+fn distrust(level: &mut Level) -> Result<()> {
+    let Layout::Ploop(header) = &mut level.layout else { return Ok(()) };
+    if header.is_in_use() {
+        let io = |e: std::io::Error, what: &str| Error::io(&e, &level.path, what);
+        // Only clean pages can be dropped. A failure is an old one that nobody was told of: what is read from now on
+        // is what the disk has.
+        if let Err(e) = level.file.sync_data() {
+            log::warn!("{}: an earlier write never reached the disk: {e}", level.path.display());
+        }
+        level.file.drop_cache().map_err(|e| io(e, "cannot drop the page cache"))?;
+        let mut bytes = [0; HEADER_BYTES as usize];
+        read_full(&*level.file, &mut bytes, 0).map_err(|e| io(e, "cannot read"))?;
+        *header = Header::parse(&bytes).map_err(|e| Error::at(Kind::Damaged, &level.path, e.to_string()))?;
+    }
+    Ok(())
 }

@@ -5,7 +5,6 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 
-use super::bat::cache::Loading;
 use super::gate::Inside;
 use super::locks::Mode;
 use super::{Image, Reply, read, write};
@@ -153,19 +152,7 @@ impl Pio {
     pub fn run_with_page(mut self) {
         self.unlock();
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
-        let Some(bat) = &image.bat else { return self.run() };
-        match bat.load_or_queue(cluster, self, |pio: Pio| Box::new(move || pio.run())) {
-            Loading::Queued => {}
-            Loading::Loaded(pio) => pio.run(),
-            Loading::Mine(pio) => {
-                let (waiting, loaded) = bat.load(cluster, &image.levels);
-                waiting.into_iter().for_each(|job| image.submit(job));
-                match loaded {
-                    Ok(()) => pio.run(),
-                    Err(e) => pio.finish(Err(e)),
-                }
-            }
-        }
+        image.with_page(cluster, self, Pio::run, Pio::finish);
     }
 
     /// A place inside the gate for work that this pio starts and does not wait for.

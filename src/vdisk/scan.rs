@@ -5,16 +5,17 @@
 use rayon::prelude::*;
 
 use super::alloc::Bits;
-use super::level::Level;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{Geometry, HEADER_BYTES};
+use crate::image::level::Level;
 use crate::io::file::read_full;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Bytes of BAT per piece: large enough for sequential reads, small enough to spread over threads.
 const PIECE: u64 = 1 << 20;
 
-/// What a scan found.
+/// What a scan found. By default: an empty delta.
+#[derive(Default)]
 pub struct Scan {
     /// File clusters up to the last one in use.
     pub end: u64,

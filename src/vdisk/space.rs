@@ -133,7 +133,7 @@ impl Image {
 
     /// The error of a write that finds no space.
     pub(super) fn no_space(&self) -> Error {
-        Error::at(Kind::NoSpace, &self.top().path, "the host file system is full; free space there")
+        Error::at(Kind::NoSpace, self.path(), "the host file system is full; free space there")
     }
 
     fn tick_later(self: &Arc<Self>) {
@@ -194,15 +194,21 @@ impl Image {
         self.space.full.store(false, Ordering::SeqCst);
         state.timed_out = false;
         drop(state);
-        self.wake_parked();
+        self.wake_parked(usize::MAX);
         if news {
             self.engine.tell(Event::Space { image: self.name.clone() });
         }
     }
 
-    /// Clusters were freed: whoever is parked tries again, in order.
-    pub(super) fn wake_parked(self: &Arc<Self>) {
-        let parked = std::mem::take(&mut lock(&self.space.state).parked);
+    /// Clusters were freed: up to `count` of those parked, who have waited longest, try again. No more than there are
+    /// clusters: they run side by side, and one who came later would take what the first was woken for. When one gets
+    /// through, all others follow.
+    pub(super) fn wake_parked(self: &Arc<Self>, count: usize) {
+        let parked: Vec<Pio> = {
+            let mut state = lock(&self.space.state);
+            let count = count.min(state.parked.len());
+            state.parked.drain(..count).collect()
+        };
         self.engine.parked.fetch_sub(parked.len(), Ordering::SeqCst);
         parked.into_iter().for_each(Pio::come_back);
     }
@@ -223,7 +229,7 @@ impl Image {
     /// that a level at the mark does not raise it again and again.
     pub(super) fn check_low_water(&self) {
         let percent = u128::from(self.engine.options.low_water);
-        let Ok(space) = self.top().file.space() else { return };
+        let Ok(space) = self.stack().top().file.space() else { return };
         let (free, total) = (u128::from(space.available) * 100, u128::from(space.total));
         if free < total * percent {
             if !self.space.low.swap(true, Ordering::SeqCst) {

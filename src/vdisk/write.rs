@@ -1,9 +1,9 @@
-//! A write pio: in place under the shared lock, or an allocation under the exclusive one.
+//! A write pio: in place under the shared lock, or an allocation or a copy on write (`cow`) under the exclusive one.
 //!
 //! Order of an allocation, all under the exclusive cluster lock:
 //! 1. look up and pin the BAT page: the entry can be set later without loading anything;
 //! 2. take a file cluster that is known to be zero and lies inside the durable file (R2, R3: `alloc`);
-//! 3. write the data into it;
+//! 3. copy into it what a lower level has and the write leaves, then write the data;
 //! 4. set the entry in the cache, which makes the cluster visible;
 //! 5. let the lock go, answer.
 //!
@@ -14,9 +14,11 @@
 use super::alloc::Alloc;
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
+use super::cow::{Copied, CopyError};
 use super::engine::CleanWaiter;
 use super::locks::Mode;
 use super::pio::{Body, Pio};
+use super::stack::Stack;
 use super::zero::is_zero;
 use super::{Image, Ready};
 use crate::error::{Error, Kind, Result};
@@ -45,18 +47,22 @@ fn not_marked(pio: Pio, result: Result<()>) {
 }
 
 fn in_place(mut pio: Pio) {
-    match pio.image.place(pio.cluster) {
+    let image = pio.image.clone();
+    let stack = image.stack();
+    match stack.place(pio.cluster) {
         Lookup::Miss => pio.run_with_page(),
         Lookup::Found(Place::Damaged) => {
-            let e = pio.image.damaged_entry(pio.cluster);
+            let e = image.damaged_entry(pio.cluster);
             pio.finish(Err(e));
         }
-        Lookup::Found(Place::At { position, .. }) => write_mapped(pio, position),
+        Lookup::Found(Place::At { level, position }) if level == stack.top_index() => {
+            write_mapped(pio, &stack, position);
+        }
         Lookup::Found(Place::None) if is_zero(data(&pio)) => {
-            pio.image.count_write(0);
+            image.count_write(0);
             pio.finish(Ok(()));
         }
-        Lookup::Found(Place::None) => {
+        Lookup::Found(Place::None | Place::At { .. }) => {
             // No upgrade: let go, queue for exclusive, look up again.
             pio.unlock();
             pio.with_lock(Mode::Exclusive, allocate);
@@ -72,43 +78,53 @@ fn data(pio: &Pio) -> &[u8] {
 }
 
 /// Writes into a cluster that the top maps. Even here the host may be full: sparse, punched and shared extents.
-fn write_mapped(pio: Pio, position: u64) {
+fn write_mapped(pio: Pio, stack: &Stack, position: u64) {
     let at = position + pio.start;
-    match write_full(&*pio.image.top().file, data(&pio), at) {
+    match write_full(&*stack.top().file, data(&pio), at) {
         Ok(()) => {
             let image = pio.image.clone();
             image.wrote(data(&pio).len());
             image.space_worked(pio.parked.is_some());
             pio.finish(Ok(()));
         }
-        Err(e) => failed(pio, &e, at),
+        Err(e) => failed(pio, stack, &e, at),
     }
 }
 
 /// ENOSPC parks the pio; anything else is the caller's error.
-fn failed(pio: Pio, e: &std::io::Error, at: u64) {
+fn failed(pio: Pio, stack: &Stack, e: &std::io::Error, at: u64) {
     let image = pio.image.clone();
     // What was written before the failure must be synced like any other data.
     image.touched(1);
-    if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) {
+    if is_full(e) {
         return image.park(pio);
     }
-    pio.finish(Err(Error::io(e, &image.top().path, format!("cannot write at byte {at}"))));
+    pio.finish(Err(Error::io(e, &stack.top().path, format!("cannot write at byte {at}"))));
+}
+
+/// Want of space, in whatever words the host says it.
+pub(super) fn is_full(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
 
 fn allocate(pio: Pio) {
     let image = pio.image.clone();
-    let Some(bat) = &image.bat else { unreachable!("every cluster of a raw image is mapped") };
-    match bat.lookup_to_allocate(pio.cluster) {
+    let stack = image.stack();
+    let Some(bat) = &stack.bat else { unreachable!("every cluster of a raw image is mapped") };
+    let top = stack.top_index();
+    let below = match bat.lookup_to_allocate(pio.cluster, top) {
         Lookup::Miss => return pio.run_with_page(),
         // Somebody else allocated it while we queued.
-        Lookup::Found(Place::At { position, .. }) => return write_mapped(pio, position),
+        Lookup::Found(Place::At { level, position }) if level == top => {
+            return write_mapped(pio, &stack, position);
+        }
         Lookup::Found(Place::Damaged) => {
             let e = image.damaged_entry(pio.cluster);
             return pio.finish(Err(e));
         }
-        Lookup::Found(Place::None) => {}
-    }
+        Lookup::Found(Place::None) => None,
+        Lookup::Found(Place::At { level, position }) => Some((level, position)),
+    };
     let cluster = pio.cluster;
     if image.engine.budget.dirty_full() {
         bat.unpin(cluster);
@@ -119,7 +135,7 @@ fn allocate(pio: Pio) {
         pio.unlock();
         Box::new(move || pio.run())
     };
-    let alloc = image.allocator();
+    let alloc = stack.allocator();
     // Two places, for an extension and a scrub; what is not used is given back.
     let mut places = [pio.companion(), pio.companion()];
     let due = |due| {
@@ -136,21 +152,45 @@ fn allocate(pio: Pio) {
             image.park(pio);
         }
         Alloc::Got(file_cluster, pio) => {
-            let position = image.geometry.cluster_position(file_cluster);
-            let at = position + pio.start;
-            if let Err(e) = write_full(&*image.top().file, data(&pio), at) {
+            let pio_start = pio.start;
+            let position = stack.geometry.cluster_position(file_cluster);
+            if let Err(e) = fill(&pio, &stack, below, position) {
                 bat.unpin(cluster);
                 alloc.give_back(file_cluster);
-                return failed(pio, &e, at);
+                return match e {
+                    CopyError::Read(e) => pio.finish(Err(e)),
+                    CopyError::Write(e) => failed(pio, &stack, &e, position + pio_start),
+                };
             }
             image.wrote(data(&pio).len());
-            if bat.set(cluster, position) {
+            if bat.set(cluster, top, position) {
                 image.bat_is_dirty();
             }
             image.space_worked(true);
             pio.finish(Ok(()));
         }
     }
+}
+
+/// Step 3: what a lower level has and the write leaves, then the data.
+fn fill(
+    pio: &Pio,
+    stack: &Stack,
+    below: Option<(u16, u64)>,
+    position: u64,
+) -> std::result::Result<(), CopyError> {
+    let image = &pio.image;
+    let data = data(pio);
+    let mut blank = true;
+    if let Some(from) = below {
+        let len = image.cluster_len(pio.cluster);
+        let skip = pio.start..pio.start + data.len() as u64;
+        blank = matches!(image.copy_cluster(stack, from, position, len, skip)?, Copied::Rest);
+    }
+    if blank && below.is_some() && is_zero(data) {
+        return Ok(()); // A zero cluster: a hole that hides what lies below.
+    }
+    write_full(&*stack.top().file, data, position + pio.start).map_err(CopyError::Write)
 }
 
 /// Half of the BAT cache is dirty: `pio` waits as if parked for space, outside the gate, so that no freeze or close
@@ -168,7 +208,7 @@ fn wait_for_clean_pages(mut pio: Pio) {
 impl Image {
     /// Parks `pio` until unsynced data is below the upper bound (DESIGN.md 6), or gives it back.
     fn throttle(&self, pio: Pio) -> Option<Pio> {
-        if self.never_blocks || !self.flusher.is_over_bound() {
+        if !self.flusher.is_over_bound() || self.stack().never_blocks {
             return Some(pio);
         }
         self.flusher.throttle(pio, |pio| Box::new(move || pio.run()))
@@ -180,9 +220,14 @@ impl Image {
         let queued = self.engine.wait_for_clean_pages(self.id, closing, waiter);
         // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own
         // a round would end at once, and wake everybody for nothing, again and again.
-        if queued && self.bat.as_ref().is_some_and(|bat| bat.dirty_pages() > 0) {
+        if queued && self.dirty_pages() > 0 {
             self.start_round();
         }
+    }
+
+    /// Bytes of a guest cluster that belong to the disk: the last one may be partial.
+    pub(super) fn cluster_len(&self, cluster: u64) -> u64 {
+        (self.size() - cluster * self.cluster).min(self.cluster)
     }
 
     /// Checks the range of a write: a disk has a fixed size, and a short write would lose its tail silently.
@@ -194,7 +239,7 @@ impl Image {
                     "a write of {len} bytes at byte {offset} passes the disk's end at {}",
                     self.size()
                 );
-                Err(Error::at(Kind::NoSpace, &self.top().path, context))
+                Err(Error::at(Kind::NoSpace, self.path(), context))
             }
         }
     }

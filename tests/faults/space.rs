@@ -196,8 +196,12 @@ fn freed_clusters_wake_parked_writes_without_waiting_for_the_bat_s_delay() {
 fn parked_writes_that_were_woken_in_vain_keep_their_order() {
     let rig = started(options());
     let _switch = full(&rig);
-    let parked: Vec<_> = (10..14).map(|n| rig.start_fill(n, n as u8)).collect();
-    until("four parked writes", || rig.image.stats().queued == 4);
+    let mut parked = Vec::new();
+    for n in 10..14 {
+        parked.push(rig.start_fill(n, n as u8));
+        // One by one: side by side they would be parked in any order.
+        until("it to be parked", || rig.image.stats().queued == n - 9);
+    }
     // Room for one, twice: each time the one that has waited longest gets it.
     for (turn, n) in [(0, 10), (1, 11)] {
         rig.discard(turn * CLUSTER, CLUSTER).expect("discards");

@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use super::page::{Page, Place};
 use crate::error::{Error, Kind, Result};
-use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, pages, slot_of};
+use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, cluster_of, pages, slot_of};
 use crate::format::header::{Geometry, HEADER_BYTES};
 use crate::io::file::read_full;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, Weak, lock};
-use crate::vdisk::Level;
 use crate::vdisk::runner::Job;
+use crate::vdisk::stack::Stack;
 
 /// The bound on loaded pages, shared by all images of an engine.
 pub struct Budget {
@@ -126,9 +126,6 @@ pub struct BatCache {
     slots: Box<[Slot]>,
     budget: Arc<Budget>,
     me: Weak<BatCache>,
-    /// Index of the writable level, and its geometry.
-    top: u16,
-    geometry: Geometry,
     /// Also protects the two counts of dirty pages, here and in the budget, against `given_up`. A leaf.
     dirty: Mutex<Dirty>,
     dirty_count: AtomicU64,
@@ -145,17 +142,20 @@ pub struct Copy {
 }
 
 impl BatCache {
-    /// An empty cache over `levels`, of which `top` is the writable one.
-    pub fn new(budget: Arc<Budget>, top: u16, geometry: Geometry) -> Arc<BatCache> {
+    /// An empty cache for a BAT of `entries` entries.
+    pub fn new(budget: Arc<Budget>, entries: u64) -> Arc<BatCache> {
         Arc::new_cyclic(|me| BatCache {
-            slots: (0..pages(geometry.entries)).map(|_| Slot::default()).collect(),
+            slots: (0..pages(entries)).map(|_| Slot::default()).collect(),
             budget,
             me: me.clone(),
-            top,
-            geometry,
             dirty: Mutex::default(),
             dirty_count: AtomicU64::new(0),
         })
+    }
+
+    /// True when the directory has a slot for each of `entries` entries, and no more.
+    pub fn covers(&self, entries: u64) -> bool {
+        self.slots.len() as u64 == pages(entries)
     }
 
     fn loaded(&self, page: u64) -> (&Slot, MutexGuard<'_, State>) {
@@ -188,17 +188,29 @@ impl BatCache {
         true
     }
 
-    /// Like [`lookup`](Self::lookup); where no level maps the cluster, the page is pinned, so that the entry of
-    /// an allocation can be [`set`](Self::set) later. The caller then calls `set` or [`unpin`](Self::unpin).
-    pub fn lookup_to_allocate(&self, cluster: u64) -> Lookup {
+    /// Like [`lookup`](Self::lookup); where level `top` does not map the cluster, the page is pinned, so that the
+    /// entry of an allocation can be [`set`](Self::set) later. The caller then calls `set` or [`unpin`](Self::unpin).
+    pub fn lookup_to_allocate(&self, cluster: u64, top: u16) -> Lookup {
         let (page, slot) = slot_of(cluster);
         let (_, mut state) = self.loaded(page);
         let State::Loaded(loaded) = &mut *state else { return Lookup::Miss };
         let place = loaded.get(slot);
-        if place == Place::None {
+        if match place {
+            Place::None => true,
+            Place::At { level, .. } => level != top,
+            Place::Damaged => false,
+        } {
             loaded.pins += 1;
         }
         Lookup::Found(place)
+    }
+
+    /// Which of `places.len()` clusters from `first` on, all in one loaded page, hide the data of a lower level.
+    pub fn hidden_run(&self, first: u64, hides: &mut [bool]) {
+        let (page, slot) = slot_of(first);
+        if let State::Loaded(page) = &*self.loaded(page).1 {
+            hides.iter_mut().enumerate().for_each(|(i, hides)| *hides = page.hides(slot + i));
+        }
     }
 
     /// Gives up an allocation.
@@ -208,24 +220,38 @@ impl BatCache {
         }
     }
 
-    /// Enters an allocation and unpins the page. True when the page was clean: its deadline starts now.
-    pub fn set(&self, cluster: u64, position: u64) -> bool {
+    /// Enters an allocation of level `top` and unpins the page. True when the page was clean: its deadline starts
+    /// now.
+    pub fn set(&self, cluster: u64, top: u16, position: u64) -> bool {
         let (page, slot) = slot_of(cluster);
         let (_, mut state) = self.loaded(page);
         let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
         loaded.pins -= 1;
-        loaded.set(slot, Place::At { level: self.top, position });
+        // What was there is a lower level's, and hidden from now on.
+        let hides = loaded.get(slot) != Place::None;
+        loaded.set(slot, Place::At { level: top, position }, hides);
         self.mark_dirty(page as u32, loaded)
     }
 
-    /// Unmaps `count` clusters from `first` on (all in one page) and remembers their file clusters as freed by
+    /// Moves a cluster of level `top`: its entry names `position` from now on. The caller holds its lock exclusively,
+    /// has pinned the page, and keeps the old file cluster out of circulation.
+    pub fn relocate(&self, cluster: u64, top: u16, position: u64) -> bool {
+        let (page, slot) = slot_of(cluster);
+        let (_, mut state) = self.loaded(page);
+        let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
+        let hides = loaded.hides(slot);
+        loaded.set(slot, Place::At { level: top, position }, hides);
+        self.mark_dirty(page as u32, loaded)
+    }
+
+    /// Unmaps `count` clusters from `first` on (all in one page; no lower level maps them) and remembers their file clusters as freed by
     /// the page's next durable copy. The caller holds their locks exclusively and has loaded and pinned the page.
     pub fn unmap(&self, first: u64, count: usize, freed: &[u64]) -> bool {
         let (page, slot) = slot_of(first);
         let (_, mut state) = self.loaded(page);
         let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
         for slot in slot..slot + count {
-            loaded.set(slot, Place::None);
+            loaded.set(slot, Place::None, false);
         }
         loaded.freed.extend_from_slice(freed);
         self.mark_dirty(page as u32, loaded)
@@ -270,8 +296,8 @@ impl BatCache {
         self.dirty_count.load(Ordering::SeqCst)
     }
 
-    /// Step 1 of a round: copies the own entries of every dirty page, each under its lock, in file order.
-    pub fn copy_dirty(&self) -> Vec<Copy> {
+    /// Step 1 of a round: copies the entries of level `top` of every dirty page, each under its lock, in file order.
+    pub fn copy_dirty(&self, top: u16, geometry: &Geometry) -> Vec<Copy> {
         let mut numbers = std::mem::take(&mut lock(&self.dirty).pages);
         numbers.sort_unstable();
         let mut copies = Vec::with_capacity(numbers.len());
@@ -280,7 +306,7 @@ impl BatCache {
             let State::Loaded(page) = &mut *state else { unreachable!("a dirty page is never evicted") };
             page.dirty_since = None;
             page.writing = true;
-            let bytes = page.own_entries(self.top, &self.geometry);
+            let bytes = page.own_entries(top, geometry);
             copies.push(Copy { page: number, bytes, freed: std::mem::take(&mut page.freed) });
         }
         copies
@@ -328,9 +354,9 @@ impl BatCache {
 
     /// Loads the page of `cluster`, merged over all levels from the top down; blocks on the host. Only after
     /// [`Loading::Mine`]. Returns those who waited, to be submitted: on failure each tries for itself.
-    pub fn load(&self, cluster: u64, levels: &[Level]) -> (Vec<Job>, Result<()>) {
+    pub(in crate::vdisk) fn load(&self, cluster: u64, stack: &Stack) -> (Vec<Job>, Result<()>) {
         let number = slot_of(cluster).0;
-        let read = self.read_page(number, levels);
+        let read = read_page(number, stack);
         let (slot, mut state) = self.loaded(number);
         let State::Loading(waiting) = std::mem::take(&mut *state) else {
             unreachable!("only the loader ends the loading")
@@ -345,32 +371,6 @@ impl BatCache {
                 (waiting, Ok(()))
             }
         }
-    }
-
-    fn read_page(&self, number: u64, levels: &[Level]) -> Result<Box<Page>> {
-        let mut page = Box::<Page>::default();
-        let mut bytes = [0; PAGE_BYTES as usize];
-        for (index, level) in levels.iter().enumerate().rev() {
-            let Some(of) = level.geometry() else { continue };
-            let start = number * PAGE_BYTES;
-            let end = of.bat_end().min(start + PAGE_BYTES);
-            if end <= start {
-                continue; // A lower BAT may be shorter.
-            }
-            let want = (end - start) as usize;
-            let io = |e: &std::io::Error| {
-                Error::io(e, &level.path, format!("cannot read the BAT at byte {start}"))
-            };
-            let got = read_full(&*level.file, &mut bytes[..want], start).map_err(|e| io(&e))?;
-            if got < want {
-                let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
-                return Err(Error::at(Kind::Damaged, &level.path, context));
-            }
-            let len = level.file.len().map_err(|e| io(&e))?;
-            let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
-            page.merge_under(index as u16, &bytes[..want], first..want / 4, &of, len);
-        }
-        Ok(page)
     }
 
     /// Evicts a page if nobody needs it; true when it is gone.
@@ -395,4 +395,34 @@ impl Drop for BatCache {
         // An image that was dropped without a close.
         self.give_up();
     }
+}
+
+/// Reads a page's entries from every level's file, the top's first.
+fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
+    let mut page = Box::<Page>::default();
+    let mut bytes = [0; PAGE_BYTES as usize];
+    for (index, level) in stack.top_down() {
+        let start = number * PAGE_BYTES;
+        let io =
+            |e: &std::io::Error| Error::io(e, &level.path, format!("cannot read the BAT at byte {start}"));
+        let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
+        let len = level.file.len().map_err(|e| io(&e))?;
+        let Some(of) = level.geometry() else {
+            let cluster = cluster_of(number, first).expect("the first slot behind the header is a cluster's");
+            page.merge_raw_under(index, (cluster, first), stack.geometry.cluster, len);
+            continue;
+        };
+        let end = of.bat_end().min(start + PAGE_BYTES);
+        if end <= start {
+            continue; // A lower BAT may be shorter.
+        }
+        let want = (end - start) as usize;
+        let got = read_full(&*level.file, &mut bytes[..want], start).map_err(|e| io(&e))?;
+        if got < want {
+            let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
+            return Err(Error::at(Kind::Damaged, &level.path, context));
+        }
+        page.merge_under(index, &bytes[..want], first..want / 4, &of, len);
+    }
+    Ok(page)
 }

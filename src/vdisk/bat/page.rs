@@ -64,27 +64,64 @@ pub struct Page {
     pub writing: bool,
     /// File clusters whose unmapping the next copy will carry; they become free when it is durable (R4).
     pub freed: Vec<u64>,
+    /// One bit per slot: some level below the one that the entry names maps the cluster as well, so that taking the
+    /// entry away would bring old data back. May say so after a merge that took that level away: the cluster then
+    /// stays mapped until the page is loaded anew, which costs a hole.
+    hides: [u64; PAGE_SLOTS / 64],
 }
 
 impl Default for Page {
     fn default() -> Page {
         let entries = vec![Packed(NONE); PAGE_SLOTS].into_boxed_slice();
-        Page { entries, pins: 0, dirty_since: None, writing: false, freed: Vec::new() }
+        let hides = [0; PAGE_SLOTS / 64];
+        Page { entries, pins: 0, dirty_since: None, writing: false, freed: Vec::new(), hides }
     }
 }
 
 impl Page {
     /// Memory of a loaded page in bytes, for the cache's bound.
-    pub const COST: u64 = PAGE_SLOTS as u64 * 8 + 128;
+    pub const COST: u64 = PAGE_SLOTS as u64 * 8 + 256;
 
     /// The place in `slot`.
     pub fn get(&self, slot: usize) -> Place {
         self.entries[slot].unpack()
     }
 
-    /// Changes the place in `slot`. The caller marks the page dirty.
-    pub fn set(&mut self, slot: usize, place: Place) {
+    /// Changes the place in `slot`. The caller marks the page dirty. `hides`: a lower level maps the cluster too.
+    pub fn set(&mut self, slot: usize, place: Place, hides: bool) {
         self.entries[slot] = Packed::pack(place);
+        let bit = 1 << (slot % 64);
+        if hides {
+            self.hides[slot / 64] |= bit;
+        } else {
+            self.hides[slot / 64] &= !bit;
+        }
+    }
+
+    /// True when a level below the one that `slot` names maps the cluster as well.
+    pub fn hides(&self, slot: usize) -> bool {
+        self.hides[slot / 64] & 1 << (slot % 64) != 0
+    }
+
+    /// Lays a raw base of `len` bytes under what is there: cluster i lies at i * `cluster`.
+    pub fn merge_raw_under(&mut self, level: u16, first: (u64, usize), cluster: u64, len: u64) {
+        let (first_cluster, first_slot) = first;
+        for slot in first_slot..PAGE_SLOTS {
+            let position = (first_cluster + (slot - first_slot) as u64) * cluster;
+            if position >= len {
+                break;
+            }
+            self.lay_under(slot, Packed::pack(Place::At { level, position }));
+        }
+    }
+
+    /// What an upper level has set stays, and hides this.
+    fn lay_under(&mut self, slot: usize, entry: Packed) {
+        if self.entries[slot].0 == NONE {
+            self.entries[slot] = entry;
+        } else if entry.0 != NONE {
+            self.hides[slot / 64] |= 1 << (slot % 64);
+        }
     }
 
     /// Lays the entries of the page's bytes on disk (of delta `level`) under what is there already: a slot
@@ -98,12 +135,9 @@ impl Page {
         len: u64,
     ) {
         for slot in slots {
-            if self.entries[slot].0 != NONE {
-                continue;
-            }
             let at = slot * 4;
             let Some(&[a, b, c, d]) = bytes.get(at..at + 4) else { break };
-            self.entries[slot] = match u32::from_le_bytes([a, b, c, d]) {
+            let entry = match u32::from_le_bytes([a, b, c, d]) {
                 0 => Packed(NONE),
                 // An entry never points past the end of the file (R2) or into the header.
                 entry => match of.position(entry) {
@@ -111,6 +145,7 @@ impl Page {
                     _ => Packed(DAMAGED),
                 },
             };
+            self.lay_under(slot, entry);
         }
     }
 
@@ -164,7 +199,19 @@ mod tests {
         assert_eq!(page.get(1), Place::At { level: 1, position: 3 * 65536 });
         assert_eq!(page.get(2), Place::At { level: 0, position: 2 * 65536 });
         assert_eq!(page.get(3), Place::None);
+        assert_eq!((page.hides(1), page.hides(2), page.hides(3)), (true, false, false));
         assert_eq!(&page.own_entries(1, &GEOMETRY)[..], &top[..]);
+    }
+
+    #[test]
+    fn a_raw_base_maps_every_cluster_up_to_its_end() {
+        let mut page = Page::default();
+        page.set(17, Place::At { level: 1, position: 65536 }, false);
+        page.merge_raw_under(0, (0, 16), 65536, 3 * 65536 + 1);
+        assert_eq!(page.get(16), Place::At { level: 0, position: 0 });
+        assert!(page.hides(17));
+        assert_eq!(page.get(19), Place::At { level: 0, position: 3 * 65536 });
+        assert_eq!(page.get(20), Place::None);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering, lock};
 use crate::vdisk::Image;
 use crate::vdisk::engine::OnFull;
+use crate::vdisk::stack::Stack;
 
 /// How long a failed BAT write is tried again before the image goes read-only: long enough for a path that comes
 /// back, short enough that a guest's own timeout (30 s and more) has not fired.
@@ -52,33 +53,33 @@ impl Image {
     }
 
     /// Steps 3 to 5 of a round: the copies were made before the data was synced.
-    pub(in crate::vdisk) fn write_back(self: &Arc<Self>, copies: Vec<Copy>) -> Result<()> {
-        if let Err(e) = self.write_copies(&copies) {
-            self.bat_not_written(copies);
+    pub(in crate::vdisk) fn write_back(self: &Arc<Self>, stack: &Stack, copies: Vec<Copy>) -> Result<()> {
+        if let Err(e) = self.write_copies(stack, &copies) {
+            self.bat_not_written(stack, copies);
             return Err(e);
         }
-        if let Err(e) = self.sync_data() {
-            self.bat_not_written(copies);
+        if let Err(e) = self.sync_data(stack) {
+            self.bat_not_written(stack, copies);
             return Err(e);
         }
         // The collector: each page is clean unless it changed meanwhile; what it unmapped is free (R4).
-        let Some(bat) = &self.bat else { return Ok(()) };
+        let Some(bat) = &stack.bat else { return Ok(()) };
         let punched = !self.cannot_punch.load(Ordering::SeqCst);
-        let mut freed = false;
+        let mut freed = 0;
         for copy in copies {
             bat.written(copy.page);
-            freed |= !copy.freed.is_empty();
-            self.allocator().freed(&copy.freed, punched);
+            freed += copy.freed.len();
+            stack.allocator().freed(&copy.freed, punched);
         }
-        if freed && self.space.is_full() {
+        if freed > 0 && self.space.is_full() {
             self.try_space_again();
-            self.wake_parked();
+            self.wake_parked(freed);
         }
         Ok(())
     }
 
     /// Writes every copy; what fails is written again, after everything else was tried.
-    fn write_copies(self: &Arc<Self>, copies: &[Copy]) -> Result<()> {
+    fn write_copies(self: &Arc<Self>, stack: &Stack, copies: &[Copy]) -> Result<()> {
         let mut left: Vec<&Copy> = copies.iter().collect();
         let mut pause = FIRST_PAUSE;
         let begun = Instant::now();
@@ -86,7 +87,7 @@ impl Image {
             let mut failed = Vec::new();
             let mut last = None;
             for copy in left {
-                if let Err(e) = self.write_page(copy) {
+                if let Err(e) = self.write_page(stack, copy) {
                     last = Some(e);
                     failed.push(copy);
                 }
@@ -96,7 +97,7 @@ impl Image {
                 return Ok(());
             };
             let page = failed[0].page;
-            let error = Error::io(&e, &self.top().path, format!("cannot write BAT page {page}"));
+            let error = Error::io(&e, &stack.top().path, format!("cannot write BAT page {page}"));
             // Want of space is a mode, not a failure: it is waited out like any other write's.
             let full = matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
             let options = &self.engine.options;
@@ -123,15 +124,15 @@ impl Image {
     }
 
     /// One page, cut off at the BAT's end: what follows may be data.
-    fn write_page(&self, copy: &Copy) -> std::io::Result<()> {
+    fn write_page(&self, stack: &Stack, copy: &Copy) -> std::io::Result<()> {
         let start = u64::from(copy.page) * PAGE_BYTES;
-        let len = (self.geometry.bat_end() - start).min(PAGE_BYTES) as usize;
-        let file = &*self.top().file;
+        let len = (stack.geometry.bat_end() - start).min(PAGE_BYTES) as usize;
+        let file = &*stack.top().file;
         if copy.page != 0 {
             return write_full(file, &copy.bytes[..len], start);
         }
         // R5: the header as it is now, and nobody else writes it until this write has ended.
-        let header = lock(&self.header);
+        let header = lock(&stack.state.header);
         let mut bytes = copy.bytes.clone();
         if let Some(header) = &*header {
             bytes[..64].copy_from_slice(&header.encode());
@@ -140,8 +141,8 @@ impl Image {
     }
 
     /// The round failed before its copies were durable.
-    pub(in crate::vdisk) fn bat_not_written(self: &Arc<Self>, copies: Vec<Copy>) {
-        let Some(bat) = &self.bat else { return };
+    pub(in crate::vdisk) fn bat_not_written(self: &Arc<Self>, stack: &Stack, copies: Vec<Copy>) {
+        let Some(bat) = &stack.bat else { return };
         if copies.is_empty() {
             return;
         }

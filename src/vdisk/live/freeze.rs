@@ -1,0 +1,101 @@
+//! The short moment in which an image stands still: everything durable, nobody inside, the stack may be swapped.
+
+use std::time::Instant;
+
+use super::super::stack::Stack;
+use super::super::{Image, Stage};
+use crate::error::{Error, Kind, Result};
+use crate::sync::{Arc, MutexGuard, Ordering, PoisonError};
+
+/// Unsynced bytes below which the freeze begins: the last sync, inside it, then takes a few milliseconds on any disk.
+const LITTLE: u64 = 1 << 20;
+/// Syncs before the freeze: a writer that is faster than the disk leaves as much after each, and is not waited for
+/// for ever. From the second on, only what came during the last one is left.
+const SYNCS: u32 = 6;
+
+/// What a commit came to that did not succeed.
+#[derive(Debug)]
+pub enum Uncommitted {
+    /// Nothing has changed.
+    NotDone(Error),
+    /// The rename happened, but whether it is durable is not known: the image may not go on being written (R8).
+    Unknown(Error),
+}
+
+impl From<Error> for Uncommitted {
+    fn from(e: Error) -> Uncommitted {
+        Uncommitted::NotDone(e)
+    }
+}
+
+/// A frozen image; dropping it thaws.
+pub struct Frozen<'a> {
+    image: &'a Arc<Image>,
+    since: Instant,
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.image.thaw();
+        // What a guest felt of the operation.
+        log::info!("{}: stood still for {:.1} ms", self.image.name, self.since.elapsed().as_secs_f64() * 1e3);
+    }
+}
+
+impl Image {
+    /// One live operation at a time; the second is refused rather than queued: who asked should know.
+    pub(in crate::vdisk) fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
+        match self.operation.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => Ok(PoisonError::into_inner(poisoned)),
+            Err(std::sync::TryLockError::WouldBlock) => Err(Error::at(
+                Kind::Busy,
+                self.path(),
+                "another operation on this image is running; try again when it has ended",
+            )),
+        }
+    }
+
+    /// Freezes with everything durable:
+    /// 1. outside the freeze: sync until little is left;
+    /// 2. close the gate and wait for what is inside;
+    /// 3. sync the rest: BAT pages and data.
+    ///
+    /// Without 1 the guest would stand still for as long as the disk needs for all unsynced data.
+    pub(in crate::vdisk) fn freeze_durably(self: &Arc<Self>) -> Result<Frozen<'_>> {
+        for _ in 0..SYNCS {
+            self.flush_now()?; // 1
+            if self.flusher.unsynced() < LITTLE {
+                break;
+            }
+        }
+        let since = Instant::now();
+        self.freeze(); // 2
+        let frozen = Frozen { image: self, since };
+        if self.stage() != Stage::ReadOnly {
+            self.flush_now()?; // 3
+        }
+        Ok(frozen)
+    }
+
+    /// Makes `next` the image's stack. Only while frozen and durable. Returns the old one.
+    pub(in crate::vdisk) fn swap(&self, _: &Frozen<'_>, next: Stack) -> Arc<Stack> {
+        self.size.store(next.geometry.disk, Ordering::Release);
+        self.stack.swap(Arc::new(next))
+    }
+
+    /// Carries out the point of no return of an operation; where it is not known what is on disk, the image is
+    /// read-only from then on.
+    pub(in crate::vdisk) fn commit(
+        self: &Arc<Self>,
+        commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
+    ) -> Result<()> {
+        commit().map_err(|e| match e {
+            Uncommitted::NotDone(e) => e,
+            Uncommitted::Unknown(e) => {
+                self.fail(&e);
+                e
+            }
+        })
+    }
+}

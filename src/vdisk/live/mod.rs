@@ -1,0 +1,71 @@
+//! Operations on a live image: snapshot, merge, switch, grow, clone. Each in the same parts: prepare, freeze, swap,
+//! thaw, clean up (R8, R9).
+
+pub mod freeze;
+mod grow;
+pub mod merge;
+mod pull;
+pub mod snapshot;
+mod work;
+
+pub use work::carry_out;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What is to be done with an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "work", rename_all = "lowercase")]
+pub enum Work {
+    /// Freeze what is there as a snapshot; writes go to a new top.
+    Snapshot {
+        /// Its name; None: named by the time.
+        label: Option<String>,
+    },
+    /// Delete a snapshot: merged into its only child, or later when it has several.
+    Delete {
+        /// Label or GUID.
+        snapshot: String,
+    },
+    /// Merge a snapshot's data with its only child's, as `Delete` does with a snapshot that was kept.
+    Merge {
+        /// Label or GUID.
+        snapshot: String,
+    },
+    /// Go back to a snapshot; what came after it in the live disk is dropped.
+    Switch {
+        /// Label or GUID.
+        snapshot: String,
+    },
+    /// A new image with the same content.
+    Clone {
+        /// Of which snapshot; None: of the live disk.
+        snapshot: Option<String>,
+        /// The new image's folder.
+        to: PathBuf,
+        /// Copy where the host can neither share extents nor link.
+        copy: bool,
+    },
+    /// Go on with what a crash or a cancel left: merge every deleted snapshot that has one child.
+    Finish,
+    /// Make the disk larger.
+    Resize {
+        /// The new size in bytes.
+        size: u64,
+    },
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// The name of what was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The disk's new size in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// What a person should know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}

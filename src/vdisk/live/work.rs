@@ -1,0 +1,331 @@
+//! **R9** A delta file below a top is neither changed nor removed while anything else depends on it: another child, an
+//! open snapshot file, another descriptor.
+//!
+//! What live operations come to for an image with a descriptor: which files, which steps, in which order. Another child:
+//! only a snapshot with one child is merged. An open snapshot file: the folder refuses (`folder::views`). Another
+//! descriptor has the file under another name: a link count above 1, and then a copy takes its place (`unshare`). The
+//! order of files, descriptor and removal is R8's (`image::store`).
+
+use std::cell::Cell;
+use std::time::SystemTime;
+
+use super::freeze::Uncommitted;
+use super::merge::Direction;
+use super::snapshot::TopPlan;
+use super::{Done, Work};
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::{Descriptor, Guid, Marker};
+use crate::format::header::{FLAG_EMPTY, Header, IN_USE};
+use crate::image::clone;
+use crate::image::layers::Layers;
+use crate::image::store::Replaced;
+use crate::progress::Progress;
+use crate::sync::Arc;
+use crate::vdisk::Image;
+
+/// Carries `work` out on the live disk of `layers`. Blocks, for as long as it takes; not for runners or transport
+/// threads. Switching needs a closed image: see `image::switch`.
+pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress: &Progress) -> Result<Done> {
+    let _alone = layers.begin_operation()?;
+    let job = Live { image, layers, progress };
+    match work {
+        Work::Snapshot { label } => {
+            let name = job.snapshot(label.as_deref())?;
+            Ok(Done { name: Some(name), ..Done::default() })
+        }
+        Work::Delete { snapshot } => job.delete(snapshot, true),
+        Work::Merge { snapshot } => job.delete(snapshot, false),
+        Work::Finish => job.finish(),
+        Work::Resize { size } => job.resize(*size),
+        Work::Clone { snapshot, to, copy } => {
+            let of = match snapshot {
+                Some(name) => name.clone(),
+                None => job.snapshot(None)?,
+            };
+            let guid = job.find(&of)?;
+            clone::clone(layers, guid, to, *copy, progress)?;
+            let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
+            Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
+        }
+        Work::Switch { .. } => {
+            Err(Error::new(Kind::Busy, "somebody has the disk open; a switch needs a closed disk"))
+        }
+    }
+}
+
+struct Live<'a> {
+    image: &'a Arc<Image>,
+    layers: &'a Arc<Layers>,
+    progress: &'a Progress,
+}
+
+impl Live<'_> {
+    fn find(&self, name: &str) -> Result<Guid> {
+        self.layers.store().find_snapshot(name)
+    }
+
+    fn descriptor(&self) -> Descriptor {
+        self.layers.store().descriptor().clone()
+    }
+
+    /// Changes the descriptor on disk; what fails leaves it, and the one in memory, as it was.
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Descriptor) -> std::result::Result<(), crate::format::descriptor::BadXml>,
+    ) -> std::result::Result<(), Uncommitted> {
+        let mut store = self.layers.store();
+        let mut next = store.descriptor().clone();
+        change(&mut next).map_err(|e| Error::at(Kind::Damaged, store.path(), e.to_string()))?;
+        match store.replace(next)? {
+            Replaced::Durable => Ok(()),
+            Replaced::Unsynced(e) => Err(Uncommitted::Unknown(e)),
+        }
+    }
+
+    /// 1. the label is kept durably beside the descriptor; 2. the new top is created, durable; 3. the image freezes and
+    ///    the descriptor is renamed (see `snapshot`).
+    ///
+    /// 1 after 3 could leave the snapshot without its name. A label without a snapshot is dropped at the next write.
+    fn snapshot(&self, label: Option<&str>) -> Result<String> {
+        let guid = Guid::random();
+        let label = match label {
+            Some(label) => label.to_owned(),
+            None => self.free_time_label(),
+        };
+        self.layers.store().set_label(guid, Some(&label))?; // 1
+        let file = Cell::new(String::new());
+        let create = |plan: TopPlan| {
+            let mut header = Header::new(plan.version, plan.disk, plan.cluster)
+                .map_err(|bad| Error::at(Kind::Invalid, self.layers.store().path(), bad.to_string()))?;
+            if plan.in_use {
+                header.in_use = IN_USE;
+                header.flags &= !FLAG_EMPTY;
+            }
+            let (name, level) = self.layers.add_delta(&header)?;
+            file.set(name);
+            Ok(level)
+        };
+        let commit = || {
+            let name = file.take();
+            file.set(name.clone());
+            self.change(|next| next.add_snapshot(guid, &name))
+        };
+        if let Err(e) = self.image.put_on_top(create, commit) {
+            self.forget(&file.take());
+            return Err(e);
+        }
+        Ok(label)
+    }
+
+    /// The time as a name; the next second's, and so on, where that is taken.
+    fn free_time_label(&self) -> String {
+        let store = self.layers.store();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let taken = |label: &String| store.labels().find(store.descriptor(), label).is_some();
+        (now..).map(time_label).find(|label| !taken(label)).unwrap_or_default()
+    }
+
+    /// After a failed operation: removes a new file, unless the descriptor names it after all.
+    fn forget(&self, file: &str) {
+        if !file.is_empty()
+            && !self.layers.store().descriptor().names(file)
+            && let Err(e) = self.layers.remove(file)
+        {
+            log::warn!("{e}; the next open tries again");
+        }
+    }
+
+    fn delete(&self, name: &str, later: bool) -> Result<Done> {
+        let guid = self.find(name)?;
+        let descriptor = self.descriptor();
+        let refuse = |kind: Kind, why: String| Err(Error::at(kind, self.layers.store().path(), why));
+        if guid == descriptor.top {
+            return refuse(Kind::Invalid, format!("{name} is the live disk, not a snapshot"));
+        }
+        match descriptor.children(guid).len() {
+            0 => {
+                let mut file = String::new();
+                self.settle(self.change(|next| {
+                    file = next.remove_leaf(guid)?.file;
+                    Ok(())
+                }))?;
+                self.layers.remove(&file)?;
+            }
+            1 => {
+                self.mark_deleted(guid)?;
+            }
+            children if later => {
+                self.mark_deleted(guid)?;
+                let note = format!(
+                    "{name} is deleted; its data is merged when only one of the {children} that stand on it is left"
+                );
+                return Ok(Done { note: Some(note), ..Done::default() });
+            }
+            children => {
+                return refuse(
+                    Kind::Busy,
+                    format!("{children} disks and snapshots stand on {name}; delete those first"),
+                );
+            }
+        }
+        self.finish()
+    }
+
+    /// From here on the snapshot is gone for everybody, and its name is free.
+    fn mark_deleted(&self, guid: Guid) -> Result<()> {
+        self.settle(self.change(|next| next.set_marker(guid, Some(Marker::Temporary))))?;
+        self.layers.store().set_label(guid, None)
+    }
+
+    /// Outside a freeze, a descriptor whose rename may not be durable is the caller's error, and no more: both states
+    /// are whole.
+    fn settle(&self, changed: std::result::Result<(), Uncommitted>) -> Result<()> {
+        changed.map_err(|e| match e {
+            Uncommitted::NotDone(e) | Uncommitted::Unknown(e) => e,
+        })
+    }
+
+    /// Merges every snapshot that was deleted and has one child left.
+    fn finish(&self) -> Result<Done> {
+        loop {
+            let descriptor = self.descriptor();
+            let Some(parent) = descriptor.unfinished().first().copied() else { return Ok(Done::default()) };
+            let Some(child) = descriptor.children(parent).first().copied() else {
+                return Ok(Done::default());
+            };
+            self.progress.check()?;
+            if child == descriptor.top {
+                self.merge(self.image, parent, child)?;
+            } else {
+                self.merge_below(&descriptor, parent, child)?;
+            }
+        }
+    }
+
+    /// Merges the two uppermost levels of `image`, which are `parent` and `child`; returns nothing that depends on the
+    /// file that went:
+    /// 1. where that copies less, the two change places (`flip`);
+    /// 2. the lower one is pulled up and taken out of the descriptor (`pull_out`);
+    /// 3. its file is removed.
+    fn merge(&self, image: &Arc<Image>, parent: Guid, child: Guid) -> Result<()> {
+        let gone = self.merge_files(image, parent, child)?;
+        self.layers.remove(&gone) // 3
+    }
+
+    fn merge_files(&self, image: &Arc<Image>, parent: Guid, child: Guid) -> Result<String> {
+        let raw = self.layers.level_of(parent)?.geometry().is_none();
+        // "Plain" on a delta says that its base is raw; swapping files under it would confuse ploop.
+        let plain = |guid| self.descriptor().delta(guid).is_none_or(|delta| delta.plain);
+        let may_change = !raw && !plain(parent) && !plain(child) && self.layers.may_change(parent)?;
+        if image.merge_direction(may_change)? == Direction::Flip {
+            image.flip(self.progress, || self.change(|next| next.swap_files(parent, child)))?; // 1
+        }
+        let file_of =
+            |d: &Descriptor, guid| d.delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
+        let survivor = file_of(&self.descriptor(), child);
+        let mut gone = String::new();
+        image.pull_out(self.progress, || {
+            self.change(|next| {
+                gone = next.remove_merged(parent, child, &survivor)?;
+                Ok(())
+            })
+        })?; // 2
+        Ok(gone)
+    }
+
+    /// Two levels below the live top, or in another branch: they are opened as an image of their own, merged, and the
+    /// live one, if it stands on them, then takes the result instead:
+    /// 1. merge, as above, but for the removal; 2. close: the result is durable and its mark cleared; 3. the live image
+    ///    reads from the new chain; 4. the file that went is removed.
+    ///
+    /// The live image reads the same from both files all the while: nothing that it can see is changed in either.
+    fn merge_below(&self, descriptor: &Descriptor, parent: Guid, child: Guid) -> Result<()> {
+        let on_it = descriptor.chain(descriptor.top).is_ok_and(|chain| chain.contains(&child));
+        if !self.layers.may_change(child)? {
+            self.unshare(child, on_it)?;
+        }
+        let levels = vec![self.layers.level_of(parent)?, self.layers.level_of(child)?];
+        let is_base = descriptor.shot(parent).is_some_and(|shot| shot.parent == Guid::NONE);
+        let open = if is_base { Image::open } else { Image::open_part };
+        let pair = open(&self.image.engine, self.image.name(), levels)?;
+        let merged = pair.make_writable().and_then(|()| self.merge_files(&pair, parent, child)); // 1
+        let closed = pair.close(); // 2
+        let gone = merged?;
+        closed?;
+        if on_it {
+            self.image.stand_on(self.layers.live_chain()?)?; // 3
+        }
+        self.layers.remove(&gone) // 4
+    }
+
+    /// A file that is also part of a clone, under another name, is never changed (R9): a copy takes its place.
+    /// 1. the copy, durable; 2. the descriptor names it; 3. the live image, if it stands on it, reads from it; 4. our
+    ///    name of the old file is removed.
+    fn unshare(&self, guid: Guid, on_it: bool) -> Result<()> {
+        let file = self.layers.copy(guid, self.progress)?; // 1
+        let mut gone = String::new();
+        let changed = self.change(|next| {
+            gone = next.delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
+            next.set_file(guid, &file)
+        }); // 2
+        if let Err(e) = self.settle(changed) {
+            self.forget(&file);
+            return Err(e);
+        }
+        if on_it {
+            self.image.stand_on(self.layers.live_chain()?)?; // 3
+        }
+        self.layers.remove(&gone) // 4
+    }
+
+    /// The header, then the descriptor: at open the top's header wins.
+    fn resize(&self, size: u64) -> Result<Done> {
+        let size = self.image.grow(size, self.progress)?;
+        self.settle(self.change(|next| {
+            next.set_size(size / 512);
+            Ok(())
+        }))?;
+        Ok(Done { size: Some(size), ..Done::default() })
+    }
+}
+
+impl Image {
+    /// Reads from other lower levels from now on, with the same content; `levels` is the whole chain, base first, whose
+    /// last is our own top.
+    fn stand_on(self: &Arc<Self>, mut levels: Vec<crate::vdisk::Level>) -> Result<()> {
+        let _alone = self.begin_operation()?;
+        levels.pop();
+        let frozen = self.freeze_durably()?;
+        let next = self.stack().over(levels, &self.engine.budget)?;
+        self.swap(&frozen, next);
+        Ok(())
+    }
+}
+
+/// 2026-11-20T22.45.01 (UTC); colons would not do in file names everywhere.
+fn time_label(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days to a date of the Gregorian calendar, counted from 1 March of year 0: leap days then come last in a year.
+    let days = days + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = era * 400 + year + u64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}.{minute:02}.{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::time_label;
+
+    #[test]
+    fn a_snapshot_without_a_name_is_named_by_the_time() {
+        assert_eq!(time_label(0), "1970-01-01T00.00.00");
+        assert_eq!(time_label(1_795_214_701), "2026-11-20T22.45.01");
+        assert_eq!(time_label(951_782_400), "2000-02-29T00.00.00");
+    }
+}

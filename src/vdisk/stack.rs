@@ -1,0 +1,254 @@
+//! The delta files under an image at one moment. A live operation makes a new stack and swaps it in while the gate is
+//! closed and everything inside has left; so whoever is inside the gate sees one stack from beginning to end.
+//!
+//! A cached place names its level by its index in `table`, which never changes while the level is part of the image:
+//! a snapshot adds one, a merge takes one out, and nothing is renumbered.
+
+use std::sync::OnceLock;
+
+use super::alloc::Allocator;
+use super::bat::cache::{BatCache, Budget, Lookup};
+use super::bat::page::Place;
+use super::scan::Scan;
+use super::{Layout, Level, fast};
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{Geometry, Header, Version};
+use crate::image::level::raw_cluster;
+use crate::io::poison::Poison;
+use crate::sync::{Arc, Mutex};
+
+/// Levels of a chain, the top included: as the kernel target has it, with room in the 12 bits of a place.
+pub const MAX_LEVELS: usize = 250;
+
+/// The levels of an image, and what belongs to the writable one.
+pub struct Stack {
+    table: Vec<Option<Level>>,
+    /// Indexes into the table, base first.
+    order: Vec<u16>,
+    /// The top's; for raw, one that maps every byte to itself.
+    pub geometry: Geometry,
+    /// None for a raw top.
+    pub bat: Option<Arc<BatCache>>,
+    /// The top's own state; outlives the stack while the top stays the same.
+    pub state: Arc<TopState>,
+    /// No level ever waits for a device.
+    pub never_blocks: bool,
+    /// Every level can be read with RWF_NOWAIT.
+    pub nowait_reads: bool,
+    /// Something lies below the lowest level that this stack does not have: two levels of a longer chain are merged.
+    is_part: bool,
+}
+
+/// What only the writable level has.
+#[derive(Default)]
+pub struct TopState {
+    /// The header as it should be on disk; None for raw. Held across every write of bytes 0 to 4095 (R5).
+    pub header: Mutex<Option<Header>>,
+    /// What the scan found, until the mark turns it into the allocator. A leaf.
+    pub scan: Mutex<Option<Scan>>,
+    /// From the mark on.
+    pub allocator: OnceLock<Allocator>,
+}
+
+impl Stack {
+    /// A stack over `levels`, base first, and an empty cache. Refuses levels that do not fit each other.
+    pub fn new(mut levels: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
+        let Some(top) = levels.last() else {
+            return Err(Error::new(Kind::Invalid, "an image has at least one level"));
+        };
+        if levels.len() > MAX_LEVELS {
+            let context = format!("{} levels; more than {MAX_LEVELS} are not served", levels.len());
+            return Err(Error::at(Kind::Unsupported, &top.path, context));
+        }
+        let (header, geometry) = match &top.layout {
+            Layout::Ploop(header) => (Some(*header), header.geometry()),
+            Layout::Raw => {
+                let len = top.file.len().map_err(|e| Error::io(&e, &top.path, "cannot open the image"))?;
+                let cluster = raw_cluster(len);
+                (None, Geometry { version: Version::V2, cluster, entries: 0, disk: len, first: 0 })
+            }
+        };
+        for (i, level) in levels.iter().enumerate() {
+            check_level(level, i, &geometry)?;
+        }
+        // R7 where nobody can get around it: after a failed sync the file itself refuses every change.
+        if let Some(top) = levels.last_mut() {
+            top.file = Arc::new(Poison::new(Arc::clone(&top.file)));
+        }
+        let bat = header.map(|_| BatCache::new(Arc::clone(budget), geometry.entries));
+        let state = TopState { header: Mutex::new(header), ..TopState::default() };
+        let order = (0..levels.len() as u16).collect();
+        let table = levels.into_iter().map(Some).collect();
+        Ok(Stack::build(table, order, geometry, bat, Arc::new(state)))
+    }
+
+    fn build(
+        table: Vec<Option<Level>>,
+        order: Vec<u16>,
+        geometry: Geometry,
+        bat: Option<Arc<BatCache>>,
+        state: Arc<TopState>,
+    ) -> Stack {
+        let (never_blocks, nowait_reads) = fast::probe(table.iter().flatten());
+        Stack { table, order, geometry, bat, state, never_blocks, nowait_reads, is_part: false }
+    }
+
+    /// The stack with `level` on top, and a state of its own. What is cached stays: no entry changes its level.
+    pub fn with_top(&self, mut level: Level, state: TopState, budget: &Arc<Budget>) -> Result<Stack> {
+        if self.order.len() >= MAX_LEVELS {
+            let context = format!("{MAX_LEVELS} levels already; delete a snapshot first");
+            return Err(Error::at(Kind::Unsupported, &self.top().path, context));
+        }
+        let Some(geometry) = level.geometry() else {
+            return Err(Error::at(Kind::Invalid, &level.path, "a raw file can only be the base"));
+        };
+        check_level(self.top(), self.order.len() - 1, &geometry)?;
+        level.file = Arc::new(Poison::new(level.file));
+        let bat = match &self.bat {
+            Some(bat) if bat.covers(geometry.entries) => Arc::clone(bat),
+            _ => BatCache::new(Arc::clone(budget), geometry.entries),
+        };
+        let mut table = self.table.clone();
+        // A place that was merged away is used again: nothing cached names it any more.
+        let free = table.iter().position(Option::is_none).unwrap_or(table.len());
+        if free == table.len() {
+            table.push(None);
+        }
+        table[free] = Some(level);
+        let mut order = self.order.clone();
+        order.push(free as u16);
+        Ok(Stack::build(table, order, geometry, Some(bat), Arc::new(state)))
+    }
+
+    /// The stack without the level `index`, from which nothing is read any more.
+    pub fn without(&self, index: u16, budget: &Arc<Budget>) -> Stack {
+        let mut table = self.table.clone();
+        table[usize::from(index)] = None;
+        let order = self.order.iter().copied().filter(|i| *i != index).collect();
+        // Holes of a base are not copied and still cached as its own; and what hid only the base hides nothing now.
+        let bat = match &self.bat {
+            Some(bat) if !self.is_base(index) => Some(Arc::clone(bat)),
+            _ => Some(BatCache::new(Arc::clone(budget), self.geometry.entries)),
+        };
+        Stack::build(table, order, self.geometry, bat, Arc::clone(&self.state))
+    }
+
+    /// The stack with its two uppermost levels in the other order. They map different clusters, so that nothing
+    /// cached changes. `header` and `state` are those of the new top.
+    pub fn flipped(&self, header: Header, state: TopState) -> Stack {
+        let mut order = self.order.clone();
+        let top = order.len() - 1;
+        order.swap(top, top - 1);
+        let mut table = self.table.clone();
+        if let Some(level) = &mut table[usize::from(order[top])] {
+            level.layout = Layout::Ploop(header);
+            level.file = Arc::new(Poison::new(Arc::clone(&level.file)));
+        }
+        let flipped = Stack::build(table, order, header.geometry(), self.bat.clone(), Arc::new(state));
+        Stack { is_part: self.is_part, ..flipped }
+    }
+
+    /// The same top over other lower levels (base first), which were merged by somebody else: read anew.
+    pub fn over(&self, lower: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
+        for (i, level) in lower.iter().enumerate() {
+            check_level(level, i, &self.geometry)?;
+        }
+        let table: Vec<_> = lower.into_iter().chain([self.top().clone()]).map(Some).collect();
+        let order = (0..table.len() as u16).collect();
+        let bat = BatCache::new(Arc::clone(budget), self.geometry.entries);
+        Ok(Stack::build(table, order, self.geometry, Some(bat), Arc::clone(&self.state)))
+    }
+
+    /// The same levels, with a top that has grown: `header` is its new one.
+    pub fn grown(&self, header: Header, state: TopState, budget: &Arc<Budget>) -> Stack {
+        let mut table = self.table.clone();
+        if let Some(top) = &mut table[usize::from(self.top_index())] {
+            top.layout = Layout::Ploop(header);
+        }
+        let geometry = header.geometry();
+        let bat = BatCache::new(Arc::clone(budget), geometry.entries);
+        Stack::build(table, self.order.clone(), geometry, Some(bat), Arc::new(state))
+    }
+
+    /// The same raw file, `size` bytes long now. Its clusters stay what they were: locks go by them.
+    pub fn grown_raw(&self, size: u64) -> Stack {
+        let geometry = Geometry { disk: size, ..self.geometry };
+        Stack::build(self.table.clone(), self.order.clone(), geometry, None, Arc::clone(&self.state))
+    }
+
+    /// Index of the writable level.
+    pub fn top_index(&self) -> u16 {
+        *self.order.last().expect("a stack has a top")
+    }
+
+    /// The writable level.
+    pub fn top(&self) -> &Level {
+        self.level(self.top_index())
+    }
+
+    /// The level a place names.
+    pub fn level(&self, index: u16) -> &Level {
+        self.table[usize::from(index)].as_ref().expect("a place names a level of its stack")
+    }
+
+    /// Indexes and levels from the top down.
+    pub fn top_down(&self) -> impl Iterator<Item = (u16, &Level)> {
+        self.order.iter().rev().map(|index| (*index, self.level(*index)))
+    }
+
+    /// These levels are some out of the middle of a chain.
+    pub fn into_part(self) -> Stack {
+        Stack { is_part: true, ..self }
+    }
+
+    /// True for the level below which there is nothing.
+    pub fn is_base(&self, index: u16) -> bool {
+        !self.is_part && self.order.first() == Some(&index)
+    }
+
+    /// Where a guest cluster lies.
+    pub fn place(&self, cluster: u64) -> Lookup {
+        match &self.bat {
+            Some(bat) => bat.lookup(cluster),
+            None => Lookup::Found(self.raw_place(cluster)),
+        }
+    }
+
+    /// Where a guest cluster of a raw top lies.
+    pub fn raw_place(&self, cluster: u64) -> Place {
+        Place::At { level: self.top_index(), position: cluster * self.geometry.cluster }
+    }
+
+    /// The top's allocator.
+    pub fn allocator(&self) -> &Allocator {
+        self.state.allocator.get().expect("only marked images allocate and free")
+    }
+}
+
+/// A level at height `index` under (or as) a top of this geometry.
+fn check_level(level: &Level, index: usize, top: &Geometry) -> Result<()> {
+    let refuse = |why: String| Err(Error::at(Kind::Damaged, &level.path, why));
+    let Some(own) = level.geometry() else {
+        if index == 0 {
+            return Ok(());
+        }
+        return refuse("a raw file can only be the base of a chain".into());
+    };
+    if own.cluster != top.cluster {
+        return refuse(format!("clusters of {} bytes below a top with {}", own.cluster, top.cluster));
+    }
+    if own.version != top.version {
+        return refuse(format!("version {:?} below a top of {:?}", own.version, top.version));
+    }
+    if own.clusters() > top.clusters() {
+        return refuse(format!("a disk of {} bytes below a top with {}", own.disk, top.disk));
+    }
+    let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot open the image"))?;
+    if own.bat_end() > len {
+        return refuse(format!(
+            "the file ends at byte {len}, inside the BAT, which ends at byte {}",
+            own.bat_end()
+        ));
+    }
+    Ok(())
+}
