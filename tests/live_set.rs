@@ -424,7 +424,7 @@ impl Mount {
 fn the_root_shows_images_and_our_own_folder() {
     let mount = mount();
     let names: Vec<_> = mount.tree.readdir(ROOT).expect("listed").into_iter().map(|n| n.name).collect();
-    assert_eq!(names, [".ploopfs", "vm1.img"]);
+    assert_eq!(names, [".ploopfs", ".snapshots", "vm1.img"]);
     assert_eq!(mount.tree.getattr(ROOT).expect("stat").kind, FileKind::Folder);
     assert_eq!(errno(mount.find("vm1")), libc::ENOENT);
     assert_eq!(errno(mount.find("nothing.img")), libc::ENOENT);

@@ -71,6 +71,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let options = FolderOptions {
         read_only: settings.read_only,
         note,
+        allow_outside: false,
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };

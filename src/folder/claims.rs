@@ -33,6 +33,9 @@ pub struct Verdict {
     pub new: Vec<Claim>,
     /// Not served, and why.
     pub left_out: Vec<(Claim, String)>,
+    /// What a crash left while a single file became a folder: a second name of a file that lies in the folder, which
+    /// wins. To be removed.
+    pub leftovers: Vec<Claim>,
 }
 
 /// Decides over all claims of a folder, sorted by file name.
@@ -72,6 +75,14 @@ pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
             verdict.left_out.extend(rivals.into_iter().map(|claim| (claim, reason.clone())));
             continue;
         }
+        if rivals.len() > 1
+            && let Some(folder) = folder_of_all(&rivals)
+        {
+            // "If both are the same file, the folder wins and the leftover goes."
+            let (folders, files) = rivals.into_iter().partition(|claim| claim.file == folder);
+            verdict.leftovers.extend::<Vec<_>>(files);
+            rivals = folders;
+        }
         if rivals.len() > 1 {
             leave_out_rivals(rivals, &mut verdict.left_out);
             continue;
@@ -90,7 +101,17 @@ pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
     verdict
 }
 
-/// Two sources with one name: neither is served and both are named, but for the left-over of a crash.
+/// The one sound folder whose parts all its rivals are.
+fn folder_of_all(rivals: &[Claim]) -> Option<OsString> {
+    let mut folders = rivals.iter().filter(|claim| claim.source == Source::Layers);
+    let (folder, None) = (folders.next()?, folders.next()) else { return None };
+    let files = rivals.iter().filter(|claim| claim.source != Source::Layers);
+    let whole = folder.problem.is_none();
+    (whole && files.into_iter().all(|file| folder.parts.contains(&file.stamp.identity)))
+        .then(|| folder.file.clone())
+}
+
+/// Two sources with one name: neither is served and both are named.
 fn leave_out_rivals(rivals: Vec<Claim>, left_out: &mut Vec<(Claim, String)>) {
     let files: Vec<String> = rivals.iter().map(|c| show(&c.file)).collect();
     let clash = format!(

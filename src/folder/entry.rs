@@ -1,29 +1,29 @@
 //! One served image: closed, or open with its files, lock and live image, and what opens and closes it.
 
 use std::ffi::{OsStr, OsString};
-use std::path::{Path, PathBuf};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak, mpsc};
+use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
-use rustix::fs::AtFlags;
 
-use super::counted::{Counted, Stage, Ticket};
-use super::scan::{Claim, Identity, Source};
+use super::counted::{Counted, Ticket};
+use super::live::Live;
+use super::origin::Origin;
+use super::scan::{Claim, Identity};
 use super::set::{Folder, Shared};
 use super::strand::Strand;
-use super::{Wrap, locked};
+use super::views::Views;
+use super::{locked, read, write};
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{HEADER_BYTES, Header};
-use crate::image::kind::ImageKind;
-use crate::io::file::{HostFile, HostStatus, read_full};
-use crate::io::lock::DeltaLock;
-use crate::io::real::{Access, RealFile};
-use crate::vdisk::{Image, Layout, Level, Mode, Stats};
+use crate::image::layers::Layers;
+use crate::io::file::HostStatus;
+use crate::vdisk::{Image, Mode, Stats};
 
 /// What is said of an image that was writable and no longer is.
-const FAILED: &str = "can no longer be written (the log says why) until everybody has closed it";
+pub(super) const FAILED: &str = "can no longer be written (the log says why) until everybody has closed it";
 
 /// Answer of an open, from a thread of the engine.
 pub type OpenDone = Box<dyn FnOnce(Result<OpenImage>) + Send>;
@@ -32,26 +32,30 @@ pub type OpenDone = Box<dyn FnOnce(Result<OpenImage>) + Send>;
 pub struct Entry {
     id: u64,
     name: OsString,
-    file: OsString,
-    kind: ImageKind,
-    identity: Identity,
-    shared: Arc<Shared>,
-    folder: Weak<Folder>,
-    strand: Arc<Strand>,
+    /// Changes when the first snapshot makes a file a folder. A leaf.
+    origin: RwLock<Origin>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) folder: Weak<Folder>,
+    pub(super) strand: Arc<Strand>,
     /// Protects the count; only jobs of the strand lock it, so nobody ever waits. Before every other lock.
-    count: Mutex<Counted<Arc<Live>>>,
+    pub(super) count: Mutex<Counted<Arc<Live>>>,
     /// Protects "somebody has it open, or is about to" against "it goes". A leaf.
     hold: Mutex<Hold>,
     /// The open image, for those who only look.
-    live: ArcSwapOption<Live>,
+    pub(super) live: ArcSwapOption<Live>,
     openers: AtomicU32,
     writable: AtomicBool,
     /// Disk size in bytes: as the header said last.
-    size: AtomicU64,
+    pub(super) size: AtomicU64,
     /// The file is gone from the folder, or another now; served until the last close.
     vanished: AtomicBool,
     /// Protects the last word of the host about the file, and why the image cannot be written or closed. A leaf.
-    last: Mutex<Last>,
+    pub(super) last: Mutex<Last>,
+    /// Protects that its layers are opened once, whoever uses them: the live disk, its snapshots, an operation. Held
+    /// across that open. Before the registry's lock.
+    pub(super) layers: Mutex<Weak<Layers>>,
+    /// Protects which snapshots are looked at, and which are about to go. A leaf.
+    pub(super) views: Mutex<Views>,
 }
 
 #[derive(Default)]
@@ -63,20 +67,9 @@ struct Hold {
 }
 
 #[derive(Default)]
-struct Last {
-    status: HostStatus,
-    trouble: Option<String>,
-}
-
-/// An image while it is open.
-pub struct Live {
-    image: Arc<Image>,
-    file: Arc<dyn HostFile>,
-    can_write: bool,
-    never_blocks: bool,
-    /// Protects the lock's end: it is given back at the close itself and not when the last one who looks lets
-    /// go, since our own next open would find it and take it for a stranger's. A leaf.
-    lock: Mutex<Option<DeltaLock>>,
+pub(super) struct Last {
+    pub(super) status: HostStatus,
+    pub(super) trouble: Option<String>,
 }
 
 /// What stat shows of an image.
@@ -91,19 +84,15 @@ pub struct Attributes {
 }
 
 impl Entry {
-    pub(super) fn new(
-        id: u64,
-        claim: &Claim,
-        kind: ImageKind,
-        shared: &Arc<Shared>,
-        folder: &Weak<Folder>,
-    ) -> Entry {
+    pub(super) fn new(id: u64, claim: &Claim, shared: &Arc<Shared>, folder: &Weak<Folder>) -> Entry {
         Entry {
             id,
             name: claim.name.clone(),
-            file: claim.file.clone(),
-            kind,
-            identity: claim.stamp.identity,
+            origin: RwLock::new(Origin {
+                file: claim.file.clone(),
+                source: claim.source,
+                identity: claim.stamp.identity,
+            }),
             shared: shared.clone(),
             folder: folder.clone(),
             strand: Strand::new(shared.spawn.clone()),
@@ -115,6 +104,8 @@ impl Entry {
             size: AtomicU64::new(claim.size),
             vanished: AtomicBool::new(false),
             last: Mutex::default(),
+            layers: Mutex::default(),
+            views: Mutex::default(),
         }
     }
 
@@ -129,18 +120,28 @@ impl Entry {
     }
 
     /// Its file's name in the folder.
-    pub fn file(&self) -> &OsStr {
-        &self.file
+    pub fn file(&self) -> OsString {
+        self.origin().file
     }
 
-    /// How it is stored.
-    pub fn kind(&self) -> ImageKind {
-        self.kind
+    /// How it is stored: "ploop", "raw" or "layered".
+    pub fn kind(&self) -> &'static str {
+        self.origin().kind()
+    }
+
+    /// Where it comes from at the moment.
+    pub(super) fn origin(&self) -> Origin {
+        read(&self.origin).clone()
+    }
+
+    /// It is a folder from now on.
+    pub(super) fn set_origin(&self, origin: Origin) {
+        *write(&self.origin) = origin;
     }
 
     /// Its file, for messages.
     pub fn path(&self) -> PathBuf {
-        self.shared.place.path().join(&self.file)
+        self.shared.place.path().join(self.file())
     }
 
     /// Number of openers.
@@ -179,8 +180,8 @@ impl Entry {
     pub fn attributes(&self) -> Attributes {
         let live = self.live.load();
         let status = match &*live {
-            Some(live) => live.file.status().ok(),
-            None => self.status_by_name(),
+            Some(live) => live.image.host_status().ok(),
+            None => self.origin().status(self.shared.place.fd().as_fd(), &self.path()),
         };
         let mut last = locked(&self.last);
         // What was known stands in for a file that is gone.
@@ -194,23 +195,8 @@ impl Entry {
         Attributes { host, size, mtime: written.unwrap_or_else(|| time_of(host.mtime)) }
     }
 
-    fn status_by_name(&self) -> Option<HostStatus> {
-        let s = rustix::fs::statat(self.shared.place.fd(), &self.file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        ((s.st_dev, s.st_ino) == self.identity).then_some(HostStatus {
-            dev: s.st_dev,
-            ino: s.st_ino,
-            len: s.st_size as u64,
-            blocks: s.st_blocks as u64,
-            mode: s.st_mode & 0o7777,
-            uid: s.st_uid,
-            gid: s.st_gid,
-            links: s.st_nlink,
-            mtime: (s.st_mtime, s.st_mtime_nsec as u32),
-        })
-    }
-
     pub(super) fn identity(&self) -> Identity {
-        self.identity
+        self.origin().identity
     }
 
     /// True while somebody has it open, or is about to.
@@ -339,104 +325,10 @@ impl Entry {
     }
 }
 
-impl Stage for Entry {
-    type Live = Arc<Live>;
-
-    /// Order: (1) open; (2) lock; (3) read the header: before the lock, a user who is just leaving would be seen
-    /// half done.
-    fn open(&self) -> Result<Arc<Live>> {
-        let path = self.path();
-        let access = if self.shared.read_only { Access::ReadOnly } else { Access::Widest };
-        let file = Arc::new(RealFile::open_at(self.shared.place.fd(), &self.file, access)?);
-        let status = file.status().map_err(|e| Error::io(&e, &path, "cannot open"))?;
-        if (status.dev, status.ino) != self.identity {
-            return Err(Error::at(Kind::NotFound, &path, "is another file now; it will be taken in anew"));
-        }
-        let lock = DeltaLock::acquire(file.clone())?;
-        if !lock.held() && !self.shared.unlocked.swap(true, Ordering::AcqRel) {
-            log::warn!("{}: no locks on this file system; let nothing else use the images", path.display());
-        }
-        let (can_write, never_blocks) = (file.writable(), file.traits().never_blocks);
-        let file = wrap(&self.shared.wrap, file);
-        let layout = match self.kind {
-            ImageKind::Raw => Layout::Raw,
-            ImageKind::Ploop => Layout::Ploop(read_header(&*file, &path)?),
-        };
-        let level = Level { file: file.clone(), path, layout };
-        let name = self.name.to_string_lossy();
-        let image = Image::open(&self.shared.engine, &name, vec![level])?;
-        self.size.store(image.size(), Ordering::Release);
-        let live = Arc::new(Live { image, file, can_write, never_blocks, lock: Mutex::new(Some(lock)) });
-        self.live.store(Some(live.clone()));
-        Ok(live)
-    }
-
-    fn make_writable(&self, live: &Arc<Live>) -> Result<()> {
-        if self.shared.read_only || !live.can_write {
-            let why =
-                if self.shared.read_only { "the mount is read-only" } else { "the host refuses writing" };
-            return Err(Error::at(Kind::ReadOnly, self.path(), why));
-        }
-        live.image.make_writable()
-    }
-
-    fn check_writable(&self, live: &Arc<Live>) -> Result<()> {
-        match live.image.stats().mode {
-            Mode::ReadOnly => Err(Error::at(Kind::ReadOnly, self.path(), FAILED)),
-            _ => Ok(()),
-        }
-    }
-
-    /// Order: (1) the image's own close: durable, mark cleared; (2) the lock. Swapped, somebody else would open
-    /// an image that we still change.
-    fn close(&self, live: Arc<Live>) -> Result<()> {
-        let result = live.image.close();
-        self.size.store(live.image.size(), Ordering::Release);
-        if let Ok(status) = live.file.status() {
-            locked(&self.last).status = status;
-        }
-        self.live.store(None);
-        drop(locked(&live.lock).take());
-        result
-    }
-}
-
-fn wrap(wrap: &Option<Wrap>, file: Arc<RealFile>) -> Arc<dyn HostFile> {
-    match wrap {
-        Some(wrap) => wrap(file),
-        None => file,
-    }
-}
-
-/// Reads the header. What the host caches of a file found in use is dropped by [`Image::open`] (R7); only clean
-/// pages can be dropped, so they are made clean here.
-fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
-    let mut head = [0; HEADER_BYTES as usize];
-    let n = read_full(file, &mut head, 0).map_err(|e| Error::io(&e, path, "cannot read the header"))?;
-    let header =
-        Header::parse(&head[..n]).map_err(|field| Error::at(Kind::Damaged, path, field.to_string()))?;
-    if header.is_in_use() {
-        log::warn!("{}: was not closed cleanly; it is scanned before its first write", path.display());
-        // A failure is an old one that nobody was told of: what is read from now on is what the disk has.
-        if let Err(e) = file.sync_data() {
-            log::warn!("{}: an earlier write never reached the disk: {e}", path.display());
-        }
-    }
-    Ok(header)
-}
-
-fn time_of((seconds, nanoseconds): (i64, u32)) -> SystemTime {
+pub(super) fn time_of((seconds, nanoseconds): (i64, u32)) -> SystemTime {
     let whole = Duration::from_secs(seconds.unsigned_abs());
     let base = if seconds >= 0 { UNIX_EPOCH.checked_add(whole) } else { UNIX_EPOCH.checked_sub(whole) };
     base.unwrap_or(UNIX_EPOCH) + Duration::from_nanos(nanoseconds.into())
-}
-
-/// What an image's source is served as; None for what cannot be served.
-pub(super) fn single_file(source: Source) -> Option<ImageKind> {
-    match source {
-        Source::File(kind) => Some(kind),
-        Source::Layers => None,
-    }
 }
 
 /// An image that is held open. Dropping it gives it back: the last one of an image lets it close, on a thread of

@@ -6,17 +6,23 @@ use crate::io::file::HostFile;
 
 mod claims;
 mod counted;
+mod deltas;
 mod entry;
+mod live;
+mod origin;
 mod place;
 mod scan;
 mod set;
 mod settle;
 mod strand;
+mod views;
 mod watch;
+mod work;
 
 pub use entry::{Attributes, Entry, OpenDone, OpenImage};
 pub use place::PRIVATE;
 pub use set::{Folder, FolderOptions, ImageStatus};
+pub use views::{OpenSnapshot, Snapshot};
 
 /// Puts something around an image's file (`mount --fault`).
 pub type Wrap = Arc<dyn Fn(Arc<dyn HostFile>) -> Arc<dyn HostFile> + Send + Sync>;

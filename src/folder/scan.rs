@@ -8,11 +8,13 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
-use crate::format::header::Header;
+use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::store::Store;
 use crate::io::file::read_full;
 use crate::io::real::{Access, RealFile};
 
@@ -164,13 +166,20 @@ fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
     let bytes = name.as_bytes();
     let image = bytes.strip_suffix(b".hdd").unwrap_or(bytes);
     let parts = names(&inner).unwrap_or_default();
+    let (size, problem) = match Store::read(inner.as_fd(), Path::new(name)) {
+        Ok((descriptor, _)) if descriptor.volume => {
+            (0, Some("a ploop volume (its data goes on in another folder); volumes are not served".into()))
+        }
+        Ok((descriptor, _)) => (descriptor.disk_sectors * SECTOR, None),
+        Err(e) => (0, Some(e.to_string())),
+    };
     Some(Claim {
         file: name.to_owned(),
         name: OsStr::from_bytes(image).to_owned(),
         source: Source::Layers,
         stamp,
-        size: 0,
-        problem: Some(kind::folder_reason(true).into()),
+        size,
+        problem,
         parts: parts.iter().filter_map(|part| Some(self::stamp(&inner, part)?.identity)).collect(),
     })
 }
@@ -202,7 +211,6 @@ mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
-    use std::path::Path;
 
     fn header() -> Vec<u8> {
         let mut bytes = vec![0; 64];

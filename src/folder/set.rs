@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
 
 use super::claims::{self, Incumbent, Verdict};
-use super::entry::{Entry, OpenDone, OpenImage, single_file};
+use super::deltas::Deltas;
+use super::entry::{Entry, OpenDone, OpenImage};
 use super::place::Place;
 use super::scan::{self, Claim, Look, Seen, Source, Stamp};
 use super::strand::Spawn;
@@ -26,6 +27,8 @@ pub struct FolderOptions {
     pub read_only: bool,
     /// The mount point, told to whoever finds the folder locked.
     pub note: String,
+    /// Descriptors may name deltas outside of the images folder.
+    pub allow_outside: bool,
     /// Put around every image's file (`mount --fault`).
     #[cfg(feature = "faults")]
     pub wrap: Option<Wrap>,
@@ -48,12 +51,12 @@ pub(super) struct Shared {
     pub(super) place: Place,
     pub(super) engine: Arc<Engine>,
     pub(super) spawn: Spawn,
-    pub(super) wrap: Option<Wrap>,
+    pub(super) deltas: Arc<Deltas>,
     pub(super) read_only: bool,
+    /// Deltas may lie anywhere.
+    pub(super) allow_outside: bool,
     /// No image is opened any more.
     pub(super) refusing: AtomicBool,
-    /// It was said that this host has no locks.
-    pub(super) unlocked: AtomicBool,
 }
 
 /// One image of the folder, as `list` shows it.
@@ -82,10 +85,10 @@ pub struct ImageStatus {
 /// An images folder that is being served.
 pub struct Folder {
     own: Weak<Folder>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     next_id: AtomicU64,
     /// Protects "one look at the folder at a time" and what was seen at the last. Before `set`.
-    known: Mutex<HashMap<OsString, Seen>>,
+    pub(super) known: Mutex<HashMap<OsString, Seen>>,
     /// Protects the set. Before an entry's own locks; nothing blocks under it.
     set: RwLock<Set>,
     /// Protects the names of files that were created and are not closed yet. A leaf.
@@ -113,10 +116,10 @@ impl Folder {
             place,
             engine: engine.clone(),
             spawn: Arc::new(move |job| on.blocking(job)),
-            wrap: options.wrap(),
+            deltas: Arc::new(Deltas::new(options.read_only, options.wrap())),
             read_only: options.read_only,
+            allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),
-            unlocked: AtomicBool::new(false),
         });
         let folder = Arc::new_cyclic(|own| Folder {
             own: own.clone(),
@@ -131,11 +134,13 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Starts the thread that sees images come and go.
+    /// Starts the thread that sees images come and go, and goes on with merges that a crash interrupted.
     pub fn start_watch(&self) -> Result<()> {
         let watcher = Watcher::start(&self.own, self.shared.place.fd())
             .map_err(|e| Error::io(&e, self.path(), "cannot watch the images folder"))?;
         *locked(&self.watcher) = Some(watcher);
+        // What a crash interrupted goes on by itself; not before this, since there were no threads before.
+        self.entries().iter().for_each(|entry| entry.finish_interrupted());
         Ok(())
     }
 
@@ -198,7 +203,7 @@ impl Folder {
             .map(|e| Incumbent {
                 id: e.id(),
                 name: e.name().to_owned(),
-                file: e.file().to_owned(),
+                file: e.file(),
                 identity: e.identity(),
                 open: e.is_held(),
             })
@@ -234,12 +239,17 @@ impl Folder {
             }
         }
         for claim in &verdict.new {
-            let Some(kind) = single_file(claim.source) else { continue };
             let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-            let entry = Arc::new(Entry::new(id, claim, kind, &self.shared, &self.own));
+            let entry = Arc::new(Entry::new(id, claim, &self.shared, &self.own));
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             set.by_name.insert(claim.name.clone(), entry.clone());
-            set.by_id.insert(id, entry);
+            set.by_id.insert(id, entry.clone());
+            if locked(&self.watcher).is_some() {
+                entry.finish_interrupted();
+            }
+        }
+        for leftover in &verdict.leftovers {
+            self.remove_leftover(leftover);
         }
         let mut left_out = BTreeMap::new();
         for (claim, reason) in verdict.left_out {
@@ -250,6 +260,24 @@ impl Folder {
             left_out.insert(claim.file.clone(), (claim, reason));
         }
         set.left_out = left_out;
+    }
+
+    /// Removes the second name of a file that lies in an image's folder: what a crash left of the step that made a
+    /// single file a folder. The data stays: the folder has it.
+    fn remove_leftover(&self, claim: &Claim) {
+        let path = self.path().join(&claim.file);
+        if self.shared.read_only || self.stamp(&claim.file) != Some(claim.stamp) {
+            return;
+        }
+        match rustix::fs::unlinkat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::empty()) {
+            Ok(()) => {
+                log::info!(
+                    "{}: removed; the same file lies in the image's folder, which is served",
+                    path.display()
+                );
+            }
+            Err(e) => log::warn!("{}: left from a crash, and cannot be removed: {e}", path.display()),
+        }
     }
 
     /// Notes that a file was created and is being written, or no longer is.
@@ -396,7 +424,7 @@ fn status(entry: &Arc<Entry>) -> ImageStatus {
     ImageStatus {
         name: entry.name().to_owned(),
         path: entry.path(),
-        kind: entry.kind().as_str(),
+        kind: entry.kind(),
         size: attributes.size,
         allocated: attributes.host.blocks * 512,
         served: true,

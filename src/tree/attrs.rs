@@ -30,6 +30,12 @@ pub fn image(node: Node, attributes: &Attributes) -> Attr {
     }
 }
 
+/// A snapshot: like an image, without permission to write.
+pub fn snapshot(node: Node, attributes: &Attributes) -> Attr {
+    let attr = image(node, attributes);
+    Attr { mode: attr.mode & 0o555, ..attr }
+}
+
 /// Who owns the mount's own folders and files: whoever runs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Owner {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use super::trouble::Trouble;
 use crate::error::{Error, Result};
-use crate::folder::OpenImage;
+use crate::folder::{Entry, OpenImage, OpenSnapshot};
 use crate::fuse::ops::{Answer, Done, Errno, Now, OpenFlags, Whence};
 use crate::vdisk::{Engine, Image, Reply};
 
@@ -22,6 +22,8 @@ const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 pub enum OpenFile {
     /// An image.
     Image(OpenImage),
+    /// A snapshot, read-only.
+    Snapshot(OpenSnapshot),
     /// A file that was made up at its open.
     Text(Bytes),
 }
@@ -56,31 +58,46 @@ fn is_durable(flags: OpenFlags) -> bool {
 impl OpenFile {
     /// See [`FileSystem::read_now`](crate::fuse::ops::FileSystem::read_now).
     pub fn read_now(&self, trouble: &Arc<Trouble>, offset: u64, buf: &mut [u8]) -> Now<usize> {
-        match self {
-            OpenFile::Image(open) => {
-                let image = open.image();
+        match self.image() {
+            Some((image, entry)) => {
                 let len = clip(offset, buf.len() as u64, image.size()) as usize;
                 if len == 0 {
                     return Now::Done(Ok(0));
                 }
                 match image.try_read(offset, &mut buf[..len]) {
-                    Some(result) => Now::Done(result.map_err(|e| report(trouble, open, "read").errno(&e))),
+                    Some(result) => Now::Done(result.map_err(|e| report(trouble, entry, "read").errno(&e))),
                     None => Now::Later,
                 }
             }
-            OpenFile::Text(text) => {
-                let part = text_part(text, offset, buf.len());
+            None => {
+                let part = self.text(offset, buf.len());
                 buf[..part.len()].copy_from_slice(&part);
                 Now::Done(Ok(part.len()))
             }
         }
     }
 
+    /// The image behind it, and whose it is.
+    fn image(&self) -> Option<(&Arc<Image>, &Arc<Entry>)> {
+        match self {
+            OpenFile::Image(open) => Some((open.image(), open.entry())),
+            OpenFile::Snapshot(open) => Some((open.image(), open.entry())),
+            OpenFile::Text(_) => None,
+        }
+    }
+
+    fn text(&self, offset: u64, len: usize) -> Bytes {
+        match self {
+            OpenFile::Text(text) => text_part(text, offset, len),
+            OpenFile::Image(_) | OpenFile::Snapshot(_) => Bytes::new(),
+        }
+    }
+
     /// Reads; answers from any thread.
     pub fn read_later(&self, trouble: &Arc<Trouble>, offset: u64, len: usize, done: Done<Bytes>) {
-        match self {
-            OpenFile::Image(open) => open.image().read(offset, len, reply(trouble, open, "read", done)),
-            OpenFile::Text(text) => done(Ok(text_part(text, offset, len))),
+        match self.image() {
+            Some((image, entry)) => image.read(offset, len, reply(trouble, entry, "read", done)),
+            None => done(Ok(self.text(offset, len))),
         }
     }
 
@@ -115,7 +132,7 @@ impl OpenFile {
         }
         match open.image().try_write(offset, data) {
             Some(Ok(())) => Now::Done(Ok(data.len())),
-            Some(Err(e)) => Now::Done(Err(report(trouble, open, "write").errno(&e))),
+            Some(Err(e)) => Now::Done(Err(report(trouble, open.entry(), "write").errno(&e))),
             None => Now::Later,
         }
     }
@@ -133,7 +150,12 @@ impl OpenFile {
         match self.writable(offset, len as u64) {
             Ok(open) => {
                 let done = Box::new(move |answer: Answer<()>| done(answer.map(|()| len)));
-                open.image().write(offset, data, is_durable(flags), reply(trouble, open, "write", done));
+                open.image().write(
+                    offset,
+                    data,
+                    is_durable(flags),
+                    reply(trouble, open.entry(), "write", done),
+                );
             }
             Err(errno) => done(Err(errno)),
         }
@@ -143,7 +165,7 @@ impl OpenFile {
     pub fn writes_may_block(&self) -> bool {
         match self {
             OpenFile::Image(open) => !open.never_blocks(),
-            OpenFile::Text(_) => false,
+            OpenFile::Snapshot(_) | OpenFile::Text(_) => false,
         }
     }
 
@@ -151,7 +173,7 @@ impl OpenFile {
     pub fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
         match self {
             OpenFile::Image(open) if open.may_change() => {
-                open.image().flush(reply(trouble, open, "sync", done));
+                open.image().flush(reply(trouble, open.entry(), "sync", done));
             }
             _ => done(Ok(())),
         }
@@ -174,7 +196,7 @@ impl OpenFile {
         match clipped {
             _ if !supported => done(Err(Errno(libc::EOPNOTSUPP))),
             0 => done(Ok(())),
-            _ => open.image().discard(offset, clipped, reply(trouble, open, "discard", done)),
+            _ => open.image().discard(offset, clipped, reply(trouble, open.entry(), "discard", done)),
         }
     }
 
@@ -187,18 +209,18 @@ impl OpenFile {
         whence: Whence,
         done: Done<u64>,
     ) {
-        let size = match self {
-            OpenFile::Image(open) => open.image().size(),
-            OpenFile::Text(text) => text.len() as u64,
+        let size = match self.image() {
+            Some((image, _)) => image.size(),
+            None => self.text(0, usize::MAX).len() as u64,
         };
         if offset >= size {
             return done(Err(Errno(libc::ENXIO)));
         }
-        let OpenFile::Image(open) = self else {
+        let Some((image, entry)) = self.image() else {
             return done(Ok(if whence == Whence::Data { offset } else { size }));
         };
-        let image = open.image().clone();
-        let report = report(trouble, open, "seek");
+        let image = image.clone();
+        let report = report(trouble, entry, "seek");
         engine.blocking(Box::new(move || done(seek(&image, offset, whence, &report))));
     }
 }
@@ -210,18 +232,18 @@ fn seek(image: &Arc<Image>, offset: u64, whence: Whence, report: &Report) -> Ans
     }
 }
 
-fn report(trouble: &Arc<Trouble>, open: &OpenImage, doing: &'static str) -> Report {
-    Report { trouble: trouble.clone(), path: open.entry().path(), doing }
+fn report(trouble: &Arc<Trouble>, entry: &Arc<Entry>, doing: &'static str) -> Report {
+    Report { trouble: trouble.clone(), path: entry.path(), doing }
 }
 
 /// The image's answer, as the transport wants it.
 fn reply<T: 'static>(
     trouble: &Arc<Trouble>,
-    open: &OpenImage,
+    entry: &Arc<Entry>,
     doing: &'static str,
     done: Done<T>,
 ) -> Reply<T> {
-    let (trouble, entry) = (trouble.clone(), open.entry().clone());
+    let (trouble, entry) = (trouble.clone(), entry.clone());
     Box::new(move |result| {
         done(result.map_err(|e| Report { trouble, path: entry.path(), doing }.errno(&e)));
     })

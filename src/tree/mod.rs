@@ -1,14 +1,16 @@
 //! What the kernel sees: names, inodes, attributes, handles. No transport's types.
 //!
 //! ```text
-//! NAME.img               every served image
-//! .ploopfs/stats.json    live counters
+//! NAME.img                     every served image
+//! .snapshots/NAME/LABEL.img    each snapshot, read-only
+//! .ploopfs/stats.json          live counters
 //! ```
 
 mod attrs;
 mod data;
 mod handles;
 mod names;
+mod snapshots;
 mod stats;
 mod trouble;
 
@@ -18,7 +20,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use crate::folder::{Entry, Folder};
+use crate::folder::{Entry, Folder, Snapshot};
 use crate::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
@@ -27,7 +29,8 @@ use crate::vdisk::Engine;
 use attrs::Owner;
 use data::OpenFile;
 use handles::{Borrowed, Handles};
-use names::{Node, PRIVATE_NAME, STATS_NAME};
+use names::{Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
+use snapshots::Numbers;
 pub use stats::MountInfo;
 use trouble::Trouble;
 
@@ -39,6 +42,7 @@ pub struct Tree {
     owner: Owner,
     handles: Arc<Handles<OpenFile>>,
     trouble: Arc<Trouble>,
+    numbers: Numbers,
 }
 
 const NO_ENTRY: Errno = Errno(libc::ENOENT);
@@ -54,7 +58,8 @@ impl Tree {
             since: SystemTime::now(),
         };
         let (handles, trouble) = (Arc::default(), Arc::new(Trouble::new()));
-        Arc::new(Tree { folder, engine, info, owner, handles, trouble })
+        let numbers = Numbers::default();
+        Arc::new(Tree { folder, engine, info, owner, handles, trouble, numbers })
     }
 
     fn node(&self, ino: Ino) -> Answer<Node> {
@@ -67,10 +72,35 @@ impl Tree {
 
     fn attr(&self, node: Node) -> Answer<Attr> {
         Ok(match node {
-            Node::Root | Node::Private => self.owner.folder(node),
+            Node::Root | Node::Private | Node::Snapshots => self.owner.folder(node),
+            Node::SnapshotFolder(id) => {
+                self.entry(id)?;
+                self.owner.folder(node)
+            }
+            Node::Snapshot(number) => {
+                let (id, guid) = self.numbers.snapshot(number).ok_or(NO_ENTRY)?;
+                let attributes = self.entry(id)?.snapshot_attributes(guid).ok_or(NO_ENTRY)?;
+                attrs::snapshot(node, &attributes)
+            }
             Node::Stats => self.owner.file(node, stats::render(&self.folder, &self.info).len() as u64),
             Node::Image(id) => attrs::image(node, &self.entry(id)?.attributes()),
         })
+    }
+
+    /// The snapshots of an image, with their nodes.
+    fn snapshots(&self, entry: &Arc<Entry>) -> impl Iterator<Item = (Node, Snapshot)> {
+        let all = entry.snapshots().into_iter();
+        all.map(|snapshot| (Node::Snapshot(self.numbers.number(entry.id(), snapshot.guid)), snapshot))
+    }
+
+    fn open_snapshot(&self, number: u64, done: Done<Opened>) {
+        let found = self.numbers.snapshot(number).and_then(|(id, guid)| Some((self.folder.get(id)?, guid)));
+        let Some((entry, guid)) = found else { return done(Err(NO_ENTRY)) };
+        let (handles, trouble) = (self.handles.clone(), self.trouble.clone());
+        self.engine.blocking(Box::new(move || match entry.open_snapshot(guid) {
+            Ok(open) => done(keep(&handles, OpenFile::Snapshot(open))),
+            Err(e) => done(Err(trouble.errno(&e, &entry.path(), "open a snapshot"))),
+        }));
     }
 
     fn borrow(&self, handle: Handle) -> Option<Borrowed<OpenFile>> {
@@ -122,6 +152,7 @@ impl FileSystem for Tree {
     fn lookup(&self, _caller: Caller, parent: Ino, name: &OsStr) -> Answer<Attr> {
         match self.node(parent)? {
             Node::Root if name == PRIVATE_NAME => self.attr(Node::Private),
+            Node::Root if name == SNAPSHOTS_NAME => self.attr(Node::Snapshots),
             Node::Root => {
                 let image = names::image_of(name).ok_or(NO_ENTRY)?;
                 let entry = self.folder.find(image).ok_or(NO_ENTRY)?;
@@ -129,7 +160,17 @@ impl FileSystem for Tree {
             }
             Node::Private if name == STATS_NAME => self.attr(Node::Stats),
             Node::Private => Err(NO_ENTRY),
-            Node::Stats | Node::Image(_) => Err(Errno(libc::ENOTDIR)),
+            Node::Snapshots => {
+                let entry = self.folder.find(name).ok_or(NO_ENTRY)?;
+                self.attr(Node::SnapshotFolder(entry.id()))
+            }
+            Node::SnapshotFolder(id) => {
+                let label = names::image_of(name).ok_or(NO_ENTRY)?;
+                let entry = self.entry(id)?;
+                let found = self.snapshots(&entry).find(|(_, snapshot)| label == &*snapshot.name);
+                self.attr(found.ok_or(NO_ENTRY)?.0)
+            }
+            Node::Stats | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
         }
     }
 
@@ -152,7 +193,10 @@ impl FileSystem for Tree {
         let name = |node: Node, kind, name| Name { ino: node.ino(), kind, name };
         match self.node(ino)? {
             Node::Root => {
-                let mut all = vec![name(Node::Private, FileKind::Folder, PRIVATE_NAME.into())];
+                let mut all = vec![
+                    name(Node::Private, FileKind::Folder, PRIVATE_NAME.into()),
+                    name(Node::Snapshots, FileKind::Folder, SNAPSHOTS_NAME.into()),
+                ];
                 let entries = self.folder.entries();
                 let image =
                     |e: &Arc<Entry>| name(Node::Image(e.id()), FileKind::File, names::shown(e.name()));
@@ -160,7 +204,20 @@ impl FileSystem for Tree {
                 Ok(all)
             }
             Node::Private => Ok(vec![name(Node::Stats, FileKind::File, STATS_NAME.into())]),
-            Node::Stats | Node::Image(_) => Err(Errno(libc::ENOTDIR)),
+            Node::Snapshots => {
+                let entries = self.folder.entries();
+                let folder = |e: &Arc<Entry>| {
+                    name(Node::SnapshotFolder(e.id()), FileKind::Folder, e.name().to_owned())
+                };
+                Ok(entries.iter().map(folder).collect())
+            }
+            Node::SnapshotFolder(id) => {
+                let entry = self.entry(id)?;
+                let file =
+                    |(node, s): (Node, Snapshot)| name(node, FileKind::File, names::shown(s.name.as_ref()));
+                Ok(self.snapshots(&entry).map(file).collect())
+            }
+            Node::Stats | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
         }
     }
 
@@ -182,7 +239,11 @@ impl FileSystem for Tree {
             Ok(Node::Stats) => {
                 done(keep(&self.handles, OpenFile::Text(stats::render(&self.folder, &self.info))));
             }
-            Ok(Node::Root | Node::Private) => done(Err(Errno(libc::EISDIR))),
+            Ok(Node::Snapshot(_)) if flags.writes() => done(Err(Errno(libc::EROFS))),
+            Ok(Node::Snapshot(number)) => self.open_snapshot(number, done),
+            Ok(Node::Root | Node::Private | Node::Snapshots | Node::SnapshotFolder(_)) => {
+                done(Err(Errno(libc::EISDIR)));
+            }
             Err(errno) => done(Err(errno)),
         }
     }

@@ -13,11 +13,19 @@ const ROOT: Ino = 1;
 const PRIVATE: Ino = 2;
 /// `.ploopfs/stats.json`.
 const STATS: Ino = 3;
+/// `.snapshots`.
+const SNAPSHOTS: Ino = 4;
 /// Image number 0. Below it there is room for more files of our own.
 const IMAGES: Ino = 16;
+/// The folder `.snapshots/NAME` of image number 0; images number far below 2^62.
+const FOLDERS: Ino = 1 << 62;
+/// Snapshot number 0.
+const SNAPSHOT: Ino = 1 << 63;
 
 /// The name of our own folder in the mount.
 pub const PRIVATE_NAME: &str = ".ploopfs";
+/// The name of the folder of snapshots in the mount.
+pub const SNAPSHOTS_NAME: &str = ".snapshots";
 /// The counters' name in it.
 pub const STATS_NAME: &str = "stats.json";
 
@@ -32,6 +40,12 @@ pub enum Node {
     Stats,
     /// The image of this number.
     Image(u64),
+    /// `.snapshots`.
+    Snapshots,
+    /// `.snapshots/NAME`, for the image of this number.
+    SnapshotFolder(u64),
+    /// The snapshot of this number.
+    Snapshot(u64),
 }
 
 impl Node {
@@ -41,6 +55,9 @@ impl Node {
             ROOT => Some(Node::Root),
             PRIVATE => Some(Node::Private),
             STATS => Some(Node::Stats),
+            SNAPSHOTS => Some(Node::Snapshots),
+            SNAPSHOT.. => Some(Node::Snapshot(ino - SNAPSHOT)),
+            FOLDERS..SNAPSHOT => Some(Node::SnapshotFolder(ino - FOLDERS)),
             _ => Some(Node::Image(ino.checked_sub(IMAGES)?)),
         }
     }
@@ -52,6 +69,9 @@ impl Node {
             Node::Private => PRIVATE,
             Node::Stats => STATS,
             Node::Image(id) => IMAGES + id,
+            Node::Snapshots => SNAPSHOTS,
+            Node::SnapshotFolder(id) => FOLDERS + id,
+            Node::Snapshot(number) => SNAPSHOT + number,
         }
     }
 }
@@ -74,7 +94,9 @@ mod tests {
 
     #[test]
     fn every_node_is_found_again_by_its_number() {
-        for node in [Node::Root, Node::Private, Node::Stats, Node::Image(1), Node::Image(1 << 40)] {
+        let own = [Node::Root, Node::Private, Node::Stats, Node::Snapshots];
+        let counted = [Node::Image(1), Node::Image(1 << 40), Node::SnapshotFolder(1), Node::Snapshot(0)];
+        for node in own.into_iter().chain(counted) {
             assert_eq!(Node::of(node.ino()), Some(node));
         }
         assert_eq!(Node::of(0), None);

@@ -1,0 +1,102 @@
+//! The delta files that are open, by device and inode: one descriptor and one lock for each in the whole process, since
+//! a second one of our own looks foreign (DESIGN.md 7). Shared by the live disk, its snapshots, and clones that have
+//! the same file under another name.
+
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use super::scan::Identity;
+use super::{Wrap, locked};
+use crate::error::{Error, Result};
+use crate::image::layers::{Opened, Opener};
+use crate::io::file::HostFile;
+use crate::io::lock::DeltaLock;
+use crate::io::real::{Access, RealFile};
+
+/// The open files of one folder.
+pub struct Deltas {
+    read_only: bool,
+    wrap: Option<Wrap>,
+    /// It was said that this host has no locks.
+    unlocked: AtomicBool,
+    /// Protects who is open, and that nobody opens a file twice. Held across opens and locks, which do not wait. A leaf.
+    open: Mutex<HashMap<Identity, Weak<Held>>>,
+}
+
+/// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks
+/// at the file: our own next open would take a lock that lingers for a stranger's.
+struct Held {
+    file: Arc<dyn HostFile>,
+    writable: bool,
+    _lock: DeltaLock,
+}
+
+impl Deltas {
+    /// Nothing is open. `read_only`: files are never opened for writing.
+    pub fn new(read_only: bool, wrap: Option<Wrap>) -> Deltas {
+        Deltas { read_only, wrap, unlocked: AtomicBool::new(false), open: Mutex::default() }
+    }
+
+    fn held(&self, file: RealFile, shown: &Path) -> Result<Arc<Held>> {
+        let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
+        let identity = (status.dev, status.ino);
+        let mut open = locked(&self.open);
+        if let Some(held) = open.get(&identity).and_then(Weak::upgrade) {
+            return Ok(held);
+        }
+        let file = Arc::new(file);
+        let lock = DeltaLock::acquire(Arc::clone(&file))?;
+        if !lock.held() && !self.unlocked.swap(true, Ordering::AcqRel) {
+            log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
+        }
+        let writable = file.writable();
+        let file: Arc<dyn HostFile> = match &self.wrap {
+            Some(wrap) => wrap(file),
+            None => file,
+        };
+        let held = Arc::new(Held { file, writable, _lock: lock });
+        open.retain(|_, held| held.strong_count() > 0);
+        open.insert(identity, Arc::downgrade(&held));
+        Ok(held)
+    }
+}
+
+impl Opener for Deltas {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+        let access = if self.read_only { Access::ReadOnly } else { Access::Widest };
+        let held = self.held(RealFile::open_as(&dir, file, shown, access)?, shown)?;
+        Ok(Opened { file: Arc::clone(&held.file), writable: held.writable, hold: held })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::os::fd::AsFd;
+
+    fn open(deltas: &Deltas, dir: &File, name: &str) -> Result<Opened> {
+        deltas.open(dir.as_fd(), Path::new(name), Path::new(name))
+    }
+
+    #[test]
+    fn one_file_under_two_names_is_opened_and_locked_once() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("a"), "x").expect("written");
+        fs::hard_link(temp.path().join("a"), temp.path().join("b")).expect("linked");
+        let dir = File::open(temp.path()).expect("opens");
+        let deltas = Deltas::new(false, None);
+        let (a, b) = (open(&deltas, &dir, "a").expect("opens"), open(&deltas, &dir, "b").expect("opens"));
+        assert!(Arc::ptr_eq(&a.file, &b.file));
+        let others = Deltas::new(false, None);
+        assert!(open(&others, &dir, "b").is_err(), "another user is kept out");
+        // Somebody still looks at the file; the lock goes with the last user all the same.
+        let looker = Arc::clone(&a.file);
+        drop((a, b));
+        open(&others, &dir, "a").expect("free again");
+        drop(looker);
+    }
+}

@@ -1,0 +1,136 @@
+//! What the first, the first writing and the last opener of an image cause: its files, its lock, the live image.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwapOption;
+
+use super::counted::Stage;
+use super::entry::{Entry, FAILED};
+use super::locked;
+use super::scan::Source;
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{HEADER_BYTES, Header};
+use crate::image::kind::ImageKind;
+use crate::image::layers::{Layers, Opened, Opener};
+use crate::io::file::{HostFile, read_full};
+use crate::vdisk::{Image, Layout, Level, Mode};
+
+/// An image while it is open.
+pub struct Live {
+    pub(super) image: Arc<Image>,
+    pub(super) can_write: bool,
+    pub(super) never_blocks: bool,
+    /// Its descriptor and files; None for a single file.
+    pub(super) layers: ArcSwapOption<Layers>,
+    /// Protects the end of a single file's lock: it is given back at the close itself and not when the last one who
+    /// looks lets go. A leaf.
+    pub(super) hold: Mutex<Option<Opened>>,
+}
+
+impl Entry {
+    /// The descriptor and the files of a layered image, and its live chain; opened once for all who use them.
+    pub(super) fn open_layers(&self) -> Result<Arc<Layers>> {
+        let mut layers = locked(&self.layers);
+        if let Some(open) = layers.upgrade() {
+            return Ok(open);
+        }
+        let path = self.path();
+        let dir = self.origin().folder(self.shared.place.fd().as_fd(), &path)?;
+        let opener: Arc<dyn Opener> = self.shared.deltas.clone();
+        let (open, _) = Layers::open(dir, &path, opener, self.shared.allow_outside)?;
+        *layers = Arc::downgrade(&open);
+        Ok(open)
+    }
+
+    fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {
+        let (path, origin) = (self.path(), self.origin());
+        let dir = self.shared.place.fd();
+        let opened = self.shared.deltas.open(dir.as_fd(), origin.file.as_ref(), &path)?;
+        let status = opened.file.status().map_err(|e| Error::io(&e, &path, "cannot open"))?;
+        if (status.dev, status.ino) != origin.identity {
+            let why = "is another file now; it will be taken in anew";
+            return Err(Error::at(Kind::NotFound, &path, why));
+        }
+        let layout = match kind {
+            ImageKind::Raw => Layout::Raw,
+            ImageKind::Ploop => Layout::Ploop(read_header(&*opened.file, &path)?),
+        };
+        let level = Level { file: opened.file.clone(), path, layout };
+        Ok((opened, level))
+    }
+}
+
+impl Stage for Entry {
+    type Live = Arc<Live>;
+
+    /// Order: (1) open; (2) lock; (3) read the header: before the lock, a user who is just leaving would be seen
+    /// half done.
+    fn open(&self) -> Result<Arc<Live>> {
+        let (layers, hold, levels, can_write) = match self.origin().source {
+            Source::File(kind) => {
+                let (opened, level) = self.open_file(kind)?;
+                let can_write = opened.writable;
+                (None, Some(opened), vec![level], can_write)
+            }
+            Source::Layers => {
+                let layers = self.open_layers()?;
+                let (levels, can_write) = (layers.live_chain()?, layers.writable());
+                (Some(layers), None, levels, can_write)
+            }
+        };
+        let never_blocks = levels.iter().all(|level| level.file.traits().never_blocks);
+        let name = self.name().to_string_lossy();
+        let image = Image::open(&self.shared.engine, &name, levels)?;
+        self.size.store(image.size(), Ordering::Release);
+        let (layers, hold) = (ArcSwapOption::new(layers), Mutex::new(hold));
+        let live = Arc::new(Live { image, can_write, never_blocks, layers, hold });
+        self.live.store(Some(live.clone()));
+        Ok(live)
+    }
+
+    fn make_writable(&self, live: &Arc<Live>) -> Result<()> {
+        if self.shared.read_only || !live.can_write {
+            let why =
+                if self.shared.read_only { "the mount is read-only" } else { "the host refuses writing" };
+            return Err(Error::at(Kind::ReadOnly, self.path(), why));
+        }
+        live.image.make_writable()
+    }
+
+    fn check_writable(&self, live: &Arc<Live>) -> Result<()> {
+        match live.image.stats().mode {
+            Mode::ReadOnly => Err(Error::at(Kind::ReadOnly, self.path(), FAILED)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Order: (1) the image's own close: durable, mark cleared; (2) the lock. Swapped, somebody else would open
+    /// an image that we still change.
+    fn close(&self, live: Arc<Live>) -> Result<()> {
+        let status = live.image.host_status();
+        let result = live.image.close();
+        self.size.store(live.image.size(), Ordering::Release);
+        if let Ok(status) = status {
+            locked(&self.last).status = status;
+        }
+        self.live.store(None);
+        drop(locked(&live.hold).take());
+        live.layers.store(None);
+        result
+    }
+}
+
+/// Reads the header.
+fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
+    let mut head = [0; HEADER_BYTES as usize];
+    let n = read_full(file, &mut head, 0).map_err(|e| Error::io(&e, path, "cannot read the header"))?;
+    let header =
+        Header::parse(&head[..n]).map_err(|field| Error::at(Kind::Damaged, path, field.to_string()))?;
+    if header.is_in_use() {
+        log::warn!("{}: was not closed cleanly; it is scanned before its first write", path.display());
+    }
+    Ok(header)
+}

@@ -1,0 +1,184 @@
+//! Snapshots that are looked at through the mount: read-only images of their own over the files that the live disk has.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::entry::{Attributes, Entry, time_of};
+use super::locked;
+use super::scan::Source;
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Guid;
+use crate::format::header::{HEADER_BYTES, Header};
+use crate::image::layers::Layers;
+use crate::image::paths;
+use crate::image::store::Store;
+use crate::io::file::{HostFile, read_full};
+use crate::io::real::{Access, RealFile};
+use crate::vdisk::Image;
+
+/// Which snapshots of one image are looked at.
+#[derive(Default)]
+pub struct Views {
+    open: HashMap<Guid, u32>,
+    /// About to be deleted or merged: nobody opens them any more.
+    going: HashSet<Guid>,
+}
+
+/// One snapshot, as the mount shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Its identity.
+    pub guid: Guid,
+    /// Label, or GUID.
+    pub name: String,
+}
+
+/// A snapshot that is open; dropping it gives it back.
+pub struct OpenSnapshot {
+    entry: Arc<Entry>,
+    guid: Guid,
+    image: Arc<Image>,
+    /// Keeps the files locked.
+    _layers: Arc<Layers>,
+}
+
+impl OpenSnapshot {
+    /// The read-only image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// The image it is a snapshot of.
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+}
+
+impl Drop for OpenSnapshot {
+    fn drop(&mut self) {
+        let image = self.image.clone();
+        // A close waits for what runs.
+        (self.entry.shared.spawn)(Box::new(move || {
+            if let Err(e) = image.close() {
+                log::warn!("{e}");
+            }
+        }));
+        let mut views = locked(&self.entry.views);
+        if let Some(count) = views.open.get_mut(&self.guid) {
+            *count -= 1;
+            if *count == 0 {
+                views.open.remove(&self.guid);
+            }
+        }
+    }
+}
+
+/// A snapshot that is about to go; dropping it ends that, whatever came of it.
+pub(super) struct Going<'a> {
+    entry: &'a Entry,
+    guid: Guid,
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        locked(&self.entry.views).going.remove(&self.guid);
+    }
+}
+
+impl Entry {
+    /// Its snapshots, in the order of the descriptor. Reads the descriptor where the image is closed.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        let origin = self.origin();
+        if !matches!(origin.source, Source::Layers) {
+            return Vec::new();
+        }
+        let list = |labels: &crate::image::labels::Labels, guids: Vec<Guid>| {
+            guids.into_iter().map(|guid| Snapshot { guid, name: labels.name(guid) }).collect()
+        };
+        if let Some(layers) = locked(&self.layers).upgrade() {
+            let store = layers.store();
+            return list(store.labels(), store.snapshots().collect());
+        }
+        let path = self.path();
+        let read = origin
+            .folder(self.shared.place.fd().as_fd(), &path)
+            .and_then(|dir| Store::read(dir.as_fd(), &path));
+        match read {
+            Ok((descriptor, labels)) => {
+                let shots =
+                    descriptor.shots.iter().filter(|s| s.guid != descriptor.top && s.marker.is_none());
+                list(&labels, shots.map(|s| s.guid).collect())
+            }
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// What stat shows of a snapshot: its top file, and the disk's size of its own time. Opens nothing of the image.
+    pub fn snapshot_attributes(&self, guid: Guid) -> Option<Attributes> {
+        let (path, images) = (self.path(), self.shared.place.fd());
+        let dir = self.origin().folder(images.as_fd(), &path).ok()?;
+        let (descriptor, _) = Store::read(dir.as_fd(), &path).ok()?;
+        let delta = descriptor.delta(guid).filter(|_| guid != descriptor.top)?;
+        let file = Path::new(&delta.file);
+        let shown = path.join(file);
+        let (folder, name) = paths::resolve(dir.as_fd(), file, &shown, self.shared.allow_outside).ok()?;
+        // Another descriptor of the file takes no lock and, closed, gives none back.
+        let file = RealFile::open_as(&folder, Path::new(&name), &shown, Access::ReadOnly).ok()?;
+        let host = file.status().ok()?;
+        let mut head = [0; HEADER_BYTES as usize];
+        let read = read_full(&file, &mut head, 0).ok()?;
+        let is_base = descriptor.shot(guid).is_some_and(|shot| shot.parent == Guid::NONE);
+        let size = if delta.plain && is_base {
+            host.len
+        } else {
+            Header::parse(&head[..read]).ok()?.geometry().disk
+        };
+        Some(Attributes { host, size, mtime: time_of(host.mtime) })
+    }
+
+    /// Opens a snapshot read-only. Blocks; for threads of the engine that may.
+    pub fn open_snapshot(self: &Arc<Self>, guid: Guid) -> Result<OpenSnapshot> {
+        {
+            let mut views = locked(&self.views);
+            if views.going.contains(&guid) {
+                return Err(Error::at(Kind::NotFound, self.path(), "the snapshot is being deleted"));
+            }
+            *views.open.entry(guid).or_default() += 1;
+        }
+        let opened = self.open_layers().and_then(|layers| {
+            let gone = || Error::at(Kind::NotFound, self.path(), "the snapshot is deleted");
+            let there = layers.store().snapshots().any(|s| s == guid);
+            let levels = if there { layers.chain(guid)? } else { return Err(gone()) };
+            let name = format!("{}@{}", self.name().to_string_lossy(), layers.store().labels().name(guid));
+            Ok((Image::open(&self.shared.engine, &name, levels)?, layers))
+        });
+        match opened {
+            Ok((image, layers)) => Ok(OpenSnapshot { entry: self.clone(), guid, image, _layers: layers }),
+            Err(e) => {
+                let mut views = locked(&self.views);
+                if let Some(count) = views.open.get_mut(&guid) {
+                    *count -= 1;
+                    if *count == 0 {
+                        views.open.remove(&guid);
+                    }
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Keeps everybody from opening a snapshot that is to go; refused while somebody looks at it (R9).
+    pub(super) fn begin_going(&self, guid: Guid, name: &str) -> Result<Going<'_>> {
+        let mut views = locked(&self.views);
+        if let Some(count) = views.open.get(&guid) {
+            let why = format!(
+                "the snapshot {name} is open {count} times below .snapshots in the mount; close it there first"
+            );
+            return Err(Error::at(Kind::Busy, self.path(), why));
+        }
+        views.going.insert(guid);
+        Ok(Going { entry: self, guid })
+    }
+}

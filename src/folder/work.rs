@@ -1,0 +1,158 @@
+//! Live operations on the images of a folder. A running one counts as an opener: the image stays open for it.
+
+use std::os::fd::AsFd;
+use std::sync::{Arc, mpsc};
+
+use super::entry::{Entry, OpenImage};
+use super::locked;
+use super::origin::Origin;
+use super::scan::Source;
+use super::set::Folder;
+use crate::error::{Error, Kind, Result};
+use crate::image::layers::Layers;
+use crate::image::make_folder::make_folder;
+use crate::image::store::Store;
+use crate::image::switch::switch;
+use crate::progress::Progress;
+use crate::vdisk::live::{Done, Work, carry_out};
+
+impl Folder {
+    /// Carries `work` out on the image `name` (without `.img`), while it is in use. Blocks as long as it takes; not for
+    /// threads of the engine or a transport.
+    pub fn work(&self, name: &str, work: &Work, progress: &Progress) -> Result<Done> {
+        let missing = || Error::at(Kind::NotFound, self.path().join(name), "no such image is served");
+        let entry = self.find(name.as_ref()).ok_or_else(missing)?;
+        if let Work::Switch { snapshot } = work {
+            return entry.switch(snapshot);
+        }
+        let open = self.open_image(name, true)?;
+        let done = self.work_on(&open, work, progress);
+        entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
+        done
+    }
+
+    fn work_on(&self, open: &OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
+        let entry = open.entry();
+        let layers = match (entry.live_layers(), work) {
+            (Some(layers), _) => layers,
+            (None, Work::Resize { size }) => {
+                let size = open.image().grow(*size, progress)?;
+                return Ok(Done { size: Some(size), ..Done::default() });
+            }
+            (None, Work::Snapshot { .. } | Work::Clone { snapshot: None, .. }) => self.make_layered(entry)?,
+            (None, Work::Finish) => return Ok(Done::default()),
+            (None, _) => {
+                return Err(Error::at(
+                    Kind::NotFound,
+                    entry.path(),
+                    "is a single file, and has no snapshots",
+                ));
+            }
+        };
+        let _going = match work {
+            Work::Delete { snapshot } | Work::Merge { snapshot } => {
+                let guid = layers.store().find_snapshot(snapshot)?;
+                Some(entry.begin_going(guid, snapshot)?)
+            }
+            _ => None,
+        };
+        carry_out(open.image(), &layers, work, progress)
+    }
+
+    /// The first snapshot of a single file: it becomes a folder, under the open image. Its file stays the same one, so
+    /// nothing that runs notices.
+    fn make_layered(&self, entry: &Arc<Entry>) -> Result<Arc<Layers>> {
+        // No look at the folder may come between its new name and our knowing of it.
+        let _known = locked(&self.known);
+        if let Some(layers) = entry.live_layers() {
+            return Ok(layers);
+        }
+        let live = entry.live.load_full();
+        let closed = || Error::at(Kind::Io, entry.path(), "the image was closed meanwhile");
+        let live = live.ok_or_else(closed)?;
+        let place = &self.shared.place;
+        let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file())?;
+        let stat = rustix::fs::fstat(&dir)
+            .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
+        let origin = Origin {
+            file: entry.name().to_owned(),
+            source: Source::Layers,
+            identity: (stat.st_dev, stat.st_ino),
+        };
+        entry.set_origin(origin);
+        let layers = entry.open_layers()?;
+        live.layers.store(Some(layers.clone()));
+        log::info!("{}: is a folder from now on, for its snapshots", entry.path().display());
+        Ok(layers)
+    }
+}
+
+impl Entry {
+    fn live_layers(&self) -> Option<Arc<Layers>> {
+        self.live.load().as_ref()?.layers.load_full()
+    }
+
+    /// Goes back to a snapshot. Only while nobody has the live disk open; nobody opens it meanwhile.
+    fn switch(self: &Arc<Self>, snapshot: &str) -> Result<Done> {
+        let (send, receive) = mpsc::channel();
+        let (entry, snapshot) = (self.clone(), snapshot.to_owned());
+        self.strand.submit(Box::new(move || {
+            let count = locked(&entry.count);
+            let result = match count.openers() {
+                0 => entry.switch_closed(&snapshot),
+                n => {
+                    let why =
+                        format!("the disk is open ({n} times); a switch needs a disk that nobody has open");
+                    Err(Error::at(Kind::Busy, entry.path(), why))
+                }
+            };
+            drop(count);
+            let _ = send.send(result);
+        }));
+        let abandoned = || Err(Error::at(Kind::Io, self.path(), "the switch was abandoned"));
+        receive.recv().unwrap_or_else(|_| abandoned()).map(|()| Done::default())
+    }
+
+    fn switch_closed(&self, snapshot: &str) -> Result<()> {
+        if !matches!(self.origin().source, Source::Layers) {
+            return Err(Error::at(Kind::NotFound, self.path(), "is a single file, and has no snapshots"));
+        }
+        if self.shared.read_only {
+            return Err(Error::at(Kind::ReadOnly, self.path(), "the mount is read-only"));
+        }
+        let layers = self.open_layers()?;
+        let _alone = layers.begin_operation()?;
+        let guid = layers.store().find_snapshot(snapshot)?;
+        switch(&layers, guid)
+    }
+
+    /// Goes on, in the background, with a merge that a crash interrupted. Looks at the descriptor only where nothing is
+    /// to be done.
+    pub(super) fn finish_interrupted(&self) {
+        let (origin, path) = (self.origin(), self.path());
+        if self.shared.read_only || !matches!(origin.source, Source::Layers) {
+            return;
+        }
+        let descriptor = origin
+            .folder(self.shared.place.fd().as_fd(), &path)
+            .and_then(|dir| Store::read(dir.as_fd(), &path));
+        if descriptor.is_ok_and(|(descriptor, _)| !descriptor.unfinished().is_empty()) {
+            self.finish_later();
+        }
+    }
+
+    fn finish_later(&self) {
+        let (folder, name) = (self.folder.clone(), self.name().to_string_lossy().into_owned());
+        let body = move || {
+            let Some(folder) = folder.upgrade() else { return };
+            // The image is being opened just now; this open comes behind it.
+            match folder.work(&name, &Work::Finish, &Progress::new()) {
+                Ok(_) => log::info!("{name}: the deleted snapshots are merged"),
+                Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {e}"),
+            }
+        };
+        if let Err(e) = crate::io::process::spawn_detached("ploopfs/merge", body) {
+            log::warn!("{e}");
+        }
+    }
+}
