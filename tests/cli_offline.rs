@@ -57,7 +57,8 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 2] = ["info", "check"];
-const COMMANDS: [&str; 5] = ["create", "list", "info", "check", "completions"];
+const COMMANDS: [&str; 9] =
+    ["create", "list", "info", "snapshot", "merge", "clone", "resize", "check", "completions"];
 
 #[test]
 fn every_command_explains_itself() {
@@ -108,12 +109,15 @@ fn folders_links_pipes_and_foreign_files_are_refused_with_the_reason() {
     fs::write(folder.path("notes"), "hello").expect("write");
     folder.ok(&["create", "vm", "--size", "1M"]);
     std::os::unix::fs::symlink("vm.hds", folder.path("link.hds")).expect("symlink");
+    for command in READERS {
+        let line = folder.fails(3, &[command, "layered"]);
+        assert!(line.contains("layered/DiskDescriptor.xml"), "{line}");
+    }
     let made = Command::new("mkfifo").arg(folder.path("pipe.hds")).status().expect("mkfifo");
     assert!(made.success());
     for command in READERS {
         for (name, reason) in [
             ("plain", "a folder without DiskDescriptor.xml"),
-            ("layered", "not supported by this version"),
             ("notes", "nor does it begin with the ploop magic"),
             ("link.hds", "a symbolic link"),
             ("pipe.hds", "not a regular file"),

@@ -1,8 +1,9 @@
 //! `ploopfs attach`.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::cli::{Outcome, out, target};
+use crate::cli::{Outcome, layered, out, target};
 use crate::control::client::Client;
 use crate::daemon::mounts;
 use crate::error::{Error, Kind, Result};
@@ -10,11 +11,14 @@ use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::io::loopdev::{self, LoopDevice};
 
+/// Where a mount shows snapshots.
+const SNAPSHOTS: &str = ".snapshots";
+
 /// Arguments of `attach`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The image: its file (images/vm1) or what is shown of it (/mnt/vdisks/vm1.img)
-    #[arg(value_name = "IMAGE")]
+    /// The image: its file (images/vm1) or what is shown of it (/mnt/vdisks/vm1.img); a snapshot is attached read-only
+    #[arg(value_name = "IMAGE[@SNAPSHOT]")]
     image: PathBuf,
     /// Attach it for reading only
     #[arg(long)]
@@ -23,13 +27,13 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let shown = shown(&args.image)?;
+    let (shown, frozen) = shown_or_snapshot(&args.image)?;
     if let Some(device) = over(&shown)?.into_iter().next() {
         let what =
             format!("is attached already: {0}; end that with: ploopfs detach {0}", device.dev.display());
         return Err(Error::at(Kind::InUse, &shown, what).into());
     }
-    let device = loopdev::attach(&shown, args.read_only).map_err(|e| match e.kind() {
+    let device = loopdev::attach(&shown, args.read_only || frozen).map_err(|e| match e.kind() {
         Kind::ReadOnly => Error::at(
             Kind::ReadOnly,
             &shown,
@@ -49,16 +53,27 @@ pub fn over(file: &Path) -> Result<Vec<LoopDevice>> {
     Ok(devices)
 }
 
-/// The flat file that a mount shows of `image`: `image` itself where it lies on a mount of ours, else looked up in
-/// the mount that serves its folder.
+/// The flat file that a mount shows of the live disk of `image`.
 pub fn shown(image: &Path) -> Result<PathBuf> {
-    if let Ok(found) = image.canonicalize()
-        && mounts::covering(&found)?.is_some_and(|mount| mount.is_ours())
-    {
-        return Ok(found);
+    match shown_or_snapshot(image)? {
+        (shown, false) => Ok(shown),
+        (_, true) => Err(Error::at(Kind::Invalid, image, "is a snapshot; this command takes a whole image")),
     }
-    let source = target::find(image)?;
-    let source = source.canonicalize().map_err(|e| Error::io(&e, &source, "cannot resolve the path"))?;
+}
+
+/// The flat file that a mount shows of `image`, and whether it is a snapshot's: `image` itself where it lies on a mount
+/// of ours, else looked up in the mount that serves its folder.
+pub fn shown_or_snapshot(image: &Path) -> Result<(PathBuf, bool)> {
+    if let Ok(found) = image.canonicalize()
+        && let Some(mount) = mounts::covering(&found)?
+        && mount.is_ours()
+    {
+        let frozen = found.starts_with(mount.point.join(SNAPSHOTS));
+        return Ok((found, frozen));
+    }
+    let target = target::find_any(image)?;
+    let source = &target.path;
+    let source = source.canonicalize().map_err(|e| Error::io(&e, source, "cannot resolve the path"))?;
     let Some(folder) = source.parent() else {
         return Err(Error::at(Kind::Invalid, image, "is not an image in a folder"));
     };
@@ -67,14 +82,29 @@ pub fn shown(image: &Path) -> Result<PathBuf> {
         let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", folder.display());
         return Err(Error::at(Kind::NotFound, image, what));
     };
-    let Class::Image { mut name, .. } = Candidate::open(&source)?.class() else {
-        return Err(Error::at(Kind::Invalid, image, "is no image (`ploopfs list --all` says why)"));
+    let mut name = name_of(image, &source)?;
+    let shown = match &target.snapshot {
+        Some(snapshot) => mount.point.join(SNAPSHOTS).join(name).join(format!("{snapshot}.img")),
+        None => {
+            name.push(".img");
+            mount.point.join(name)
+        }
     };
-    name.push(".img");
-    let shown = mount.point.join(name);
     shown.symlink_metadata().map_err(|e| {
         let what = format!("{} does not show it (`ploopfs list` says why)", mount.point.display());
         Error::io(&e, image, what)
     })?;
-    Ok(shown)
+    Ok((shown, target.snapshot.is_some()))
+}
+
+fn name_of(image: &Path, source: &Path) -> Result<OsString> {
+    if target::is_layered(source) {
+        return Ok(layered::name(source));
+    }
+    match Candidate::open(source)?.class() {
+        Class::Image { name, .. } => Ok(name),
+        Class::NotAnImage { .. } => {
+            Err(Error::at(Kind::Invalid, image, "is no image (`ploopfs list --all` says why)"))
+        }
+    }
 }

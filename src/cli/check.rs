@@ -1,29 +1,28 @@
 //! `ploopfs check`.
 
 use std::fmt::Write;
-use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cli::{Outcome, out, size, target};
+use crate::cli::{Outcome, layered, out, size, target};
 use crate::format::header::SECTOR;
 use crate::image::check::{Report, check};
 
 /// Arguments of `check`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The image
-    #[arg(value_name = "IMAGE")]
-    image: PathBuf,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    which: target::Facts,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let report = check(&target::find(&args.image)?)?;
-    if args.json {
+    let path = target::find(&args.which.image)?;
+    if target::is_layered(&path) {
+        return layered::check(&path, args.which.json);
+    }
+    let report = check(&path)?;
+    if args.which.json {
         out::json(&to_json(&report))?;
     } else {
         out::text(&to_text(&report))?;
@@ -31,7 +30,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     Ok(if report.is_damaged() { Outcome::Damaged } else { Outcome::Done })
 }
 
-fn to_json(report: &Report) -> serde_json::Value {
+/// A report in JSON.
+pub fn to_json(report: &Report) -> serde_json::Value {
     let findings: Vec<_> = report
         .findings
         .iter()
@@ -60,7 +60,8 @@ fn to_json(report: &Report) -> serde_json::Value {
     })
 }
 
-fn to_text(report: &Report) -> String {
+/// A report in words.
+pub fn to_text(report: &Report) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     let mut line = |what: std::fmt::Arguments| {

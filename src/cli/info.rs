@@ -2,11 +2,12 @@
 
 use std::fmt::Write;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::json;
 
-use crate::cli::{Outcome, out, served, size, target};
+use crate::cli::{Outcome, layered, out, served, size, target};
+use crate::error::{Error, Kind};
 use crate::format::header::{CLOSED, CLOSED_V21, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::Class;
@@ -15,17 +16,20 @@ use crate::io::lock::{Holder, who_holds};
 /// Arguments of `info`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The image
-    #[arg(value_name = "IMAGE")]
-    image: PathBuf,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    which: target::Facts,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let path = target::find(&args.image)?;
+    let target = target::find_any(&args.which.image)?;
+    if target.is_layered() {
+        return layered::info(&target, args.which.json);
+    }
+    if target.snapshot.is_some() {
+        return Err(Error::at(Kind::NotFound, &args.which.image, "the image has no snapshots").into());
+    }
+    let path = target.path;
     let live = served::image(&path)?;
     let candidate = Candidate::open(&path)?;
     let kind = candidate.kind()?;
@@ -38,7 +42,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     // While our daemon has it open it says more of itself than a lock does.
     let ours = live.as_ref().is_some_and(|live| live.mode != "closed");
     let holder = if ours { None } else { holder(&path)? };
-    if args.json {
+    if args.which.json {
         let mut value = to_json(&name, &image, mapped);
         if let (Some(live), Some(fields)) = (&live, value.as_object_mut()) {
             fields.insert("mode".to_owned(), json!(live.mode));
@@ -65,7 +69,8 @@ fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
     Ok(who_holds(file.dev(), file.ino()))
 }
 
-fn mapped_clusters(image: &AtRest) -> anyhow::Result<u64> {
+/// Clusters with an entry.
+pub fn mapped_clusters(image: &AtRest) -> anyhow::Result<u64> {
     let mut mapped = 0;
     if let Form::Ploop(header) = &image.form {
         image.for_each_entry(&header.geometry(), |_, _| mapped += 1)?;
@@ -73,13 +78,12 @@ fn mapped_clusters(image: &AtRest) -> anyhow::Result<u64> {
     Ok(mapped)
 }
 
-fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
+/// One level in JSON.
+pub fn level_json(image: &AtRest, mapped: u64) -> serde_json::Value {
     let path = image.path.to_string_lossy();
-    let kind = image.kind().as_str();
-    let (mut in_use, mut level) = (false, json!({ "path": path, "kind": kind, "length": image.len }));
+    let mut level = json!({ "path": path, "kind": image.kind().as_str(), "length": image.len });
     if let Form::Ploop(header) = &image.form {
         let geometry = header.geometry();
-        in_use = header.is_in_use();
         let more = json!({
             "version": header.version.to_string(),
             "cluster": geometry.cluster,
@@ -87,7 +91,7 @@ fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
             "mapped": mapped,
             "entries": geometry.entries,
             "first_block": geometry.first,
-            "in_use": in_use,
+            "in_use": header.is_in_use(),
             "in_use_value": header.in_use,
             "flags": header.flags,
             "extension": header.extension,
@@ -96,6 +100,14 @@ fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
             level.extend(more);
         }
     }
+    level
+}
+
+fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
+    let path = image.path.to_string_lossy();
+    let kind = image.kind().as_str();
+    let in_use = matches!(&image.form, Form::Ploop(header) if header.is_in_use());
+    let level = level_json(image, mapped);
     json!({
         "name": name,
         "path": path,

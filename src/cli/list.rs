@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::cli::{Outcome, out, served, size};
+use crate::cli::{Outcome, layered, out, served, size, target};
 use crate::daemon::holders;
 use crate::error::Error;
 use crate::image::chain::Candidate;
@@ -153,6 +153,9 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
     {
         return Err(reason);
     }
+    if target::is_layered(path) {
+        return Ok(layered_row(path));
+    }
     let candidate = match Candidate::open(path) {
         Ok(candidate) => candidate,
         Err(e) => return unreadable(path, name, &e),
@@ -180,6 +183,26 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
         mode: None,
         loops: Vec::new(),
     })
+}
+
+/// A folder with a descriptor.
+fn layered_row(path: &Path) -> Row {
+    let (mut size, mut allocated, mut reason) = (None, 0, None);
+    match layered::Layered::read(path) {
+        Ok(image) => (size, allocated) = (Some(image.size()), image.allocated()),
+        Err(e) => reason = Some(format!("damaged: {}", without_path(&e, path))),
+    }
+    Row {
+        name: layered::name(path).to_string_lossy().into_owned(),
+        path: path.to_string_lossy().into_owned(),
+        kind: "layered",
+        size,
+        allocated,
+        served: false,
+        reason,
+        mode: None,
+        loops: Vec::new(),
+    }
 }
 
 /// What could not be opened or read: an image by its name all the same, unless it is no regular file.
@@ -240,7 +263,7 @@ fn to_text(listing: &Listing) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     if !listing.images.is_empty() {
-        let _ = writeln!(text, "{:<32} {:<6} {:>10} {:>10}  STATE", "NAME", "KIND", "SIZE", "ALLOCATED");
+        let _ = writeln!(text, "{:<32} {:<7} {:>10} {:>10}  STATE", "NAME", "KIND", "SIZE", "ALLOCATED");
     }
     for row in &listing.images {
         let shown = row.size.map_or("-".into(), size::human);
@@ -252,7 +275,7 @@ fn to_text(listing: &Listing) -> String {
         let name = out::printable(&row.name);
         let _ = writeln!(
             text,
-            "{name:<32} {:<6} {shown:>10} {:>10}  {state}",
+            "{name:<32} {:<7} {shown:>10} {:>10}  {state}",
             row.kind,
             size::human(row.allocated)
         );

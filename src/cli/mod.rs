@@ -10,19 +10,28 @@ use crate::error::{Error, Kind};
 
 pub mod attach;
 pub mod check;
+pub mod clone;
 pub mod completions;
 pub mod create;
 mod daemon_entry;
 pub mod detach;
+pub mod freeze;
 pub mod info;
+pub mod layered;
 pub mod list;
 pub mod man;
+pub mod merge;
 pub mod mount;
+pub mod offline;
 pub mod out;
+pub mod resize;
 pub mod served;
 pub mod size;
+pub mod snapshot;
 pub mod target;
 pub mod umount;
+pub mod utc;
+pub mod work;
 
 /// What a command ends with: done, or done with something to say through the exit status.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,6 +85,23 @@ pub enum Command {
     ///
     /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it.
     Info(info::Args),
+    /// Make, list, delete and go back to snapshots of an image
+    ///
+    /// Of an image that a mount serves while it is in use, of others offline. A first snapshot turns the image's file into
+    /// a folder of the same name.
+    Snapshot(snapshot::Args),
+    /// Merge a snapshot into the one that stands on it
+    ///
+    /// The same as `ploopfs snapshot delete`, for a snapshot on which only one other, or the disk, stands.
+    Merge(merge::Args),
+    /// Make a new image with the content of another one, or of a snapshot
+    ///
+    /// Takes no space where the host file system shares extents (XFS, btrfs). Elsewhere the frozen files are linked.
+    Clone(clone::Args),
+    /// Make a disk larger, also while it is in use
+    ///
+    /// Loop devices over it are told. A disk is not made smaller: that would cut off what the guest keeps there.
+    Resize(resize::Args),
     /// Check an image for damage and leaks
     ///
     /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Nothing is written. Exit status 0: nothing
@@ -88,6 +114,9 @@ pub enum Command {
     /// Write the man pages into a folder
     #[command(hide = true)]
     Man(man::Args),
+    /// The process that freezes file systems for a snapshot, and thaws them
+    #[command(hide = true)]
+    ThawGuard(freeze::Args),
     /// The process that keeps a daemon; started by mount
     #[command(hide = true)]
     Keeper(daemon_entry::Args),
@@ -106,9 +135,14 @@ impl Command {
             Command::Create(args) => create::run(args),
             Command::List(args) => list::run(args),
             Command::Info(args) => info::run(args),
+            Command::Snapshot(args) => snapshot::run(args),
+            Command::Merge(args) => merge::run(args),
+            Command::Clone(args) => clone::run(args),
+            Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),
+            Command::ThawGuard(args) => freeze::guard(args),
             Command::Keeper(args) => daemon_entry::keeper(args),
             Command::Daemon(args) => daemon_entry::daemon(args),
         }

@@ -43,6 +43,9 @@ pub struct Args {
     /// Write to no image
     #[arg(short, long)]
     read_only: bool,
+    /// Let descriptors of layered images name files outside of the images folder
+    #[arg(long)]
+    allow_outside: bool,
     /// How to talk to the kernel
     #[arg(long, value_enum, default_value = "auto")]
     transport: Transport,
@@ -81,7 +84,7 @@ pub struct Args {
     options: Vec<String>,
     /// Faults to inject into host files
     #[cfg(feature = "faults")]
-    #[arg(long, value_name = "SPEC")]
+    #[arg(long, value_name = "SPEC", hide = true)]
     fault: Option<String>,
 }
 
@@ -284,6 +287,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         mountpoint: mountpoint.into(),
         foreground: args.foreground,
         read_only: args.read_only,
+        allow_outside: args.allow_outside,
         threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),
         runners: args.runners.into(),
         bat_cache: args.bat_cache,

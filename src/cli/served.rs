@@ -78,18 +78,31 @@ pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
     Ok((folder, daemon))
 }
 
-/// The file behind a flat file that a mount of ours shows; None where `shown` is none.
-pub fn source_of(shown: &Path) -> Result<Option<PathBuf>> {
+/// The image behind a flat file that a mount of ours shows, and which snapshot of it; None where `shown` is none.
+pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let Ok(found) = shown.canonicalize() else { return Ok(None) };
     let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
-    let name =
-        found.strip_prefix(&mount.point).ok().and_then(Path::to_str).and_then(|n| n.strip_suffix(".img"));
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
-    let name = name.ok_or_else(none)?;
+    let inside = found.strip_prefix(&mount.point).ok().and_then(Path::to_str).ok_or_else(none)?;
+    let inside = inside.strip_suffix(".img").ok_or_else(none)?;
+    let (name, snapshot) = match inside.strip_prefix(".snapshots/").and_then(|rest| rest.split_once('/')) {
+        Some((name, snapshot)) => (name, Some(snapshot.to_owned())),
+        None => (inside, None),
+    };
     let mut daemon = of_folder(&mount.source)?
         .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
     let image = daemon.client.list()?.into_iter().find(|image| image.served && image.name == name);
-    Ok(Some(PathBuf::from(image.ok_or_else(none)?.path)))
+    Ok(Some((PathBuf::from(image.ok_or_else(none)?.path), snapshot)))
+}
+
+/// The daemon that serves the image at `path` (a file or a layered image's folder), and what it says of it.
+pub fn serving(path: &Path) -> Result<Option<(Daemon, ImageLine)>> {
+    // "." and the like have a name only when resolved.
+    let path = path.canonicalize().map_err(|e| Error::io(&e, path, "cannot resolve the path"))?;
+    let Some(mut daemon) = of_folder(path.parent().unwrap_or(Path::new("/")))? else { return Ok(None) };
+    let named = |image: &ImageLine| Path::new(&image.path).file_name() == path.file_name();
+    let found = daemon.client.list()?.into_iter().find(|image| image.served && named(image));
+    Ok(found.map(|image| (daemon, image)))
 }
 
 /// What a daemon says of one image, and who has it open.
@@ -109,13 +122,7 @@ pub struct Live {
 
 /// What a daemon says of the image in the file `path`; None where none serves it.
 pub fn image(path: &Path) -> Result<Option<Live>> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let Some(mut daemon) = of_folder(folder)? else { return Ok(None) };
-    let file = path.file_name();
-    let named = |image: &ImageLine| Path::new(&image.path).file_name() == file;
-    let Some(image) = daemon.client.list()?.into_iter().find(|image| image.served && named(image)) else {
-        return Ok(None);
-    };
+    let Some((daemon, image)) = serving(path)? else { return Ok(None) };
     let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
     let shown = daemon.mountpoint.join(format!("{}.img", image.name));
     Ok(Some(Live { pid: daemon.client.hello().pid, shown, mode: image.mode, reason: image.reason, openers }))

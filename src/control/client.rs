@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::place::{Place, SOCKET};
-use super::protocol::{Answer, Closed, Hello, ImageLine, MAX_ANSWER, Op, Request, VERSION};
+use super::protocol::{
+    Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, SnapshotLine, VERSION,
+};
 use crate::error::{Error, Kind, Result};
+use crate::vdisk::live::{Done, Work};
 
 /// How long a daemon may take for an answer that needs no waiting. A rescan opens files, so it is generous.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -65,6 +68,41 @@ impl Client {
         self.ask(Op::Stop).map(drop)
     }
 
+    /// The snapshots of an image, by its name without `.img`.
+    pub fn snapshots(&mut self, image: &str) -> Result<Vec<SnapshotLine>> {
+        let answer = self.ask(Op::Snapshots { image: image.to_owned() })?;
+        answer.snapshots.ok_or_else(|| self.odd("no snapshots in the answer"))
+    }
+
+    /// Ends the work that goes on with an image.
+    pub fn cancel(&mut self, image: &str) -> Result<()> {
+        self.ask(Op::Cancel { image: image.to_owned() }).map(drop)
+    }
+
+    /// Has something done with an image and waits for it; `watch` hears several times a second how far it is. `rate`
+    /// in bytes per second.
+    pub fn work(
+        &mut self,
+        image: &str,
+        work: &Work,
+        rate: Option<u64>,
+        watch: &mut dyn FnMut(Amount),
+    ) -> Result<Done> {
+        self.send(Op::Work { image: image.to_owned(), work: work.clone(), rate })?;
+        loop {
+            let line = self.line()?;
+            if line.is_empty() {
+                let what =
+                    "the daemon hung up before the work was done; `ploopfs info` shows what came of it";
+                return Err(Error::at(Kind::Io, &self.socket, what));
+            }
+            match serde_json::from_slice::<Interim>(&line) {
+                Ok(interim) => watch(interim.progress),
+                Err(_) => return Ok(self.understand(&line)?.done.unwrap_or_default()),
+            }
+        }
+    }
+
     /// Asks to be told how it ended; [`Waiting::end`] then waits for it.
     pub fn wait(mut self) -> Result<Waiting> {
         self.bound(None)?;
@@ -116,28 +154,42 @@ impl Client {
 
     /// One answer; None when the daemon hung up.
     fn receive(&mut self) -> Result<Option<Answer>> {
-        let mut line = Vec::new();
-        let read = (&mut self.stream).take(MAX_ANSWER as u64).read_until(b'\n', &mut line);
-        read.map_err(|e| self.silent(&e))?;
+        let line = self.line()?;
         if line.is_empty() {
             return Ok(None);
         }
-        let answer: Answer = serde_json::from_slice(&line).map_err(|e| self.odd(&e.to_string()))?;
+        self.understand(&line).map(Some)
+    }
+
+    /// One line; empty when the daemon hung up.
+    fn line(&mut self) -> Result<Vec<u8>> {
+        let mut line = Vec::new();
+        let read = (&mut self.stream).take(MAX_ANSWER as u64).read_until(b'\n', &mut line);
+        read.map_err(|e| self.silent(&e))?;
+        Ok(line)
+    }
+
+    fn understand(&self, line: &[u8]) -> Result<Answer> {
+        let answer: Answer = serde_json::from_slice(line).map_err(|e| self.odd(&e.to_string()))?;
         if answer.ok {
-            return Ok(Some(answer));
+            return Ok(answer);
         }
+        let kind = kind_of(&answer);
         let why = answer.error.unwrap_or_else(|| "the daemon refused without a reason".to_owned());
-        Err(Error::new(kind_of_status(answer.status), why))
+        Err(Error::new(kind, why))
     }
 }
 
-/// The kind that ends a command with `status`; the other way round than [`Kind::exit_status`].
-fn kind_of_status(status: u8) -> Kind {
-    match status {
-        2 => Kind::Invalid,
-        3 => Kind::Damaged,
-        4 => Kind::InUse,
-        _ => Kind::Io,
+/// The kind of a failure that the daemon told; the other way round than [`Answer::failed`].
+fn kind_of(answer: &Answer) -> Kind {
+    match (answer.status, answer.errno) {
+        (2, _) => Kind::Invalid,
+        (3, _) => Kind::Damaged,
+        (4, _) => Kind::InUse,
+        (_, libc::ECANCELED) => Kind::Cancelled,
+        // A daemon that says none.
+        (_, 0) => Kind::Io,
+        (_, errno) => Kind::of_errno(errno),
     }
 }
 

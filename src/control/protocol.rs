@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
+use crate::vdisk::live::{Done, Work};
 
 /// The version both sides put in every line.
 pub const VERSION: u32 = 1;
@@ -27,6 +28,27 @@ pub enum Op {
     Stop,
     /// Answered when every image was closed, just before the daemon ends.
     Wait,
+    /// Do something with an image. Answered with lines of [`Interim`] while it lasts, then with one [`Answer`]. A client
+    /// that hangs up does not end it.
+    Work {
+        /// Name of the image, without `.img`.
+        image: String,
+        /// What to do.
+        work: Work,
+        /// At most this many bytes per second; None: as fast as it goes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
+    /// End what [`Op::Work`] began; that answers when it has ended.
+    Cancel {
+        /// Name of the image, without `.img`.
+        image: String,
+    },
+    /// The snapshots of an image.
+    Snapshots {
+        /// Name of the image, without `.img`.
+        image: String,
+    },
 }
 
 /// One request line.
@@ -90,6 +112,46 @@ pub struct Closed {
     pub error: Option<String>,
 }
 
+/// How far a piece of work has come, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Amount {
+    /// Done so far.
+    pub done: u64,
+    /// In all; 0: not known.
+    pub total: u64,
+}
+
+/// A line that comes before the answer to [`Op::Work`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interim {
+    /// Protocol version.
+    pub v: u32,
+    /// How far it has come.
+    pub progress: Amount,
+}
+
+/// One node of the tree of snapshots, in the answer to [`Op::Snapshots`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotLine {
+    /// Its label, else its GUID; of the live disk, empty.
+    pub name: String,
+    /// Its GUID.
+    pub guid: String,
+    /// GUID of the one it stands on; None for the base.
+    pub parent: Option<String>,
+    /// When it was taken, in seconds since 1970: the last change of its file. None for the live disk.
+    #[serde(default)]
+    pub created: Option<i64>,
+    /// Space taken on the host by its own file, in bytes.
+    pub exclusive: u64,
+    /// Space taken by the files below, which it shares with those it stands on, in bytes.
+    pub shared: u64,
+    /// The live disk itself.
+    pub current: bool,
+    /// Deleted, but not merged away yet.
+    pub temporary: bool,
+}
+
 /// One answer line.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -103,6 +165,9 @@ pub struct Answer {
     /// The exit status that the command should end with.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub status: u8,
+    /// What kind of failure, as an errno; 0 for none.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub errno: i32,
     /// For [`Op::Hello`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hello: Option<Hello>,
@@ -112,10 +177,20 @@ pub struct Answer {
     /// For [`Op::Wait`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<Vec<Closed>>,
+    /// For [`Op::Work`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub done: Option<Done>,
+    /// For [`Op::Snapshots`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<Vec<SnapshotLine>>,
 }
 
 fn is_zero(n: &u8) -> bool {
     *n == 0
+}
+
+fn is_none(errno: &i32) -> bool {
+    *errno == 0
 }
 
 impl Answer {
@@ -131,6 +206,7 @@ impl Answer {
             ok: false,
             error: Some(e.to_string()),
             status: e.kind().exit_status(),
+            errno: e.errno(),
             ..Answer::default()
         }
     }
@@ -159,7 +235,20 @@ mod tests {
 
     #[test]
     fn a_request_survives_being_written_and_read() {
-        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait] {
+        let image = || "vm1".to_owned();
+        let works = [
+            Work::Snapshot { label: Some("a".into()) },
+            Work::Snapshot { label: None },
+            Work::Delete { snapshot: "a".into() },
+            Work::Merge { snapshot: "a".into() },
+            Work::Switch { snapshot: "a".into() },
+            Work::Clone { snapshot: None, to: "/images/vm2".into(), copy: true },
+            Work::Resize { size: u64::MAX },
+        ];
+        let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
+        let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }];
+        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait].into_iter().chain(works).chain(others)
+        {
             let line = serde_json::to_vec(&Request { v: VERSION, op: op.clone() }).expect("plain data");
             assert_eq!(parse_request(&line).expect("our own line"), op);
         }
@@ -173,7 +262,22 @@ mod tests {
 
     #[test]
     fn rubbish_is_an_error_and_not_a_panic() {
-        for line in [&b""[..], b"{", b"[]", b"\xff\xfe", br#"{"v":1}"#, br#"{"v":1,"op":"dance"}"#, b"null"] {
+        let lines = [
+            &b""[..],
+            b"{",
+            b"[]",
+            b"\xff\xfe",
+            b"null",
+            br#"{"v":1}"#,
+            br#"{"v":1,"op":"dance"}"#,
+            br#"{"v":1,"op":"work"}"#,
+            br#"{"v":1,"op":"work","image":"vm1","work":"snapshot"}"#,
+            br#"{"v":1,"op":"work","image":"vm1","work":{"work":"format"}}"#,
+            br#"{"v":1,"op":"work","image":"vm1","work":{"work":"resize","size":-1}}"#,
+            br#"{"v":1,"op":"work","image":7,"work":{"work":"resize","size":1}}"#,
+            br#"{"v":1,"op":"cancel"}"#,
+        ];
+        for line in lines {
             assert_eq!(parse_request(line).expect_err("rubbish").kind(), Kind::Invalid);
         }
     }

@@ -10,18 +10,47 @@ use std::thread;
 use std::time::Duration;
 
 use super::place::{Place, SOCKET};
-use super::protocol::{Answer, MAX_REQUEST, Op, parse_request};
+use super::protocol::{Amount, Answer, Interim, MAX_REQUEST, Op, VERSION, parse_request};
 use crate::error::{Error, Kind, Result};
+use crate::io::process::spawn_detached as spawn;
 
-/// Clients at a time; each costs a thread. Commands are short, and `umount` waits in one, so sixteen is plenty.
-const MAX_CLIENTS: usize = 16;
+/// Clients at a time; each costs a thread. Most commands are short, but `umount` and whoever watches a long piece of
+/// work keep theirs: enough that many images are worked on at once, and one more can be told to cancel.
+const MAX_CLIENTS: usize = 64;
 /// How long a client may say nothing, or not take its answer. A command speaks at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the daemon does with requests. Called from the threads of the clients, so it may block.
 pub trait Service: Send + Sync + 'static {
-    /// Carries out `op`. `gone` tells whether the client hung up, for requests that wait.
-    fn serve(&self, op: Op, gone: &dyn Fn() -> bool) -> Answer;
+    /// Carries out `op` for `caller`.
+    fn serve(&self, op: Op, caller: &dyn Caller) -> Answer;
+}
+
+/// The client that asked, for requests that take their time.
+pub trait Caller {
+    /// True when the client hung up.
+    fn gone(&self) -> bool;
+    /// Tells it how far the work has come. That it does not listen is noticed by [`gone`](Self::gone).
+    fn tell(&self, progress: Amount);
+}
+
+impl Caller for &UnixStream {
+    fn gone(&self) -> bool {
+        hung_up(self)
+    }
+
+    fn tell(&self, progress: Amount) {
+        let line = serde_json::to_vec(&Interim { v: VERSION, progress });
+        // A client that takes nothing in is cut off: half a line would spoil those behind it.
+        let sent = line.map_err(io::Error::from).and_then(|mut line| {
+            line.push(b'\n');
+            let mut out: &UnixStream = self;
+            out.write_all(&line)
+        });
+        if sent.is_err() {
+            let _ = self.shutdown(std::net::Shutdown::Both);
+        }
+    }
 }
 
 /// A bound socket that nobody is answered on yet. Binding belongs before the first thread, serving behind it.
@@ -71,11 +100,6 @@ impl Clients {
     pub fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
-    let started = crate::io::process::spawn_thread(name, body);
-    started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
 }
 
 /// Counts a client as long as it lives.
@@ -154,7 +178,7 @@ fn talk(client: UnixStream, service: &dyn Service) {
             return;
         }
         let answer = match parse_request(&line) {
-            Ok(op) => service.serve(op, &|| hung_up(&client)),
+            Ok(op) => service.serve(op, &&client),
             Err(e) => Answer::failed(&e),
         };
         if send(&mut out, &answer).is_err() {

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::settings::Settings;
-use super::spawn;
 use super::wire::Event;
 use crate::error::Result;
+use crate::io::process::spawn_detached as spawn;
 use crate::vdisk;
 
 /// Events on their way to the program; more are dropped, because a program that hangs must hold up nobody.

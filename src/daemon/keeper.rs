@@ -16,10 +16,11 @@ use signal_hook::iterator::Signals;
 
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
-use super::{events, holders, log, mounts, spawn};
+use super::{events, holders, log, mounts};
 use crate::control::place::{LOG, Place};
 use crate::error::{Error, Kind, Result};
 use crate::io::process;
+use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
 
 /// How often loop devices without direct I/O are looked for. A person who has just typed losetup reads the log

@@ -7,9 +7,9 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::settings::Settings;
-use super::spawn;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
+use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
 
 /// Events on their way to the keeper; more are dropped, because nobody waits for a person to be told.

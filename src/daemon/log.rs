@@ -161,7 +161,7 @@ pub fn start_thread() -> Result<()> {
     let Some(sink) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
     let (sender, receiver) = bounded(MAX_WAITING);
     let counts = way.clone();
-    super::spawn("ploopfs/log", move || write_out(sink, &receiver, &counts))?;
+    crate::io::process::spawn_detached("ploopfs/log", move || write_out(sink, &receiver, &counts))?;
     // Set once: the slot was taken by us.
     let _ = way.channel.set(sender);
     Ok(())

@@ -15,11 +15,4 @@ pub mod settings;
 pub mod start;
 mod stop;
 pub mod wire;
-
-use crate::error::{Error, Kind, Result};
-
-/// Starts a named thread that nobody waits for.
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
-    let started = crate::io::process::spawn_thread(name, body);
-    started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
-}
+mod works;

@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use super::settings::Settings;
 use super::stop::Ending;
-use crate::control::protocol::{Answer, Hello, ImageLine, Op};
-use crate::control::server::Service;
+use super::works::Works;
+use crate::control::protocol::{Answer, Hello, ImageLine, Op, SnapshotLine};
+use crate::control::server::{Caller, Service};
+use crate::control::snapshots;
+use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 
 /// The folder and its end, as clients see them.
@@ -15,12 +18,14 @@ pub struct Desk {
     ending: Arc<Ending>,
     /// Process id of the keeper: our parent when we started.
     keeper: u32,
+    works: Works,
 }
 
 impl Desk {
     /// A desk for one served folder.
     pub fn new(settings: Settings, folder: Arc<Folder>, ending: Arc<Ending>, keeper: u32) -> Desk {
-        Desk { settings, folder, ending, keeper }
+        let works = Works::in_folder(folder.clone());
+        Desk { settings, folder, ending, keeper, works }
     }
 
     fn hello(&self) -> Hello {
@@ -49,22 +54,38 @@ impl Desk {
         };
         self.folder.images().into_iter().map(line).collect()
     }
+
+    fn snapshots(&self, image: &str) -> Result<Vec<SnapshotLine>> {
+        let missing = || Error::at(Kind::NotFound, self.folder.path().join(image), "no such image is served");
+        let entry = self.folder.find(image.as_ref()).ok_or_else(missing)?;
+        snapshots::of(&entry.path())
+    }
+}
+
+fn answer<T>(result: Result<T>, filled: impl FnOnce(T) -> Answer) -> Answer {
+    result.map_or_else(|e| Answer::failed(&e), filled)
 }
 
 impl Service for Desk {
-    fn serve(&self, op: Op, gone: &dyn Fn() -> bool) -> Answer {
+    fn serve(&self, op: Op, caller: &dyn Caller) -> Answer {
         match op {
             Op::Hello => Answer { hello: Some(self.hello()), ..Answer::done() },
             Op::List => Answer { images: Some(self.images()), ..Answer::done() },
-            Op::Rescan => match self.folder.rescan_now() {
-                Ok(()) => Answer::done(),
-                Err(e) => Answer::failed(&e),
-            },
+            Op::Rescan => answer(self.folder.rescan_now(), |()| Answer::done()),
             Op::Stop => {
                 self.ending.request("stop");
                 Answer::done()
             }
-            Op::Wait => Answer { closed: self.ending.wait_closed(gone), ..Answer::done() },
+            Op::Wait => Answer { closed: self.ending.wait_closed(&|| caller.gone()), ..Answer::done() },
+            Op::Work { image, work, rate } => match self.works.carry_out(&image, work, rate, caller) {
+                Some(result) => answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
+                // Nobody hears it.
+                None => Answer::done(),
+            },
+            Op::Cancel { image } => answer(self.works.cancel(&image), |()| Answer::done()),
+            Op::Snapshots { image } => {
+                answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() })
+            }
         }
     }
 }

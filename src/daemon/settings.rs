@@ -23,6 +23,8 @@ pub struct Settings {
     pub foreground: bool,
     /// No image is ever opened for writing.
     pub read_only: bool,
+    /// Descriptors may name deltas outside of the images folder.
+    pub allow_outside: bool,
     /// Transport threads.
     pub threads: usize,
     /// Runner threads.

@@ -71,7 +71,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let options = FolderOptions {
         read_only: settings.read_only,
         note,
-        allow_outside: false,
+        allow_outside: settings.allow_outside,
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };

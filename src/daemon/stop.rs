@@ -15,10 +15,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::link::Link;
 use super::log;
 use super::settings::Settings;
-use super::spawn;
 use crate::control::protocol::Closed;
 use crate::error::Result;
 use crate::folder::Folder;
+use crate::io::process::spawn_detached as spawn;
 
 /// How often open files are looked at while they hold up the end.
 const LOOK: Duration = Duration::from_millis(100);

@@ -1,0 +1,137 @@
+//! `snapshot create --freeze`: the file systems that are mounted from an image through loop devices are frozen while
+//! the snapshot is taken. A guard, a process of its own, does it, so that they thaw whatever becomes of the command.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::cli::Outcome;
+use crate::error::{Error, Kind, Result};
+use crate::io::freeze::FileSystem;
+use crate::io::loopdev::{self, LoopDevice};
+use crate::io::process;
+
+/// How long a guest waits at most (DESIGN.md 7). A snapshot takes milliseconds.
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// Arguments of the hidden command.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    points: Vec<PathBuf>,
+}
+
+/// The guard: freezes, says so, and thaws when its standard input ends (the command is done, or was killed) or after
+/// ten seconds. Says "thawed" when it was asked in time, "late" when not.
+pub fn guard(args: Args) -> anyhow::Result<Outcome> {
+    let _ = process::name_this_thread("ploopfs/thaw");
+    let mut say = std::io::stdout().lock();
+    let mut held = Held(Vec::new());
+    for point in &args.points {
+        let frozen = FileSystem::open(point).and_then(|fs| fs.freeze().map(|()| fs));
+        match frozen {
+            Ok(fs) => held.0.push(fs),
+            Err(e) => {
+                writeln!(say, "{e}")?;
+                return Ok(Outcome::Done);
+            }
+        }
+    }
+    let _ = writeln!(say, "frozen").and_then(|()| say.flush());
+    let asked = input_ends_within(LONGEST);
+    let mut in_time = asked;
+    for fs in held.0.drain(..) {
+        // Somebody else thawed it before us: then it was not frozen all the time.
+        in_time &= fs.thaw().unwrap_or(false);
+    }
+    // The command may be gone.
+    let _ = writeln!(say, "{}", if in_time { "thawed" } else { "late" });
+    Ok(Outcome::Done)
+}
+
+/// Thaws what is frozen when the guard leaves early.
+struct Held(Vec<FileSystem>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for fs in self.0.drain(..) {
+            let _ = fs.thaw();
+        }
+    }
+}
+
+fn input_ends_within(limit: Duration) -> bool {
+    let input = std::io::stdin();
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        // Nobody ever writes there: whatever happens to it is the end.
+        let mut fds = [PollFd::new(&input, PollFlags::IN)];
+        if poll(&mut fds, Some(&wait)).is_ok_and(|ready| ready > 0) {
+            return true;
+        }
+    }
+}
+
+/// File systems that stay frozen until [`thaw`](Frozen::thaw), the end of this process, or ten seconds are over.
+#[derive(Debug)]
+pub struct Frozen {
+    guard: Child,
+    says: BufReader<ChildStdout>,
+    points: Vec<PathBuf>,
+}
+
+impl Frozen {
+    /// Freezes every file system that is mounted from one of `devices`.
+    pub fn new(image: &Path, devices: &[LoopDevice]) -> Result<Frozen> {
+        let points: Vec<PathBuf> = devices.iter().flat_map(loopdev::mounted_on).collect();
+        if points.is_empty() {
+            let what = "no file system of it is mounted through a loop device here; --freeze is for those";
+            return Err(Error::at(Kind::Invalid, image, what));
+        }
+        let failed = |e: &std::io::Error| Error::io(e, image, "cannot start the guard that thaws");
+        let mut command = process::daemon_command("ploopfs");
+        command.arg("thaw-guard").args(&points).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut guard = command.spawn().map_err(|e| failed(&e))?;
+        let out = guard.stdout.take().ok_or_else(|| failed(&std::io::ErrorKind::BrokenPipe.into()))?;
+        let mut frozen = Frozen { guard, says: BufReader::new(out), points };
+        match &*frozen.line() {
+            "frozen" => Ok(frozen),
+            "" => Err(Error::at(Kind::Io, image, "the guard that freezes and thaws died; nothing was done")),
+            why => Err(Error::new(Kind::Io, format!("{why}; no snapshot was made"))),
+        }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        // A guard that is gone says nothing.
+        let _ = self.says.read_line(&mut line);
+        line.trim_end().to_owned()
+    }
+
+    /// Thaws. False: they were not frozen up to now.
+    pub fn thaw(mut self) -> bool {
+        drop(self.guard.stdin.take());
+        self.line() == "thawed"
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let ended = self.guard.wait();
+        if ended.is_ok_and(|status| status.success()) {
+            return;
+        }
+        // The guard was killed: then this is on us.
+        for fs in self.points.iter().filter_map(|point| FileSystem::open(point).ok()) {
+            let _ = fs.thaw();
+        }
+    }
+}

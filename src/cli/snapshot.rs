@@ -1,0 +1,198 @@
+//! `ploopfs snapshot`.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::cli::freeze::Frozen;
+use crate::cli::work::{self, Pace};
+use crate::cli::{Outcome, attach, out, size, target, utc};
+use crate::control::protocol::SnapshotLine;
+use crate::error::{Error, Kind, Result};
+use crate::vdisk::live::{Done, Work};
+
+/// Arguments of `snapshot`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Keep the disk as it is now under a name, and print the name
+    ///
+    /// The disk may be in use: its user waits for some milliseconds. The snapshot holds what was written to it until
+    /// then, as after a power cut; with --freeze, what is in the caches of a file system on it too.
+    Create {
+        /// The image
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+        /// Its name: letters, digits, dots, dashes and underscores [default: the time, in UTC]
+        #[arg(value_name = "NAME")]
+        name: Option<String>,
+        /// Freeze the file systems mounted from it through loop devices meanwhile, 10 s at most
+        #[arg(long)]
+        freeze: bool,
+    },
+    /// Show the snapshots of an image, and how much space they take
+    ///
+    /// OWN is what a snapshot's own file takes, SHARED what it has in common with those it stands on.
+    List {
+        #[command(flatten)]
+        which: target::Facts,
+    },
+    /// Delete a snapshot; every other one, and the disk, keep their content
+    ///
+    /// Its data goes to the only one that stands on it. Where several do, it is only marked, and goes away with the last
+    /// but one of them. May be interrupted, and be done again.
+    Delete {
+        #[command(flatten)]
+        which: Named,
+        #[command(flatten)]
+        pace: Pace,
+    },
+    /// Go back to a snapshot; what the disk has had since then is lost, unless a snapshot has it
+    ///
+    /// Nobody may have the disk open.
+    Switch {
+        #[command(flatten)]
+        which: Named,
+    },
+}
+
+/// An image and one of its snapshots.
+#[derive(Debug, clap::Args)]
+pub struct Named {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+    /// The snapshot: its name or its GUID
+    #[arg(value_name = "SNAPSHOT")]
+    pub snapshot: String,
+}
+
+impl SnapshotLine {
+    /// True when `name` is its name or its GUID, with or without braces.
+    pub fn is(&self, name: &str) -> bool {
+        let bare = |text: &str| text.trim_matches(['{', '}']).to_ascii_lowercase();
+        !self.current && (self.name == name || bare(&self.guid) == bare(name))
+    }
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    match args.what {
+        What::Create { image, name, freeze } => {
+            let name = create(&target::find(&image)?, name, freeze)?;
+            out::text(&format!("{}\n", out::printable(&name)))?;
+        }
+        What::List { which } => {
+            let lines = work::snapshots(&target::find(&which.image)?)?;
+            if which.json {
+                out::json(&json!({ "snapshots": lines }))?;
+            } else {
+                out::text(&to_text(&lines))?;
+            }
+        }
+        What::Delete { which, pace } => {
+            let path = target::find(&which.image)?;
+            say(&work::carry_out(&path, &Work::Delete { snapshot: which.snapshot }, pace)?)?;
+        }
+        What::Switch { which } => {
+            let path = target::find(&which.image)?;
+            say(&work::carry_out(&path, &Work::Switch { snapshot: which.snapshot }, Pace { rate: None })?)?;
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// What a person should know of work that was done.
+pub fn say(done: &Done) -> anyhow::Result<()> {
+    match &done.note {
+        Some(note) => out::text(&format!("{}\n", out::printable(note))),
+        None => Ok(()),
+    }
+}
+
+fn create(path: &Path, name: Option<String>, freeze: bool) -> Result<String> {
+    let frozen = if freeze {
+        let shown = attach::shown(path)?;
+        Some(Frozen::new(path, &attach::over(&shown)?)?)
+    } else {
+        None
+    };
+    let work = Work::Snapshot { label: name };
+    let done = work::carry_out(path, &work, Pace { rate: None });
+    // Thawed before anything is said, whatever came of it.
+    let in_time = frozen.is_none_or(Frozen::thaw);
+    let name = done?.name.unwrap_or_default();
+    if !in_time {
+        let what = format!(
+            "the snapshot {name} was made, but its file system was thawed before (after 10 s, or by somebody else): \
+             it is as after a power cut"
+        );
+        return Err(Error::at(Kind::Io, path, what));
+    }
+    Ok(name)
+}
+
+fn to_text(lines: &[SnapshotLine]) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = writeln!(text, "{:<40} {:<19} {:>10} {:>10}  STATE", "NAME", "TAKEN (UTC)", "OWN", "SHARED");
+    // Depth first; what was not shown yet, with its indentation. Only where several stand on one it grows, so that a
+    // long chain stays readable.
+    let children = |parent: Option<&str>| -> Vec<&SnapshotLine> {
+        lines.iter().filter(|line| line.parent.as_deref() == parent).rev().collect()
+    };
+    let mut waiting: Vec<(&SnapshotLine, usize)> = children(None).into_iter().map(|line| (line, 0)).collect();
+    while let Some((line, depth)) = waiting.pop() {
+        let name = if line.current { "(the disk)" } else { &line.name };
+        let name = format!("{:width$}{}", "", out::printable(name), width = 2 * depth);
+        let taken = line.created.map_or_else(|| "-".to_owned(), utc::shown);
+        let state = match (line.current, line.temporary) {
+            (true, _) => "current",
+            (_, true) => "deleted, not merged yet",
+            _ => "",
+        };
+        let (own, shared) = (size::human(line.exclusive), size::human(line.shared));
+        let row = format!("{name:<40} {taken:<19} {own:>10} {shared:>10}  {state}");
+        let _ = writeln!(text, "{}", row.trim_end());
+        let above = children(Some(&line.guid));
+        let depth = depth + usize::from(above.len() > 1);
+        waiting.extend(above.into_iter().map(|child| (child, depth)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(name: &str, parent: Option<&str>) -> SnapshotLine {
+        let (guid, parent) = (format!("{{{name}}}"), parent.map(|p| format!("{{{p}}}")));
+        SnapshotLine { name: name.into(), guid, parent, created: Some(0), ..SnapshotLine::default() }
+    }
+
+    #[test]
+    fn the_tree_is_indented_where_it_branches() {
+        let mut lines =
+            vec![line("a", None), line("b", Some("a")), line("c", Some("b")), line("d", Some("b"))];
+        lines[3].current = true;
+        let text = to_text(&lines);
+        let names: Vec<&str> = text.lines().skip(1).map(|l| l[..12].trim_end()).collect();
+        assert_eq!(names, ["a", "b", "  c", "  (the disk)"]);
+        assert!(text.contains("1970-01-01 00:00:00"), "{text}");
+    }
+
+    #[test]
+    fn a_snapshot_is_known_by_name_and_by_guid_and_the_live_disk_is_none() {
+        let mut one = line("ab", None);
+        one.name = "monday".into();
+        assert!(one.is("monday") && one.is("{AB}") && one.is("ab") && !one.is("tuesday"));
+        one.current = true;
+        assert!(!one.is("monday"));
+    }
+}

@@ -1,0 +1,194 @@
+//! Long work with an image, from the command line: by the daemon that serves it, live, else in this process under the
+//! same locks. A bar on a terminal, nothing in a pipe; Ctrl-C cancels.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::cli::served::{self, Daemon};
+use crate::cli::{offline, size};
+use crate::control::client::Client;
+use crate::control::protocol::{Amount, SnapshotLine};
+use crate::control::snapshots;
+use crate::error::{Error, Kind, Result};
+use crate::io::process::spawn_detached;
+use crate::progress::Progress;
+use crate::vdisk::live::{Done, Work};
+
+/// How often work in this process is looked at: an even bar, and a Ctrl-C that is heard at once.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Options of every long command.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Pace {
+    /// At most so much a second, such as 100M [default: as fast as it goes]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub rate: Option<u64>,
+}
+
+/// Who carries it out.
+pub enum Place {
+    /// The daemon that serves the image under this name; and its other openers may go on.
+    Live(Box<Daemon>, String),
+    /// This process.
+    Offline,
+}
+
+impl Place {
+    /// Who serves the image at `path`.
+    pub fn of(path: &Path) -> Result<Place> {
+        let serving = served::serving(path)?;
+        Ok(serving.map_or(Place::Offline, |(daemon, image)| Place::Live(Box::new(daemon), image.name)))
+    }
+}
+
+/// Does `work` with the image at `path`, and waits for it.
+pub fn carry_out(path: &Path, work: &Work, pace: Pace) -> Result<Done> {
+    let interrupted = watch_interrupts()?;
+    let mut place = Place::of(path)?;
+    let bar = Bar::new();
+    let result = match &mut place {
+        Place::Live(daemon, name) => live(daemon, name, work, pace, &interrupted, &bar),
+        Place::Offline => here(path, work, pace, &interrupted, &bar),
+    };
+    bar.end();
+    match result {
+        Err(e) if e.kind() == Kind::Cancelled => Err(cancelled(path, work)),
+        Err(e) if matches!(work, Work::Switch { .. }) && e.kind() == Kind::Busy => Err(busy(path, &e)),
+        // The message names the snapshot that is open; who has the disk open does not matter.
+        Err(e) if matches!(work, Work::Delete { .. } | Work::Merge { .. }) && e.kind() == Kind::Busy => {
+            Err(e.with_kind(Kind::InUse))
+        }
+        other => other,
+    }
+}
+
+/// The first Ctrl-C cancels, the second ends this process at once.
+fn watch_interrupts() -> Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // The order matters: the first signal finds the flag unset, and then sets it.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, interrupted.clone())
+            .and_then(|_| signal_hook::flag::register(signal, interrupted.clone()))
+            .map_err(|e| Error::new(Kind::Io, format!("cannot watch for Ctrl-C: {e}")))?;
+    }
+    Ok(interrupted)
+}
+
+fn live(
+    daemon: &mut Daemon,
+    name: &str,
+    work: &Work,
+    pace: Pace,
+    interrupted: &AtomicBool,
+    bar: &Bar,
+) -> Result<Done> {
+    let images = daemon.client.hello().images.clone();
+    let mut asked = false;
+    daemon.client.work(name, work, pace.rate, &mut |amount| {
+        bar.show(amount);
+        if interrupted.load(Ordering::Relaxed) && !asked {
+            asked = true;
+            // On a line of its own: this one waits for the end. Work that ended meanwhile needs no cancelling.
+            if let Ok(Some(mut second)) = Client::find(Path::new(&images)) {
+                let _ = second.cancel(name);
+            }
+        }
+    })
+}
+
+fn here(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool, bar: &Bar) -> Result<Done> {
+    let progress = Arc::new(Progress::with_rate(pace.rate));
+    let (send, receive) = channel();
+    let (image, work, worker) = (path.to_owned(), work.clone(), progress.clone());
+    // The receiver is gone only when this process ends.
+    spawn_detached("ploopfs/work", move || drop(send.send(offline::carry_out(&image, &work, &worker))))?;
+    loop {
+        match receive.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(Error::at(
+                    Kind::Io,
+                    path,
+                    "the work was abandoned; `ploopfs check` shows its state",
+                ));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let (done, total) = progress.so_far();
+                bar.show(Amount { done, total });
+                if interrupted.load(Ordering::Relaxed) {
+                    progress.cancel();
+                }
+            }
+        }
+    }
+}
+
+/// The snapshots of the image at `path`, whoever serves it.
+pub fn snapshots(path: &Path) -> Result<Vec<SnapshotLine>> {
+    match Place::of(path)? {
+        Place::Live(mut daemon, name) => daemon.client.snapshots(&name),
+        Place::Offline => snapshots::of(path),
+    }
+}
+
+/// What a cancelled command leaves behind, as the image says it.
+fn cancelled(path: &Path, work: &Work) -> Error {
+    let state = match work {
+        Work::Delete { snapshot } | Work::Merge { snapshot } => match snapshots(path) {
+            Ok(lines) if lines.iter().any(|l| l.is(snapshot) && l.temporary) => format!(
+                "the snapshot {snapshot} is marked as deleted and not merged yet; nothing is lost, and this goes on: \
+                 ploopfs snapshot delete {} {snapshot}",
+                path.display()
+            ),
+            Ok(lines) if lines.iter().any(|l| l.is(snapshot)) => {
+                format!("the snapshot {snapshot} is there as before")
+            }
+            Ok(_) => format!("too late: the snapshot {snapshot} is merged"),
+            Err(e) => format!("what is left cannot be read now ({e})"),
+        },
+        Work::Clone { to, .. } => format!("{} was not made", to.display()),
+        Work::Resize { .. } => "the disk has its old size".to_owned(),
+        Work::Finish => "what is left goes on at the next use".to_owned(),
+        Work::Snapshot { .. } | Work::Switch { .. } => "the image is as it was".to_owned(),
+    };
+    Error::at(Kind::Cancelled, path, format!("cancelled; {state}"))
+}
+
+/// The image is open: by whom.
+fn busy(path: &Path, e: &Error) -> Error {
+    let openers = served::image(path).ok().flatten().map(|live| live.openers).unwrap_or_default();
+    if openers.is_empty() {
+        return e.with_kind(Kind::InUse);
+    }
+    Error::new(Kind::InUse, format!("{e}; open by: {}", openers.join(", ")))
+}
+
+/// Shown on a terminal only, and only for work that takes a while.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new() -> Bar {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(5));
+        let style =
+            ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        Bar(bar)
+    }
+
+    fn show(&self, amount: Amount) {
+        if amount.total > 0 {
+            self.0.set_length(amount.total);
+            self.0.set_position(amount.done.min(amount.total));
+        }
+    }
+
+    fn end(&self) {
+        self.0.finish_and_clear();
+    }
+}

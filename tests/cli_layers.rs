@@ -1,0 +1,265 @@
+//! Snapshots, merge, switch, clone and resize with the real binary, offline; the control socket's long work; the guard
+//! that freezes and thaws.
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Guest, Loop, Mount, Run, temp_dir, until};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A folder with the image `vm`, 64 MiB.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Folder {
+        let folder = Folder(temp_dir());
+        folder.ok(&["create", "vm", "--size", "64M"]);
+        folder
+    }
+
+    fn run(&self, args: &[&str]) -> common::Finished {
+        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).run()
+    }
+
+    #[track_caller]
+    fn ok(&self, args: &[&str]) -> String {
+        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).ok()
+    }
+
+    #[track_caller]
+    fn fails(&self, status: i32, args: &[&str]) -> String {
+        let done = self.run(args);
+        assert_eq!(done.code(), Some(status), "{done}");
+        done.output()
+    }
+
+    fn names(&self, image: &str) -> Vec<String> {
+        let text = self.ok(&["snapshot", "list", image, "--json"]);
+        let value: Value = serde_json::from_str(&text).expect("JSON");
+        let lines = value["snapshots"].as_array().expect("a list");
+        lines.iter().map(|line| line["name"].as_str().expect("a name").to_owned()).collect()
+    }
+
+    fn size(&self, image: &str) -> u64 {
+        let value: Value = serde_json::from_str(&self.ok(&["info", image, "--json"])).expect("JSON");
+        value["size"].as_u64().expect("a size")
+    }
+}
+
+#[test]
+fn the_first_snapshot_turns_the_file_into_a_folder_that_its_old_name_still_finds() {
+    let folder = Folder::new();
+    assert_eq!(folder.ok(&["snapshot", "create", "vm", "monday"]).trim_end(), "monday");
+    assert!(!folder.0.path().join("vm.hds").exists());
+    assert!(folder.0.path().join("vm/DiskDescriptor.xml").exists());
+    for name in ["vm", "vm.hds", "vm/DiskDescriptor.xml"] {
+        assert_eq!(folder.names(name), ["monday", ""], "{name}");
+        folder.ok(&["check", name]);
+    }
+}
+
+#[test]
+fn a_snapshot_without_a_name_is_named_by_the_time() {
+    let folder = Folder::new();
+    let name = folder.ok(&["snapshot", "create", "vm"]);
+    let shape: String = name.trim_end().chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+    assert_eq!(shape, "0000-00-00T00.00.00");
+}
+
+#[test]
+fn names_that_are_taken_or_illegal_are_refused_and_change_nothing() {
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "monday"]);
+    for name in ["monday", "a/b", ".hidden", "", &"x".repeat(65)] {
+        let done = folder.run(&["snapshot", "create", "vm", name]);
+        assert!(!done.success(), "{done}");
+    }
+    assert_eq!(folder.names("vm"), ["monday", ""]);
+}
+
+#[test]
+fn a_deleted_snapshot_goes_away_and_the_image_stays_sound() {
+    let folder = Folder::new();
+    for name in ["a", "b", "c"] {
+        folder.ok(&["snapshot", "create", "vm", name]);
+    }
+    folder.ok(&["snapshot", "delete", "vm", "b"]);
+    folder.ok(&["merge", "vm", "a"]);
+    assert_eq!(folder.names("vm"), ["c", ""]);
+    folder.ok(&["check", "vm"]);
+    let said = folder.fails(1, &["snapshot", "delete", "vm", "b"]);
+    assert!(said.contains("no snapshot b"), "{said}");
+}
+
+#[test]
+fn a_switch_goes_back_to_a_snapshot() {
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    folder.ok(&["snapshot", "create", "vm", "b"]);
+    folder.ok(&["snapshot", "switch", "vm", "a"]);
+    assert_eq!(folder.names("vm"), ["a", "b", ""]);
+    folder.ok(&["check", "vm"]);
+}
+
+#[test]
+fn a_clone_is_an_image_of_its_own_and_an_existing_name_is_refused_before_anything_is_done() {
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    folder.ok(&["clone", "vm@a", "new"]);
+    folder.ok(&["check", "new"]);
+    assert_eq!(folder.size("new"), folder.size("vm"));
+    folder.fails(1, &["clone", "vm", "new"]);
+    assert_eq!(folder.names("vm"), ["a", ""]);
+}
+
+#[test]
+fn resizing_grows_files_and_layered_images_and_never_shrinks() {
+    let folder = Folder::new();
+    folder.ok(&["resize", "vm", "96M"]);
+    assert_eq!(folder.size("vm"), 96 << 20);
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    folder.ok(&["resize", "vm", "128M"]);
+    assert_eq!((folder.size("vm"), folder.size("vm@a")), (128 << 20, 96 << 20));
+    let said = folder.fails(2, &["resize", "vm", "1M"]);
+    assert!(said.contains("smaller"), "{said}");
+    folder.ok(&["check", "vm"]);
+}
+
+#[test]
+fn a_single_file_has_no_snapshots_and_asking_for_one_changes_nothing() {
+    let folder = Folder::new();
+    for args in [["snapshot", "delete", "vm", "a"], ["snapshot", "switch", "vm", "a"]] {
+        let said = folder.fails(1, &args);
+        assert!(said.contains("has none"), "{said}");
+    }
+    folder.fails(1, &["clone", "vm@a", "new"]);
+    folder.fails(1, &["info", "vm@a"]);
+    assert!(folder.0.path().join("vm.hds").exists());
+}
+
+#[test]
+fn check_finds_a_missing_file_and_one_outside_of_the_images_folder() {
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    let xml = folder.0.path().join("vm/DiskDescriptor.xml");
+    let good = fs::read_to_string(&xml).expect("read");
+    for file in ["gone.hds", "/etc/passwd", "../../../etc/passwd"] {
+        fs::write(&xml, good.replace("<File>vm.hds</File>", &format!("<File>{file}</File>"))).expect("write");
+        let said = folder.fails(3, &["check", "vm"]);
+        assert!(
+            said.contains("error: ") && said.contains(file.rsplit('/').next().expect("a name")),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn hostile_lines_on_the_socket_are_refused_and_the_daemon_goes_on() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let socket = mount.images().join(".ploopfs/control");
+    for line in [
+        r#"{"v":1,"op":"work","image":"vm1"}"#,
+        r#"{"v":1,"op":"work","image":"../../x","work":{"work":"resize","size":1}}"#,
+        r#"{"v":1,"op":"work","image":"","work":{"work":"snapshot"},"rate":-1}"#,
+        r#"{"v":1,"op":"snapshots","image":"/etc"}"#,
+        r#"{"v":1,"op":"cancel","image":"vm1"}"#,
+        r#"{"v":1,"op":"cancel"}"#,
+    ] {
+        let mut client = UnixStream::connect(&socket).expect("connect");
+        client.set_read_timeout(Some(Duration::from_secs(20))).expect("a limit");
+        writeln!(client, "{line}").expect("send");
+        let mut answer = String::new();
+        BufReader::new(&client).read_line(&mut answer).expect("an answer");
+        let answer: Value = serde_json::from_str(&answer).expect("JSON");
+        assert_eq!(answer["ok"], false, "{line}: {answer}");
+        assert!(answer["error"].as_str().is_some_and(|e| !e.is_empty()), "{line}: {answer}");
+    }
+    assert!(Run::ploopfs().args(["snapshot", "list"]).arg(mount.flat("vm1")).ok().contains("(the disk)"));
+}
+
+/// An ext4 that is frozen by the guard; thawed, whatever happens.
+struct Frozen {
+    guard: Child,
+    says: BufReader<std::process::ChildStdout>,
+    point: PathBuf,
+}
+
+impl Frozen {
+    fn new(point: &Path) -> Frozen {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
+        command.arg("thaw-guard").arg(point).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut guard = command.spawn().expect("the guard");
+        let says = BufReader::new(guard.stdout.take().expect("its output"));
+        let mut frozen = Frozen { guard, says, point: point.to_owned() };
+        assert_eq!(frozen.line(), "frozen");
+        frozen
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.says.read_line(&mut line).expect("a line");
+        line.trim_end().to_owned()
+    }
+
+    /// A process that writes to the file system.
+    fn writer(&self) -> Child {
+        let script = format!("echo x > '{}/file' && sync -f '{0}'", self.point.display());
+        Command::new("sh").args(["-c", &script]).spawn().expect("sh")
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.point).stderr(Stdio::null()).status();
+        let _ = self.guard.wait();
+    }
+}
+
+fn ext4(folder: &Path) -> (Loop, Guest) {
+    let file = folder.join("disk");
+    fs::File::create(&file).and_then(|f| f.set_len(64 << 20)).expect("a file");
+    let device = Loop::attach(&file, false);
+    common::ok("mkfs.ext4", &["-q", common::text(device.device())]);
+    let guest = Guest::mount(device.device(), "rw");
+    (device, guest)
+}
+
+fn ended(child: &mut Child, limit: Duration) -> bool {
+    until(limit, || child.try_wait().expect("its state").is_some())
+}
+
+#[test]
+fn the_guard_freezes_a_file_system_until_the_command_is_done_or_dies() {
+    require!("loop");
+    let folder = temp_dir();
+    let (_device, guest) = ext4(folder.path());
+    let mut frozen = Frozen::new(guest.path());
+    let mut writer = frozen.writer();
+    assert!(!ended(&mut writer, Duration::from_millis(500)), "a write went through while frozen");
+    // What the death of the command looks like to the guard, SIGKILL included.
+    drop(frozen.guard.stdin.take());
+    assert_eq!(frozen.line(), "thawed");
+    assert!(ended(&mut writer, Duration::from_secs(20)), "still frozen");
+}
+
+#[test]
+fn the_guard_thaws_by_itself_after_ten_seconds_and_says_that_it_was_late() {
+    require!("loop");
+    let folder = temp_dir();
+    let (_device, guest) = ext4(folder.path());
+    let begun = Instant::now();
+    let mut frozen = Frozen::new(guest.path());
+    let mut writer = frozen.writer();
+    assert_eq!(frozen.line(), "late");
+    assert!((9..20).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!(ended(&mut writer, Duration::from_secs(20)), "still frozen");
+}
