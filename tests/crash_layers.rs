@@ -288,14 +288,25 @@ static FLIPS: AtomicU64 = AtomicU64::new(0);
 
 /// The values of the disk that `files`, base first, make; or what is wrong with it.
 fn judge(engine: &Arc<Engine>, files: &[Vec<u8>], allowed: &[Vec<u32>]) -> Result<Vec<u32>, String> {
-    let level = |bytes: &Vec<u8>| {
-        let header = Header::parse(&bytes[..64]).map_err(|e| e.to_string())?;
-        let file = Arc::new(MemoryFile::from_bytes(bytes));
+    let kept: Vec<_> = files.iter().map(|bytes| Arc::new(MemoryFile::from_bytes(bytes))).collect();
+    let level = |file: &Arc<MemoryFile>| {
+        let mut head = [0; 64];
+        file.read_at(&mut head, 0).expect("memory reads");
+        let header = Header::parse(&head).map_err(|e| e.to_string())?;
+        let file = Arc::clone(file);
         Ok(Level { file, path: PathBuf::from("state"), layout: Layout::Ploop(header) })
     };
-    let levels = files.iter().map(level).collect::<Result<Vec<_>, String>>()?;
+    let levels = kept.iter().map(level).collect::<Result<Vec<_>, String>>()?;
     let image = Image::open(engine, "state", levels).map_err(|e| format!("does not open: {e}"))?;
     image.make_writable().map_err(|e| format!("cannot be written: {e}"))?;
+    // What a crash left below the top is closed by the first writable open.
+    for file in &kept[..kept.len() - 1] {
+        let mut head = [0; 64];
+        file.read_at(&mut head, 0).expect("memory reads");
+        if Header::parse(&head).map_err(|e| e.to_string())?.is_in_use() {
+            return Err("a lower level still says in use".into());
+        }
+    }
     let size = (image.size() as usize / SECTOR).min(allowed.len().max(1));
     let data = image.read_at(0, size * SECTOR).map_err(|e| format!("cannot be read: {e}"))?;
     let mut values = Vec::with_capacity(size);

@@ -4,9 +4,9 @@
 //! last used cluster; fsync; then the mark cleared, synced.
 
 use super::alloc::Allocator;
-use super::scan::Scan;
+use super::scan::{self, Scan};
 use super::stack::Stack;
-use super::{Image, Ready, Stage};
+use super::{Image, Layout, Ready, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header, IN_USE};
 use crate::io::file::write_full;
@@ -128,6 +128,30 @@ impl Image {
     pub(super) fn new_allocator(&self, geometry: &Geometry, scan: Scan) -> Allocator {
         let step = self.engine.options.extend / self.cluster;
         Allocator::new(scan.end, geometry.file_clusters(), step, scan.free)
+    }
+
+    /// Lower levels that still say "in use": a crash came between a snapshot or a merge and the end of its last step. All
+    /// that their BATs name was durable before; what is left is their own clean close: the free tail cut off, and then
+    /// the mark cleared. One that is shared with a clone, or cannot be written, stays as it is (R9).
+    pub(super) fn settle_lower(&self, stack: &Stack) {
+        for (_, level) in stack.top_down().skip(1) {
+            let Layout::Ploop(header) = &level.layout else { continue };
+            let shared = level.file.status().map_or(true, |status| status.links > 1);
+            if !header.is_in_use() || shared {
+                continue;
+            }
+            let settled = scan::scan(level, &header.geometry()).and_then(|found| {
+                let end = header.geometry().cluster_position(found.end);
+                let closed = closed(header, found.end == 0);
+                let io = |e: std::io::Error| Error::io(&e, &level.path, "cannot clear the in-use mark");
+                level.file.set_len(end).and_then(|()| level.file.sync_all()).map_err(io)?;
+                write_full(&*level.file, &closed.encode(), 0).and_then(|()| level.file.sync_all()).map_err(io)
+            });
+            match settled {
+                Ok(()) => log::info!("{}: closed; a crash had left it in use", level.path.display()),
+                Err(e) => log::warn!("{e}; its in-use mark stays"),
+            }
+        }
     }
 
     /// The clean close of a marked top, after its last round:

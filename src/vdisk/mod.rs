@@ -206,7 +206,7 @@ impl Image {
         }))
     }
 
-    /// Makes the image writable: scans the BAT for ranges and doubles. Blocks. No byte changes before the first
+    /// Makes the image writable: scans the BAT for ranges and doubles. Blocks. No byte of the top changes before the first
     /// write. Damage: `Kind::Damaged`, and the image stays readable.
     pub fn make_writable(self: &Arc<Self>) -> Result<()> {
         // Looked at first, so that nobody waits here for a long operation: that has made the image writable itself.
@@ -221,6 +221,7 @@ impl Image {
         if stack.bat.is_some() {
             let found = scan::scan(stack.top(), &stack.geometry)?;
             *lock(&stack.state.scan) = Some(found);
+            self.settle_lower(&stack);
         }
         self.set_stage(Stage::ReadOnly, Stage::Unmarked);
         Ok(())

@@ -20,6 +20,9 @@ use crate::sync::{Arc, Mutex};
 /// Levels of a chain, the top included: as the kernel target has it, with room in the 12 bits of a place.
 pub const MAX_LEVELS: usize = 250;
 
+/// Indexes of one table: a cached place has 12 bits for them.
+const MAX_INDEXES: usize = 4000;
+
 /// The levels of an image, and what belongs to the writable one.
 pub struct Stack {
     table: Vec<Option<Level>>,
@@ -104,19 +107,21 @@ impl Stack {
         };
         check_level(self.top(), self.order.len() - 1, &geometry)?;
         level.file = Arc::new(Poison::new(level.file));
+        // An index is not used again while the cache lives: slots behind the disk's end may still name it, and would be
+        // written as the new top's. When they run out, everything is numbered anew over an empty cache.
+        let keeps = self.table.len() < MAX_INDEXES;
         let bat = match &self.bat {
-            Some(bat) if bat.covers(geometry.entries) => Arc::clone(bat),
+            Some(bat) if keeps && bat.covers(geometry.entries) => Arc::clone(bat),
             _ => BatCache::new(Arc::clone(budget), geometry.entries),
         };
-        let mut table = self.table.clone();
-        // A place that was merged away is used again: nothing cached names it any more.
-        let free = table.iter().position(Option::is_none).unwrap_or(table.len());
-        if free == table.len() {
-            table.push(None);
-        }
-        table[free] = Some(level);
-        let mut order = self.order.clone();
-        order.push(free as u16);
+        let (mut table, mut order) = if keeps {
+            (self.table.clone(), self.order.clone())
+        } else {
+            let levels = self.order.iter().map(|index| Some(self.level(*index).clone())).collect();
+            (levels, (0..self.order.len() as u16).collect())
+        };
+        order.push(table.len() as u16);
+        table.push(Some(level));
         Ok(Stack::build(table, order, geometry, Some(bat), Arc::new(state)))
     }
 
