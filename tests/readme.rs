@@ -41,7 +41,9 @@ fn every_block_of_the_readme_works_when_pasted_twice_in_a_row() {
     let images = folder.path().join("images");
     let guard = Mount::adopt(&images, &folder.path().join("vdisks"));
     let guest = common::Guest::adopt(&folder.path().join("guest"));
-    let path = format!("{}:{}", text(&tools), std::env::var("PATH").unwrap_or_default());
+    // Where the README installs to is in everybody's PATH; what stands for it here must be, too.
+    let installed = folder.path().join("local/bin");
+    let path = format!("{}:{}:{}", text(&tools), text(&installed), std::env::var("PATH").unwrap_or_default());
     let moved = |block: &str| {
         block
             .replace("/mnt/vdisks", text(guard.point()))
