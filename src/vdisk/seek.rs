@@ -1,7 +1,7 @@
 //! SEEK_DATA and SEEK_HOLE on the guest's disk: what the BAT maps, refined by the host file's own holes.
 
 use super::Image;
-use super::bat::cache::{Loading, Lookup};
+use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::gate::Inside;
 use super::stack::Stack;
@@ -111,25 +111,7 @@ impl Image {
             if let Lookup::Found(place) = stack.place(cluster) {
                 return Ok((cluster * self.cluster, place));
             }
-            let Some(bat) = &stack.bat else { unreachable!("raw clusters are always found") };
-            let (tell, loaded) = std::sync::mpsc::channel();
-            let job = |tell: std::sync::mpsc::Sender<()>| -> super::runner::Job {
-                Box::new(move || {
-                    let _ = tell.send(());
-                })
-            };
-            match bat.load_or_queue(cluster, tell, job) {
-                Loading::Loaded(_) => {}
-                Loading::Mine(_) => {
-                    let (waiting, result) = bat.load(cluster, stack);
-                    waiting.into_iter().for_each(|job| self.submit(job));
-                    result?;
-                }
-                // The loader is a runner or another seek; neither waits for us.
-                Loading::Queued => {
-                    let _ = loaded.recv();
-                }
-            }
+            self.load_and_wait(stack, cluster)?;
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::sync::{Arc, Ordering};
 use crate::vdisk::alloc::Alloc;
-use crate::vdisk::bat::cache::{Loading, Lookup};
+use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::cow::CopyError;
 use crate::vdisk::locks::Mode;
@@ -75,30 +75,6 @@ impl Image {
             _ => None,
         };
         Ok(places.iter().enumerate().filter_map(of_level).collect())
-    }
-
-    /// Loads the page of `cluster`, or waits for who does. Inside the gate; not for runners.
-    pub(in crate::vdisk) fn load_and_wait(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<()> {
-        let Some(bat) = &stack.bat else { return Ok(()) };
-        let (tell, loaded) = mpsc::channel();
-        let job = |tell: mpsc::Sender<()>| -> Job {
-            Box::new(move || {
-                let _ = tell.send(());
-            })
-        };
-        match bat.load_or_queue(cluster, tell, job) {
-            Loading::Loaded(_) => Ok(()),
-            Loading::Mine(_) => {
-                let (waiting, result) = bat.load(cluster, stack);
-                waiting.into_iter().for_each(|job| self.submit(job));
-                result
-            }
-            // The loader is a runner or another thread of this kind; neither waits for us.
-            Loading::Queued => {
-                let _ = loaded.recv();
-                Ok(())
-            }
-        }
     }
 
     /// Takes a cluster's lock exclusively and waits for it; the caller is inside the gate and holds no other.
