@@ -8,6 +8,7 @@ use std::io;
 use std::ops::Range;
 
 use super::stack::Stack;
+use super::write::is_full;
 use super::zero::is_zero;
 use super::{Image, Layout};
 use crate::error::{Error, Kind, Result};
@@ -82,6 +83,15 @@ impl Image {
             }
         }
         Ok(Copied::Rest)
+    }
+
+    /// A failed copy as the error of whoever does not wait for space.
+    pub(super) fn copy_failed(&self, stack: &Stack, e: CopyError) -> Error {
+        match e {
+            CopyError::Read(e) => e,
+            CopyError::Write(e) if is_full(&e) => self.no_space(),
+            CopyError::Write(e) => Error::io(&e, &stack.top().path, "cannot copy a cluster"),
+        }
     }
 
     /// Writes the blocks of `piece` that are not zero into space that is.

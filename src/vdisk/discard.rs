@@ -19,11 +19,10 @@
 
 use super::alloc::Alloc;
 use super::bat::page::Place;
-use super::cow::{Copied, CopyError};
+use super::cow::Copied;
 use super::gate::Inside;
 use super::locks::Mode;
 use super::stack::Stack;
-use super::write::is_full;
 use super::{Image, Ready, Reply};
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
@@ -144,15 +143,8 @@ impl Discard {
     /// A file cluster is needed and none is ready: goes on when one is. It holds no lock; without space it fails.
     fn wait_for_space(self, stack: &Stack) {
         let image = Arc::clone(&self.image);
-        let mut places = [self.companion(), self.companion()];
-        let due = |due| {
-            if let Some(inside) = places.iter_mut().find_map(Option::take) {
-                image.start_due(due, inside);
-            }
-        };
-        let taken = stack.allocator().take(self, |discard| Box::new(move || discard.run()), due);
-        places.into_iter().flatten().for_each(|inside| image.gate.leave(inside));
-        match taken {
+        let places = [self.companion(), self.companion()];
+        match image.take_cluster(stack, places, self, |discard| Box::new(move || discard.run())) {
             Alloc::Wait => {}
             Alloc::Full(discard) => discard.finish(Err(image.no_space())),
             Alloc::Got(cluster, discard) => {
@@ -293,11 +285,7 @@ impl Discard {
                 let done = match copied {
                     Ok(Copied::Rest) => Ok(()),
                     Ok(Copied::Whole) => image.punch(stack, to + from, len, true),
-                    Err(CopyError::Read(e)) => Err(e),
-                    Err(CopyError::Write(e)) if is_full(&e) => Err(image.no_space()),
-                    Err(CopyError::Write(e)) => {
-                        Err(Error::io(&e, &stack.top().path, "cannot copy a cluster"))
-                    }
+                    Err(e) => Err(image.copy_failed(stack, e)),
                 };
                 if let Err(e) = done {
                     stack.allocator().give_back(stack.geometry.file_cluster(to));

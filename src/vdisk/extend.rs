@@ -2,15 +2,36 @@
 //! Both run on sync threads and answer the allocations that wait for them.
 
 use super::Image;
-use super::alloc::Due;
+use super::alloc::{Alloc, Due};
 use super::gate::Inside;
+use super::runner::Job;
+use super::stack::Stack;
 use crate::io::file::write_zeroes;
 use crate::sync::{Arc, Ordering};
 
 impl Image {
+    /// Takes a file cluster of the top for `token`, or keeps `job(token)` until one may be had, and starts what is due.
+    /// `places` inside the gate are for an extension and a scrub; what is not used is given back.
+    pub(super) fn take_cluster<T>(
+        self: &Arc<Self>,
+        stack: &Stack,
+        mut places: [Option<Inside>; 2],
+        token: T,
+        job: impl FnOnce(T) -> Job,
+    ) -> Alloc<T> {
+        let due = |due| {
+            if let Some(inside) = places.iter_mut().find_map(Option::take) {
+                self.start_due(due, inside);
+            }
+        };
+        let taken = stack.allocator().take(token, job, due);
+        places.into_iter().flatten().for_each(|inside| self.gate.leave(inside));
+        taken
+    }
+
     /// Starts what the allocator found due. `inside`: it counts as running, so that no close, and no later opening,
     /// meets an extension or a punch of this one.
-    pub(super) fn start_due(self: &Arc<Self>, due: Due, inside: Inside) {
+    fn start_due(self: &Arc<Self>, due: Due, inside: Inside) {
         let image = Arc::clone(self);
         let job = move || {
             match due {

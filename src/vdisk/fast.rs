@@ -5,6 +5,7 @@ use super::bat::page::Place;
 use super::gate::Inside;
 use super::locks::Mode;
 use super::stack::Stack;
+use super::write::is_full;
 use super::zero::is_zero;
 use super::{Image, Level, Ready};
 use crate::error::{Error, Result};
@@ -113,9 +114,7 @@ impl Image {
                 match written {
                     Ok(()) => true,
                     // Full: the queued path does it again, and parks it.
-                    Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)) => {
-                        false
-                    }
+                    Err(e) if is_full(&e) => false,
                     Err(e) => {
                         failure = Some(Error::io(&e, &top.path, format!("cannot write at byte {position}")));
                         false

@@ -136,16 +136,8 @@ fn allocate(pio: Pio) {
         Box::new(move || pio.run())
     };
     let alloc = stack.allocator();
-    // Two places, for an extension and a scrub; what is not used is given back.
-    let mut places = [pio.companion(), pio.companion()];
-    let due = |due| {
-        if let Some(inside) = places.iter_mut().find_map(Option::take) {
-            image.start_due(due, inside);
-        }
-    };
-    let taken = alloc.take(pio, unlocked, due);
-    places.into_iter().flatten().for_each(|inside| image.gate.leave(inside));
-    match taken {
+    let places = [pio.companion(), pio.companion()];
+    match image.take_cluster(&stack, places, pio, unlocked) {
         Alloc::Wait => bat.unpin(cluster),
         Alloc::Full(pio) => {
             bat.unpin(cluster);

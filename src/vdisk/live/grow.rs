@@ -8,10 +8,8 @@ use crate::sync::{Arc, Ordering, lock};
 use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::cow::CopyError;
 use crate::vdisk::locks::Mode;
 use crate::vdisk::stack::{Stack, TopState};
-use crate::vdisk::write::is_full;
 
 /// Bytes of BAT read at a time.
 const PIECE: u64 = 1 << 20;
@@ -166,11 +164,7 @@ impl Image {
                     }
                     Err(e) => {
                         stack.allocator().give_back(free);
-                        Err(match e {
-                            CopyError::Read(e) => e,
-                            CopyError::Write(e) if is_full(&e) => self.no_space(),
-                            CopyError::Write(e) => Error::io(&e, &stack.top().path, "cannot move a cluster"),
-                        })
+                        Err(self.copy_failed(stack, e))
                     }
                 }
             }

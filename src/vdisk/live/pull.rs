@@ -10,11 +10,9 @@ use crate::sync::{Arc, Ordering};
 use crate::vdisk::alloc::Alloc;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::cow::CopyError;
 use crate::vdisk::locks::Mode;
 use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;
-use crate::vdisk::write::is_full;
 use crate::vdisk::{Image, wait_for};
 
 /// What one attempt at a cluster came to.
@@ -133,11 +131,7 @@ impl Image {
         if let Err(e) = self.copy_cluster(stack, (index, from), to, len, 0..0) {
             bat.unpin(cluster);
             stack.allocator().give_back(file_cluster);
-            return Err(match e {
-                CopyError::Read(e) => e,
-                CopyError::Write(e) if is_full(&e) => self.no_space(),
-                CopyError::Write(e) => Error::io(&e, &stack.top().path, "cannot copy a cluster"),
-            });
+            return Err(self.copy_failed(stack, e));
         }
         self.touched(1);
         if bat.set(cluster, top, to) {
@@ -153,16 +147,9 @@ impl Image {
                 return reply(Err(self.closed_error()));
             };
             let stack = self.stack();
-            let mut places = [visit.companion(), visit.companion()];
-            let due = |due| {
-                if let Some(inside) = places.iter_mut().find_map(Option::take) {
-                    self.start_due(due, inside);
-                }
-            };
+            let places = [visit.companion(), visit.companion()];
             let ready = |reply: crate::vdisk::Reply<()>| -> Job { Box::new(move || reply(Ok(()))) };
-            let taken = stack.allocator().take(reply, ready, due);
-            places.into_iter().flatten().for_each(|inside| self.gate.leave(inside));
-            match taken {
+            match self.take_cluster(&stack, places, reply, ready) {
                 Alloc::Wait => {}
                 Alloc::Full(reply) => {
                     // The next attempt asks the host again.
