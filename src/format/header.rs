@@ -315,6 +315,13 @@ impl Header {
         }
     }
 
+    /// This header as the first change leaves it: in use, not empty, and without the extension, whose bitmap that change
+    /// makes untrue.
+    pub fn marked(&self) -> Header {
+        let flags = if self.flags == u32::MAX { 0 } else { self.flags & !FLAG_EMPTY };
+        Header { in_use: IN_USE, flags, extension: 0, ..*self }
+    }
+
     /// True when the file was not closed cleanly.
     pub fn is_in_use(&self) -> bool {
         self.in_use == IN_USE

@@ -132,6 +132,8 @@ struct State {
     step: u64,
     clean: Bits,
     stale: Bits,
+    /// File clusters before this one are out of circulation: the BAT grows over them.
+    reserved: u64,
     extending: bool,
     scrubbing: bool,
     /// An extension failed; the next ones are one cluster long (K6).
@@ -149,6 +151,14 @@ impl State {
             fresh.then(|| self.next - 1)
         })
     }
+
+    /// `cluster` is free again: its content known to be zero, or not.
+    fn put(&mut self, cluster: u64, zero: bool) {
+        if cluster < self.reserved {
+            return;
+        }
+        if zero { self.clean.insert(cluster) } else { self.stale.insert(cluster) };
+    }
 }
 
 impl Allocator {
@@ -162,6 +172,7 @@ impl Allocator {
             step: step.max(1),
             clean: Bits::default(),
             stale,
+            reserved: 0,
             extending: false,
             scrubbing: false,
             short: false,
@@ -202,12 +213,13 @@ impl Allocator {
         lock(&self.state).ready()
     }
 
-    /// Takes the file clusters before `count` out of circulation: the BAT will grow over them. What was handed out
-    /// before is the caller's to move.
+    /// Takes the file clusters before `count` out of circulation, those included that are freed later: the BAT will grow
+    /// over them. What was handed out before is the caller's to move.
     pub fn reserve(&self, count: u64) {
         let mut s = lock(&self.state);
         s.clean.remove_below(count);
         s.stale.remove_below(count);
+        s.reserved = s.reserved.max(count);
         s.next = s.next.max(count);
         s.durable = s.durable.max(s.next);
     }
@@ -222,6 +234,7 @@ impl Allocator {
             step: s.step,
             clean: s.clean.moved_down(reserved),
             stale: s.stale.moved_down(reserved),
+            reserved: 0,
             extending: false,
             scrubbing: false,
             short: s.short,
@@ -233,24 +246,18 @@ impl Allocator {
 
     /// Gives back a cluster that nothing was written to: it is as it was.
     pub fn put_back(&self, cluster: u64) {
-        lock(&self.state).clean.insert(cluster);
+        lock(&self.state).put(cluster, true);
     }
 
     /// Gives back a cluster whose data write failed: handed out once, so no longer known to be zero.
     pub fn give_back(&self, cluster: u64) {
-        lock(&self.state).stale.insert(cluster);
+        lock(&self.state).put(cluster, false);
     }
 
     /// Clusters whose unmapping is durable (R4). `punched`: the hole is durable too; else they need a scrub.
     pub fn freed(&self, clusters: &[u64], punched: bool) {
         let mut s = lock(&self.state);
-        for cluster in clusters {
-            if punched {
-                s.clean.insert(*cluster)
-            } else {
-                s.stale.insert(*cluster)
-            };
-        }
+        clusters.iter().for_each(|cluster| s.put(*cluster, punched));
     }
 
     /// The extension to make: from and to, in file clusters. Only after [`Due::Extend`].
@@ -299,13 +306,7 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.scrubbing = false;
         s.exhausted |= !done;
-        for cluster in batch {
-            if done {
-                s.clean.insert(*cluster)
-            } else {
-                s.stale.insert(*cluster)
-            };
-        }
+        batch.iter().for_each(|cluster| s.put(*cluster, done));
         std::mem::take(&mut s.waiting)
     }
 
@@ -392,6 +393,20 @@ mod tests {
         assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(0, ()));
         assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(1, ()));
         assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()));
+    }
+
+    #[test]
+    fn a_cluster_freed_after_it_was_reserved_is_not_handed_out_again() {
+        let alloc = Allocator::new(10, 1000, 64, Bits::default());
+        alloc.reserve(4);
+        alloc.freed(&[2, 7], true);
+        alloc.freed(&[3], false);
+        alloc.give_back(1);
+        alloc.put_back(0);
+        alloc.scrubbed(&[2], true);
+        assert_eq!(alloc.take_ready(), Some(7));
+        assert_eq!(alloc.take_ready(), None);
+        assert!(alloc.scrub_batch().is_empty());
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub struct Flusher {
     /// Writes that wait for unsynced data to shrink. A leaf.
     throttled: Mutex<Vec<Job>>,
     /// While somebody watches: the BAT pages that rounds have copied since. A leaf.
-    watched: Mutex<Option<BTreeSet<u64>>>,
+    pub(super) watched: Mutex<Option<BTreeSet<u64>>>,
 }
 
 /// A watch over the BAT pages that are written; ends when dropped.
@@ -97,6 +97,16 @@ impl Flusher {
     pub fn watch_pages(&self) -> PageWatch<'_> {
         *lock(&self.watched) = Some(BTreeSet::new());
         PageWatch(self)
+    }
+
+    /// Runs `change` while no round is under way, and lets none begin meanwhile. A round that finds nothing to do may
+    /// still run in a freeze, after the flush that made everything durable was answered.
+    pub fn between_rounds<T>(&self, change: impl FnOnce() -> T) -> T {
+        let mut state = lock(&self.state);
+        while state.running {
+            state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        change()
     }
 
     /// Bytes written (or punches made) since the last round began.
@@ -195,7 +205,7 @@ impl Image {
         if self.is_closed() {
             return Err(self.closed_error()); // A close that failed left pages dirty; the file is not ours any more.
         }
-        // One stack for all of it: a swap comes only when nothing is dirty.
+        // One stack for all of it: a swap comes only between rounds.
         let stack = self.stack();
         let dirty = |bat: &Arc<BatCache>| bat.copy_dirty(stack.top_index(), &stack.geometry);
         let copies = stack.bat.as_ref().map(dirty).unwrap_or_default(); // 1

@@ -8,7 +8,7 @@ use super::scan::{self, Scan};
 use super::stack::Stack;
 use super::{Image, Layout, Ready, Stage};
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header, IN_USE};
+use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
 use crate::sync::{Arc, Mutex, lock};
 use crate::vdisk::runner::Job;
@@ -95,9 +95,7 @@ impl Image {
                 );
             }
             let before = *h;
-            h.in_use = IN_USE;
-            h.flags = if h.flags == u32::MAX { 0 } else { h.flags & !FLAG_EMPTY };
-            h.extension = 0;
+            *h = h.marked();
             if *h != before {
                 write_full(&*top.file, &h.encode(), 0).map_err(|e| {
                     *h = before;

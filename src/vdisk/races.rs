@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use super::live::snapshot::TopPlan;
 use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::{Kind, Result};
-use crate::format::header::{Header, Version};
+use crate::format::header::{FLAG_EMPTY, Header, Version};
 use crate::io::fault::{FaultFile, Plan};
 use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicBool, Ordering, lock};
 
 const CLUSTER: u64 = 32 << 10;
 /// Guest bytes that one BAT page maps.
@@ -172,6 +173,60 @@ fn the_dirty_pages_of_an_image_that_failed_keep_nobody_waiting() {
     nothing_comes(&answer);
     assert!(a.image.flush_now().is_err());
     answer.recv_timeout(LONG).expect("woken").expect("written");
+}
+
+/// An empty delta that fits `plan`.
+fn new_top(plan: TopPlan) -> Result<Level> {
+    let header = Header::new(plan.version, plan.disk, plan.cluster).expect("fits the format");
+    let header = if plan.in_use { header.marked() } else { header };
+    let file = MemoryFile::from_bytes(&header.encode());
+    file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
+    Ok(Level { file: Arc::new(file), path: PathBuf::from("top"), layout: Layout::Ploop(header) })
+}
+
+/// It would sync the old top, and call durable what was written to the new one.
+#[test]
+fn a_round_under_way_ends_before_a_snapshot_swaps_the_top() {
+    let b = bench(&engine(Options::default()), "");
+    b.image.write_at(0, &[7; 512]).expect("space");
+    let round_may_end = Arc::new(AtomicBool::new(false));
+    let commit = || {
+        // Everything is durable; a round that somebody wanted before comes now, and stands still in its middle.
+        let (tell, held) = mpsc::channel();
+        let (image, may_end) = (b.image.clone(), round_may_end.clone());
+        std::thread::spawn(move || {
+            let in_its_way = lock(&image.flusher.watched);
+            tell.send(()).expect("the test waits");
+            std::thread::sleep(Duration::from_millis(100));
+            may_end.store(true, Ordering::SeqCst);
+            drop(in_its_way);
+        });
+        held.recv().expect("the thread runs");
+        b.image.start_round();
+        Ok(())
+    };
+    b.image.put_on_top(new_top, commit).expect("a snapshot");
+    assert!(round_may_end.load(Ordering::SeqCst), "the swap waited");
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn a_top_that_is_marked_in_the_freeze_does_not_say_that_it_is_empty() {
+    let b = bench(&engine(Options::default()), "");
+    let file = std::sync::Mutex::new(None);
+    let make = |plan| {
+        let level = new_top(plan)?;
+        *lock(&file) = Some(level.file.clone());
+        // The first write of all comes between the new file and the freeze.
+        b.image.write_at(0, &[7; 512])?;
+        Ok(level)
+    };
+    b.image.put_on_top(make, || Ok(())).expect("a snapshot");
+    let mut bytes = [0; 64];
+    lock(&file).take().expect("made").read_at(&mut bytes, 0).expect("memory reads");
+    let header = Header::parse(&bytes).expect("a header");
+    assert!(header.is_in_use() && header.flags & FLAG_EMPTY == 0, "{header:?}");
+    b.image.close().expect("closes");
 }
 
 #[test]

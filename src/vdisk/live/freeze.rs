@@ -80,8 +80,11 @@ impl Image {
 
     /// Makes `next` the image's stack. Only while frozen and durable. Returns the old one.
     pub(in crate::vdisk) fn swap(&self, _: &Frozen<'_>, next: Stack) -> Arc<Stack> {
-        self.size.store(next.geometry.disk, Ordering::Release);
-        self.stack.swap(Arc::new(next))
+        // A round begun before would take what is written from now on for the old top's.
+        self.flusher.between_rounds(|| {
+            self.size.store(next.geometry.disk, Ordering::Release);
+            self.stack.swap(Arc::new(next))
+        })
     }
 
     /// Carries out the point of no return of an operation; where it is not known what is on disk, the image is

@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::freeze::Uncommitted;
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::PAGE_BYTES;
-use crate::format::header::{Geometry, HEADER_BYTES, Header, IN_USE};
+use crate::format::header::{Geometry, HEADER_BYTES};
 use crate::io::file::{read_full, write_full};
 use crate::progress::Progress;
 use crate::sync::{Arc, lock};
@@ -78,7 +78,7 @@ impl Image {
             return Err(Error::at(Kind::Unsupported, &lower.path, "a raw base cannot become the top"));
         };
         let io = |e: std::io::Error| Error::io(&e, &lower.path, "cannot prepare the merge");
-        let header = Header { in_use: IN_USE, extension: 0, ..*header };
+        let header = header.marked();
         write_full(&*lower.file, &header.encode(), 0).and_then(|()| lower.file.sync_data()).map_err(io)?; // 1
         let watch = self.flusher.watch_pages();
         self.flush_now()?; // 2

@@ -2,7 +2,7 @@
 
 use super::freeze::Uncommitted;
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{IN_USE, Version};
+use crate::format::header::Version;
 use crate::io::file::write_full;
 use crate::sync::{Arc, lock};
 use crate::vdisk::scan::Scan;
@@ -56,7 +56,7 @@ impl Image {
         let stage = self.stage();
         if stage == Stage::Marked && !in_use {
             // The first write came between: the mark is one sector and one sync more in the freeze.
-            header.in_use = IN_USE;
+            *header = header.marked();
             write_full(&*level.file, &header.encode(), 0)
                 .and_then(|()| level.file.sync_data())
                 .map_err(|e| Error::io(&e, &level.path, "cannot mark the new top in use"))?;

@@ -15,7 +15,7 @@ use super::snapshot::TopPlan;
 use super::{Done, Work};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid, Marker};
-use crate::format::header::{FLAG_EMPTY, Header, IN_USE};
+use crate::format::header::Header;
 use crate::image::clone;
 use crate::image::layers::Layers;
 use crate::image::store::Replaced;
@@ -98,8 +98,7 @@ impl Live<'_> {
             let mut header = Header::new(plan.version, plan.disk, plan.cluster)
                 .map_err(|bad| Error::at(Kind::Invalid, self.layers.store().path(), bad.to_string()))?;
             if plan.in_use {
-                header.in_use = IN_USE;
-                header.flags &= !FLAG_EMPTY;
+                header = header.marked();
             }
             let (name, level) = self.layers.add_delta(&header)?;
             file.set(name);
