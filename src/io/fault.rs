@@ -130,6 +130,15 @@ impl Plan {
         }
     }
 
+    /// How many operations failed or were short so far, by the N-th of their kind; those of a full disk are not counted.
+    pub fn injected(&self) -> u64 {
+        let of = |fault: &Fault| {
+            let reached = (fault.seen.load(SeqCst) + 1).saturating_sub(fault.from);
+            if fault.forever { reached } else { reached.min(1) }
+        };
+        self.faults.iter().map(of).sum()
+    }
+
     /// Makes the host file system full, or gives it space again.
     pub fn set_full(&self, full: bool) {
         self.full.store(full, SeqCst);

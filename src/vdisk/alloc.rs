@@ -157,7 +157,11 @@ impl State {
         if cluster < self.reserved {
             return;
         }
-        if zero { self.clean.insert(cluster) } else { self.stale.insert(cluster) };
+        if zero {
+            self.clean.insert(cluster)
+        } else {
+            self.stale.insert(cluster)
+        };
     }
 }
 

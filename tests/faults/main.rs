@@ -3,6 +3,7 @@
 #![cfg(feature = "faults")]
 
 mod discards;
+mod layers;
 mod loops;
 mod places;
 mod rig;
