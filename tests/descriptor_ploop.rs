@@ -5,12 +5,12 @@ mod common;
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Run, memory_dir, ok, text, until};
+use common::{Mount, Run, memory_dir, ok, punch, text, until};
 use ploopfs::format::descriptor::Guid;
 use ploopfs::format::header::{FLAG_EMPTY, Header};
 use ploopfs::image::create::{Plan, create};
@@ -211,6 +211,92 @@ fn what_ploop_merged_opens_here_with_the_same_content() {
     assert_eq!(image.open().1.len(), 1);
     assert_eq!(image.content(Guid::TOP), Image::expected(3));
     image.is_clean();
+}
+
+/// What each cluster of the disk is full of, through a mount.
+fn bytes_of(image: &Path) -> Vec<u8> {
+    let mount = Mount::over(image.parent().expect("a folder"), &["--read-only"]);
+    let flat = std::fs::read(mount.flat("vm")).expect("reads");
+    flat.chunks(MIB as usize)
+        .map(|cluster| {
+            assert!(cluster.iter().all(|b| *b == cluster[0]), "a mixture");
+            cluster[0]
+        })
+        .collect()
+}
+
+/// The image's snapshots and the disk go through the daemon; then the original tool takes them over, and gives them back.
+#[test]
+fn a_chain_that_the_daemon_made_live_is_checked_merged_and_grown_by_ploop_and_reads_back() {
+    require!("fuse", "ploop", "qemu");
+    let images = memory_dir();
+    let image = images.path().join("vm");
+    let mut mount = Mount::over(images.path(), &["--create", "vm=16M"]);
+    let flat = mount.flat("vm");
+    let fill = |cluster: u64, byte: u8| {
+        let open = std::fs::OpenOptions::new().write(true).open(&flat).expect("opens");
+        open.write_all_at(&[byte; MIB as usize], cluster * MIB).expect("written");
+        open.sync_all().expect("synced");
+    };
+    for (n, label) in ["a", "b", "c"].iter().enumerate() {
+        fill(n as u64, 1 + n as u8);
+        fill(15, 0x80 + n as u8);
+        Run::ploopfs().args(["snapshot", "create", text(&flat), label]).ok();
+    }
+    fill(7, 0x77);
+    // A discard over lower data: a mapped hole in the top.
+    let open = std::fs::OpenOptions::new().write(true).open(&flat).expect("opens");
+    punch(&open, 0, MIB).expect("punched");
+    drop(open);
+    let then = std::fs::read(&flat).expect("reads");
+    mount.umount();
+    let xml = image.join("DiskDescriptor.xml");
+    let guids: Vec<String> = ploop(&["snapshot-list", "-H", "-o", "uuid", text(&xml)])
+        .lines()
+        .map(|line| line.trim().trim_start_matches('*').trim().to_owned())
+        .filter(|guid| guid.starts_with('{') && *guid != Guid::TOP.to_string())
+        .collect();
+    assert_eq!(guids.len(), 3, "{guids:?}");
+    let clean = |image: &Path| {
+        let copy = memory_dir();
+        ok("cp", &["-r", "--sparse=never", text(image), text(copy.path())]);
+        let done =
+            Run::new("ploop").args(["check", "-f", text(&copy.path().join("vm/DiskDescriptor.xml"))]).run();
+        assert!(done.success() && !done.output().contains("Error"), "{done}");
+    };
+    clean(&image);
+    let expected: Vec<u8> = then.chunks(MIB as usize).map(|cluster| cluster[0]).collect();
+    assert_eq!((expected[0], expected[1], expected[2], expected[7], expected[15]), (0, 2, 3, 0x77, 0x82));
+    for guid in &guids {
+        ploop(&["snapshot-delete", "-u", guid, text(&xml)]);
+        assert_eq!(bytes_of(&image), expected, "after ploop merged {guid}");
+    }
+    let files: Vec<PathBuf> = std::fs::read_dir(&image)
+        .expect("the image's folder")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| !text(path).contains("DiskDescriptor") && !text(path).ends_with(".json"))
+        .collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    ok("qemu-img", &["check", "-f", "parallels", text(&files[0])]);
+    ploop(&["grow", "-s", &(2 * DISK / 512).to_string(), text(&files[0])]);
+    let mut grown = expected;
+    grown.resize((2 * DISK / MIB) as usize, 0);
+    assert_eq!(bytes_of(&image), grown, "after ploop grew it");
+}
+
+/// `ploop merge UPPER LOWER` knows nothing of a descriptor: two of our files alone.
+#[test]
+fn two_bare_deltas_of_ours_are_merged_by_ploop() {
+    require!("ploop");
+    let image = Image::new(1);
+    let files: Vec<PathBuf> = image.open().1.into_iter().map(|level| level.path).collect();
+    ploop(&["merge", text(&files[1]), text(&files[0])]);
+    // The lower file has it all now; alone it is an image.
+    let alone = memory_dir();
+    let single = alone.path().join("vm.hds");
+    std::fs::copy(&files[0], &single).expect("copied");
+    ok("qemu-img", &["check", "-f", "parallels", text(&single)]);
+    assert_eq!(bytes_of(&single), Image::expected(1));
 }
 
 #[test]
