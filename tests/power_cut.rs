@@ -10,6 +10,7 @@ mod common;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use common::churn::{Churn, Kept, contradictions};
 use common::{HostFs, Loop, Mount, Rng, Run, Shape, Workload, heavy, long, number_from_env, ok, text};
 
 /// Two images, so that small and large clusters are cut at the same moments.
@@ -25,6 +26,8 @@ fn cuts() -> u64 {
 
 /// The disk under test with its mount and load. Dropped in this order: load, mount, file system, outer one.
 struct Machine {
+    /// Live operations meanwhile.
+    churn: Option<Churn>,
     loads: Vec<Workload>,
     mount: Mount,
     inner: HostFs,
@@ -41,11 +44,21 @@ impl Machine {
         for (name, shape) in &IMAGES {
             let cluster = shape.cluster.to_string();
             let image = images.join(name);
-            Run::ploopfs().arg("create").arg(&image).args(["--size", "1G", "--cluster", &cluster]).ok();
+            Run::ploopfs().arg("create").arg(&image).args(["--size", "256M", "--cluster", &cluster]).ok();
         }
         let mount = Mount::over(&images, options);
         let loads = IMAGES.iter().map(|(name, shape)| Workload::start(&mount.flat(name), *shape)).collect();
-        Machine { loads, mount, inner, outer, kind }
+        Machine { churn: None, loads, mount, inner, outer, kind }
+    }
+
+    /// Snapshots, merges and growth go on during the cuts.
+    fn with_live_operations(mut self) -> Machine {
+        self.churn = Some(Churn::start(&self.mount, &IMAGES.map(|(name, _)| name)));
+        self
+    }
+
+    fn kept(&self) -> Kept {
+        self.churn.as_ref().map(Churn::kept).unwrap_or_default()
     }
 
     /// Cuts the power once; returns what is wrong afterwards.
@@ -56,20 +69,23 @@ impl Machine {
         // Not in step with the load: the moment of the cut is any.
         std::thread::sleep(Duration::from_millis(Rng::new(number).below(120)));
         let durable: Vec<_> = self.loads.iter().map(Workload::durable).collect();
+        let mut kept = self.kept();
         let copy = self.outer.path().join(format!("cut{number}"));
         ok("cp", &["--reflink=always", text(self.inner.backing()), text(&copy)]);
-        let problems = self.look_at(&copy, &durable);
+        // Those whose deletion began meanwhile may be there or not.
+        let still = self.kept();
+        kept.retain(|snapshot, _| still.contains_key(snapshot));
+        let problems = self.look_at(&copy, &durable, &kept);
         std::fs::remove_file(&copy).expect("the copy");
         problems
     }
 
-    fn look_at(&self, copy: &Path, durable: &[common::Durable]) -> Vec<String> {
+    fn look_at(&self, copy: &Path, durable: &[common::Durable], kept: &Kept) -> Vec<String> {
         let mut problems = Vec::new();
         let after = HostFs::open(self.kind, copy);
         let images = after.path().join("images");
         for (name, _) in &IMAGES {
-            let check =
-                Run::ploopfs().args(["check", "--json"]).arg(images.join(format!("{name}.hds"))).run();
+            let check = Run::ploopfs().args(["check", "--json"]).arg(images.join(name)).run();
             if !check.success() {
                 problems.push(format!("{name}: {check}"));
             }
@@ -93,6 +109,7 @@ impl Machine {
                 Err(error) => problems.push(format!("{name} cannot be opened after the cut: {error}")),
             }
         }
+        problems.extend(contradictions(served.point(), kept));
         if problems.is_empty() {
             problems.extend(goes_on_after_the_cut(&mut served));
         }
@@ -115,13 +132,16 @@ fn goes_on_after_the_cut(served: &mut Mount) -> Option<String> {
         }
     }
     served.umount();
-    let check = |name: &str| Run::ploopfs().arg("check").arg(served.delta(name)).run();
+    let check = |name: &str| Run::ploopfs().arg("check").arg(served.images().join(name)).run();
     IMAGES.iter().map(|(name, _)| check(name)).find(|done| !done.success()).map(|done| done.to_string())
 }
 
-fn everything_synced_survives(kind: &'static str) {
+fn everything_synced_survives(kind: &'static str, live: bool) {
     let _turn = heavy();
     let mut machine = Machine::start(kind, &[]);
+    if live {
+        machine = machine.with_live_operations();
+    }
     let began = Instant::now();
     let cuts = cuts();
     for number in 0..cuts {
@@ -133,6 +153,9 @@ fn everything_synced_survives(kind: &'static str) {
         let errors = load.stop();
         assert!(errors.is_empty(), "the load itself failed: {errors:?}");
     }
+    if let Some(churn) = &mut machine.churn {
+        println!("{} live operations meanwhile", churn.stop().expect("every live operation works"));
+    }
     machine.mount.umount();
     println!("CRASH STATES {cuts}");
     println!("{cuts} cuts on {kind} over {operations} operations in {:?}", began.elapsed());
@@ -141,13 +164,25 @@ fn everything_synced_survives(kind: &'static str) {
 #[test]
 fn everything_synced_survives_a_power_cut_on_ext4() {
     require!("fuse", "loop", "xfs");
-    everything_synced_survives("ext4");
+    everything_synced_survives("ext4", false);
 }
 
 #[test]
 fn everything_synced_survives_a_power_cut_on_xfs() {
     require!("fuse", "loop", "xfs");
-    everything_synced_survives("xfs");
+    everything_synced_survives("xfs", false);
+}
+
+#[test]
+fn everything_synced_and_every_snapshot_survives_a_power_cut_amid_live_operations_on_ext4() {
+    require!("fuse", "loop", "xfs");
+    everything_synced_survives("ext4", true);
+}
+
+#[test]
+fn everything_synced_and_every_snapshot_survives_a_power_cut_amid_live_operations_on_xfs() {
+    require!("fuse", "loop", "xfs");
+    everything_synced_survives("xfs", true);
 }
 
 /// The test of the test: acknowledged and lost must be seen.

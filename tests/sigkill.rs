@@ -4,6 +4,7 @@ mod common;
 
 use std::os::unix::fs::FileExt;
 
+use common::churn::{Churn, contradictions};
 use common::{Loop, Mount, Run, Shape, Workload, heavy, long, marked_in_use, ok, read_at, text, until};
 
 #[test]
@@ -26,6 +27,37 @@ fn nothing_synced_is_lost_when_the_daemon_is_killed_under_load() {
         let verdict = load.verify(&mount.open("vm1"), &durable);
         assert!(verdict.problems.is_empty(), "round {round}:\n{}", verdict.problems.join("\n"));
         assert!(verdict.durable > 0, "nothing was durable, so the kill showed nothing");
+    }
+    println!("CRASH STATES {rounds}");
+}
+
+#[test]
+fn nothing_synced_and_no_snapshot_is_lost_when_the_daemon_is_killed_amid_live_operations() {
+    require!("fuse");
+    let _turn = heavy();
+    let rounds = if long() { 20 } else { 5 };
+    for round in 0..rounds {
+        let mut mount = Mount::new(&["--create", "vm1=256M"]);
+        let shape = Shape { cluster: 1 << 20, clusters: 32, threads: 2, seed: 200 + round };
+        let mut load = Workload::start(&mount.flat("vm1"), shape);
+        let mut churn = Churn::start(&mount, &["vm1"]);
+        // Far enough for merges; then any moment.
+        let merged = || churn.kept().len() >= 4;
+        assert!(until(std::time::Duration::from_secs(60), merged), "the live operations stand still");
+        load.wait_for_syncs(5 + 7 * round);
+        let (durable, mut kept) = (load.durable(), churn.kept());
+        mount.kill();
+        assert!(!load.stop().is_empty(), "the load noticed nothing of the kill");
+        churn.stop().expect_err("the live operations noticed nothing of the kill");
+        let still = churn.kept();
+        kept.retain(|snapshot, _| still.contains_key(snapshot));
+        mount.start();
+        let mut problems = load.verify(&mount.open("vm1"), &durable).problems;
+        problems.extend(contradictions(mount.point(), &kept));
+        assert!(problems.is_empty(), "round {round}:\n{}", problems.join("\n"));
+        mount.umount();
+        Run::ploopfs().arg("check").arg(mount.images().join("vm1")).status(0);
+        println!("round {round}: {} snapshots kept", kept.len());
     }
     println!("CRASH STATES {rounds}");
 }

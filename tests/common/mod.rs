@@ -3,6 +3,7 @@
 #![allow(dead_code)] // every test file is a program of its own and uses its part of this
 #![allow(unused_imports)] // likewise
 
+pub mod churn;
 mod host;
 pub mod lanes;
 mod mount;
