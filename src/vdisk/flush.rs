@@ -83,10 +83,16 @@ impl Flusher {
     /// Keeps `job(token)` until the end of a round, or gives the token back when the bound holds by now.
     ///
     /// No one is left behind: crossing `BACKGROUND` has asked for a round that swaps `unsynced` to 0 after that;
-    /// whoever still sees it over the bound, under the mutex, is drained at that round's end.
-    pub fn throttle(&self, pio: Pio, job: impl FnOnce(Pio) -> Job) -> Option<Pio> {
+    /// whoever still sees it over the bound, under the mutex, is drained at that round's end. Once the image has
+    /// `failed`, rounds end before that swap and nobody asks for another: nobody may wait for one.
+    pub fn throttle(
+        &self,
+        pio: Pio,
+        failed: impl FnOnce() -> bool,
+        job: impl FnOnce(Pio) -> Job,
+    ) -> Option<Pio> {
         let mut throttled = lock(&self.throttled);
-        if self.is_over_bound() {
+        if self.is_over_bound() && !failed() {
             throttled.push(job(pio));
             return None;
         }
@@ -190,11 +196,16 @@ impl Image {
                 self.count_flush();
                 reply(result.clone());
             }
-            let throttled = std::mem::take(&mut *lock(&self.flusher.throttled));
-            throttled.into_iter().for_each(|job| self.submit(job));
+            self.wake_throttled();
             // After a round that found no space nothing is cleaner: to look again at once would be to spin.
             if full { self.engine.no_clean_pages(self.id) } else { self.engine.pages_are_clean() }
         }
+    }
+
+    /// Writes that waited for unsynced data to shrink look again.
+    pub(super) fn wake_throttled(&self) {
+        let throttled = std::mem::take(&mut *lock(&self.flusher.throttled));
+        throttled.into_iter().for_each(|job| self.submit(job));
     }
 
     /// One round: the steps at the head of this file.

@@ -465,6 +465,7 @@ impl Image {
         self.submit(Box::new(move || {
             image.give_up_pages();
             image.fail_parked(&error);
+            image.wake_throttled();
         }));
     }
 

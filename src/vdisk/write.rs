@@ -203,7 +203,8 @@ impl Image {
         if !self.flusher.is_over_bound() || self.stack().never_blocks {
             return Some(pio);
         }
-        self.flusher.throttle(pio, |pio| Box::new(move || pio.run()))
+        let failed = || self.failed.load(Ordering::SeqCst);
+        self.flusher.throttle(pio, failed, |pio| Box::new(move || pio.run()))
     }
 
     /// Calls `waiter` when fewer BAT pages are dirty. It holds no lock and is outside the gate meanwhile.
