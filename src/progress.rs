@@ -10,6 +10,8 @@ use crate::error::{Error, Kind, Result};
 /// How much may be done ahead of the rate: small enough that a watcher sees an even pace, large enough that one
 /// late wake-up does not cost throughput.
 const BURST: Duration = Duration::from_millis(100);
+/// How often a wait for the rate asks whether it is still wanted.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// One piece of work. Shared by the worker and those who watch it.
 #[derive(Debug, Default)]
@@ -44,14 +46,19 @@ impl Progress {
     /// `bytes` more are done. Returns when the rate allows the next, or at once when cancelled. Not under a lock that
     /// guest I/O needs.
     pub fn add(&self, bytes: u64) {
+        self.add_while(bytes, || true);
+    }
+
+    /// The same; returns also when `goes_on` says no. For work that somebody may have to wait for.
+    pub fn add_while(&self, bytes: u64, goes_on: impl Fn() -> bool) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
         if self.rate > 0 {
-            self.pay(bytes);
+            self.pay(bytes, goes_on);
         }
     }
 
     /// A token bucket, seen from its other side: not what is in it, but when it will be full again.
-    fn pay(&self, bytes: u64) {
+    fn pay(&self, bytes: u64, goes_on: impl Fn() -> bool) {
         let cost = Duration::try_from_secs_f64(bytes as f64 / self.rate as f64).unwrap_or(Duration::MAX);
         let mut free_at = self.lock();
         let now = Instant::now();
@@ -60,11 +67,12 @@ impl Progress {
         // A wait beyond what the clock can say is a century of waiting as well.
         let until = from.checked_add(cost).unwrap_or(from + Duration::from_secs(3 << 30));
         *free_at = Some(until);
-        while !self.is_cancelled() {
+        while !self.is_cancelled() && goes_on() {
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
             else {
                 return;
             };
+            let left = left.min(LOOK);
             free_at = self.woken.wait_timeout(free_at, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -150,5 +158,17 @@ mod tests {
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
         assert_eq!(progress.check().expect_err("cancelled").kind(), Kind::Cancelled);
         progress.add(u64::MAX);
+    }
+
+    #[test]
+    fn a_wait_for_the_rate_ends_when_it_is_no_longer_wanted() {
+        let (progress, wanted) = (Progress::with_rate(Some(1)), AtomicBool::new(true));
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| progress.add_while(u64::MAX, || wanted.load(Ordering::Relaxed)));
+            std::thread::sleep(Duration::from_millis(50));
+            wanted.store(false, Ordering::Relaxed);
+        });
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
 }

@@ -113,7 +113,7 @@ impl Image {
                 if in_the_way {
                     progress.check()?;
                     self.move_cluster((at - HEADER_BYTES) / 4 + i as u64, first)?;
-                    progress.add(self.cluster);
+                    progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
                 }
             }
             at += bytes.len() as u64;

@@ -43,7 +43,7 @@ impl Image {
                         Attempt::Again => continue,
                         Attempt::Nothing => break,
                         Attempt::Copied(bytes) => {
-                            progress.add(bytes);
+                            progress.add_while(bytes, || !self.closing.load(Ordering::SeqCst));
                             break;
                         }
                     }
