@@ -97,6 +97,10 @@ impl Stage for Entry {
                 if self.shared.read_only { "the mount is read-only" } else { "the host refuses writing" };
             return Err(Error::at(Kind::ReadOnly, self.path(), why));
         }
+        // A snapshot that is being read has kept the descriptor open since the sync failed that made the image read-only.
+        if let Some(layers) = &*live.layers.load() {
+            layers.store().redo_unsynced()?;
+        }
         live.image.make_writable()
     }
 

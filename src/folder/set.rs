@@ -269,7 +269,11 @@ impl Folder {
         if self.shared.read_only || self.stamp(&claim.file) != Some(claim.stamp) {
             return;
         }
-        match rustix::fs::unlinkat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::empty()) {
+        // The crash may have come before the folder's own name was durable: a power cut now would leave neither.
+        let removed = rustix::fs::fsync(self.shared.place.fd()).and_then(|()| {
+            rustix::fs::unlinkat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::empty())
+        });
+        match removed {
             Ok(()) => {
                 log::info!(
                     "{}: removed; the same file lies in the image's folder, which is served",

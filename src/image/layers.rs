@@ -100,13 +100,16 @@ impl Layers {
         let levels = layers.chain(top)?;
         if layers.writable() {
             let mut store = lock(&layers.store);
-            store.clean_up()?;
+            store.make_durable()?;
+            // What is corrected here can wait, for space above all: no reason to keep anybody from the disk.
+            let later = |e| log::warn!("{e}; the next open tries again");
+            store.clean_up().unwrap_or_else(later);
             if let Some(Layout::Ploop(header)) = levels.last().map(|level| &level.layout)
                 && header.disk_sectors != store.descriptor().disk_sectors
             {
                 let mut next = store.descriptor().clone();
                 next.set_size(header.disk_sectors);
-                store.replace(next).and_then(Replaced::durable)?;
+                store.replace(next).and_then(Replaced::durable).unwrap_or_else(later);
             }
         }
         Ok((layers, levels))

@@ -55,6 +55,8 @@ pub struct Store {
     descriptor: Descriptor,
     labels: Labels,
     lock: DescriptorLock,
+    /// The last replacement could not be made durable.
+    unsynced: bool,
 }
 
 impl Store {
@@ -63,7 +65,7 @@ impl Store {
         // The lock first: what was read before it may be old.
         let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR))?;
         let (descriptor, labels) = Store::read(dir.as_fd(), path)?;
-        Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock })
+        Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock, unsynced: false })
     }
 
     /// Reads descriptor and labels without any lock, for those who only report.
@@ -155,10 +157,9 @@ impl Store {
         write_beside(self.dir(), &self.path, DESCRIPTOR, &xml)?;
         self.descriptor = next;
         // 4.
-        match sync_folder(self.dir(), &self.path) {
-            Ok(()) => Ok(Replaced::Durable),
-            Err(error) => Ok(Replaced::Unsynced(error)),
-        }
+        let synced = sync_folder(self.dir(), &self.path);
+        self.unsynced = synced.is_err();
+        Ok(synced.map_or_else(Replaced::Unsynced, |()| Replaced::Durable))
     }
 
     /// Gives the snapshot a name (or takes it away), durably. Before the descriptor that has the snapshot: a crash
@@ -186,6 +187,28 @@ impl Store {
         labels.passing.retain(|file| !self.descriptor.names(file));
         labels.passing.extend(fresh);
         self.write_labels(labels)
+    }
+
+    /// Makes durable what was read: a crash may have come between a rename and the sync behind it, of the descriptor or
+    /// of the image's folder. What is written to the files it names, or removed because it does not name it, would not
+    /// survive a power cut that brings the old one back.
+    pub fn make_durable(&self) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let around = retry_on_intr(|| rustix::fs::openat(self.dir(), "..", flags, Mode::empty()));
+        let synced = retry_on_intr(|| rustix::fs::fsync(self.dir()))
+            .and_then(|()| retry_on_intr(|| rustix::fs::fsync(around.as_ref().map_err(|e| *e)?)));
+        // A host that syncs no folders, or lets us see nothing but this one, has no more to give.
+        match synced {
+            Ok(()) => Ok(()),
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::ACCESS | Errno::PERM) => Ok(()),
+            Err(e) => Err(Error::io(&e.into(), &self.path, "cannot sync the folder")),
+        }
+    }
+
+    /// Writes the descriptor anew if its last sync failed: one that succeeds later would say nothing of it. Before
+    /// anything is done that depends on it: writes to the files it names, merges of what it says is deleted.
+    pub fn redo_unsynced(&mut self) -> Result<()> {
+        if self.unsynced { self.replace(self.descriptor.clone())?.durable() } else { Ok(()) }
     }
 
     /// Removes what a crash left: noted files that no delta has. To be called with every delta of the image locked.
