@@ -11,7 +11,7 @@ use super::scan::Source;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{HEADER_BYTES, Header};
-use crate::image::layers::Layers;
+use crate::image::layers::Reader;
 use crate::image::paths;
 use crate::image::store::Store;
 use crate::io::file::{HostFile, read_full};
@@ -40,8 +40,8 @@ pub struct OpenSnapshot {
     entry: Arc<Entry>,
     guid: Guid,
     image: Arc<Image>,
-    /// Keeps the files locked.
-    _layers: Arc<Layers>,
+    /// Keeps the files locked, and those of a clone from being changed.
+    _reader: Reader,
 }
 
 impl OpenSnapshot {
@@ -148,14 +148,15 @@ impl Entry {
             *views.open.entry(guid).or_default() += 1;
         }
         let opened = self.open_layers().and_then(|layers| {
+            let reader = layers.begin_reading();
             let gone = || Error::at(Kind::NotFound, self.path(), "the snapshot is deleted");
             let there = layers.store().snapshots().any(|s| s == guid);
             let levels = if there { layers.chain(guid)? } else { return Err(gone()) };
             let name = format!("{}@{}", self.name().to_string_lossy(), layers.store().labels().name(guid));
-            Ok((Image::open(&self.shared.engine, &name, levels)?, layers))
+            Ok((Image::open(&self.shared.engine, &name, levels)?, reader))
         });
         match opened {
-            Ok((image, layers)) => Ok(OpenSnapshot { entry: self.clone(), guid, image, _layers: layers }),
+            Ok((image, reader)) => Ok(OpenSnapshot { entry: self.clone(), guid, image, _reader: reader }),
             Err(e) => {
                 let mut views = locked(&self.views);
                 if let Some(count) = views.open.get_mut(&guid) {

@@ -16,7 +16,7 @@ use crate::image::store::{self, Replaced, Store};
 use crate::io::file::{HostFile, read_full};
 use crate::io::lock::DeltaLock;
 use crate::io::real::{Access, RealFile};
-use crate::sync::{Arc, Mutex, MutexGuard, TryLockError, lock};
+use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
 pub trait Opener: Send + Sync {
@@ -64,6 +64,18 @@ pub struct Layers {
     allow_outside: bool,
     /// One operation at a time. Before every other lock; held as long as it takes.
     operation: Mutex<()>,
+    /// Snapshots that are being read.
+    readers: AtomicU32,
+}
+
+/// Somebody reads a snapshot, perhaps from files that the descriptor names no more.
+#[derive(Debug)]
+pub struct Reader(Arc<Layers>);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl fmt::Debug for Layers {
@@ -95,6 +107,7 @@ impl Layers {
             opener,
             allow_outside,
             operation: Mutex::default(),
+            readers: AtomicU32::new(0),
         });
         let top = lock(&layers.store).descriptor().top;
         let levels = layers.chain(top)?;
@@ -191,9 +204,19 @@ impl Layers {
         Ok((name, level))
     }
 
+    /// Notes a reader of a snapshot, for as long as what it returns lives. Before its chain is looked up.
+    pub fn begin_reading(self: &Arc<Self>) -> Reader {
+        self.readers.fetch_add(1, Ordering::SeqCst);
+        Reader(Arc::clone(self))
+    }
+
     /// Closes a file that the descriptor does not name any more, and removes its name. A file with other names (hard
-    /// links) lives on under those.
+    /// links) lives on under those; while a snapshot is being read, it keeps ours, too: without it nothing would tell
+    /// a clone that somebody else depends on the file (R9). It is noted, and goes at the next open.
     pub fn remove(&self, file: &str) -> Result<()> {
+        if self.readers.load(Ordering::SeqCst) > 0 && self.is_shared(file).unwrap_or(false) {
+            return Ok(());
+        }
         let mut store = lock(&self.store);
         store.remove(file)?;
         lock(&self.open).remove(file);

@@ -257,3 +257,35 @@ fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
     assert_eq!(error.kind(), Kind::Exists);
     assert!(rig.path("other.hds").exists() && !rig.path(".other.new").exists());
 }
+
+/// The note of a step that ended is taken away at the next open, which needs space for a moment.
+#[test]
+fn an_image_opens_where_its_notes_and_its_size_cannot_be_written() {
+    let (rig, _) = Rig::new();
+    rig.edit("16384", "8192");
+    let in_the_way = [".ploopfs.json.new", ".DiskDescriptor.xml.new"].map(|name| rig.path("vm").join(name));
+    in_the_way.iter().for_each(|path| std::fs::create_dir(path).expect("made"));
+    let (layers, levels) = rig.open();
+    assert_eq!(disk_size(&levels, layers.store().descriptor()), 8 * MIB);
+    drop((layers, levels));
+    in_the_way.iter().for_each(|path| std::fs::remove_dir(path).expect("removed"));
+    rig.open();
+    let text = std::fs::read_to_string(rig.path("vm").join(DESCRIPTOR)).expect("text");
+    assert!(text.contains("<Disk_size>16384<"), "{text}");
+}
+
+/// Without it the clone would be the file's only owner, and change it under whoever reads.
+#[test]
+fn a_file_that_a_clone_has_too_keeps_its_name_while_a_snapshot_is_read() {
+    let (rig, guid) = Rig::new();
+    let (layers, levels) = rig.open();
+    let old = levels[1].path.clone();
+    drop(levels);
+    std::fs::hard_link(&old, rig.path("of-a-clone")).expect("linked");
+    let reader = layers.begin_reading();
+    switch(&layers, guid).expect("switched");
+    assert!(old.exists(), "somebody may read from it");
+    drop((reader, layers));
+    rig.open();
+    assert!(!old.exists(), "it goes at the next open");
+}
