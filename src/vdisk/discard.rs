@@ -146,7 +146,11 @@ impl Discard {
         let places = [self.companion(), self.companion()];
         match image.take_cluster(stack, places, self, |discard| Box::new(move || discard.run())) {
             Alloc::Wait => {}
-            Alloc::Full(discard) => discard.finish(Err(image.no_space())),
+            Alloc::Full(discard) => {
+                // Nobody is parked, and nothing ticks: the next one must ask the host again.
+                image.try_space_again();
+                discard.finish(Err(image.no_space()));
+            }
             Alloc::Got(cluster, discard) => {
                 stack.allocator().put_back(cluster);
                 discard.requeue();
@@ -183,6 +187,10 @@ impl Discard {
                 let found = bat.lookup_run(first, &mut places);
                 debug_assert!(found, "the page is pinned");
                 bat.hidden_run(first, &mut hides);
+                // After the look-up: a page that was loaded from a level while it changed was loaded after this was set.
+                if self.image.lower_may_return.load(Ordering::SeqCst) {
+                    hides.fill(true);
+                }
                 places
             }
             None => (first..first + count).map(|c| stack.raw_place(c)).collect(),

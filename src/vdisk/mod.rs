@@ -141,6 +141,9 @@ pub struct Image {
     host_busy: AtomicU32,
     /// The host answered EOPNOTSUPP to a punch.
     cannot_punch: AtomicBool,
+    /// Entries were taken away from a level below the top, and that is not durable (or failed): a cached page may say
+    /// that nothing lies below a cluster where a power cut brings something back. Discards unmap nothing meanwhile.
+    lower_may_return: AtomicBool,
     failed: AtomicBool,
     /// Why the image is read-only since it was opened. A leaf.
     failure: Mutex<Option<Error>>,
@@ -195,6 +198,7 @@ impl Image {
             bat_timer: AtomicBool::new(false),
             host_busy: AtomicU32::new(0),
             cannot_punch: AtomicBool::new(false),
+            lower_may_return: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::default(),
             closing: AtomicBool::new(false),

@@ -43,17 +43,24 @@ impl Drop for Frozen<'_> {
 }
 
 impl Image {
-    /// One live operation at a time; the second is refused rather than queued: who asked should know.
+    /// One live operation at a time; the second is refused rather than queued: who asked should know. A close waits
+    /// for one that has begun; none begins after it, when the file may be somebody else's.
     pub(in crate::vdisk) fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
-        match self.operation.try_lock() {
-            Ok(guard) => Ok(guard),
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => Ok(PoisonError::into_inner(poisoned)),
-            Err(std::sync::TryLockError::WouldBlock) => Err(Error::at(
-                Kind::Busy,
-                self.path(),
-                "another operation on this image is running; try again when it has ended",
-            )),
+        let guard = match self.operation.try_lock() {
+            Ok(guard) => guard,
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
+            Err(std::sync::TryLockError::WouldBlock) => {
+                return Err(Error::at(
+                    Kind::Busy,
+                    self.path(),
+                    "another operation on this image is running; try again when it has ended",
+                ));
+            }
+        };
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(self.closed_error());
         }
+        Ok(guard)
     }
 
     /// Freezes with everything durable:

@@ -201,10 +201,13 @@ impl Image {
     /// Makes the last, partial cluster read as zero behind the old end of the disk.
     fn zero_behind(self: &Arc<Self>, stack: &Stack, last: u64, from: u64) -> Result<()> {
         let Some(bat) = &stack.bat else { return Ok(()) };
-        while let Lookup::Miss = bat.lookup(last) {
-            self.load_and_wait(stack, last)?;
-        }
-        if let Lookup::Found(Place::At { level, position }) = bat.lookup(last)
+        let place = loop {
+            match bat.lookup(last) {
+                Lookup::Found(place) => break place,
+                Lookup::Miss => self.load_and_wait(stack, last)?,
+            }
+        };
+        if let Place::At { level, position } = place
             && level == stack.top_index()
         {
             let top = stack.top();

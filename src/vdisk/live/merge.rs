@@ -22,7 +22,7 @@ use crate::format::bat::PAGE_BYTES;
 use crate::format::header::{Geometry, HEADER_BYTES};
 use crate::io::file::{read_full, write_full};
 use crate::progress::Progress;
-use crate::sync::{Arc, lock};
+use crate::sync::{Arc, Ordering, lock};
 use crate::vdisk::stack::{Stack, TopState};
 use crate::vdisk::{Image, Layout, Level, scan};
 
@@ -65,6 +65,10 @@ impl Image {
     ///
     /// 3 before 2 could lose both copies of a cluster: the top's entry in the power cut, P's by this. 6 before 5
     /// would let P's old data show instead of the top's. 3 before 1 would change a file that says "clean".
+    ///
+    /// During 3 a BAT page that is loaded finds P's entry gone, and yet a power cut may bring it back: discards keep
+    /// hiding it. A failed sync of P is final (R7), as one of the top is: P's entries read 0 from then on, whatever the
+    /// disk has, so that a second attempt would take nothing away and go on to 6.
     pub fn flip(
         self: &Arc<Self>,
         progress: &Progress,
@@ -78,13 +82,23 @@ impl Image {
             return Err(Error::at(Kind::Unsupported, &lower.path, "a raw base cannot become the top"));
         };
         let io = |e: std::io::Error| Error::io(&e, &lower.path, "cannot prepare the merge");
+        let sync_lower = || {
+            lower.file.sync_data().map_err(|e| {
+                let e = Error::io(&e, &lower.path, "fdatasync failed; the merge cannot go on");
+                self.fail(&e);
+                e
+            })
+        };
         let header = header.marked();
-        write_full(&*lower.file, &header.encode(), 0).and_then(|()| lower.file.sync_data()).map_err(io)?; // 1
+        write_full(&*lower.file, &header.encode(), 0).map_err(io)?; // 1
+        sync_lower()?;
         let watch = self.flusher.watch_pages();
         self.flush_now()?; // 2
         let durable = || self.sync_data(&before);
+        self.lower_may_return.store(true, Ordering::SeqCst);
         take_away_hidden(&before, lower, &of, None, durable, |_| ())?; // 3
-        lower.file.sync_data().map_err(io)?;
+        sync_lower()?;
+        self.lower_may_return.store(false, Ordering::SeqCst);
         let mut found = scan::scan(lower, &of)?; // 4
         lower.file.set_len(of.cluster_position(found.end)).map_err(io)?;
         progress.check()?;
@@ -94,8 +108,10 @@ impl Image {
                 found.free.insert(of.file_cluster(position));
             }
         };
+        self.lower_may_return.store(true, Ordering::SeqCst);
         take_away_hidden(&before, lower, &of, Some(&watch.pages()), durable, freed)?;
-        lower.file.sync_data().map_err(io)?;
+        sync_lower()?;
+        self.lower_may_return.store(false, Ordering::SeqCst);
         let state = TopState::default();
         *lock(&state.header) = Some(header);
         let _ = state.allocator.set(self.new_allocator(&of, found));

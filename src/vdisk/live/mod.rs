@@ -1,6 +1,8 @@
 //! Operations on a live image: snapshot, merge, switch, grow, clone. Each in the same parts: prepare, freeze, swap,
 //! thaw, clean up (R8, R9).
 
+#[cfg(test)]
+mod failures;
 pub mod freeze;
 mod grow;
 pub mod merge;

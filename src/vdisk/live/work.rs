@@ -193,12 +193,22 @@ impl Live<'_> {
                 return Ok(Done::default());
             };
             self.progress.check()?;
+            // Else a power cut could bring back a snapshot whose file the merge has changed.
+            self.layers.store().redo_unsynced()?;
             if child == descriptor.top {
+                self.follow_descriptor()?;
                 self.merge(self.image, parent, child)?;
             } else {
                 self.merge_below(&descriptor, parent, child)?;
             }
         }
+    }
+
+    /// After a merge below the top whose last steps failed, the live image still reads from the files that were there
+    /// before. That is as good, but a merge with the top goes by the descriptor, and would leave out what only they have.
+    fn follow_descriptor(&self) -> Result<()> {
+        let levels = self.layers.live_chain()?;
+        if self.image.stands_on(&levels)? { Ok(()) } else { self.image.stand_on(levels) }
     }
 
     /// Merges the two uppermost levels of `image`, which are `parent` and `child`; returns nothing that depends on the
@@ -289,6 +299,20 @@ impl Live<'_> {
 }
 
 impl Image {
+    /// True when its levels are these files, in this order (base first).
+    fn stands_on(&self, levels: &[crate::vdisk::Level]) -> Result<bool> {
+        let file = |level: &crate::vdisk::Level| {
+            let status = level.file.status();
+            status
+                .map(|status| (status.dev, status.ino))
+                .map_err(|e| Error::io(&e, &level.path, "cannot look at it"))
+        };
+        let stack = self.stack();
+        let own = stack.top_down().map(|(_, level)| file(level)).collect::<Result<Vec<_>>>()?;
+        let theirs = levels.iter().rev().map(file).collect::<Result<Vec<_>>>()?;
+        Ok(own == theirs)
+    }
+
     /// Reads from other lower levels from now on, with the same content; `levels` is the whole chain, base first, whose
     /// last is our own top.
     fn stand_on(self: &Arc<Self>, mut levels: Vec<crate::vdisk::Level>) -> Result<()> {
