@@ -363,9 +363,10 @@ impl OpenImage {
         self.never_blocks
     }
 
-    /// True when it is open for writing by anybody, so that there may be something to sync.
+    /// True when it is open for writing by anybody, so that there may be something to sync; and when it failed: a close
+    /// under its users may have lost something, and no sync says otherwise (R7).
     pub fn may_change(&self) -> bool {
-        self.entry.writable.load(Ordering::Acquire)
+        self.entry.writable.load(Ordering::Acquire) || self.image().failure().is_some()
     }
 
     /// Gives it back; the same as dropping it.

@@ -71,15 +71,18 @@ impl Folder {
         let closed = || Error::at(Kind::Io, entry.path(), "the image was closed meanwhile");
         let live = live.ok_or_else(closed)?;
         let place = &self.shared.place;
-        let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file())?;
-        let stat = rustix::fs::fstat(&dir)
-            .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
-        let origin = Origin {
-            file: entry.name().to_owned(),
-            source: Source::Layers,
-            identity: (stat.st_dev, stat.st_ino),
-        };
-        entry.set_origin(origin);
+        // It is one already where an earlier attempt could not open it.
+        if !matches!(entry.origin().source, Source::Layers) {
+            let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file())?;
+            let stat = rustix::fs::fstat(&dir)
+                .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
+            let origin = Origin {
+                file: entry.name().to_owned(),
+                source: Source::Layers,
+                identity: (stat.st_dev, stat.st_ino),
+            };
+            entry.set_origin(origin);
+        }
         let layers = entry.open_layers()?;
         live.layers.store(Some(layers.clone()));
         log::info!("{}: is a folder from now on, for its snapshots", entry.path().display());

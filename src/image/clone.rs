@@ -78,9 +78,14 @@ impl Layers {
             (dir, store.path().to_owned(), file)
         };
         let new = NewImage { dir: dir.as_fd(), path: &path, name: "", copy: true, progress };
-        new.copy(&level, &file)?;
-        sync_folder(dir.as_fd(), &path)?;
-        Ok(file)
+        match new.copy(&level, &file).and_then(|()| sync_folder(dir.as_fd(), &path)) {
+            Ok(()) => Ok(file),
+            Err(error) => {
+                // Best effort: noted, it goes at the next open at the latest.
+                let _ = self.remove(&file);
+                Err(error)
+            }
+        }
     }
 }
 
