@@ -90,6 +90,10 @@ impl Discard {
             }
             return self.finish(Ok(()));
         }
+        if self.image.gate.is_closed() {
+            // A freeze waits for one batch, not for a whole disk.
+            return self.start_over(|image, at, len, reply| submit(&image, at, len, reply));
+        }
         let (image, cluster) = (Arc::clone(&self.image), self.at / self.image.cluster);
         let queued = move |mut discard: Discard| -> super::runner::Job {
             discard.held = (cluster, 1);
@@ -308,17 +312,25 @@ impl Discard {
 
     /// Half of the BAT cache is dirty: what is left of the discard begins anew when there are clean pages. It waits
     /// outside the gate, like a write.
-    fn wait_for_clean_pages(mut self) {
+    fn wait_for_clean_pages(self) {
+        self.start_over(|image, at, len, reply| {
+            let again = Arc::clone(&image);
+            let waiter = move |clean: bool| {
+                if clean { submit(&again, at, len, reply) } else { reply(Err(again.no_space())) }
+            };
+            image.wait_for_clean_pages(Box::new(waiter));
+        });
+    }
+
+    /// Leaves, and calls `then` with what is left to do.
+    fn start_over(mut self, then: impl FnOnce(Arc<Image>, u64, u64, Reply<()>)) {
         self.unlock();
         if let Some(inside) = self.inside.take() {
             self.image.gate.leave(inside);
         }
-        let (image, at, len) = (Arc::clone(&self.image), self.at, self.end - self.at);
-        let Some(reply) = self.reply.take() else { return };
-        let waiter = move |clean: bool| {
-            if clean { submit(&image, at, len, reply) } else { reply(Err(image.no_space())) }
-        };
-        self.image.wait_for_clean_pages(Box::new(waiter));
+        if let Some(reply) = self.reply.take() {
+            then(Arc::clone(&self.image), self.at, self.end - self.at, reply);
+        }
     }
 
     fn unlock(&mut self) {

@@ -59,6 +59,12 @@ impl Gate {
         Inside { shard: other.shard, count: 1 }
     }
 
+    /// True while it is closed, or about to be: who can leave in the middle of long work does, so that nobody stands
+    /// still for all of it.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
     /// Runs `job` when the gate is open again, unless it is open by now: then `job` comes back.
     pub fn wait(&self, job: Job) -> Option<Job> {
         let mut outside = lock(&self.outside);

@@ -175,6 +175,24 @@ fn the_dirty_pages_of_an_image_that_failed_keep_nobody_waiting() {
     answer.recv_timeout(LONG).expect("woken").expect("written");
 }
 
+#[test]
+fn a_freeze_does_not_wait_for_the_end_of_a_long_discard() {
+    let b = bench(&engine(Options::default()), "");
+    let clusters = 1024;
+    (0..clusters).for_each(|c| b.image.write_at(c * CLUSTER, &[7; 512]).expect("space"));
+    b.plan.set_delay(crate::io::fault::Op::Punch, 300);
+    let (tell, answer) = mpsc::channel();
+    b.image.discard(0, clusters * CLUSTER, Box::new(move |r| drop(tell.send(r))));
+    until(|| b.plan.counters(crate::io::fault::Op::Punch).running > 0);
+    b.image.freeze();
+    assert!(answer.try_recv().is_err(), "it waits outside with what is left");
+    b.plan.set_delay(crate::io::fault::Op::Punch, 0);
+    b.image.thaw();
+    answer.recv_timeout(LONG).expect("answered").expect("discarded");
+    assert!((0..clusters).all(|c| b.image.read_at(c * CLUSTER, 1).expect("read")[0] == 0));
+    b.image.close().expect("closes");
+}
+
 /// An empty delta that fits `plan`.
 fn new_top(plan: TopPlan) -> Result<Level> {
     let header = Header::new(plan.version, plan.disk, plan.cluster).expect("fits the format");
