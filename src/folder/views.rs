@@ -153,7 +153,7 @@ impl Entry {
             let there = layers.store().snapshots().any(|s| s == guid);
             let levels = if there { layers.chain(guid)? } else { return Err(gone()) };
             let name = format!("{}@{}", self.name().to_string_lossy(), layers.store().labels().name(guid));
-            Ok((Image::open(&self.shared.engine, &name, levels)?, reader))
+            Ok((Image::open_beside(&self.shared.engine, &name, levels)?, reader))
         });
         match opened {
             Ok((image, reader)) => Ok(OpenSnapshot { entry: self.clone(), guid, image, _reader: reader }),

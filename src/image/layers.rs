@@ -241,20 +241,26 @@ impl Layers {
     /// One file as a level; `raw` files are not looked into.
     fn level(&self, store: &Store, file: &str, raw: bool) -> Result<Level> {
         let path = paths::shown(store.path(), file);
-        let opened = self.opened(store, file, &path)?;
+        let (opened, is_new) = self.opened(store, file, &path)?;
         let layout = if raw { Layout::Raw } else { Layout::Ploop(read_header(&*opened.file, &path)?) };
-        Ok(Level { file: opened.file, path, layout })
+        let mut level = Level { file: opened.file, path, layout };
+        if is_new {
+            // Now, and not when a snapshot is looked at: by then the file may have a writer.
+            level.distrust()?;
+        }
+        Ok(level)
     }
 
-    fn opened(&self, store: &Store, file: &str, path: &Path) -> Result<Opened> {
+    /// The file, and whether it was not open before.
+    fn opened(&self, store: &Store, file: &str, path: &Path) -> Result<(Opened, bool)> {
         let mut open = lock(&self.open);
         if let Some(opened) = open.get(file) {
-            return Ok(opened.clone());
+            return Ok((opened.clone(), false));
         }
         let (dir, name) = paths::resolve(store.dir(), Path::new(file), path, self.allow_outside)?;
         let opened = self.opener.open(dir.as_fd(), Path::new(&name), path)?;
         open.insert(file.to_owned(), opened.clone());
-        Ok(opened)
+        Ok((opened, true))
     }
 
     /// The folder and the name of a file of this image.

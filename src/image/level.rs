@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::format::header::{Geometry, Header};
-use crate::io::file::HostFile;
+use crate::error::{Error, Kind, Result};
+use crate::format::header::{Geometry, HEADER_BYTES, Header};
+use crate::io::file::{HostFile, read_full};
 use crate::sync::Arc;
 
 /// What one level's file is.
@@ -33,6 +34,26 @@ impl Level {
             Layout::Ploop(header) => Some(header.geometry()),
             Layout::Raw => None,
         }
+    }
+
+    /// A delta found in use was not closed cleanly: what the page cache has of it may never have reached the disk. It is
+    /// dropped before anything is trusted (R7), and the header read again. Only while nobody else here writes the file.
+    pub fn distrust(&mut self) -> Result<()> {
+        let Layout::Ploop(header) = &mut self.layout else { return Ok(()) };
+        if header.is_in_use() {
+            let io = |e: std::io::Error, what: &str| Error::io(&e, &self.path, what);
+            // Only clean pages can be dropped. A failure is an old one that nobody was told of: what is read from now
+            // on is what the disk has.
+            if let Err(e) = self.file.sync_data() {
+                log::warn!("{}: an earlier write never reached the disk: {e}", self.path.display());
+            }
+            self.file.drop_cache().map_err(|e| io(e, "cannot drop the page cache"))?;
+            let mut bytes = [0; HEADER_BYTES as usize];
+            read_full(&*self.file, &mut bytes, 0).map_err(|e| io(e, "cannot read"))?;
+            *header =
+                Header::parse(&bytes).map_err(|e| Error::at(Kind::Damaged, &self.path, e.to_string()))?;
+        }
+        Ok(())
     }
 }
 

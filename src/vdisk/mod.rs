@@ -38,9 +38,8 @@ use arc_swap::{ArcSwap, Guard};
 use bytes::Bytes;
 
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{HEADER_BYTES, Header};
 pub use crate::image::level::{Layout, Level};
-use crate::io::file::{HostStatus, read_full};
+use crate::io::file::HostStatus;
 use crate::sync::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
 };
@@ -159,7 +158,14 @@ pub struct Image {
 impl Image {
     /// Opens over `levels` (base first), read-only. Blocks. A delta found in use has its page cache dropped before
     /// anything of it is trusted (R7).
-    pub fn open(engine: &Arc<Engine>, name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
+    pub fn open(engine: &Arc<Engine>, name: &str, mut levels: Vec<Level>) -> Result<Arc<Image>> {
+        levels.iter_mut().try_for_each(Level::distrust)?;
+        Image::open_whole_or_part(engine, name, levels, false)
+    }
+
+    /// The same to read from files that somebody else in this process may be writing. They are taken as they are: who
+    /// opened them has looked, and a sync here could hear of a failed write in the writer's place (R7).
+    pub fn open_beside(engine: &Arc<Engine>, name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
         Image::open_whole_or_part(engine, name, levels, false)
     }
 
@@ -167,18 +173,18 @@ impl Image {
     pub(in crate::vdisk) fn open_part(
         engine: &Arc<Engine>,
         name: &str,
-        levels: Vec<Level>,
+        mut levels: Vec<Level>,
     ) -> Result<Arc<Image>> {
+        levels.iter_mut().try_for_each(Level::distrust)?;
         Image::open_whole_or_part(engine, name, levels, true)
     }
 
     fn open_whole_or_part(
         engine: &Arc<Engine>,
         name: &str,
-        mut levels: Vec<Level>,
+        levels: Vec<Level>,
         part: bool,
     ) -> Result<Arc<Image>> {
-        levels.iter_mut().try_for_each(distrust)?;
         let stack = Stack::new(levels, &engine.budget)?;
         let stack = if part { stack.into_part() } else { stack };
         Ok(Arc::new(Image {
@@ -517,23 +523,4 @@ fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
         let _ = tell.send(result);
     }));
     answer.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "internal error: the request was dropped")))
-}
-
-/// A delta found in use was not closed cleanly: what the page cache has of it may never have reached the disk. It is
-/// dropped before anything is trusted (R7), and the header read again.
-fn distrust(level: &mut Level) -> Result<()> {
-    let Layout::Ploop(header) = &mut level.layout else { return Ok(()) };
-    if header.is_in_use() {
-        let io = |e: std::io::Error, what: &str| Error::io(&e, &level.path, what);
-        // Only clean pages can be dropped. A failure is an old one that nobody was told of: what is read from now on
-        // is what the disk has.
-        if let Err(e) = level.file.sync_data() {
-            log::warn!("{}: an earlier write never reached the disk: {e}", level.path.display());
-        }
-        level.file.drop_cache().map_err(|e| io(e, "cannot drop the page cache"))?;
-        let mut bytes = [0; HEADER_BYTES as usize];
-        read_full(&*level.file, &mut bytes, 0).map_err(|e| io(e, "cannot read"))?;
-        *header = Header::parse(&bytes).map_err(|e| Error::at(Kind::Damaged, &level.path, e.to_string()))?;
-    }
-    Ok(())
 }

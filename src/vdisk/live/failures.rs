@@ -1,15 +1,15 @@
 //! What a live operation leaves when one of its steps fails, or when something comes between two of them; each as a
 //! test.
 
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Done, Work, carry_out};
 use crate::error::{Kind, Result};
 use crate::format::header::{Header, Version};
 use crate::image::create::{Plan as New, create};
-use crate::image::layers::{Direct, Layers};
+use crate::image::layers::{Direct, Layers, Opened, Opener};
 use crate::image::make_folder::make_folder;
 use crate::io::fault::{FaultFile, Op, Plan};
 use crate::io::file::HostFile;
@@ -38,7 +38,7 @@ impl Disk {
         let plan = New { cluster: Some(CLUSTER), ..New::thin(64 * CLUSTER) };
         create(&folder.path().join("vm"), &plan).expect("created");
         let images = std::fs::File::open(folder.path()).expect("opens");
-        make_folder(std::os::fd::AsFd::as_fd(&images), folder.path(), "vm.hds".as_ref()).expect("a folder");
+        make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref()).expect("a folder");
         let mut disk = Disk { folder, open: None };
         disk.reopen();
         disk
@@ -188,8 +188,9 @@ fn no_operation_begins_on_a_closed_image() {
     chain.image.write_at(0, &[3; 512]).expect("space");
     chain.image.close().expect("closes");
     let closed = chain.top.to_bytes();
-    chain.image.grow(4096 * CLUSTER, &Progress::new()).expect_err("the file may be somebody else's");
-    chain.image.pull_out(&Progress::new(), || Ok(())).expect_err("this too");
+    let snapshot = chain.image.put_on_top(|_| unreachable!("the files may be somebody else's"), || Ok(()));
+    snapshot.expect_err("closed");
+    chain.image.grow(4096 * CLUSTER, &Progress::new()).expect_err("closed");
     assert!(chain.top.to_bytes() == closed);
 }
 
@@ -200,4 +201,42 @@ fn a_discard_that_once_found_no_space_asks_the_host_again_the_next_time() {
     assert_eq!(chain.image.discard_at(0, CLUSTER).expect_err("full").kind(), Kind::NoSpace);
     chain.image.discard_at(0, CLUSTER).expect("space is back");
     chain.image.close().expect("closes");
+}
+
+/// Opens files whose syncs are counted.
+struct Counted(Arc<Plan>);
+
+impl Opener for Counted {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+        let opened = Direct(Access::ReadWrite).open(dir, file, shown)?;
+        Ok(Opened { file: Arc::new(FaultFile::new(opened.file.clone(), self.0.clone())), ..opened })
+    }
+}
+
+/// The kernel tells of a failed write once: whoever syncs to have a look hears of it in the writer's place.
+#[test]
+fn a_snapshot_that_is_looked_at_syncs_no_file_that_may_have_a_writer() {
+    let mut disk = Disk::new();
+    disk.snapshot("one");
+    let (image, layers) = disk.open.take().expect("open");
+    let guid = layers.store().find_snapshot("one").expect("there");
+    image.close().expect("closes");
+    drop((image, layers));
+    let path = disk.folder.path().join("vm");
+    let base = path.join("vm.hds");
+    let mut bytes = std::fs::read(&base).expect("read");
+    let header = Header::parse(&bytes).expect("a header").marked();
+    bytes[..64].copy_from_slice(&header.encode());
+    std::fs::write(&base, bytes).expect("written");
+
+    let plan = Arc::new(Plan::default());
+    let syncs = || plan.counters(Op::Sync).started;
+    let dir = OwnedFd::from(std::fs::File::open(&path).expect("opens"));
+    let (layers, levels) = Layers::open(dir, &path, Arc::new(Counted(plan.clone())), false).expect("opens");
+    assert_eq!(syncs(), 1, "a delta found in use is not trusted when it is opened");
+    let snapshot = layers.chain(guid).expect("a chain");
+    Image::open_beside(&engine(), "vm@one", snapshot).expect("opens").close().expect("closes");
+    assert_eq!(syncs(), 1);
+    Image::open(&engine(), "vm", levels).expect("opens").close().expect("closes");
+    assert_eq!(syncs(), 2, "who may write it looks again");
 }
