@@ -11,7 +11,7 @@ use crate::error::{Error, Kind};
 use crate::format::header::{CLOSED, CLOSED_V21, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::Class;
-use crate::io::lock::{Holder, who_holds};
+use crate::io::holder::{Held, Holder};
 
 /// Arguments of `info`.
 #[derive(Debug, clap::Args)]
@@ -66,7 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 /// The other process that has the file locked.
 fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
     let file = std::fs::metadata(path)?;
-    Ok(who_holds(file.dev(), file.ino()))
+    Ok(Held::Delta { dev: file.dev(), ino: file.ino() }.holder())
 }
 
 /// Clusters with an entry.

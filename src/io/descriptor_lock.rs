@@ -2,14 +2,14 @@
 //! and waiting, before it reads an XML that it is going to change or check. Newer ones lock bytes of the base delta
 //! instead, which [`DeltaLock`](super::lock::DeltaLock) does.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::lock::Holder;
+use super::holder::{self, Held};
 use crate::{Error, Kind, Result};
 
 /// ploop's name for it. The file stays, as with ploop: removing it could take it from under somebody who waits.
@@ -67,28 +67,8 @@ impl Drop for DescriptorLock {
 }
 
 fn in_use(file: &impl AsFd, path: &Path) -> Error {
-    let holder = rustix::fs::fstat(file).ok().and_then(|stat| holder(stat.st_ino)).and_then(Holder::of);
-    let what = match holder {
-        Some(holder) if holder.name.starts_with("ploopfs") => {
-            format!("is in use by {holder}; `ploopfs umount` of its mount ends that")
-        }
-        Some(holder) => format!("is in use by {holder}; `kill {}` ends that", holder.pid),
-        None => "is in use by another process; end that first".to_owned(),
-    };
-    Error::at(Kind::InUse, path, what)
-}
-
-/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`. The device is left out: file systems show different ones here
-/// and in `stat`, and this only names a process in a message.
-fn holder(ino: u64) -> Option<u32> {
-    let ending = format!(":{ino}");
-    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words[..] {
-            [_, "FLOCK", _, "WRITE", pid, place, ..] if place.ends_with(&ending) => pid.parse().ok(),
-            _ => None,
-        }
-    })
+    let holder = rustix::fs::fstat(file).ok().and_then(|stat| Held::Descriptor { ino: stat.st_ino }.holder());
+    Error::at(Kind::InUse, path, holder::sentence(holder.as_ref()))
 }
 
 #[cfg(test)]

@@ -8,11 +8,10 @@
 //! The locks belong to the open file (OFD), not to the process: closing another descriptor of the same file
 //! does not lose them. But a second descriptor of ours looks foreign.
 
-use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -20,6 +19,7 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags};
 
 use super::file::HostFile;
+use super::holder::{self, Held, Holder};
 use super::real::RealFile;
 use crate::{Error, Kind, Result};
 
@@ -37,39 +37,6 @@ const QEMU_WRITES: Range = (101, 3);
 /// Two that lock at the same moment both lose, as with ploop. So many tries are then made, with a pause
 /// that differs between processes.
 const RACE_TRIES: u32 = 4;
-
-/// A process that holds a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {
-    /// Process id.
-    pub pid: u32,
-    /// The name the kernel knows it by (at most 15 characters).
-    pub name: String,
-    /// Its command line, cut to 200 characters; empty where it cannot be read.
-    pub command: String,
-}
-
-impl Holder {
-    /// The process with this id; None if there is none.
-    pub(super) fn of(pid: u32) -> Option<Holder> {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned();
-        let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<_> =
-            raw.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
-        let command = words.join(" ").chars().take(200).collect();
-        Some(Holder { pid, name, command })
-    }
-}
-
-impl fmt::Display for Holder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (pid {}", self.name, self.pid)?;
-        if !self.command.is_empty() {
-            write!(f, ": {}", self.command)?;
-        }
-        f.write_str(")")
-    }
-}
 
 /// The hold on one delta, given back when dropped. Keeps the file open: the lock lives on its descriptor.
 #[derive(Debug)]
@@ -183,12 +150,6 @@ impl Drop for FolderLock {
     }
 }
 
-/// Names the process that holds a lock on the delta with this device and inode: QEMU, the ploop tool, another
-/// ploopfs. None if it is this process, or hidden (another container, another host).
-pub fn who_holds(dev: u64, ino: u64) -> Option<Holder> {
-    in_proc_locks(dev, ino).or_else(|| in_proc_fdinfo(dev, ino)).and_then(Holder::of)
-}
-
 /// What came of an attempt.
 #[derive(Debug, PartialEq, Eq)]
 enum Taken {
@@ -277,15 +238,8 @@ fn race_pause(attempt: u32) {
 }
 
 fn in_use(file: &RealFile) -> Error {
-    let status = file.status().ok();
-    let what = match status.and_then(|s| who_holds(s.dev, s.ino)) {
-        Some(holder) if holder.name.starts_with("ploopfs") => {
-            format!("is in use by {holder}; `ploopfs umount` of its mount ends that")
-        }
-        Some(holder) => format!("is in use by {holder}; `kill {}` ends that", holder.pid),
-        None => "is in use by another process; end that first".to_owned(),
-    };
-    Error::at(Kind::InUse, file.path(), what)
+    let holder = file.status().ok().and_then(|s| Held::Delta { dev: s.dev, ino: s.ino }.holder());
+    Error::at(Kind::InUse, file.path(), holder::sentence(holder.as_ref()))
 }
 
 fn folder_in_use(file: &mut File, path: &Path) -> Error {
@@ -303,61 +257,17 @@ fn folder_in_use(file: &mut File, path: &Path) -> Error {
     Error::at(Kind::InUse, path, what)
 }
 
-/// One line of /proc/locks, or of a "lock:" line in /proc/PID/fdinfo/N, if it speaks of this file's ranges.
-/// The pid is None for OFD locks.
-///
-/// `12: OFDLCK ADVISORY  READ -1 fe:00:1234 200 204`; "->" after the number marks one that only waits.
-fn holder_in_line(line: &str, dev: u64, ino: u64) -> Option<Option<u32>> {
-    let words: Vec<&str> = line.split_whitespace().skip_while(|w| !w.ends_with(':')).skip(1).collect();
-    let [kind @ ("POSIX" | "OFDLCK"), _, _, pid, place, first, last] = words[..] else { return None };
-    let mut place = place.split(':');
-    let mut hex = || place.next().and_then(|n| u32::from_str_radix(n, 16).ok());
-    let (major, minor) = (hex()?, hex()?);
-    let inode: u64 = place.next()?.parse().ok()?;
-    // btrfs: the lock names the file system's device, `stat` the subvolume's; neither has a major number.
-    let same_device = (major, minor) == (rustix::fs::major(dev), rustix::fs::minor(dev))
-        || (major == 0 && rustix::fs::major(dev) == 0);
-    let first: i64 = first.parse().ok()?;
-    let last: i64 = last.parse().unwrap_or(i64::MAX);
-    let overlaps = [IN_USE, LONG, QEMU_WRITES].iter().any(|(at, len)| first < at + len && *at <= last);
-    if !same_device || inode != ino || !overlaps {
-        return None;
-    }
-    let pid = pid.parse().ok().filter(|_| kind == "POSIX");
-    Some(pid)
-}
-
-/// POSIX locks (the ploop tool) name their process.
-fn in_proc_locks(dev: u64, ino: u64) -> Option<u32> {
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    let own = std::process::id();
-    locks.lines().filter_map(|line| holder_in_line(line, dev, ino)).flatten().find(|pid| *pid != own)
-}
-
-/// OFD locks (QEMU, ploopfs) name none; but the kernel lists under each descriptor the locks set through it.
-/// Only fdinfo is read: looking at the files themselves could hang on a dead mount.
-fn in_proc_fdinfo(dev: u64, ino: u64) -> Option<u32> {
-    let own = std::process::id();
-    let pids = fs::read_dir("/proc").ok()?.flatten();
-    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.find(|pid| {
-        *pid != own && holds_through_a_descriptor(&PathBuf::from(format!("/proc/{pid}/fdinfo")), dev, ino)
-    })
-}
-
-fn holds_through_a_descriptor(fdinfo: &Path, dev: u64, ino: u64) -> bool {
-    let Ok(entries) = fs::read_dir(fdinfo) else { return false };
-    entries.flatten().any(|entry| {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
-        locks.any(|line| holder_in_line(line, dev, ino).is_some())
-    })
+/// True when a lock on the bytes `first` to `last` says that somebody uses the file.
+pub(super) fn says_in_use(first: i64, last: i64) -> bool {
+    [IN_USE, LONG, QEMU_WRITES].iter().any(|(at, len)| first < at + len && *at <= last)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::real::Access;
+    use std::fs;
+    use std::path::PathBuf;
     use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
     struct Image {
@@ -539,23 +449,6 @@ mod tests {
         assert!(error.to_string().contains(&format!("(pid {}", ploop.0.id())), "{error}");
         ploop.finish();
         DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("free again");
-    }
-
-    #[test]
-    fn lines_of_proc_locks_are_read_for_device_inode_range_and_process() {
-        let dev = rustix::fs::makedev(0xfe, 1);
-        let line = |s| holder_in_line(s, dev, 1234);
-        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), Some(Some(77)));
-        assert_eq!(line("\t9: OFDLCK ADVISORY  READ -1 fe:01:1234 201 201"), Some(None));
-        assert_eq!(line("9: OFDLCK ADVISORY  WRITE -1 fe:01:1234 0 EOF"), Some(None));
-        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:02:1234 200 204"), None, "another device");
-        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1235 200 204"), None, "another file");
-        assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 100 100"), None, "reading alone");
-        assert_eq!(line("2: -> POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), None, "only waits");
-        assert_eq!(line("3: FLOCK  ADVISORY  WRITE 77 fe:01:1234 0 EOF"), None, "another sort of lock");
-        let subvolume = rustix::fs::makedev(0, 50);
-        let other = "9: OFDLCK ADVISORY  READ -1 00:2f:1234 200 204";
-        assert_eq!(holder_in_line(other, subvolume, 1234), Some(None), "btrfs");
     }
 
     #[test]

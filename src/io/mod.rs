@@ -6,6 +6,7 @@ pub mod descriptor_lock;
 pub mod fault;
 pub mod file;
 pub mod freeze;
+pub mod holder;
 pub mod lock;
 pub mod loopdev;
 pub mod memory;
