@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Write;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
@@ -20,6 +21,7 @@ use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::check::{Report, check_level};
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
+use crate::image::paths;
 
 /// The image's name: that of its folder, without .hdd.
 pub fn name(folder: &Path) -> OsString {
@@ -73,11 +75,23 @@ impl Layered {
             let what = format!("names the file {}, which lies outside of the images folder", delta.file);
             return Err(Error::at(Kind::NotPermitted, self.folder.join(DESCRIPTOR), what));
         }
+        // The same without links on the way; what is missing is told by whoever opens it.
+        let dir = paths::image_folder(&folder)?;
+        match paths::resolve(dir.as_fd(), file, &self.folder.join(file), false) {
+            Err(e) if e.kind() == Kind::NotPermitted => return Err(e),
+            _ => {}
+        }
         // As it was named on the command line, where that can be said.
         match found.strip_prefix(&folder) {
             Ok(inside) => Ok(self.folder.join(inside)),
             Err(_) => Ok(found),
         }
+    }
+
+    /// Why a mount would not serve it: a file outside of the images folder, or one that is no regular file.
+    pub fn hostile(&self) -> Result<()> {
+        let dir = paths::image_folder(&self.folder)?;
+        paths::hostile(dir.as_fd(), &self.folder, &self.descriptor, false)
     }
 
     fn kind(&self, delta: &Delta) -> ImageKind {

@@ -84,7 +84,7 @@ struct Listing {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let (folder, mut daemon) = served::behind(&args.folder)?;
-    let mut listing = look(&folder, args.all)?;
+    let mut listing = look(&folder, args.all, daemon.is_some())?;
     if let Some(daemon) = &mut daemon {
         add_live(&mut listing.images, daemon)?;
     }
@@ -125,7 +125,7 @@ fn attached(device: LoopDevice) -> Attached {
     Attached { device: device.dev, direct_io: device.direct_io, advice }
 }
 
-fn look(folder: &Path, all: bool) -> Result<Listing, Error> {
+fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
     let cannot = |e: &std::io::Error| Error::io(e, folder, "cannot list the folder");
     let mut names = Vec::new();
     for entry in folder.read_dir().map_err(|e| cannot(&e))? {
@@ -136,7 +136,7 @@ fn look(folder: &Path, all: bool) -> Result<Listing, Error> {
     let (mut images, mut others) = (Vec::new(), Vec::new());
     for name in &names {
         let path = if folder == Path::new(".") { name.into() } else { folder.join(name) };
-        match entry(&path, name, &descriptor) {
+        match entry(&path, name, &descriptor, served) {
             Ok(row) => images.push(row),
             Err(reason) => others.push(Other { path: path.to_string_lossy().into_owned(), reason }),
         }
@@ -146,7 +146,7 @@ fn look(folder: &Path, all: bool) -> Result<Listing, Error> {
 }
 
 /// One entry of the folder as an image, or why it is none.
-fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
+fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<Row, String> {
     // The name alone may rule it out; then it is not even opened.
     if name.as_encoded_bytes().starts_with(b".")
         && let Class::NotAnImage { reason } = kind::classify(name, true, b"")
@@ -154,7 +154,7 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
         return Err(reason);
     }
     if target::is_layered(path) {
-        return Ok(layered_row(path));
+        return Ok(layered_row(path, served));
     }
     let candidate = match Candidate::open(path) {
         Ok(candidate) => candidate,
@@ -186,12 +186,16 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8]) -> Result<Row, String> {
 }
 
 /// A folder with a descriptor.
-fn layered_row(path: &Path) -> Row {
-    let (mut size, mut allocated, mut reason) = (None, 0, None);
-    match layered::Layered::read(path) {
-        Ok(image) => (size, allocated) = (Some(image.size()), image.allocated()),
-        Err(e) => reason = Some(format!("damaged: {}", without_path(&e, path))),
-    }
+fn layered_row(path: &Path, served: bool) -> Row {
+    let (mut size, mut allocated) = (None, 0);
+    let reason = match layered::Layered::read(path) {
+        Ok(image) => {
+            (size, allocated) = (Some(image.size()), image.allocated());
+            // A daemon that serves it knows better: it may have been told to allow this.
+            image.hostile().err().filter(|_| !served).map(|e| without_path(&e, path))
+        }
+        Err(e) => Some(format!("damaged: {}", without_path(&e, path))),
+    };
     Row {
         name: layered::name(path).to_string_lossy().into_owned(),
         path: path.to_string_lossy().into_owned(),

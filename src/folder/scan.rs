@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::paths;
 use crate::image::store::Store;
 use crate::io::file::read_full;
 use crate::io::real::{Access, RealFile};
@@ -108,8 +109,12 @@ pub fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
 }
 
 /// All that lies in the folder and was not skipped, sorted by name. `judge` is asked about every file that may be
-/// an image.
-pub fn read(dir: &OwnedFd, judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look) -> io::Result<Vec<Seen>> {
+/// an image. Without `allow_outside` a descriptor that names files outside of the folder is a problem.
+pub fn read(
+    dir: &OwnedFd,
+    allow_outside: bool,
+    judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
+) -> io::Result<Vec<Seen>> {
     let descriptor = read_descriptor(dir);
     let mut seen = Vec::new();
     for file in names(dir)? {
@@ -117,7 +122,7 @@ pub fn read(dir: &OwnedFd, judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look) -> io:
         let Ok(stat) = rustix::fs::statat(dir, &file, AtFlags::SYMLINK_NOFOLLOW) else { continue };
         let stamp = Stamp::of(&stat);
         let claim = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => look_at_folder(dir, &file, stamp),
+            FileType::Directory => look_at_folder(dir, &file, stamp, allow_outside),
             FileType::RegularFile if kind::descriptor_names(&descriptor, &file) => None,
             FileType::RegularFile => match judge(&file, &stamp) {
                 Look::Same(same) => {
@@ -158,7 +163,7 @@ fn read_descriptor(dir: &OwnedFd) -> Vec<u8> {
 
 /// A folder that holds a descriptor is a layered image; its files may also lie outside, as the left-over of a
 /// crash while a single file became a folder.
-fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
+fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp, allow_outside: bool) -> Option<Claim> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let inner = rustix::fs::openat(dir, name, flags, Mode::empty()).ok()?;
@@ -170,7 +175,10 @@ fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
         Ok((descriptor, _)) if descriptor.volume => {
             (0, Some("a ploop volume (its data goes on in another folder); volumes are not served".into()))
         }
-        Ok((descriptor, _)) => (descriptor.disk_sectors * SECTOR, None),
+        Ok((descriptor, _)) => {
+            let hostile = paths::hostile(inner.as_fd(), Path::new(name), &descriptor, allow_outside);
+            (descriptor.disk_sectors * SECTOR, hostile.err().map(|e| e.to_string()))
+        }
         Err(e) => (0, Some(e.to_string())),
     };
     Some(Claim {
@@ -225,7 +233,7 @@ mod tests {
 
     fn scan(path: &Path) -> Vec<Claim> {
         let dir = OwnedFd::from(fs::File::open(path).expect("the folder opens"));
-        let seen = read(&dir, &mut |_, _| Look::Inspect).expect("the folder can be read");
+        let seen = read(&dir, false, &mut |_, _| Look::Inspect).expect("the folder can be read");
         seen.into_iter().filter_map(|s| s.claim).collect()
     }
 

@@ -185,7 +185,7 @@ impl Folder {
                 None => Look::Skip,
             }
         };
-        let seen = scan::read(self.shared.place.fd(), &mut judge)
+        let seen = scan::read(self.shared.place.fd(), self.shared.allow_outside, &mut judge)
             .map_err(|e| Error::io(&e, self.path(), "cannot read the images folder"))?;
         let claims = seen.iter().filter_map(|s| s.claim.clone()).collect();
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();

@@ -1,14 +1,19 @@
 //! From the text of a descriptor's `File` to the folder and the name that are opened. No link is followed on the way,
 //! and a path that leaves the folder around the image is refused unless that was allowed.
+//!
+//! The way is walked with descriptors that read nothing (O_PATH): a confined daemon may pass through folders whose
+//! content it may not read.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Descriptor;
+use crate::image::labels::is_plain_name;
 
 /// Opens an image's folder, without following a link.
 pub fn image_folder(path: &Path) -> Result<OwnedFd> {
@@ -34,7 +39,8 @@ pub fn resolve(
         let folder = if folder == Path::new("") { Path::new(".") } else { folder };
         open_folder(dir, folder.as_os_str(), OFlags::empty())
     } else {
-        inside(dir, folder, shown)?
+        // Opened anew for reading: the caller may want to sync it.
+        inside(dir, folder, shown)?.and_then(|at| open_folder(at, OsStr::new("."), OFlags::empty()))
     };
     let opened = opened.map_err(|e| match e {
         Errno::LOOP | Errno::NOTDIR => Error::at(
@@ -59,8 +65,8 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
             "leaves the folder that the image lies in; if you trust the descriptor, use --allow-outside";
         Error::at(Kind::NotPermitted, shown, why)
     };
-    let step = |at: &OwnedFd, part: &OsStr| open_folder(at, part, OFlags::NOFOLLOW);
-    let own = match open_folder(dir, OsStr::new("."), OFlags::empty()) {
+    let step = |at: &OwnedFd, part: &OsStr| open_folder(at, part, OFlags::NOFOLLOW | OFlags::PATH);
+    let own = match open_folder(dir, OsStr::new("."), OFlags::PATH) {
         Ok(own) => own,
         Err(e) => return Ok(Err(e)),
     };
@@ -68,9 +74,8 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
     let (mut at, mut depth) = (own, Some(1_u32));
     let mut border = None;
     if folder.is_absolute() {
-        let status =
-            open_folder(dir, OsStr::new(".."), OFlags::empty()).and_then(|fd| rustix::fs::fstat(&fd));
-        let root = open_folder(CWD, OsStr::new("/"), OFlags::empty());
+        let status = open_folder(dir, OsStr::new(".."), OFlags::PATH).and_then(|fd| rustix::fs::fstat(&fd));
+        let root = open_folder(CWD, OsStr::new("/"), OFlags::PATH);
         match (status, root) {
             (Ok(status), Ok(root)) => {
                 border = Some((status.st_dev, status.st_ino));
@@ -106,6 +111,34 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
         Some(_) => Ok(Ok(at)),
         None => Err(leaves()),
     }
+}
+
+/// What makes an image one that must not be opened at all: a file that lies outside, or is no regular file. Nothing is
+/// opened for it. A missing file is not meant: it may be on its way. `dir` is the image's folder, `path` its name.
+pub fn hostile(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, allow_outside: bool) -> Result<()> {
+    for delta in &descriptor.deltas {
+        let (file, shown) = (Path::new(&delta.file), shown(path, &delta.file));
+        let stat =
+            |dir: BorrowedFd<'_>, name: &OsStr| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = if is_plain_name(&delta.file) {
+            stat(dir, file.as_os_str())
+        } else {
+            match resolve(dir, file, &shown, allow_outside) {
+                Ok((folder, name)) => stat(folder.as_fd(), &name),
+                Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => return Err(e),
+                Err(_) => continue,
+            }
+        };
+        let Ok(stat) = stat else { continue };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => {}
+            FileType::Symlink => {
+                return Err(Error::at(Kind::Invalid, shown, "is a link; links are not followed"));
+            }
+            _ => return Err(Error::at(Kind::Invalid, shown, "is not a regular file")),
+        }
+    }
+    Ok(())
 }
 
 /// The file for messages.
