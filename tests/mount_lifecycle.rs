@@ -311,7 +311,7 @@ fn a_daemon_in_front_logs_to_stderr_and_ends_with_a_signal_to_its_keeper() {
     let out = child.wait_with_output().expect("our own child");
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(up && ended && out.status.success(), "{:?}: {said}", out.status);
-    assert!(said.contains("ended"), "{said}");
+    assert!(said.contains("sandbox: no new privileges") && said.contains("ended"), "{said}");
     assert!(!point.join("vm1.img").exists());
 }
 

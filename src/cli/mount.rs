@@ -46,6 +46,14 @@ pub struct Args {
     /// Let descriptors of layered images name files outside of the images folder
     #[arg(long)]
     allow_outside: bool,
+    /// Do not confine the daemon
+    ///
+    /// Once the mount works, the daemon gives up what a file server never needs: it opens files below the images folder
+    /// only (Landlock; not with --allow-outside), gains no privileges, and makes only the system calls on a list
+    /// (seccomp), which has none to start programs, to mount, to trace, or to talk to a network. What is active is in
+    /// the log and in .ploopfs/stats.json.
+    #[arg(long)]
+    no_sandbox: bool,
     /// How to talk to the kernel
     #[arg(long, value_enum, default_value = "auto")]
     transport: Transport,
@@ -288,6 +296,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         foreground: args.foreground,
         read_only: args.read_only,
         allow_outside: args.allow_outside,
+        sandbox: !args.no_sandbox,
         threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),
         runners: args.runners.into(),
         bat_cache: args.bat_cache,

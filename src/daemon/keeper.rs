@@ -223,6 +223,9 @@ impl<'a> Keeper<'a> {
                     let who = self.current().map(|mount| holders::of(&mount)).unwrap_or_default();
                     order(&self.orders, &Order::Holders(who.iter().map(ToString::to_string).collect()));
                 }
+                Ok(Happening::Said(Note::Holder(held))) => {
+                    order(&self.orders, &Order::Holder(held.look_up(self.daemon.id())));
+                }
                 Ok(Happening::Said(Note::Event(event))) => {
                     // Full: the program hangs, and the log has the event.
                     self.events.iter().for_each(|events| drop(events.try_send(event.clone())));

@@ -1,7 +1,8 @@
 //! The daemon's end of the line to its keeper.
 
 use std::io::{self, BufRead, BufReader, Stdin};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -9,6 +10,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
+use crate::io::holder::{self, Held, Holder};
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
 
@@ -23,12 +25,15 @@ pub struct Link {
     answers: (Sender<Order>, Receiver<Order>),
     /// Held from a question to its answer, so that answers find their question. A leaf.
     asking: Mutex<()>,
+    /// The sandbox forbids to unmount and to look around.
+    confined: AtomicBool,
 }
 
 impl Link {
     /// A line on standard input and output. No thread is started yet.
     pub fn new() -> Link {
-        Link { events: bounded(MAX_EVENTS), answers: bounded(4), asking: Mutex::new(()) }
+        let confined = AtomicBool::new(false);
+        Link { events: bounded(MAX_EVENTS), answers: bounded(4), asking: Mutex::new(()), confined }
     }
 
     /// What the engine calls with its events; blocks nobody.
@@ -56,11 +61,22 @@ impl Link {
         })
     }
 
-    /// Unmounts through the keeper, or ourselves when it is gone.
+    /// From now on the keeper is asked for what the sandbox forbids: who holds a lock, too.
+    pub fn confine(self: &Arc<Self>) {
+        self.confined.store(true, Ordering::Relaxed);
+        let link = self.clone();
+        holder::ask_instead(Box::new(move |held| link.holder(held)));
+    }
+
+    /// Unmounts through the keeper, or ourselves when it is gone and the sandbox is off.
     pub fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
         match self.ask(&Note::Unmount { detach }) {
             Some(Order::Unmounted { error: None }) => Ok(()),
             Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
+            _ if self.confined.load(Ordering::Relaxed) => {
+                let what = "the keeper process is gone, and the daemon's sandbox forbids it to unmount; run: ploopfs umount";
+                Err(Error::at(Kind::NotPermitted, settings.mountpoint(), what))
+            }
             _ => unmount(settings.mountpoint(), detach),
         }
     }
@@ -70,6 +86,13 @@ impl Link {
         match self.ask(&Note::Holders) {
             Some(Order::Holders(who)) => who,
             _ => Vec::new(),
+        }
+    }
+
+    fn holder(&self, held: Held) -> Option<Holder> {
+        match self.ask(&Note::Holder(held)) {
+            Some(Order::Holder(holder)) => holder,
+            _ => None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! One served folder as processes (DESIGN.md 8).
 //!
 //! The command line starts the [`keeper`], the keeper starts the daemon ([`start`]). The keeper stays small and
-//! will stay outside of the sandbox: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and
+//! stays outside of the [`sandbox`]: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and
 //! `/sys`, and cleans up when the daemon dies. [`wire`] is what the two say to each other.
 
 pub mod events;
@@ -10,6 +10,7 @@ pub mod keeper;
 mod link;
 mod log;
 pub mod mounts;
+mod sandbox;
 mod service;
 pub mod settings;
 pub mod start;

@@ -10,6 +10,8 @@ use crate::control::server::{Caller, Service};
 use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
+use crate::tree::Sandbox;
+use crate::vdisk::live::Work;
 
 /// The folder and its end, as clients see them.
 pub struct Desk {
@@ -18,14 +20,21 @@ pub struct Desk {
     ending: Arc<Ending>,
     /// Process id of the keeper: our parent when we started.
     keeper: u32,
+    sandbox: Sandbox,
     works: Works,
 }
 
 impl Desk {
     /// A desk for one served folder.
-    pub fn new(settings: Settings, folder: Arc<Folder>, ending: Arc<Ending>, keeper: u32) -> Desk {
+    pub fn new(
+        settings: Settings,
+        folder: Arc<Folder>,
+        ending: Arc<Ending>,
+        keeper: u32,
+        sandbox: Sandbox,
+    ) -> Desk {
         let works = Works::in_folder(folder.clone());
-        Desk { settings, folder, ending, keeper, works }
+        Desk { settings, folder, ending, keeper, sandbox, works }
     }
 
     fn hello(&self) -> Hello {
@@ -55,6 +64,18 @@ impl Desk {
         self.folder.images().into_iter().map(line).collect()
     }
 
+    /// Says at once, and in words, what the sandbox would only answer with EACCES.
+    fn refuse_outside(&self, work: &Work) -> Result<()> {
+        match work {
+            Work::Clone { to, .. } if self.sandbox.landlock && !to.starts_with(self.settings.images()) => {
+                let why = "lies outside of the images folder, to which the daemon is confined; clone it into the images \
+                           folder, unmount it first, or mount it with --no-sandbox";
+                Err(Error::at(Kind::NotPermitted, to, why))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn snapshots(&self, image: &str) -> Result<Vec<SnapshotLine>> {
         let missing = || Error::at(Kind::NotFound, self.folder.path().join(image), "no such image is served");
         let entry = self.folder.find(image.as_ref()).ok_or_else(missing)?;
@@ -77,11 +98,16 @@ impl Service for Desk {
                 Answer::done()
             }
             Op::Wait => Answer { closed: self.ending.wait_closed(&|| caller.gone()), ..Answer::done() },
-            Op::Work { image, work, rate } => match self.works.carry_out(&image, work, rate, caller) {
-                Some(result) => answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
-                // Nobody hears it.
-                None => Answer::done(),
-            },
+            Op::Work { image, work, rate } => {
+                if let Err(e) = self.refuse_outside(&work) {
+                    return Answer::failed(&e);
+                }
+                match self.works.carry_out(&image, work, rate, caller) {
+                    Some(result) => answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
+                    // Nobody hears it.
+                    None => Answer::done(),
+                }
+            }
             Op::Cancel { image } => answer(self.works.cancel(&image), |()| Answer::done()),
             Op::Snapshots { image } => {
                 answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() })

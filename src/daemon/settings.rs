@@ -25,6 +25,8 @@ pub struct Settings {
     pub read_only: bool,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
+    /// The daemon confines itself.
+    pub sandbox: bool,
     /// Transport threads.
     pub threads: usize,
     /// Runner threads.

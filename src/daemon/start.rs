@@ -1,13 +1,15 @@
 //! The daemon's start, in the order of DESIGN.md 8, and its way to the end.
 
 use std::io::{self, BufReader, Stdin};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::link::{self, Link};
+use super::sandbox::{self, Borders};
 use super::service::Desk;
 use super::settings::{BACKGROUND, Settings};
 use super::stop::Ending;
@@ -20,7 +22,7 @@ use crate::folder::{Folder, FolderOptions};
 use crate::fuse::classic;
 use crate::io::lock::FolderLock;
 use crate::io::process;
-use crate::tree::{MountInfo, Tree};
+use crate::tree::{MountInfo, Sandbox, Tree};
 use crate::vdisk::Engine;
 
 /// Descriptors that a mount should be able to have: two for each of some ten thousand images in use.
@@ -56,8 +58,9 @@ fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
 ///
 /// Order: (1) the log, because everything after it may have to complain; (2) the locks, because what follows
 /// belongs to one daemon alone: the socket of a living one must not be unlinked; (3) the socket, so that a mount
-/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene, which threads inherit, so
-/// (6) the first thread comes after it; (7) readiness, when requests are about to be served.
+/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene, which the sandbox would forbid;
+/// (6) the sandbox; threads inherit both, so (7) the first thread comes after them; (8) readiness, when requests are
+/// about to be served.
 fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
     let place = Place::make(settings.images())?;
     log::open((!settings.foreground).then(|| place.path(LOG)).as_deref())?;
@@ -80,7 +83,8 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let server = Server::bind(&place)?;
 
     let root = rustix::process::geteuid().is_root();
-    let tree = Tree::new(folder.clone(), engine, mount_info(&settings));
+    let confined = Arc::new(OnceLock::new());
+    let tree = Tree::new(folder.clone(), engine, mount_info(&settings, confined.clone()));
     let session = classic::mount(
         tree,
         settings.mountpoint(),
@@ -101,6 +105,17 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         );
     }
 
+    let active = if settings.sandbox {
+        let (own, anywhere) = (place.as_fd(), settings.allow_outside);
+        let (active, missing) = sandbox::enter(Borders { images: settings.images(), own, anywhere });
+        notes.extend(missing);
+        active
+    } else {
+        Sandbox::default()
+    };
+    // Set by nobody else.
+    let _ = confined.set(active);
+
     let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
     let ending = Arc::new(Ending::new(settings.clone(), folder.clone(), link.clone()));
     log::start_thread()?;
@@ -111,14 +126,18 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         settings.mountpoint().display(),
         std::process::id()
     );
+    ::log::info!("sandbox: {active}");
     for note in &notes {
         ::log::warn!("{note}");
     }
     watch_signals(&ending)?;
     ending.start()?;
     link.start(keeper_says)?;
-    let clients =
-        server.start(Arc::new(Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper)))?;
+    if active.landlock || active.seccomp {
+        link.confine();
+    }
+    let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper, active);
+    let clients = server.start(Arc::new(desk))?;
     if let Err(e) = folder.start_watch() {
         ::log::warn!("{e}; new images are seen at the next mount");
     }
@@ -143,8 +162,8 @@ fn faults(spec: &str) -> Result<crate::folder::Wrap> {
     Ok(Arc::new(move |file| Arc::new(FaultFile::new(file, plan.clone()))))
 }
 
-fn mount_info(settings: &Settings) -> MountInfo {
-    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: "fuse" }
+fn mount_info(settings: &Settings, sandbox: Arc<OnceLock<Sandbox>>) -> MountInfo {
+    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: "fuse", sandbox }
 }
 
 /// Signals come as requests to end, on a thread of their own.

@@ -6,6 +6,8 @@ use std::io::{self, BufRead, Write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::io::holder::{Held, Holder};
+
 /// From the daemon to its keeper; the first of them also goes on to the command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -29,6 +31,8 @@ pub enum Note {
     },
     /// Who holds files open? Answered with [`Order::Holders`].
     Holders,
+    /// Who has this lock? Answered with [`Order::Holder`].
+    Holder(Held),
     /// Something a person should hear of: run the program of `--on-event`.
     Event(Event),
 }
@@ -59,6 +63,8 @@ pub enum Order {
     },
     /// Who holds files of the mount open, in words.
     Holders(Vec<String>),
+    /// The process that has the lock that was asked about.
+    Holder(Option<Holder>),
     /// Something the keeper found that belongs into the log.
     Warn(String),
 }

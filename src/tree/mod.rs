@@ -31,7 +31,7 @@ use data::OpenFile;
 use handles::{Borrowed, Handles};
 use names::{Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
 use snapshots::Numbers;
-pub use stats::MountInfo;
+pub use stats::{MountInfo, Sandbox};
 use trouble::Trouble;
 
 /// The mount of one folder.

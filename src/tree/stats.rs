@@ -1,6 +1,7 @@
 //! `.ploopfs/stats.json`: the live counters, made up when the file is opened. Fields are added, never renamed.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -14,6 +15,19 @@ pub struct MountInfo {
     pub mountpoint: std::path::PathBuf,
     /// The transport that serves it.
     pub transport: &'static str,
+    /// What confines the process; set once, after the mount and before the first request.
+    pub sandbox: Arc<OnceLock<Sandbox>>,
+}
+
+/// What confines a serving process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Sandbox {
+    /// It can gain no privileges by starting programs.
+    pub no_new_privs: bool,
+    /// It opens files below the images folder only.
+    pub landlock: bool,
+    /// It makes only the system calls of a list.
+    pub seccomp: bool,
 }
 
 #[derive(Serialize)]
@@ -21,6 +35,7 @@ struct Document<'a> {
     pid: u32,
     transport: &'a str,
     mountpoint: String,
+    sandbox: Sandbox,
     images: BTreeMap<String, Image>,
 }
 
@@ -64,6 +79,7 @@ pub fn render(folder: &Folder, info: &MountInfo) -> Bytes {
         pid: std::process::id(),
         transport: info.transport,
         mountpoint: info.mountpoint.to_string_lossy().into_owned(),
+        sandbox: info.sandbox.get().copied().unwrap_or_default(),
         images: entries.iter().map(|e| (e.name().to_string_lossy().into_owned(), image(e))).collect(),
     };
     let mut text = serde_json::to_vec_pretty(&document).expect("strings and numbers are always JSON");

@@ -64,10 +64,17 @@ fn missing(need: &str) -> Option<String> {
             let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/loop-control");
             return open.err().map(|error| format!("/dev/loop-control cannot be opened: {error}"));
         }
+        "landlock" => {
+            use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr};
+            let strict = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+            let refused = strict.handle_access(AccessFs::Refer).err();
+            return refused.map(|error| format!("this kernel has no Landlock that would do: {error}"));
+        }
         "qemu" => &["qemu-img", "qemu-io"],
         "ploop" => &["ploop"],
         "fio" => &["fio"],
         "fsx" => &["fsx"],
+        "strace" => &["strace"],
         "xfs" => &["mkfs.xfs", "xfs_repair", "xfs_io"],
         "btrfs" => &["mkfs.btrfs", "btrfs"],
         "ext4" => &["mkfs.ext4", "e2fsck"],

@@ -1,0 +1,245 @@
+//! The system calls that a confined daemon may make.
+//!
+//! What is not here is answered with ENOSYS, as by a kernel that does not have it: libraries then fall back to what
+//! they used before (clone3 to clone, for one, whose flags can be looked at). Nothing is killed: a call that somebody
+//! forgot must not take the disks of running guests away.
+//!
+//! That the list is whole: it was made from traces of the tests, then filled up by sort, so that a libc that prefers
+//! another call of the same sort finds it. Whoever may read, write, map and wait does not gain power by doing it with
+//! another call. Calls that take a path and look at nothing that Landlock restricts (chmod, chown, xattr, utime) are
+//! left out, and so is io_uring, which would go around this list.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use libc::c_long;
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
+
+/// Allowed whatever the arguments are.
+const FREE: &[c_long] = &[
+    // Files: content.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_copy_file_range,
+    libc::SYS_lseek,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fadvise64,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_syncfs,
+    // Files: names, which Landlock holds to the images folder.
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_close,
+    libc::SYS_getdents64,
+    libc::SYS_mkdirat,
+    libc::SYS_unlinkat,
+    libc::SYS_linkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_readlinkat,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    // Files: state. Owner and mode of open files only.
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_statfs,
+    libc::SYS_fstatfs,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
+    libc::SYS_fcntl,
+    libc::SYS_flock,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    // Waiting, and being told.
+    libc::SYS_ppoll,
+    libc::SYS_pselect6,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_pipe2,
+    libc::SYS_inotify_init1,
+    libc::SYS_inotify_add_watch,
+    libc::SYS_inotify_rm_watch,
+    // The control socket, which was bound before.
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    // Memory.
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_membarrier,
+    // Threads, signals, time.
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_getcpu,
+    libc::SYS_gettid,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_restart_syscall,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_getres,
+    libc::SYS_gettimeofday,
+    // The process, and the machine.
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_getrusage,
+    libc::SYS_getrandom,
+    libc::SYS_sysinfo,
+    libc::SYS_uname,
+];
+
+/// Older forms of the same, which a libc may use where they exist.
+#[cfg(target_arch = "x86_64")]
+const OLDER: &[c_long] = &[
+    libc::SYS_open,
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_access,
+    libc::SYS_readlink,
+    libc::SYS_mkdir,
+    libc::SYS_rmdir,
+    libc::SYS_unlink,
+    libc::SYS_link,
+    libc::SYS_rename,
+    libc::SYS_dup2,
+    libc::SYS_poll,
+    libc::SYS_select,
+    libc::SYS_epoll_wait,
+    libc::SYS_accept,
+    libc::SYS_time,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLDER: &[c_long] = &[];
+
+/// Requests for `ioctl`: FICLONE and FICLONERANGE (extents that two files share), FUSE_DEV_IOC_CLONE (a transport
+/// thread's own descriptor), FIONBIO and FIOCLEX (flags of a descriptor).
+const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451];
+
+/// The filter for this machine and this process.
+pub fn filter() -> anyhow::Result<BpfProgram> {
+    let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
+    let refusal = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    Ok(SeccompFilter::new(rules()?, refusal, SeccompAction::Allow, arch)?.try_into()?)
+}
+
+fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+    let argument = |index: u8, operator: SeccompCmpOp, value: u64| {
+        SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
+    };
+    let is = |index: u8, value: u64| argument(index, SeccompCmpOp::Eq, value);
+    let one_of = |index: u8, values: &[u64]| -> Result<Vec<SeccompRule>, BackendError> {
+        values.iter().map(|value| SeccompRule::new(vec![is(index, *value)?])).collect()
+    };
+    let bits = |index: u8, mask: u64, value: u64| -> Result<Vec<SeccompRule>, BackendError> {
+        Ok(vec![SeccompRule::new(vec![argument(index, SeccompCmpOp::MaskedEq(mask), value)?])?])
+    };
+    let requests: Vec<u64> = REQUESTS.iter().map(|request| u64::from(*request)).collect();
+    let (thread, execute) = (libc::CLONE_THREAD as u64, libc::PROT_EXEC as u64);
+    let no_pointer = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    let limited = [
+        (libc::SYS_ioctl, one_of(1, &requests)?),
+        // Memory is for data: none of it becomes a program.
+        (libc::SYS_mmap, bits(2, execute, 0)?),
+        (libc::SYS_mprotect, bits(2, execute, 0)?),
+        // Threads, not processes.
+        (libc::SYS_clone, bits(0, thread, thread)?),
+        // Names of threads.
+        (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64])?),
+        (libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX as u64])?),
+        // Its own limits are read, not set.
+        (libc::SYS_prlimit64, vec![SeccompRule::new(vec![is(0, 0)?, no_pointer])?]),
+        // abort() signals its own process.
+        (libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?),
+    ];
+    let free = FREE.iter().chain(OLDER).map(|call| (*call, Vec::new()));
+    Ok(free.chain(limited).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_starts_mounts_traces_loads_or_goes_around_the_list_is_on_it() {
+        let rules = rules().expect("a sound list");
+        let never = [
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_clone3,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_kill,
+            libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_move_mount,
+            libc::SYS_open_tree,
+            libc::SYS_fsopen,
+            libc::SYS_pivot_root,
+            libc::SYS_chroot,
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_init_module,
+            libc::SYS_finit_module,
+            libc::SYS_kexec_load,
+            libc::SYS_bpf,
+            libc::SYS_perf_event_open,
+            libc::SYS_userfaultfd,
+            libc::SYS_io_uring_setup,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_mknodat,
+            libc::SYS_symlinkat,
+            libc::SYS_fchmodat,
+            libc::SYS_fchownat,
+            libc::SYS_setxattr,
+            libc::SYS_setuid,
+            libc::SYS_reboot,
+            libc::SYS_swapon,
+            libc::SYS_keyctl,
+        ];
+        let found: Vec<&c_long> = never.iter().filter(|call| rules.contains_key(call)).collect();
+        assert!(found.is_empty(), "{found:?}");
+    }
+}
