@@ -21,6 +21,12 @@ fn log(mount: &Mount) -> String {
     fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default()
 }
 
+/// The log, which a thread of its own writes, comes to say so.
+#[track_caller]
+fn says(mount: &Mount, what: &str) {
+    assert!(until(SOON, || log(mount).contains(what)), "{}", log(mount));
+}
+
 /// A field of /proc/PID/status, of every thread of the process.
 fn of_threads(pid: u32, field: &str) -> Vec<String> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("a living process");
@@ -28,6 +34,13 @@ fn of_threads(pid: u32, field: &str) -> Vec<String> {
     let texts: Vec<String> = tasks.flatten().map(status).collect();
     let lines = texts.iter().flat_map(|text| text.lines());
     lines.filter_map(|line| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned())).collect()
+}
+
+/// A number that all threads of a process have in their status. A container may give every process a filter.
+fn of_all(pid: u32, field: &str) -> u64 {
+    let numbers = of_threads(pid, field);
+    assert!(!numbers.is_empty() && numbers.iter().all(|n| *n == numbers[0]), "{field}: {numbers:?}");
+    numbers[0].parse().expect("a number")
 }
 
 /// The last line that the daemon answers to one request.
@@ -58,27 +71,27 @@ fn every_thread_of_the_daemon_is_confined_and_the_mount_says_so() {
     open.write_all_at(&[7; 8 << 20], 0).expect("written");
     open.sync_all().expect("synced");
     Run::ploopfs().args(["list", text(mount.point())]).ok();
-    let (privileges, calls) = (of_threads(mount.pid(), "NoNewPrivs"), of_threads(mount.pid(), "Seccomp"));
-    assert!(privileges.len() > 5 && privileges.iter().all(|n| n == "1"), "{privileges:?}");
-    assert!(calls.len() > 5 && calls.iter().all(|mode| mode == "2"), "{calls:?}");
+    let pid = mount.pid();
+    assert!(of_threads(pid, "Name").len() > 5, "{:?}", of_threads(pid, "Name"));
+    assert_eq!((of_all(pid, "NoNewPrivs"), of_all(pid, "Seccomp")), (1, 2));
+    assert_eq!(of_all(pid, "Seccomp_filters"), of_all(std::process::id(), "Seccomp_filters") + 1);
     let active = json!({"no_new_privs": true, "landlock": true, "seccomp": true});
     assert_eq!(mount.stats()["sandbox"], active);
-    let said = log(&mount);
     let line = "sandbox: no new privileges, files of the images folder only (Landlock), listed system calls only \
                 (seccomp)";
-    assert!(said.contains(line), "{said}");
+    says(&mount, line);
 }
 
 #[test]
 fn no_sandbox_turns_it_off_and_the_mount_says_so() {
     require!("fuse");
     let mount = Mount::new(&["--create", "vm1=64M", "--no-sandbox"]);
-    let pid = mount.pid();
-    assert!(of_threads(pid, "NoNewPrivs").iter().all(|n| n == "0"));
-    assert!(of_threads(pid, "Seccomp").iter().all(|mode| mode == "0"));
+    for field in ["NoNewPrivs", "Seccomp_filters"] {
+        assert_eq!(of_all(mount.pid(), field), of_all(std::process::id(), field), "{field}");
+    }
     let off = json!({"no_new_privs": false, "landlock": false, "seccomp": false});
     assert_eq!(mount.stats()["sandbox"], off);
-    assert!(log(&mount).contains("sandbox: off"), "{}", log(&mount));
+    says(&mount, "sandbox: off");
 }
 
 #[test]
@@ -96,7 +109,8 @@ fn what_the_kernel_refuses_is_said_once_and_the_mount_goes_on_without_it() {
     assert!(begun.success(), "{begun}");
     for part in ["Landlock", "seccomp"] {
         let lines = |text: &str| text.lines().filter(|l| l.contains("sandbox: ") && l.contains(part)).count();
-        assert_eq!((lines(&begun.stderr), lines(&log(&mount))), (1, 1), "{begun}{}", log(&mount));
+        let logged = until(SOON, || lines(&log(&mount)) == 1);
+        assert!(logged && lines(&begun.stderr) == 1, "{begun}{}", log(&mount));
     }
     mount.open("vm1").write_all_at(b"x", 0).expect("still served");
     let active = json!({"no_new_privs": true, "landlock": false, "seccomp": false});
@@ -292,10 +306,10 @@ fn a_signal_ends_a_confined_daemon_whose_keeper_is_gone_and_the_log_says_what_is
     let parent = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a living process");
     let keeper = parent.rsplit(") ").next().and_then(|rest| rest.split(' ').nth(1)).expect("a parent");
     common::ok("kill", &["-KILL", keeper]);
-    assert!(until(SOON, || log(&mount).contains("keeper process is gone")));
+    says(&mount, "keeper process is gone");
     common::ok("kill", &[pid.to_string()]);
     assert!(until(SOON, || !Path::new(&format!("/proc/{pid}")).exists()), "{}", log(&mount));
-    assert!(log(&mount).contains("run: ploopfs umount"), "{}", log(&mount));
+    says(&mount, "run: ploopfs umount");
     assert!(!marked_in_use(&mount.delta("vm1")));
     Run::ploopfs().args(["umount", text(mount.point())]).ok();
     assert!(!mount.is_mounted());

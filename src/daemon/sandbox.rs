@@ -130,24 +130,28 @@ mod tests {
     /// Set in a copy of the test program that runs one test alone: a sandbox has no way out.
     const ALONE: &str = "PLOOPFS_TEST_ALONE";
 
-    /// In a copy of the test program, confined to a new folder: the folder, and what is active. In the original: runs
-    /// the test `name` in such a copy, and None.
+    /// In a copy of the test program, confined to a new folder: the folder, and what is active; None where this system
+    /// has not all of it. In the original: runs the test `name` in such a copy, and None.
     fn confined(name: &str, anywhere: bool) -> Option<(std::path::PathBuf, Sandbox)> {
         if let Some(folder) = std::env::var_os(ALONE) {
             let folder = std::path::PathBuf::from(folder);
             let own = File::open(&folder).expect("the folder");
             let (active, missing) = enter(Borders { images: &folder, own: own.as_fd(), anywhere });
-            assert!(missing.is_empty(), "{missing:?}");
-            return Some((folder, active));
+            if missing.is_empty() {
+                return Some((folder, active));
+            }
+            println!("SKIPPED {name}: {missing:?}");
+            return None;
         }
         let folder = tempfile::tempdir().expect("a folder");
         let own = std::env::current_exe().expect("own path");
         let test = format!("daemon::sandbox::tests::{name}");
         let mut command = Command::new(own);
-        command.args(["--exact", &test, "--test-threads=1"]).env(ALONE, folder.path());
+        command.args(["--exact", &test, "--test-threads=1", "--nocapture"]).env(ALONE, folder.path());
         let output = command.output().expect("run");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        said.lines().filter(|line| line.contains("SKIPPED")).for_each(|line| println!("{line}"));
         None
     }
 
