@@ -16,6 +16,7 @@ pub mod fuse;
 pub mod image;
 pub mod io;
 pub mod progress;
+pub mod rules;
 pub mod sync;
 pub mod tree;
 pub mod vdisk;

@@ -20,6 +20,7 @@ use crate::image::store::{create_delta, make, new_delta_name, own, sync_folder, 
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::RealFile;
 use crate::progress::Progress;
+use crate::rules::{Step, step};
 
 /// Bytes copied between two looks at `progress`.
 const PIECE: usize = 1 << 20;
@@ -211,7 +212,9 @@ impl NewImage<'_> {
                 at += got as u64;
             }
         }
-        target.sync_all().map_err(cannot)
+        target.sync_all().map_err(cannot)?;
+        step(Step::FileSynced(&shown));
+        Ok(())
     }
 }
 

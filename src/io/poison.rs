@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use crate::rules::{Rule, broken};
 
 /// A host file that, after one failed sync, changes nothing and syncs nothing until it is dropped. Reads go on.
 #[derive(Debug)]
@@ -42,7 +43,7 @@ impl Poison {
     fn sync(&self, sync: impl Fn(&dyn HostFile) -> io::Result<()>) -> io::Result<()> {
         let _alone = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check()?;
-        sync(&*self.file).inspect_err(|_| self.failed.store(true, Ordering::Release))
+        sync(&*self.file).inspect_err(|_| self.failed.store(!broken(Rule::R7), Ordering::Release))
     }
 }
 

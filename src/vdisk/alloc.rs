@@ -10,6 +10,7 @@
 //! unknown: must be scrubbed) and *clean* (punched, durable, its old entry durably gone). Only fresh space inside
 //! the durable length and clean space is handed out; whoever finds neither waits for an extension or a scrub.
 
+use crate::rules::{Rule, broken};
 use crate::sync::{Mutex, lock};
 use crate::vdisk::runner::Job;
 
@@ -256,6 +257,16 @@ impl Allocator {
     /// Gives back a cluster whose data write failed: handed out once, so no longer known to be zero.
     pub fn give_back(&self, cluster: u64) {
         lock(&self.state).put(cluster, false);
+    }
+
+    /// Clusters that were punched and unmapped, but not durably: which of them must wait for [`freed`](Self::freed).
+    pub fn unmapped(&self, clusters: std::ops::Range<u64>) -> Vec<u64> {
+        let waiting: Vec<u64> = clusters.collect();
+        if broken(Rule::R4) {
+            self.freed(&waiting, true);
+            return Vec::new();
+        }
+        waiting
     }
 
     /// Clusters whose unmapping is durable (R4). `punched`: the hole is durable too; else they need a scrub.

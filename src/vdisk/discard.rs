@@ -245,7 +245,7 @@ impl Discard {
         image.punch(stack, position, len, stays)?; // 2
         if let Some(bat) = stack.bat.as_ref().filter(|_| !stays) {
             let first = stack.geometry.file_cluster(position);
-            let freed: Vec<u64> = (first..first + run.1 as u64).collect();
+            let freed = stack.allocator().unmapped(first..first + run.1 as u64);
             if bat.unmap(run.0, run.1, &freed) {
                 image.bat_is_dirty(); // 3
             }

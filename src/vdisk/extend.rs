@@ -7,6 +7,7 @@ use super::gate::Inside;
 use super::runner::Job;
 use super::stack::Stack;
 use crate::io::file::write_zeroes;
+use crate::rules::{Rule, broken};
 use crate::sync::{Arc, Ordering};
 
 impl Image {
@@ -56,7 +57,7 @@ impl Image {
             let (from, to) = alloc.extension();
             let end = stack.geometry.cluster_position(to);
             self.host_busy.fetch_add(1, Ordering::SeqCst);
-            let longer = if to > from { stack.top().file.set_len(end) } else { Ok(()) }; // 1
+            let longer = if to > from && !broken(Rule::R2) { stack.top().file.set_len(end) } else { Ok(()) }; // 1
             self.host_busy.fetch_sub(1, Ordering::SeqCst);
             let waiting = match longer {
                 Ok(()) => {

@@ -10,6 +10,7 @@ use super::{Image, Layout, Ready, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
+use crate::rules::{Rule, broken};
 use crate::sync::{Arc, Mutex, lock};
 use crate::vdisk::runner::Job;
 
@@ -96,14 +97,16 @@ impl Image {
             }
             let before = *h;
             *h = h.marked();
-            if *h != before {
+            if *h != before && !broken(Rule::R1) {
                 write_full(&*top.file, &h.encode(), 0).map_err(|e| {
                     *h = before;
                     Error::io(&e, &top.path, "cannot mark the image in use")
                 })?;
             }
             drop(header);
-            self.sync_data(&stack)?;
+            if !broken(Rule::R1) {
+                self.sync_data(&stack)?;
+            }
             let end = stack.geometry.cluster_position(scan.end);
             top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))
         })();

@@ -11,7 +11,7 @@ use crate::format::header::{FLAG_EMPTY, Header, Version};
 use crate::io::fault::{FaultFile, Plan};
 use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
-use crate::sync::{Arc, AtomicBool, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 const CLUSTER: u64 = 32 << 10;
 /// Guest bytes that one BAT page maps.
@@ -231,7 +231,7 @@ fn a_round_under_way_ends_before_a_snapshot_swaps_the_top() {
 #[test]
 fn a_top_that_is_marked_in_the_freeze_does_not_say_that_it_is_empty() {
     let b = bench(&engine(Options::default()), "");
-    let file = std::sync::Mutex::new(None);
+    let file = Mutex::new(None);
     let make = |plan| {
         let level = new_top(plan)?;
         *lock(&file) = Some(level.file.clone());

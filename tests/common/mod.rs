@@ -7,7 +7,6 @@ pub mod churn;
 mod host;
 pub mod lanes;
 mod mount;
-pub mod power;
 mod run;
 mod stamp;
 mod v1;

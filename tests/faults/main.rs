@@ -9,3 +9,5 @@ mod places;
 mod rig;
 mod space;
 mod syncs;
+#[path = "../common/crash/watched.rs"]
+mod watched;

@@ -1,18 +1,20 @@
 //! An image in memory over a file that fails where a test wants it to.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{fmt, io};
 
 use ploopfs::Result;
 use ploopfs::format::header::{CLOSED, FLAG_EMPTY, Geometry, Header, Version};
 use ploopfs::io::fault::{FaultFile, Plan};
-use ploopfs::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::vdisk::{Engine, Event, Image, Layout, Level, OnFull, Options};
+
+use super::watched::{HostCall, Watch, Watched};
 
 pub const SECTOR: u64 = 512;
 /// Cluster size of every image here: small, so that files are small.
@@ -40,21 +42,14 @@ pub enum Call {
 
 type Rule = Arc<dyn Fn(Call) -> io::Result<()> + Send + Sync>;
 
-/// A host file whose every call is asked of a rule first, and logged with how it ended.
-pub struct Watched {
-    file: Arc<dyn HostFile>,
+/// What the file's calls are asked of first; and their log, with how each ended.
+pub struct Ruled {
     rule: Mutex<Rule>,
     log: Mutex<Vec<(Call, bool)>>,
     shorts: AtomicU64,
 }
 
-impl fmt::Debug for Watched {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Watched")
-    }
-}
-
-impl Watched {
+impl Ruled {
     /// From now on `rule` decides; it may block.
     pub fn rule(&self, rule: impl Fn(Call) -> io::Result<()> + Send + Sync + 'static) {
         *lock(&self.rule) = Arc::new(rule);
@@ -78,70 +73,26 @@ impl Watched {
     pub fn shorts(&self) -> u64 {
         self.shorts.load(Ordering::SeqCst)
     }
-
-    fn counted(&self, asked: usize, moved: io::Result<usize>) -> io::Result<usize> {
-        if matches!(moved, Ok(n) if n < asked) {
-            self.shorts.fetch_add(1, Ordering::SeqCst);
-        }
-        moved
-    }
-
-    fn call<T>(&self, call: Call, act: impl FnOnce(&dyn HostFile) -> io::Result<T>) -> io::Result<T> {
-        let rule = Arc::clone(&lock(&self.rule));
-        let result = rule(call).and_then(|()| act(&*self.file));
-        lock(&self.log).push((call, result.is_ok()));
-        result
-    }
 }
 
-impl HostFile for Watched {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let call = Call::Read { at: offset, len: buf.len() as u64 };
-        self.counted(buf.len(), self.call(call, |f| f.read_at(buf, offset)))
-    }
-    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let call = Call::Read { at: offset, len: buf.len() as u64 };
-        self.counted(buf.len(), self.call(call, |f| f.read_at_nowait(buf, offset)))
-    }
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
-        let call = Call::Write { at: offset, len: data.len() as u64 };
-        self.counted(data.len(), self.call(call, |f| f.write_at(data, offset)))
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.call(Call::SetLen(len), |f| f.set_len(len))
-    }
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.call(Call::Punch { at: offset, len }, |f| f.punch(offset, len))
-    }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.allocate(offset, len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.call(Call::Sync, |f| f.sync_data())
-    }
-    fn sync_all(&self) -> io::Result<()> {
-        self.call(Call::Sync, |f| f.sync_all())
-    }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
-    }
-    fn traits(&self) -> HostTraits {
-        self.file.traits()
+impl Watch for Ruled {
+    fn call(&self, asked: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        let (call, bytes) = match &asked {
+            HostCall::Read { buf, at } | HostCall::ReadNowait { buf, at } => {
+                (Call::Read { at: *at, len: buf.len() as u64 }, buf.len())
+            }
+            HostCall::Write { data, at } => (Call::Write { at: *at, len: data.len() as u64 }, data.len()),
+            HostCall::Punch { at, len } => (Call::Punch { at: *at, len: *len }, 0),
+            HostCall::SetLen(len) => (Call::SetLen(*len), 0),
+            HostCall::SyncData | HostCall::SyncAll => (Call::Sync, 0),
+        };
+        let rule = Arc::clone(&lock(&self.rule));
+        let result = rule(call).and_then(|()| asked.carry_out(file));
+        if matches!(result, Ok(n) if n < bytes) {
+            self.shorts.fetch_add(1, Ordering::SeqCst);
+        }
+        lock(&self.log).push((call, result.is_ok()));
+        result
     }
 }
 
@@ -248,7 +199,7 @@ pub fn failing_at_once() -> Options {
 pub struct Rig {
     pub memory: Arc<MemoryFile>,
     pub plan: Arc<Plan>,
-    pub file: Arc<Watched>,
+    pub file: Arc<Watched<Ruled>>,
     pub image: Arc<Image>,
     pub geometry: Geometry,
     events: Arc<Mutex<Vec<Event>>>,
@@ -276,12 +227,12 @@ impl Rig {
         let memory = Arc::new(memory);
         let plan: Arc<Plan> = Arc::new(spec.parse().expect("a fault"));
         let faulty = FaultFile::new(memory.clone(), Arc::clone(&plan));
-        let file = Arc::new(Watched {
-            file: Arc::new(faulty),
+        let watch = Ruled {
             rule: Mutex::new(Arc::new(|_| Ok(()))),
             log: Mutex::default(),
             shorts: AtomicU64::new(0),
-        });
+        };
+        let file = Arc::new(Watched { file: Arc::new(faulty), watch });
         let header = header(&memory);
         let level =
             Level { file: file.clone(), path: PathBuf::from("memory"), layout: Layout::Ploop(header) };

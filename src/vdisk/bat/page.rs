@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS};
 use crate::format::header::{Geometry, SECTOR};
+use crate::rules::{Rule, broken};
 
 /// Where a guest cluster lies: a level and a byte position in that level's file, or nowhere.
 ///
@@ -155,7 +156,7 @@ impl Page {
         let mut bytes = vec![0; PAGE_BYTES as usize].into_boxed_slice();
         for (slot, packed) in self.entries.iter().enumerate() {
             if let Place::At { level, position } = packed.unpack()
-                && level == top
+                && (level == top || broken(Rule::R5))
             {
                 let entry = of.entry(position).expect("an allocation checks that its entry fits the format");
                 bytes[slot * 4..slot * 4 + 4].copy_from_slice(&entry.to_le_bytes());

@@ -20,6 +20,7 @@ use crate::image::clone;
 use crate::image::layers::Layers;
 use crate::image::store::Replaced;
 use crate::progress::Progress;
+use crate::rules::{Rule, broken};
 use crate::sync::Arc;
 use crate::vdisk::Image;
 
@@ -225,7 +226,8 @@ impl Live<'_> {
         let raw = self.layers.level_of(parent)?.geometry().is_none();
         // "Plain" on a delta says that its base is raw; swapping files under it would confuse ploop.
         let plain = |guid| self.descriptor().delta(guid).is_none_or(|delta| delta.plain);
-        let may_change = !raw && !plain(parent) && !plain(child) && self.layers.may_change(parent)?;
+        let alone = broken(Rule::R9) || self.layers.may_change(parent)?;
+        let may_change = !raw && !plain(parent) && !plain(child) && alone;
         if image.merge_direction(may_change)? == Direction::Flip {
             image.flip(self.progress, || self.change(|next| next.swap_files(parent, child)))?; // 1
         }
@@ -250,7 +252,7 @@ impl Live<'_> {
     /// The live image reads the same from both files all the while: nothing that it can see is changed in either.
     fn merge_below(&self, descriptor: &Descriptor, parent: Guid, child: Guid) -> Result<()> {
         let on_it = descriptor.chain(descriptor.top).is_ok_and(|chain| chain.contains(&child));
-        if !self.layers.may_change(child)? {
+        if !broken(Rule::R9) && !self.layers.may_change(child)? {
             self.unshare(child, on_it)?;
         }
         let levels = vec![self.layers.level_of(parent)?, self.layers.level_of(child)?];

@@ -1,0 +1,31 @@
+//! Power cuts during operations over several files (R8), on a real folder whose names are recorded with its files: after
+//! any step, with any of the unsynced names and contents lost, the image opens with the old state or the new one, every
+//! snapshot that must be there is, an interrupted merge can be finished, and no file is left over.
+#![cfg(feature = "break-rules")]
+
+mod common;
+#[path = "common/crash/mod.rs"]
+mod crash;
+
+use std::time::Instant;
+
+use crash::folder::{OPS, clone_and_merge, enumerate};
+
+#[test]
+fn every_power_cut_of_every_short_history_of_a_folder_leaves_the_disk_and_its_snapshots() {
+    let (scratch, began) = (common::memory_dir(), Instant::now());
+    let longest = if common::long() { 3 } else { 2 };
+    match enumerate(scratch.path(), &OPS, longest) {
+        Ok((histories, states)) => println!(
+            "CRASH STATES {states} of {histories} histories over a folder in {} s",
+            began.elapsed().as_secs()
+        ),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn a_clone_keeps_its_content_while_its_origin_merges_the_file_they_share() {
+    let scratch = common::memory_dir();
+    clone_and_merge(scratch.path()).expect("the clone is as it was");
+}
