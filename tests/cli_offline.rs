@@ -57,8 +57,8 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 2] = ["info", "check"];
-const COMMANDS: [&str; 9] =
-    ["create", "list", "info", "snapshot", "merge", "clone", "resize", "check", "completions"];
+const COMMANDS: [&str; 10] =
+    ["create", "list", "info", "snapshot", "merge", "clone", "resize", "check", "meta", "completions"];
 
 #[test]
 fn every_command_explains_itself() {

@@ -16,7 +16,7 @@ use crate::control::protocol::SnapshotLine;
 use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Delta, Descriptor, Guid};
-use crate::format::header::SECTOR;
+use crate::format::header::{Header, SECTOR};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::check::{Report, check_level};
 use crate::image::kind::{DESCRIPTOR, ImageKind};
@@ -32,8 +32,8 @@ pub fn name(folder: &Path) -> OsString {
 /// An image with a descriptor.
 pub struct Layered {
     folder: PathBuf,
-    descriptor: Descriptor,
-    labels: Labels,
+    pub(super) descriptor: Descriptor,
+    pub(super) labels: Labels,
 }
 
 impl Layered {
@@ -57,7 +57,7 @@ impl Layered {
 
     /// Where a delta's file lies. A descriptor comes from elsewhere, and must not make us read just any file: those of
     /// its folder and of the folder beside are enough.
-    fn path(&self, delta: &Delta) -> Result<PathBuf> {
+    pub(super) fn path(&self, delta: &Delta) -> Result<PathBuf> {
         let file = Path::new(&delta.file);
         let folder = self.folder.canonicalize();
         let folder = folder.map_err(|e| Error::io(&e, &self.folder, "cannot resolve the path"))?;
@@ -94,7 +94,13 @@ impl Layered {
         paths::hostile(dir.as_fd(), &self.folder, &self.descriptor, false)
     }
 
-    fn kind(&self, delta: &Delta) -> ImageKind {
+    /// Files of the folder that a crashed operation made or dropped and that no delta has.
+    pub(super) fn left_over(&self) -> Vec<String> {
+        let there = |file: &&str| self.folder.join(file).symlink_metadata().is_ok();
+        self.labels.noted(&self.descriptor).filter(there).map(str::to_owned).collect()
+    }
+
+    pub(super) fn kind(&self, delta: &Delta) -> ImageKind {
         let is_base = self.descriptor.shot(delta.guid).is_some_and(|shot| shot.parent == Guid::NONE);
         if delta.plain && is_base { ImageKind::Raw } else { ImageKind::Ploop }
     }
@@ -207,8 +213,17 @@ fn to_text(
     text
 }
 
-/// `check` of a layered image: every delta by itself, then whether they fit together.
-pub fn check(folder: &Path, as_json: bool) -> anyhow::Result<Outcome> {
+/// What a check of a layered image finds: every delta by itself, then whether they fit together.
+pub struct Examined {
+    pub(super) image: Layered,
+    /// Of every delta that is there.
+    pub(super) reports: Vec<(Guid, Report)>,
+    faults: Vec<String>,
+    notes: Vec<String>,
+}
+
+/// Looks at every delta under its lock.
+pub fn examine(folder: &Path) -> Result<Examined> {
     let image = Layered::read(folder)?;
     let mut reports = Vec::new();
     let (mut faults, mut notes) = (Vec::new(), Vec::new());
@@ -223,41 +238,68 @@ pub fn check(folder: &Path, as_json: bool) -> anyhow::Result<Outcome> {
             {
                 faults.push(e.to_string());
             }
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(e),
         }
     }
     agreement(&image, &reports, &mut faults, &mut notes);
-    let damaged = !faults.is_empty() || reports.iter().any(|(_, report)| report.is_damaged());
-    let in_use = reports.iter().any(|(guid, report)| *guid == image.descriptor.top && report.in_use);
-    if as_json {
-        let errors = faults.len() as u64 + reports.iter().map(|(_, report)| report.errors).sum::<u64>();
-        let deltas: Vec<_> = reports.iter().map(|(_, report)| check_cli::to_json(report)).collect();
-        let leaks: u64 = reports.iter().map(|(_, report)| report.leaks).sum();
-        out::json(&json!({
-            "path": folder.to_string_lossy(),
+    Ok(Examined { image, reports, faults, notes })
+}
+
+impl Examined {
+    /// True when something is worse than a leak or a left-over mark.
+    pub fn is_damaged(&self) -> bool {
+        !self.faults.is_empty() || self.reports.iter().any(|(_, report)| report.is_damaged())
+    }
+
+    /// The header of a delta, where it can be read.
+    pub(super) fn header(&self, guid: Guid) -> Option<Header> {
+        self.reports.iter().find(|(of, _)| *of == guid)?.1.header
+    }
+
+    /// In JSON.
+    pub fn to_json(&self) -> serde_json::Value {
+        let top = self.image.descriptor.top;
+        let sum = |of: fn(&Report) -> u64| self.reports.iter().map(|(_, report)| of(report)).sum::<u64>();
+        let deltas: Vec<_> = self.reports.iter().map(|(_, report)| check_cli::to_json(report)).collect();
+        json!({
+            "path": self.image.folder.to_string_lossy(),
             "kind": "layered",
-            "errors": errors,
-            "leaks": leaks,
-            "in_use": in_use,
+            "errors": self.faults.len() as u64 + sum(|report| report.errors),
+            "leaks": sum(|report| report.leaks),
+            "in_use": self.reports.iter().any(|(guid, report)| *guid == top && report.in_use),
             "repaired": 0,
-            "findings": faults,
-            "notes": notes,
+            "findings": self.faults,
+            "notes": self.notes,
             "deltas": deltas,
-        }))?;
-    } else {
-        let mut text: String = reports.iter().map(|(_, report)| check_cli::to_text(report)).collect();
+        })
+    }
+
+    /// In words.
+    pub fn to_text(&self) -> String {
+        let mut text: String = self.reports.iter().map(|(_, report)| check_cli::to_text(report)).collect();
         // Writing into a String cannot fail.
-        for fault in &faults {
+        for fault in &self.faults {
             let _ = writeln!(text, "error: {}", out::printable(fault));
         }
-        for note in &notes {
+        for note in &self.notes {
             let _ = writeln!(text, "note: {}", out::printable(note));
         }
-        let verdict = if damaged { "damaged; keep a copy before anything else" } else { "no errors" };
-        let _ = writeln!(text, "{}: {verdict}", out::printable(&folder.to_string_lossy()));
-        out::text(&text)?;
+        let verdict =
+            if self.is_damaged() { "damaged; keep a copy before anything else" } else { "no errors" };
+        let _ = writeln!(text, "{}: {verdict}", out::printable(&self.image.folder.to_string_lossy()));
+        text
     }
-    Ok(if damaged { Outcome::Damaged } else { Outcome::Done })
+}
+
+/// `check` of a layered image.
+pub fn check(folder: &Path, as_json: bool) -> anyhow::Result<Outcome> {
+    let examined = examine(folder)?;
+    if as_json {
+        out::json(&examined.to_json())?;
+    } else {
+        out::text(&examined.to_text())?;
+    }
+    Ok(if examined.is_damaged() { Outcome::Damaged } else { Outcome::Done })
 }
 
 /// What one delta says that contradicts another one or the descriptor.

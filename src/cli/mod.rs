@@ -21,9 +21,11 @@ pub mod layered;
 pub mod list;
 pub mod man;
 pub mod merge;
+pub mod meta;
 pub mod mount;
 pub mod offline;
 pub mod out;
+pub mod repair;
 pub mod resize;
 pub mod served;
 pub mod size;
@@ -102,11 +104,19 @@ pub enum Command {
     ///
     /// Loop devices over it are told. A disk is not made smaller: that would cut off what the guest keeps there.
     Resize(resize::Args),
-    /// Check an image for damage and leaks
+    /// Check an image for damage and leaks, and repair it
     ///
-    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Nothing is written. Exit status 0: nothing
-    /// worse than leaks or a left-over in-use mark (both are said); 3: damage.
+    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Without --repair nothing is written. Exit
+    /// status 0: nothing worse than leaks or a left-over in-use mark (both are said); 3: damage, and with --repair: damage
+    /// that is left; 4: somebody has the image open.
+    ///
+    /// --repair gives leaks back, finishes what a crash interrupted, clears a left-over in-use mark, corrects a header where
+    /// the rest of the file proves what it was, and takes BAT entries away that point nowhere: what the disk lost by that is
+    /// said, as ranges of bytes. Two entries that name one cluster get a copy each. Data that no entry refers to is, beside
+    /// damage, kept in the file IMAGE.lost, at the bytes where it stood in the image. Keep a copy of a damaged image first.
     Check(check::Args),
+    /// Dump, restore and pack the metadata of an image: its header and its map
+    Meta(meta::Args),
     /// Print the completion script for a shell
     ///
     /// For bash: ploopfs completions bash > /etc/bash_completion.d/ploopfs
@@ -140,6 +150,7 @@ impl Command {
             Command::Clone(args) => clone::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
+            Command::Meta(args) => meta::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),
             Command::ThawGuard(args) => freeze::guard(args),

@@ -23,9 +23,9 @@ pub const FLAG_CONVERSION: u32 = 2;
 const MAGIC_V1: &[u8; 16] = b"WithoutFreeSpace";
 const MAGIC_V2: &[u8; 16] = b"WithouFreSpacExt";
 /// m_Type: the only legal value.
-const TYPE: u32 = 2;
+pub(crate) const TYPE: u32 = 2;
 /// QEMU's limit for the cluster, in sectors (INT32_MAX / 513); above it products overflow elsewhere.
-const MAX_CLUSTER_SECTORS: u32 = i32::MAX as u32 / 513;
+pub(crate) const MAX_CLUSTER_SECTORS: u32 = i32::MAX as u32 / 513;
 /// QEMU's limit for the number of BAT entries ("Catalog too large").
 const MAX_ENTRIES: u32 = i32::MAX as u32 / 4;
 
@@ -109,7 +109,7 @@ pub struct Header {
 }
 
 /// Heads and cylinders as ploop computes them; nobody needs them (FORMAT.md 1.6).
-fn chs(disk_sectors: u64) -> (u32, u32) {
+pub(crate) fn chs(disk_sectors: u64) -> (u32, u32) {
     let (heads, cylinders) = if disk_sectors > 1_032_192 && disk_sectors < 16_777_216 {
         (16, disk_sectors / 1008)
     } else {
@@ -284,8 +284,32 @@ impl Header {
         zerocopy::transmute!(raw)
     }
 
+    /// The fields as they stand, whatever they say; None where there are no 64 bytes. In front, what only a legal magic
+    /// tells (else the header counts as v2), and the type.
+    pub(crate) fn unchecked(bytes: &[u8]) -> Option<(Option<Version>, u32, Header)> {
+        let (raw, _) = Raw::ref_from_prefix(bytes).ok()?;
+        let version = match &raw.magic {
+            m if m == MAGIC_V1 => Some(Version::V1),
+            m if m == MAGIC_V2 => Some(Version::V2),
+            _ => None,
+        };
+        let header = Header {
+            version: version.unwrap_or(Version::V2),
+            heads: raw.heads.get(),
+            cylinders: raw.cylinders.get(),
+            cluster_sectors: raw.cluster_sectors.get(),
+            entries: raw.entries.get(),
+            disk_sectors: raw.disk_sectors.get(),
+            in_use: raw.in_use.get(),
+            first_block: raw.first_block.get(),
+            flags: raw.flags.get(),
+            extension: raw.extension.get(),
+        };
+        Some((version, raw.kind.get(), header))
+    }
+
     /// Lowest legal byte of the first data block: v2 the BAT's end rounded up to a cluster, v1 to a sector.
-    fn least_first_block(&self) -> u64 {
+    pub(crate) fn least_first_block(&self) -> u64 {
         let end = HEADER_BYTES + 4 * u64::from(self.entries);
         match self.version {
             Version::V1 => end.next_multiple_of(SECTOR),

@@ -31,7 +31,7 @@ pub struct AtRest {
     pub len: u64,
     /// Space taken on the host, in bytes.
     pub allocated: u64,
-    file: Arc<RealFile>,
+    pub(super) file: Arc<dyn HostFile>,
 }
 
 impl AtRest {
@@ -116,28 +116,34 @@ impl AtRest {
 /// A regular file that may be an image.
 #[derive(Debug)]
 pub struct Candidate {
-    path: PathBuf,
-    file: Arc<RealFile>,
-    status: HostStatus,
-    head: Vec<u8>,
+    pub(super) path: PathBuf,
+    pub(super) file: Arc<dyn HostFile>,
+    pub(super) status: HostStatus,
+    pub(super) head: Vec<u8>,
 }
 
 impl Candidate {
     /// Opens a regular file for reading, without following a link and without waiting (a FIFO or a device is never
     /// opened), and reads its first bytes.
     pub fn open(path: &Path) -> Result<Candidate> {
-        Candidate::read(path, open_file(path)?)
+        Candidate::read(path, open_file(path, Access::ReadOnly)?)
     }
 
     /// Like [`open`](Self::open), but keeps every other user out first, or says who has the image
     /// ([`Kind::InUse`]): what was read before the lock may be old.
     pub fn open_locked(path: &Path) -> Result<(Candidate, DeltaLock)> {
-        let file = open_file(path)?;
+        Candidate::open_locked_as(path, Access::ReadOnly)
+    }
+
+    /// The same, also for a file that is to be changed.
+    pub(super) fn open_locked_as(path: &Path, access: Access) -> Result<(Candidate, DeltaLock)> {
+        let file = open_file(path, access)?;
         let lock = DeltaLock::acquire(Arc::clone(&file))?;
         Ok((Candidate::read(path, file)?, lock))
     }
 
-    fn read(path: &Path, file: Arc<RealFile>) -> Result<Candidate> {
+    /// The file as it is now.
+    pub(super) fn read(path: &Path, file: Arc<dyn HostFile>) -> Result<Candidate> {
         let cannot = |e| Error::io(&e, path, "cannot read the header");
         let status = file.status().map_err(cannot)?;
         let mut head = vec![0; HEAD_BYTES];
@@ -193,9 +199,9 @@ impl Candidate {
     }
 }
 
-fn open_file(path: &Path) -> Result<Arc<RealFile>> {
+fn open_file(path: &Path, access: Access) -> Result<Arc<RealFile>> {
     explain_irregular(path)?;
-    Ok(Arc::new(RealFile::open(path, Access::ReadOnly)?))
+    Ok(Arc::new(RealFile::open(path, access)?))
 }
 
 /// Says of a folder or a link what the open, which refuses both, cannot know.

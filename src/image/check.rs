@@ -142,7 +142,7 @@ pub fn check_level(path: &Path, kind: ImageKind) -> Result<Report> {
     check_candidate(path, candidate, kind)
 }
 
-fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<Report> {
+pub(super) fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<Report> {
     if let Err(bad) = candidate.form(kind) {
         let mut report = Report::new(path, kind);
         report.error(|| Finding {
@@ -156,8 +156,22 @@ fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result
     check_open(&candidate.open_as(kind)?)
 }
 
+/// What a check meets on its way.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Seen {
+    /// An entry that is wrong.
+    Bad { cluster: u64, value: u32, problem: Problem },
+    /// Nothing refers to these file clusters before the last one in use (first, one past the last); some take space.
+    Leak { from: u64, to: u64, leaked: u64 },
+}
+
 /// Checks an image that is open.
 pub fn check_open(image: &AtRest) -> Result<Report> {
+    check_and_tell(image, &mut |_| ())
+}
+
+/// The same; tells all of what a report cuts short or only counts.
+pub(super) fn check_and_tell(image: &AtRest, tell: &mut dyn FnMut(Seen)) -> Result<Report> {
     let mut report = Report::new(&image.path, image.kind());
     match &image.form {
         Form::Raw => {
@@ -167,13 +181,18 @@ pub fn check_open(image: &AtRest) -> Result<Report> {
         }
         Form::Ploop(header) => {
             report.header = Some(*header);
-            check_delta(image, header, &mut report)?;
+            check_delta(image, header, &mut report, tell)?;
         }
     }
     Ok(report)
 }
 
-fn check_delta(image: &AtRest, header: &Header, report: &mut Report) -> Result<()> {
+fn check_delta(
+    image: &AtRest,
+    header: &Header,
+    report: &mut Report,
+    tell: &mut dyn FnMut(Seen),
+) -> Result<()> {
     let geometry = header.geometry();
     report.in_use = header.is_in_use();
     if ![IN_USE, CLOSED, CLOSED_V21].contains(&header.in_use) {
@@ -212,14 +231,22 @@ fn check_delta(image: &AtRest, header: &Header, report: &mut Report) -> Result<(
                     if !used.mark(file_cluster) {
                         let what = format!("file cluster {file_cluster} is referred to twice");
                         report.error(|| place.finding(Problem::Double, &what));
+                        tell(Seen::Bad { cluster, value: entry, problem: Problem::Double });
                     }
                 }
-                Err((problem, why)) if first_pass => report.error(|| place.finding(problem, &why)),
+                Err((problem, why)) if first_pass => {
+                    report.error(|| place.finding(problem, &why));
+                    tell(Seen::Bad { cluster, value: entry, problem });
+                }
                 Err(_) => {}
             }
         })?;
         for (from, to) in used.gaps(end) {
-            leaked += image.clusters_with_data(&geometry, from, to)?;
+            let found = image.clusters_with_data(&geometry, from, to)?;
+            if found > 0 {
+                tell(Seen::Leak { from, to, leaked: found });
+            }
+            leaked += found;
         }
         if !used.next_window() {
             break;
@@ -232,14 +259,14 @@ fn check_delta(image: &AtRest, header: &Header, report: &mut Report) -> Result<(
 }
 
 /// One non-zero BAT entry.
-struct Entry {
-    cluster: u64,
-    value: u32,
+pub(super) struct Entry {
+    pub cluster: u64,
+    pub value: u32,
 }
 
 impl Entry {
     /// The file cluster it names, or what is wrong with it.
-    fn judge(&self, geometry: &Geometry, len: u64) -> std::result::Result<u64, (Problem, String)> {
+    pub fn judge(&self, geometry: &Geometry, len: u64) -> std::result::Result<u64, (Problem, String)> {
         let clusters = geometry.clusters();
         if self.cluster >= clusters {
             return Err((Problem::BeyondDisk, format!("the disk has {clusters} clusters only")));
@@ -365,6 +392,12 @@ fn note_padding(image: &AtRest, header: &Header, geometry: &Geometry, report: &m
         at += want as u64;
     }
     Ok(())
+}
+
+/// True when the header's format extension is there and tells the truth.
+pub(super) fn trusted_extension(image: &AtRest, header: &Header) -> Result<bool> {
+    let mut unsaid = Report::new(&image.path, image.kind());
+    Ok(!extension_clusters(image, header, &header.geometry(), &mut unsaid)?.is_empty())
 }
 
 /// File clusters that a trusted format extension uses; says what is wrong with any other.

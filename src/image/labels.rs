@@ -51,6 +51,11 @@ impl Labels {
         labelled.map(|(guid, _)| *guid).or_else(|| Guid::parse(name).filter(is_snapshot))
     }
 
+    /// Files that a step was about to make or to drop and that `descriptor` does not name: they go at the next open.
+    pub fn noted(&self, descriptor: &Descriptor) -> impl Iterator<Item = &str> {
+        self.passing.iter().map(String::as_str).filter(|file| !descriptor.names(file))
+    }
+
     /// Whether `label` may be given to a snapshot.
     pub fn check(&self, label: &str) -> Result<()> {
         let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);

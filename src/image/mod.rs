@@ -9,6 +9,8 @@ pub mod labels;
 pub mod layers;
 pub mod level;
 pub mod make_folder;
+pub mod meta;
 pub mod paths;
+pub mod repair;
 pub mod store;
 pub mod switch;

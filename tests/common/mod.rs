@@ -4,6 +4,7 @@
 #![allow(unused_imports)] // likewise
 
 pub mod churn;
+pub mod damage;
 mod host;
 pub mod lanes;
 mod mount;

@@ -1,0 +1,162 @@
+//! `ploopfs meta`.
+
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use crate::cli::layered::Layered;
+use crate::cli::{Outcome, out, size, target};
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Delta;
+use crate::image::chain::Candidate;
+use crate::image::kind::{DESCRIPTOR, ImageKind};
+use crate::image::labels::LABELS_NAME;
+use crate::image::meta::{self, Meta};
+
+/// Arguments of `meta`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Print header and map of an image as text
+    ///
+    /// Of a layered image: of each of its files, with the descriptor as a comment. What is printed can be put back.
+    Dump {
+        /// The image, or one file of a layered one
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+    },
+    /// Put header and map back from a dump
+    ///
+    /// The data is not touched. The map must be that of this image as it is now: after any change it names wrong clusters.
+    /// Make a dump of what is there first.
+    Restore {
+        /// The dump
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// The image, or one file of a layered one
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+    },
+    /// Write header and map to a new file of the same length, without any data
+    ///
+    /// For a report of a bug: nothing of what is on the disk is in it. It is sparse: pack it with tar --sparse. Of a layered
+    /// image a folder is made.
+    Pack {
+        /// The image, or one file of a layered one
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+        /// The new file
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    match args.what {
+        What::Dump { image } => dump(&target::find(&image)?)?,
+        What::Restore { file, image } => restore(&file, &target::find(&image)?)?,
+        What::Pack { image, file } => pack(&target::find(&image)?, &file)?,
+    }
+    Ok(Outcome::Done)
+}
+
+/// The files of the image at `path` that have metadata, each with its name; and raw ones.
+fn files(path: &Path) -> Result<Vec<(String, PathBuf, ImageKind)>> {
+    if target::is_layered(path) {
+        let image = Layered::read(path)?;
+        let file = |delta: &Delta| Ok((delta.file.clone(), image.path(delta)?, image.kind(delta)));
+        return image.descriptor.deltas.iter().map(file).collect();
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let is_raw = Candidate::open(path)?.kind().is_ok_and(|kind| kind == ImageKind::Raw);
+    Ok(vec![(name, path.to_owned(), if is_raw { ImageKind::Raw } else { ImageKind::Ploop })])
+}
+
+fn raw(path: &Path) -> Error {
+    Error::at(Kind::Unsupported, path, "a raw image is all data: it has no metadata")
+}
+
+fn dump(path: &Path) -> Result<()> {
+    let files = files(path)?;
+    if let [(_, file, ImageKind::Raw)] = &files[..] {
+        return Err(raw(file));
+    }
+    let mut stdout = BufWriter::new(io::stdout().lock());
+    let cannot = |e: io::Error| Error::io(&e, path, "cannot write the dump");
+    let put = |line: &str, to: &mut dyn Write| writeln!(to, "{line}").map_err(cannot);
+    put("# Header and map of an image; ploopfs meta restore FILE IMAGE puts them back.", &mut stdout)?;
+    if target::is_layered(path) {
+        let xml = path.join(DESCRIPTOR);
+        let text = std::fs::read(&xml).map_err(|e| Error::io(&e, &xml, "cannot read"))?;
+        for line in String::from_utf8_lossy(&text).lines() {
+            put(&format!("# {}", out::printable(line)), &mut stdout)?;
+        }
+    }
+    for (name, file, kind) in &files {
+        match kind {
+            ImageKind::Raw => put(&format!("# {} is raw", out::printable(name)), &mut stdout)?,
+            ImageKind::Ploop => meta::dump(file, name, &mut stdout)?,
+        }
+    }
+    stdout.flush().map_err(cannot)
+}
+
+fn restore(dump: &Path, path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(dump).map_err(|e| Error::io(&e, dump, "cannot read the dump"))?;
+    let refuse = |why: String| Error::at(Kind::Invalid, dump, why);
+    let all = meta::parse(&text).map_err(refuse)?;
+    let files = files(path)?;
+    let find = |meta: &Meta| -> Result<PathBuf> {
+        match &files[..] {
+            // A file may have got another name since.
+            [(_, file, kind)] if all.len() == 1 && !target::is_layered(path) => match kind {
+                ImageKind::Raw => Err(raw(file)),
+                ImageKind::Ploop => Ok(file.clone()),
+            },
+            _ => {
+                let same = |(name, _, kind): &&(String, PathBuf, ImageKind)| {
+                    *kind == ImageKind::Ploop && name.escape_default().to_string() == meta.name
+                };
+                let why = || refuse(format!("the image {} has no file {}", path.display(), meta.name));
+                files.iter().find(same).map(|(_, file, _)| file.clone()).ok_or_else(why)
+            }
+        }
+    };
+    // All names first: half of a layered image's map is none.
+    let places: Vec<PathBuf> = all.iter().map(find).collect::<Result<_>>()?;
+    all.iter().zip(&places).try_for_each(|(meta, place)| meta::restore(meta, place))
+}
+
+fn pack(path: &Path, to: &Path) -> Result<()> {
+    let layered = target::is_layered(path);
+    let mut bytes = 0;
+    if layered {
+        std::fs::create_dir(to).map_err(|e| Error::io(&e, to, "cannot make the folder"))?;
+        for name in [DESCRIPTOR, LABELS_NAME] {
+            match std::fs::copy(path.join(name), to.join(name)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(&e, path.join(name), "cannot copy"));
+                }
+                _ => {}
+            }
+        }
+    }
+    for (name, file, kind) in files(path)? {
+        // A file that lies elsewhere comes along; the descriptor then tells where it was.
+        let name = Path::new(&name).file_name().unwrap_or_default().to_owned();
+        let to = if layered { to.join(name) } else { to.to_owned() };
+        match kind {
+            ImageKind::Raw if !layered => return Err(raw(&file)),
+            ImageKind::Raw => meta::pack_raw(&file, &to)?,
+            ImageKind::Ploop => bytes += meta::pack(&file, &to)?,
+        }
+    }
+    let said =
+        format!("{}: {} of metadata, no data\n", out::printable(&to.to_string_lossy()), size::human(bytes));
+    out::text(&said).map_err(|e| Error::at(Kind::Io, to, e.to_string()))
+}
