@@ -8,11 +8,10 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
 use crate::rules::{Rule, broken};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 /// A host file that, after one failed sync, changes nothing and syncs nothing until it is dropped. Reads go on.
 #[derive(Debug)]
@@ -41,7 +40,7 @@ impl Poison {
     }
 
     fn sync(&self, sync: impl Fn(&dyn HostFile) -> io::Result<()>) -> io::Result<()> {
-        let _alone = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = lock(&self.syncing);
         self.check()?;
         sync(&*self.file).inspect_err(|_| self.failed.store(!broken(Rule::R7), Ordering::Release))
     }

@@ -4,12 +4,12 @@
 //! A handle is (how often its place was used) * 2^32 + place, so that a number is not given twice within four
 //! thousand million opens of one place, and a stale one is recognised.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::{ArcSwapOption, Guard};
 
 use crate::fuse::ops::Handle;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// Slots of the first segment; every further one doubles the table.
 const FIRST: u32 = 64;

@@ -2,10 +2,9 @@
 //! so that an inode is one snapshot for as long as the mount lives, whatever its label.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 
 use crate::format::descriptor::Guid;
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 
 /// The numbers of all snapshots that were ever looked at.
 #[derive(Default)]

@@ -11,7 +11,7 @@
 //! the durable length and clean space is handed out; whoever finds neither waits for an extension or a scrub.
 
 use crate::rules::{Rule, broken};
-use crate::sync::{Mutex, lock};
+use crate::sync::{Bug, Mutex, lock, planted};
 use crate::vdisk::runner::Job;
 
 /// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
@@ -206,6 +206,10 @@ impl Allocator {
         match got {
             Some(cluster) => Alloc::Got(cluster, token),
             None if s.extending || s.scrubbing => {
+                if planted(Bug::LetGoBeforeWaiting) {
+                    drop(s);
+                    s = lock(&self.state);
+                }
                 s.waiting.push(job(token));
                 Alloc::Wait
             }

@@ -3,11 +3,10 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::thread;
 use std::time::Instant;
 
 use super::runner::Job;
-use crate::sync::{Arc, Condvar, Mutex, PoisonError, lock};
+use crate::sync::{Arc, Condvar, Mutex, PoisonError, lock, thread};
 
 /// The timers of one engine; dropped with it, and the thread ends.
 #[derive(Default)]

@@ -25,7 +25,7 @@ use super::runner::Job;
 use super::stack::Stack;
 use crate::error::{Error, Kind, Result};
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, AtomicU64, Condvar, Mutex, Ordering, PoisonError, lock};
+use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted};
 
 /// Unsynced bytes per image from which a round begins in the background (DESIGN.md 6).
 const BACKGROUND: u64 = 64 << 20;
@@ -192,7 +192,7 @@ impl Image {
                 std::mem::take(&mut state.waiting)
             };
             let result = self.round();
-            if broken(Rule::R6) {
+            if broken(Rule::R6) || planted(Bug::JoinRunningRound) {
                 waiting.append(&mut lock(&self.flusher.state).waiting);
             }
             let full = result.as_ref().is_err_and(|e| e.kind() == Kind::NoSpace);

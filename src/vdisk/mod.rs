@@ -20,6 +20,8 @@ mod gate;
 pub mod live;
 pub mod locks;
 mod mark;
+#[cfg(all(test, feature = "shuttle"))]
+mod models;
 mod pio;
 #[cfg(test)]
 mod races;
@@ -41,7 +43,8 @@ use crate::error::{Error, Kind, Result};
 pub use crate::image::level::{Layout, Level};
 use crate::io::file::HostStatus;
 use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
+    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, mpsc,
+    thread_shard,
 };
 pub use engine::{Engine, Event, Listener, OnFull, Options};
 use locks::{ClusterLocks, Mode as LockMode};
@@ -518,7 +521,7 @@ impl Image {
 
 /// Turns a call with a reply into one that waits.
 fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
-    let (tell, answer) = std::sync::mpsc::channel();
+    let (tell, answer) = mpsc::channel();
     start(Box::new(move |result| {
         let _ = tell.send(result);
     }));

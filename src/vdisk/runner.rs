@@ -5,10 +5,9 @@
 //! an idle mount costs none.
 
 use std::collections::{HashMap, VecDeque};
-use std::thread;
 use std::time::Duration;
 
-use crate::sync::{Arc, Condvar, Mutex, lock};
+use crate::sync::{Arc, Condvar, Mutex, lock, thread};
 
 /// A piece of work. It may block on the host, never on work that another job of the same pool must do.
 pub type Job = Box<dyn FnOnce() + Send>;

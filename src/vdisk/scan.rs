@@ -2,6 +2,9 @@
 //! Runs outside every lock, in parallel, in pieces: memory is one bit per file cluster, bounded by the file's
 //! length, never by a number in the header.
 
+// Not `crate::sync`: rayon's threads are real, whatever a model checker says.
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rayon::prelude::*;
 
 use super::alloc::Bits;
@@ -9,7 +12,6 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{Geometry, HEADER_BYTES};
 use crate::image::level::Level;
 use crate::io::file::read_full;
-use crate::sync::{AtomicU64, Ordering};
 
 /// Bytes of BAT per piece: large enough for sequential reads, small enough to spread over threads.
 const PIECE: u64 = 1 << 20;

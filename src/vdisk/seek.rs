@@ -6,7 +6,7 @@ use super::bat::page::Place;
 use super::gate::Inside;
 use super::stack::Stack;
 use crate::error::{Error, Result};
-use crate::sync::Arc;
+use crate::sync::{Arc, mpsc};
 
 /// A stay inside the gate, for threads that may wait.
 pub(super) struct Visit<'a> {
@@ -92,7 +92,7 @@ impl Image {
             if self.is_closed() {
                 return Err(self.closed_error());
             }
-            let (tell, open) = std::sync::mpsc::channel();
+            let (tell, open) = mpsc::channel();
             self.outside(Box::new(move || {
                 let _ = tell.send(());
             }));

@@ -1,10 +1,8 @@
 //! Loading a BAT page on behalf of whoever missed it: one loads, the others go on when it is there.
 
-use std::sync::mpsc;
-
 use super::cache::Loading;
 use crate::error::Result;
-use crate::sync::Arc;
+use crate::sync::{Arc, mpsc};
 use crate::vdisk::Image;
 use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;

@@ -4,14 +4,13 @@
 //! **R5** A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across
 //! the write; every attempt, retries included, is built from the header as it is at that moment.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::cache::Copy;
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::PAGE_BYTES;
 use crate::io::file::write_full;
-use crate::sync::{Arc, Ordering, lock};
+use crate::sync::{Arc, Ordering, lock, thread};
 use crate::vdisk::Image;
 use crate::vdisk::engine::OnFull;
 use crate::vdisk::stack::Stack;

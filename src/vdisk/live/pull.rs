@@ -1,12 +1,10 @@
 //! Pulling one lower level up into the top: every cluster that the image reads from there is copied, one at a time,
 //! under its own lock, while I/O goes on. What the guest overwrites meanwhile needs no copy any more.
 
-use std::sync::mpsc;
-
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, mpsc};
 use crate::vdisk::alloc::Alloc;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
