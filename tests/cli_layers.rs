@@ -99,6 +99,40 @@ fn a_deleted_snapshot_goes_away_and_the_image_stays_sound() {
 }
 
 #[test]
+fn a_deleted_snapshot_goes_when_nothing_stands_on_it_any_more() {
+    let folder = Folder::new();
+    for args in [
+        &["snapshot", "create", "vm", "ground"][..],
+        &["snapshot", "create", "vm", "a"],
+        &["snapshot", "create", "vm", "b"],
+        &["snapshot", "switch", "vm", "a"],
+        // Both b and the live disk stand on a: its data stays for now.
+        &["snapshot", "delete", "vm", "a"],
+        &["snapshot", "switch", "vm", "ground"],
+        &["snapshot", "delete", "vm", "b"],
+    ] {
+        folder.ok(args);
+    }
+    assert_eq!(folder.names("vm"), ["ground", ""]);
+    let said = folder.ok(&["check", "vm"]);
+    let deltas = std::fs::read_dir(folder.0.path().join("vm")).expect("the image's folder");
+    let deltas =
+        deltas.filter(|entry| entry.as_ref().is_ok_and(|e| e.metadata().is_ok_and(|m| m.len() > 100_000)));
+    assert_eq!(deltas.count(), 2, "{said}");
+}
+
+#[test]
+fn merging_a_snapshot_on_which_nothing_stands_is_refused_and_loses_nothing() {
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    folder.ok(&["snapshot", "create", "vm", "b"]);
+    folder.ok(&["snapshot", "switch", "vm", "a"]);
+    let said = folder.fails(2, &["merge", "vm", "b"]);
+    assert!(said.contains("nothing stands on b") && said.contains("snapshot delete"), "{said}");
+    assert_eq!(folder.names("vm"), ["a", "b", ""]);
+}
+
+#[test]
 fn a_switch_goes_back_to_a_snapshot() {
     let folder = Folder::new();
     folder.ok(&["snapshot", "create", "vm", "a"]);

@@ -139,7 +139,7 @@ impl Entry {
         let descriptor = origin
             .folder(self.shared.place.fd().as_fd(), &path)
             .and_then(|dir| Store::read(dir.as_fd(), &path));
-        if descriptor.is_ok_and(|(descriptor, _)| !descriptor.unfinished().is_empty()) {
+        if descriptor.is_ok_and(|(d, _)| !d.unfinished().is_empty() || !d.abandoned().is_empty()) {
             self.finish_later();
         }
     }

@@ -151,6 +151,14 @@ impl Descriptor {
         marked.map(|shot| shot.guid).filter(|guid| self.children(*guid).len() == 1).collect()
     }
 
+    /// The deltas that were deleted and on which nothing stands any more: what did was merged, dropped or deleted itself.
+    /// The other markers speak of a merge that was broken off, not of a deletion: they abandon nothing.
+    pub fn abandoned(&self) -> Vec<Guid> {
+        let deleted = |shot: &&Shot| shot.marker == Some(Marker::Temporary) && shot.guid != self.top;
+        let marked = self.shots.iter().filter(deleted);
+        marked.map(|shot| shot.guid).filter(|guid| self.children(*guid).is_empty()).collect()
+    }
+
     /// The descriptor of a clone: the chain of the snapshot `guid` alone, and a new top with the file `new_top_file`
     /// on it. Markers stay, so that what was deleted stays deleted.
     pub fn clone_of(&self, guid: Guid, new_top_file: &str) -> Result<Descriptor, BadXml> {

@@ -143,14 +143,15 @@ impl Live<'_> {
             return refuse(Kind::Invalid, format!("{name} is the live disk, not a snapshot"));
         }
         match descriptor.children(guid).len() {
-            0 => {
-                let mut file = String::new();
-                self.settle(self.change(|next| {
-                    file = next.remove_leaf(guid)?.file;
-                    Ok(())
-                }))?;
-                self.layers.remove(&file)?;
+            0 if !later => {
+                return refuse(
+                    Kind::Invalid,
+                    format!(
+                        "nothing stands on {name}, so that it cannot be merged; `ploopfs snapshot delete` removes it"
+                    ),
+                );
             }
+            0 => self.remove_leaf(guid)?,
             1 => {
                 self.mark_deleted(guid)?;
             }
@@ -171,6 +172,15 @@ impl Live<'_> {
         self.finish()
     }
 
+    fn remove_leaf(&self, guid: Guid) -> Result<()> {
+        let mut file = String::new();
+        self.settle(self.change(|next| {
+            file = next.remove_leaf(guid)?.file;
+            Ok(())
+        }))?;
+        self.layers.remove(&file)
+    }
+
     /// From here on the snapshot is gone for everybody, and its name is free.
     fn mark_deleted(&self, guid: Guid) -> Result<()> {
         self.settle(self.change(|next| next.set_marker(guid, Some(Marker::Temporary))))?;
@@ -185,10 +195,19 @@ impl Live<'_> {
         })
     }
 
-    /// Merges every snapshot that was deleted and has one child left.
+    /// Removes every snapshot that was deleted and has no child left, and merges those that have one.
     fn finish(&self) -> Result<Done> {
         loop {
             let descriptor = self.descriptor();
+            if let Some(guid) = descriptor.abandoned().first() {
+                log::info!(
+                    "{}: nothing stands on the deleted snapshot {guid} any more; it goes",
+                    self.image.name
+                );
+                self.layers.store().redo_unsynced()?;
+                self.remove_leaf(*guid)?;
+                continue;
+            }
             let Some(parent) = descriptor.unfinished().first().copied() else { return Ok(Done::default()) };
             let Some(child) = descriptor.children(parent).first().copied() else {
                 return Ok(Done::default());
