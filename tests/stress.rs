@@ -206,7 +206,7 @@ impl Stress<'_> {
 }
 
 /// The whole of it; panics at the first read that cannot be.
-fn stress(make: Maker<'_>, time: Duration) {
+fn stress(make: Maker<'_>, history: History, time: Duration) {
     let options = Options {
         runners: 4,
         bat_cache: 0,
@@ -218,7 +218,7 @@ fn stress(make: Maker<'_>, time: Duration) {
     let run = Stress {
         make,
         engine: Engine::new(options, Box::new(|_| ())),
-        history: History::new(PAGES * PAGE / SECTOR, SUBMITTERS as usize + 1),
+        history,
         files: Mutex::default(),
         made: AtomicU64::new(0),
         stop: AtomicBool::new(false),
@@ -267,6 +267,10 @@ fn stress(make: Maker<'_>, time: Duration) {
     );
 }
 
+fn history() -> History {
+    History::new(PAGES * PAGE / SECTOR, SUBMITTERS as usize + 1)
+}
+
 fn time() -> Duration {
     Duration::from_secs(if common::long() { 300 } else { 9 })
 }
@@ -274,14 +278,14 @@ fn time() -> Duration {
 #[test]
 fn in_memory_every_read_is_one_that_some_order_of_requests_allows() {
     let _turn = common::heavy();
-    stress(&|_, bytes| Arc::new(MemoryFile::from_bytes(bytes)), time());
+    stress(&|_, bytes| Arc::new(MemoryFile::from_bytes(bytes)), history(), time());
 }
 
 #[test]
 fn on_disk_every_read_is_one_that_some_order_of_requests_allows() {
     let _turn = common::heavy();
     let folder = common::temp_dir();
-    stress(&|number, bytes| on_disk(folder.path(), number, bytes), time());
+    stress(&|number, bytes| on_disk(folder.path(), number, bytes), history().that_may_tear(), time());
 }
 
 fn on_disk(folder: &Path, number: usize, bytes: &[u8]) -> Arc<dyn HostFile> {
@@ -358,6 +362,6 @@ fn a_host_file_that_forgets_writes_is_found() {
     let make = |_: usize, bytes: &[u8]| -> Arc<dyn HostFile> {
         Arc::new(Forgetful { file: MemoryFile::from_bytes(bytes), writes: AtomicU64::new(0) })
     };
-    let found = catch_unwind(AssertUnwindSafe(|| stress(&make, Duration::from_secs(20))));
+    let found = catch_unwind(AssertUnwindSafe(|| stress(&make, history(), Duration::from_secs(20))));
     assert!(found.is_err(), "lost writes are not seen");
 }
