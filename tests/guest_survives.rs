@@ -55,6 +55,7 @@ fn survives(end: impl Fn(&mut Mount)) {
     let _turn = heavy();
     for round in 0..rounds() {
         let mut mount = Mount::new(&["--create", "vm1=256M"]);
+        let daemon = pid(&mount);
         let device = Loop::attach(&mount.flat("vm1"), true);
         ok("mkfs.ext4", &["-q", "-F", text(device.device())]);
         let guest = Guest::mount(device.device(), "noatime");
@@ -72,8 +73,9 @@ fn survives(end: impl Fn(&mut Mount)) {
         });
         drop(guest);
         drop(device);
-        let gone = || !mount.is_mounted() && !marked_in_use(&mount.delta("vm1"));
-        until(Duration::from_secs(2), gone);
+        // It ends with its last user, and only then is the folder free for the next.
+        assert!(until(SOON, || test_kill_process(daemon).is_err()), "the daemon has no users, and goes on");
+        assert!(!mount.is_mounted());
         Run::ploopfs().arg("check").arg(mount.delta("vm1")).status(0);
         mount.start();
         let device = Loop::attach(&mount.flat("vm1"), true);

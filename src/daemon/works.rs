@@ -154,7 +154,8 @@ mod tests {
         }
 
         fn tell(&self, progress: Amount) {
-            assert_eq!(progress.total, 100);
+            // 0: on a busy machine the first line may come before the work knows.
+            assert!(matches!(progress.total, 0 | 100), "{}", progress.total);
             self.heard.fetch_add(1, Ordering::Relaxed);
         }
     }
