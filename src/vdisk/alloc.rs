@@ -137,8 +137,8 @@ struct State {
     reserved: u64,
     extending: bool,
     scrubbing: bool,
-    /// An extension failed; the next ones are one cluster long (K6).
-    short: bool,
+    /// Clusters of the next extension: `step`, but after a failure one (K6), and twice as many with each that works.
+    pace: u64,
     /// Even one cluster failed, or a scrub did: nobody tries before [`Allocator::retry`].
     exhausted: bool,
     waiting: Vec<Job>,
@@ -180,7 +180,7 @@ impl Allocator {
             reserved: 0,
             extending: false,
             scrubbing: false,
-            short: false,
+            pace: step.max(1),
             exhausted: false,
             waiting: Vec::new(),
         };
@@ -194,7 +194,7 @@ impl Allocator {
         let got = s.ready();
         // Ahead of need: half a step in hand while the next is being made.
         let room = s.clean.len() + (s.durable - s.next);
-        let wanted = if s.short { got.is_none() } else { room < s.step.div_ceil(2) };
+        let wanted = if s.pace < s.step { got.is_none() } else { room < s.step.div_ceil(2) };
         if wanted && s.durable < s.limit && !s.extending && !s.exhausted {
             s.extending = true;
             due(Due::Extend);
@@ -246,7 +246,7 @@ impl Allocator {
             reserved: 0,
             extending: false,
             scrubbing: false,
-            short: s.short,
+            pace: s.pace,
             exhausted: s.exhausted,
             waiting: Vec::new(),
         };
@@ -282,8 +282,7 @@ impl Allocator {
     /// The extension to make: from and to, in file clusters. Only after [`Due::Extend`].
     pub fn extension(&self) -> (u64, u64) {
         let s = lock(&self.state);
-        let step = if s.short { 1 } else { s.step };
-        (s.durable, (s.durable + step).min(s.limit))
+        (s.durable, (s.durable + s.pace).min(s.limit))
     }
 
     /// The extension is durable up to `to`. Returns who waited.
@@ -291,6 +290,7 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.extending = false;
         s.durable = s.durable.max(to);
+        s.pace = (2 * s.pace).min(s.step);
         std::mem::take(&mut s.waiting)
     }
 
@@ -298,8 +298,8 @@ impl Allocator {
     /// themselves that there is no space.
     pub fn extension_failed(&self) -> (bool, Vec<Job>) {
         let mut s = lock(&self.state);
-        if !s.short {
-            s.short = true;
+        if s.pace > 1 {
+            s.pace = 1;
             return (true, Vec::new());
         }
         s.extending = false;
@@ -332,7 +332,7 @@ impl Allocator {
     /// Forgets that space was short: the host may have some again.
     pub fn retry(&self) {
         let mut s = lock(&self.state);
-        s.short = false;
+        s.pace = s.step;
         s.exhausted = false;
     }
 
@@ -402,6 +402,20 @@ mod tests {
         assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()), "nobody tries again for ever");
         alloc.retry();
         assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
+    }
+
+    #[test]
+    fn after_a_failure_each_extension_that_works_doubles_the_next_one() {
+        let alloc = Allocator::new(0, 1000, 4, Bits::default());
+        alloc.take((), job, |_| ());
+        assert!(alloc.extension_failed().0);
+        let mut made = Vec::new();
+        for _ in 0..4 {
+            let (from, to) = alloc.extension();
+            made.push(to - from);
+            alloc.extended(to);
+        }
+        assert_eq!(made, [1, 2, 4, 4]);
     }
 
     #[test]
