@@ -6,7 +6,7 @@
 use super::alloc::Allocator;
 use super::scan::{self, Scan};
 use super::stack::Stack;
-use super::{Image, Layout, Ready, Stage};
+use super::{Image, Layout, Level, Ready, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
@@ -141,14 +141,7 @@ impl Image {
             if !header.is_in_use() || shared {
                 continue;
             }
-            let settled = scan::scan(level, &header.geometry()).and_then(|found| {
-                let end = header.geometry().cluster_position(found.end);
-                let closed = closed(header, found.end == 0);
-                let io = |e: std::io::Error| Error::io(&e, &level.path, "cannot clear the in-use mark");
-                level.file.set_len(end).and_then(|()| level.file.sync_all()).map_err(io)?;
-                write_full(&*level.file, &closed.encode(), 0).and_then(|()| level.file.sync_all()).map_err(io)
-            });
-            match settled {
+            match close_lower(level, header) {
                 Ok(()) => log::info!("{}: closed; a crash had left it in use", level.path.display()),
                 Err(e) => log::warn!("{e}; its in-use mark stays"),
             }
@@ -185,6 +178,17 @@ impl Image {
         drop(header);
         sync()
     }
+}
+
+/// The clean close of a level below the top that is marked in use and whose BAT is durable; the order is that of
+/// [`Image::unmark`].
+pub(super) fn close_lower(level: &Level, header: &Header) -> Result<()> {
+    let found = scan::scan(level, &header.geometry())?;
+    let end = header.geometry().cluster_position(found.end);
+    let closed = closed(header, found.end == 0);
+    let io = |e: std::io::Error| Error::io(&e, &level.path, "cannot clear the in-use mark");
+    level.file.set_len(end).and_then(|()| level.file.sync_all()).map_err(io)?;
+    write_full(&*level.file, &closed.encode(), 0).and_then(|()| level.file.sync_all()).map_err(io)
 }
 
 /// A header as it is after a clean close.

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::freeze::Uncommitted;
 use super::{Done, Work, carry_out};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::format::header::{Header, Version};
 use crate::image::create::{Plan as New, create};
 use crate::image::layers::{Direct, Layers, Opened, Opener};
@@ -106,6 +107,7 @@ fn a_merge_below_the_top_that_failed_at_its_end_costs_the_next_merge_nothing() {
 /// Two levels in memory, freshly opened; each maps clusters 1 to 3, the lower one 0 as well.
 struct Chain {
     lower: Arc<Plan>,
+    below: Arc<MemoryFile>,
     top: Arc<MemoryFile>,
     image: Arc<Image>,
 }
@@ -140,7 +142,7 @@ fn chain(lower_faults: &str, top_faults: &str) -> Chain {
     let levels = vec![level(&lower, &lower_plan), level(&top, &top_plan)];
     let image = Image::open(&engine(), "memory", levels).expect("opens");
     image.make_writable().expect("sound");
-    Chain { lower: lower_plan, top, image }
+    Chain { lower: lower_plan, below: lower, top, image }
 }
 
 /// The second attempt would find nothing to take away, sync without an error, and go on to the descriptor.
@@ -154,6 +156,25 @@ fn after_a_failed_sync_of_the_lower_file_no_merge_goes_on() {
         flip().expect_err("and stays so");
         chain.image.close().expect_err("its mark stays");
     }
+}
+
+/// ploop refuses a chain with a level in use below the top, and would until our next open.
+#[test]
+fn a_flip_that_is_given_up_leaves_the_lower_file_closed() {
+    let chain = chain("", "");
+    let refused = || Err(Uncommitted::NotDone(Error::new(Kind::NoSpace, "no room for a descriptor")));
+    chain.image.flip(&Progress::new(), refused).expect_err("not committed");
+    let cancelled = Progress::new();
+    cancelled.cancel();
+    chain.image.flip(&cancelled, || Ok(())).expect_err("cancelled");
+    assert!(chain.image.failure().is_none());
+    let below = Header::parse(&chain.below.to_bytes()).expect("a header");
+    assert!(!below.is_in_use());
+    chain.image.close().expect("closes");
+    let levels = vec![level(&chain.below, &chain.lower), level(&chain.top, &chain.lower)];
+    let again = Image::open(&engine(), "memory", levels).expect("opens");
+    let bytes: Vec<u8> = (0..5).map(|c| again.read_at(c * CLUSTER, 1).expect("read")[0]).collect();
+    assert_eq!(bytes, [1, 2, 2, 2, 0]);
 }
 
 /// A page that is loaded in the middle of the flip does not know what a power cut would bring back.

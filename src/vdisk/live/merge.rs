@@ -19,10 +19,11 @@ use std::ops::Range;
 use super::freeze::Uncommitted;
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::PAGE_BYTES;
-use crate::format::header::{Geometry, HEADER_BYTES};
+use crate::format::header::{Geometry, HEADER_BYTES, Header};
 use crate::io::file::{read_full, write_full};
 use crate::progress::Progress;
 use crate::sync::{Arc, Ordering, lock};
+use crate::vdisk::mark::close_lower;
 use crate::vdisk::stack::{Stack, TopState};
 use crate::vdisk::{Image, Layout, Level, scan};
 
@@ -69,6 +70,8 @@ impl Image {
     /// During 3 a BAT page that is loaded finds P's entry gone, and yet a power cut may bring it back: discards keep
     /// hiding it. A failed sync of P is final (R7), as one of the top is: P's entries read 0 from then on, whatever the
     /// disk has, so that a second attempt would take nothing away and go on to 6.
+    ///
+    /// A flip that is cancelled or fails before 6 for any other reason leaves P below the top, closed.
     pub fn flip(
         self: &Arc<Self>,
         progress: &Progress,
@@ -81,25 +84,49 @@ impl Image {
         let (Layout::Ploop(header), Some(of)) = (&lower.layout, lower.geometry()) else {
             return Err(Error::at(Kind::Unsupported, &lower.path, "a raw base cannot become the top"));
         };
+        let result = self.flip_levels(&before, lower, header, &of, progress, commit);
+        // Nothing fails after 6. What was taken away is durable before the file is cut off behind it (R2).
+        if result.is_err() && self.failure().is_none() {
+            let closed = self.sync_lower(lower).and_then(|()| close_lower(lower, header));
+            if let Err(e) = closed {
+                log::warn!("{e}; its in-use mark stays until the image is opened again");
+            }
+        }
+        result
+    }
+
+    /// All that was taken away from P is durable.
+    fn sync_lower(self: &Arc<Self>, lower: &Level) -> Result<()> {
+        lower.file.sync_data().map_err(|e| {
+            let e = Error::io(&e, &lower.path, "fdatasync failed; the merge cannot go on");
+            self.fail(&e);
+            e
+        })?;
+        self.lower_may_return.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The steps of [`flip`](Self::flip).
+    fn flip_levels(
+        self: &Arc<Self>,
+        before: &Stack,
+        lower: &Level,
+        header: &Header,
+        of: &Geometry,
+        progress: &Progress,
+        commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
+    ) -> Result<()> {
         let io = |e: std::io::Error| Error::io(&e, &lower.path, "cannot prepare the merge");
-        let sync_lower = || {
-            lower.file.sync_data().map_err(|e| {
-                let e = Error::io(&e, &lower.path, "fdatasync failed; the merge cannot go on");
-                self.fail(&e);
-                e
-            })
-        };
         let header = header.marked();
         write_full(&*lower.file, &header.encode(), 0).map_err(io)?; // 1
-        sync_lower()?;
+        self.sync_lower(lower)?;
         let watch = self.flusher.watch_pages();
         self.flush_now()?; // 2
-        let durable = || self.sync_data(&before);
+        let durable = || self.sync_data(before);
         self.lower_may_return.store(true, Ordering::SeqCst);
-        take_away_hidden(&before, lower, &of, None, durable, |_| ())?; // 3
-        sync_lower()?;
-        self.lower_may_return.store(false, Ordering::SeqCst);
-        let mut found = scan::scan(lower, &of)?; // 4
+        take_away_hidden(before, lower, of, None, durable, |_| ())?; // 3
+        self.sync_lower(lower)?;
+        let mut found = scan::scan(lower, of)?; // 4
         lower.file.set_len(of.cluster_position(found.end)).map_err(io)?;
         progress.check()?;
         let frozen = self.freeze_durably()?; // 5
@@ -109,12 +136,11 @@ impl Image {
             }
         };
         self.lower_may_return.store(true, Ordering::SeqCst);
-        take_away_hidden(&before, lower, &of, Some(&watch.pages()), durable, freed)?;
-        sync_lower()?;
-        self.lower_may_return.store(false, Ordering::SeqCst);
+        take_away_hidden(before, lower, of, Some(&watch.pages()), durable, freed)?;
+        self.sync_lower(lower)?;
         let state = TopState::default();
         *lock(&state.header) = Some(header);
-        let _ = state.allocator.set(self.new_allocator(&of, found));
+        let _ = state.allocator.set(self.new_allocator(of, found));
         let next = before.flipped(header, state);
         self.commit(commit)?; // 6
         let old = self.swap(&frozen, next);
