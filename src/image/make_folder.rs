@@ -24,7 +24,8 @@ use crate::io::real::{Access, RealFile};
 ///    to `NAME`; 4. the images folder synced; 5. the file's old name removed, and that synced.
 ///
 /// Before 3 the single file is the image; after it the folder is, which wins over its own file where both are found.
-/// 5 before 4: a power cut could keep the removal and lose the folder.
+/// 5 before 4: a power cut could keep the removal and lose the folder. An attempt that failed in 4 or 5 left the folder
+/// with the file in it; the next one goes on with 4.
 pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
     let shown = path.join(file_name);
     let file = RealFile::open_as(&images, file_name, &shown, Access::ReadOnly)?;
@@ -57,17 +58,33 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
             e => Error::io(&e.into(), &built, "cannot rename"),
         })
     };
-    if let Err(error) = finish() {
+    let finished = finish();
+    if finished.is_err() {
         // Best effort; the next attempt begins with it.
         let _ = remove_folder(images, &building);
-        return Err(error);
     }
+    let folder = match finished {
+        Ok(()) => folder,
+        Err(error) if error.kind() == Kind::Exists => half_made(images, &name, file_name).ok_or(error)?,
+        Err(error) => return Err(error),
+    };
     // 4.
     sync_folder(images, path)?;
     // 5.
     unlink(images, file_name).map_err(|e| Error::io(&e, &shown, "cannot remove the file's old name"))?;
     sync_folder(images, path)?;
     Ok(folder)
+}
+
+/// The folder `name`, if it is one that an earlier attempt made of this very file.
+fn half_made(images: BorrowedFd<'_>, name: &OsStr, file_name: &OsStr) -> Option<OwnedFd> {
+    let folder = open_folder(images, name).ok()?;
+    let stat = |dir: BorrowedFd<'_>, name: &OsStr| {
+        rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok().map(|stat| (stat.st_dev, stat.st_ino))
+    };
+    let ours = stat(images, file_name)? == stat(folder.as_fd(), file_name)?
+        && stat(folder.as_fd(), DESCRIPTOR.as_ref()).is_some();
+    ours.then(|| folder.into())
 }
 
 /// The image's name, and the descriptor of a disk with this file alone.

@@ -258,6 +258,26 @@ fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
     assert!(rig.path("other.hds").exists() && !rig.path(".other.new").exists());
 }
 
+/// Review F12: its last steps failed once, and from then on the folder was "in the way".
+#[test]
+fn a_folder_that_was_made_of_the_file_but_not_to_the_end_is_gone_on_with() {
+    let rig = Rig { folder: tempfile::tempdir().expect("tmp") };
+    create(&rig.path("vm"), &Plan::thin(MIB)).expect("created");
+    std::fs::copy(rig.path("vm.hds"), rig.path("before")).expect("copied");
+    rig.make_folder("vm.hds");
+    std::fs::hard_link(rig.path("vm/vm.hds"), rig.path("vm.hds")).expect("as it was before step 5");
+    rig.make_folder("vm.hds");
+    assert!(!rig.path("vm.hds").exists() && !rig.path(".vm.new").exists());
+    let (layers, _) = rig.open();
+    assert!(!layers.is_shared("vm.hds").expect("known"));
+    // Another file of that name is not taken for it.
+    std::fs::rename(rig.path("before"), rig.path("vm.hds")).expect("renamed");
+    let images = File::open(rig.folder.path()).expect("open");
+    let error = make_folder(images.as_fd(), rig.folder.path(), "vm.hds".as_ref()).expect_err("in the way");
+    assert_eq!(error.kind(), Kind::Exists);
+    assert!(rig.path("vm.hds").exists());
+}
+
 /// The note of a step that ended is taken away at the next open, which needs space for a moment.
 #[test]
 fn an_image_opens_where_its_notes_and_its_size_cannot_be_written() {
