@@ -56,9 +56,9 @@ fn status(output: &Output) -> i32 {
 }
 
 /// The commands that take an existing image.
-const READERS: [&str; 2] = ["info", "check"];
-const COMMANDS: [&str; 10] =
-    ["create", "list", "info", "snapshot", "merge", "clone", "resize", "check", "meta", "completions"];
+const READERS: [&str; 3] = ["info", "check", "map"];
+const COMMANDS: [&str; 11] =
+    ["create", "list", "info", "map", "snapshot", "merge", "clone", "resize", "check", "meta", "completions"];
 
 #[test]
 fn every_command_explains_itself() {
@@ -81,7 +81,7 @@ fn unknown_options_and_missing_arguments_are_usage_errors() {
         let line = folder.fails(2, &[command, "a", "b", "c"]);
         assert!(line.starts_with("error: "), "{line}");
     }
-    for command in ["create", "info", "check", "completions"] {
+    for command in ["create", "info", "map", "check", "completions"] {
         folder.fails(2, &[command]);
     }
     folder.fails(2, &[]);

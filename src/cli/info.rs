@@ -6,9 +6,10 @@ use std::path::Path;
 
 use serde_json::json;
 
+use crate::cli::space::{Order, Reclaimable};
 use crate::cli::{Outcome, layered, out, served, size, target};
 use crate::error::{Error, Kind};
-use crate::format::header::{CLOSED, CLOSED_V21, IN_USE};
+use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::Class;
 use crate::io::holder::{Held, Holder};
@@ -38,12 +39,14 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Class::NotAnImage { .. } => String::new(),
     };
     let image = candidate.open_as(kind)?;
-    let mapped = mapped_clusters(&image)?;
+    let order = Order::of(&image)?;
     // While our daemon has it open it says more of itself than a lock does.
     let ours = live.as_ref().is_some_and(|live| live.mode != "closed");
     let holder = if ours { None } else { holder(&path)? };
+    let reclaimable = Reclaimable::leaks(&path, live.is_some());
     if args.which.json {
-        let mut value = to_json(&name, &image, mapped);
+        let mut value = to_json(&name, &image, order);
+        value["reclaimable"] = json!(reclaimable);
         if let (Some(live), Some(fields)) = (&live, value.as_object_mut()) {
             fields.insert("mode".to_owned(), json!(live.mode));
             fields.insert("openers".to_owned(), json!(live.openers));
@@ -56,30 +59,39 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         out::json(&value)?;
     } else {
-        let live = live.as_ref().map(served::Live::to_text).unwrap_or_default();
-        let holder = holder.map(|holder| format!("held by:     {holder}\n")).unwrap_or_default();
-        out::text(&(to_text(&name, &image, mapped) + &live + &holder))?;
+        let live = live.as_ref().map_or_else(|| OFFLINE.to_owned(), served::Live::to_text);
+        let holder = holder.map(|holder| held_by(&holder)).unwrap_or_default();
+        out::text(&(to_text(&name, &image, order) + &reclaimable.to_text(&path) + &live + &holder))?;
     }
     Ok(Outcome::Done)
 }
 
+/// What stands for a daemon's lines where no daemon serves the image.
+pub const OFFLINE: &str = "mode:        offline\n";
+
+/// The line about a process that has the image locked.
+pub fn held_by(holder: &Holder) -> String {
+    format!("held by:     {}\n", out::printable(&holder.to_string()))
+}
+
 /// The other process that has the file locked.
-fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
+pub fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
     let file = std::fs::metadata(path)?;
     Ok(Held::Delta { dev: file.dev(), ino: file.ino() }.holder())
 }
 
-/// Clusters with an entry.
-pub fn mapped_clusters(image: &AtRest) -> anyhow::Result<u64> {
-    let mut mapped = 0;
-    if let Form::Ploop(header) = &image.form {
-        image.for_each_entry(&header.geometry(), |_, _| mapped += 1)?;
+/// The in-use mark in words.
+pub fn mark(header: &Header) -> String {
+    match header.in_use {
+        IN_USE => "set: open, or not closed cleanly".into(),
+        CLOSED => "clear".into(),
+        CLOSED_V21 => "clear (closed as v2.1)".into(),
+        odd => format!("clear (odd value {odd:#x})"),
     }
-    Ok(mapped)
 }
 
 /// One level in JSON.
-pub fn level_json(image: &AtRest, mapped: u64) -> serde_json::Value {
+pub fn level_json(image: &AtRest, order: Order) -> serde_json::Value {
     let path = image.path.to_string_lossy();
     let mut level = json!({ "path": path, "kind": image.kind().as_str(), "length": image.len });
     if let Form::Ploop(header) = &image.form {
@@ -88,7 +100,9 @@ pub fn level_json(image: &AtRest, mapped: u64) -> serde_json::Value {
             "version": header.version.to_string(),
             "cluster": geometry.cluster,
             "clusters": geometry.clusters(),
-            "mapped": mapped,
+            "mapped": order.mapped,
+            "pieces": order.pieces,
+            "fragmentation": order.fragmentation(),
             "entries": geometry.entries,
             "first_block": geometry.first,
             "in_use": header.is_in_use(),
@@ -103,11 +117,11 @@ pub fn level_json(image: &AtRest, mapped: u64) -> serde_json::Value {
     level
 }
 
-fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
+fn to_json(name: &str, image: &AtRest, order: Order) -> serde_json::Value {
     let path = image.path.to_string_lossy();
     let kind = image.kind().as_str();
     let in_use = matches!(&image.form, Form::Ploop(header) if header.is_in_use());
-    let level = level_json(image, mapped);
+    let level = level_json(image, order);
     json!({
         "name": name,
         "path": path,
@@ -121,7 +135,7 @@ fn to_json(name: &str, image: &AtRest, mapped: u64) -> serde_json::Value {
     })
 }
 
-fn to_text(name: &str, image: &AtRest, mapped: u64) -> String {
+fn to_text(name: &str, image: &AtRest, order: Order) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     let mut row = |label: &str, value: String| {
@@ -139,16 +153,9 @@ fn to_text(name: &str, image: &AtRest, mapped: u64) -> String {
             let geometry = header.geometry();
             row("kind", format!("ploop {}", header.version));
             row("cluster", both(geometry.cluster));
-            row("mapped", format!("{mapped} of {} clusters", geometry.clusters()));
-            row(
-                "in-use mark",
-                match header.in_use {
-                    IN_USE => "set: open, or not closed cleanly".into(),
-                    CLOSED => "clear".into(),
-                    CLOSED_V21 => "clear (closed as v2.1)".into(),
-                    odd => format!("clear (odd value {odd:#x})"),
-                },
-            );
+            row("mapped", format!("{} of {} clusters", order.mapped, geometry.clusters()));
+            row("fragmented", order.to_text());
+            row("in-use mark", mark(header));
             if header.extension != 0 {
                 row("extension", format!("at sector {}", header.extension));
             }

@@ -10,6 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::json;
 
+use crate::cli::space::{Order, Reclaimable};
 use crate::cli::target::Target;
 use crate::cli::{Outcome, check as check_cli, info as info_cli, out, served, size};
 use crate::control::protocol::SnapshotLine;
@@ -139,21 +140,32 @@ pub fn info(target: &Target, as_json: bool) -> anyhow::Result<Outcome> {
     let image = Layered::read(&target.path)?;
     let live = if target.snapshot.is_none() { served::image(&target.path)? } else { None };
     let levels = image.chain(image.guid(target.snapshot.as_deref())?)?;
-    let levels: Vec<AtRest> = levels.into_iter().map(|delta| image.open(delta)).collect::<Result<_>>()?;
-    let size = levels.last().map_or(0, AtRest::size);
-    let in_use = levels.last().is_some_and(|top| matches!(&top.form, Form::Ploop(h) if h.is_in_use()));
-    let allocated: u64 = levels.iter().map(|level| level.allocated).sum();
+    let open = |delta: &Delta| Ok((delta.guid.to_string(), image.open(delta)?));
+    let levels: Vec<(String, AtRest)> = levels.into_iter().map(open).collect::<Result<_>>()?;
+    let top = levels.last().map(|(_, top)| top);
+    let size = top.map_or(0, AtRest::size);
+    let in_use = top.is_some_and(|top| matches!(&top.form, Form::Ploop(h) if h.is_in_use()));
+    let allocated: u64 = levels.iter().map(|(_, level)| level.allocated).sum();
     let lines = snapshots::of(&target.path)?;
     let name = name(&target.path).to_string_lossy().into_owned();
+    let orders: Vec<Order> = levels.iter().map(|(_, level)| Order::of(level)).collect::<Result<_>>()?;
+    let served = served::serving(&target.path)?.is_some();
+    let mut reclaimable = Reclaimable::leaks(&target.path, served);
+    reclaimable.add_snapshots(&levels, &lines)?;
+    let holder = match top {
+        Some(top) if !served => info_cli::holder(&top.path)?,
+        _ => None,
+    };
     if !as_json {
-        let live = live.map(|live| live.to_text()).unwrap_or_default();
-        out::text(&(to_text(&name, target, &levels, size, allocated, &lines) + &live))?;
+        let live = live.map_or_else(|| info_cli::OFFLINE.to_owned(), |live| live.to_text());
+        let holder = holder.map(|holder| info_cli::held_by(&holder)).unwrap_or_default();
+        let facts = to_text(&name, target, &levels, &orders, (size, allocated), &lines);
+        out::text(&(facts + &reclaimable.to_text(&target.path) + &live + &holder))?;
         return Ok(Outcome::Done);
     }
-    let mut level_values = Vec::new();
-    for level in &levels {
-        level_values.push(info_cli::level_json(level, info_cli::mapped_clusters(level)?));
-    }
+    let with_order = levels.iter().zip(&orders);
+    let level_values: Vec<_> =
+        with_order.map(|((_, level), order)| info_cli::level_json(level, *order)).collect();
     let mut value = json!({
         "name": name,
         "path": target.path.to_string_lossy(),
@@ -166,7 +178,11 @@ pub fn info(target: &Target, as_json: bool) -> anyhow::Result<Outcome> {
         "mode": "offline",
         "in_use": in_use,
         "openers": [],
+        "reclaimable": reclaimable,
     });
+    if let (Some(holder), Some(fields)) = (&holder, value.as_object_mut()) {
+        fields.insert("holder".to_owned(), json!(holder.to_string()));
+    }
     if let (Some(live), Some(fields)) = (&live, value.as_object_mut()) {
         fields.insert("mode".to_owned(), json!(live.mode));
         fields.insert("openers".to_owned(), json!(live.openers));
@@ -181,9 +197,9 @@ pub fn info(target: &Target, as_json: bool) -> anyhow::Result<Outcome> {
 fn to_text(
     name: &str,
     target: &Target,
-    levels: &[AtRest],
-    size: u64,
-    allocated: u64,
+    levels: &[(String, AtRest)],
+    orders: &[Order],
+    (size, allocated): (u64, u64),
     lines: &[SnapshotLine],
 ) -> String {
     let mut text = String::new();
@@ -202,13 +218,19 @@ fn to_text(
     row("kind", "layered");
     let snapshots: Vec<&str> = lines.iter().filter(|l| !l.current).map(|l| l.name.as_str()).collect();
     row("snapshots", &if snapshots.is_empty() { "none".to_owned() } else { snapshots.join(", ") });
-    for (index, level) in levels.iter().enumerate() {
+    if let Some((_, AtRest { form: Form::Ploop(header), .. })) = levels.last() {
+        row("in-use mark", &info_cli::mark(header));
+    }
+    for (index, ((_, level), order)) in levels.iter().zip(orders).enumerate() {
         let form = match &level.form {
             Form::Raw => "raw".to_owned(),
             Form::Ploop(header) => format!("ploop {}", header.version),
         };
         let file = level.path.file_name().unwrap_or_default().to_string_lossy();
         row(&format!("level {index}"), &format!("{file}, {form}, {}", size::human(level.allocated)));
+        if matches!(level.form, Form::Ploop(_)) {
+            row("fragmented", &order.to_text());
+        }
     }
     text
 }

@@ -20,6 +20,7 @@ pub mod info;
 pub mod layered;
 pub mod list;
 pub mod man;
+pub mod map;
 pub mod merge;
 pub mod meta;
 pub mod mount;
@@ -30,6 +31,7 @@ pub mod resize;
 pub mod served;
 pub mod size;
 pub mod snapshot;
+pub mod space;
 pub mod target;
 pub mod umount;
 pub mod utc;
@@ -85,8 +87,17 @@ pub enum Command {
     List(list::Args),
     /// Show what an image is
     ///
-    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it.
+    /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Beside size and space: how fragmented it is (of
+    /// the places where one cluster follows another, how many are jumps in the file), what could be given back and why the
+    /// rest could not, its mode, and who has it open.
     Info(info::Args),
+    /// Show where each part of a disk lies: in which level's file, and where nothing is
+    ///
+    /// A line for each range that lies in one piece, in hexadecimal: where it begins on the disk, its length, its level (0 is
+    /// the base), where it begins in the level's file. --json has the fields of `qemu-img map --output=json`, and level and
+    /// file. An image that a mount serves is mapped by its daemon, also while it is in use; a map shows each part as it
+    /// was when it was looked at. Memory does not grow with the disk.
+    Map(map::Args),
     /// Make, list, delete and go back to snapshots of an image
     ///
     /// Of an image that a mount serves while it is in use, of others offline. A first snapshot turns the image's file into
@@ -145,6 +156,7 @@ impl Command {
             Command::Create(args) => create::run(args),
             Command::List(args) => list::run(args),
             Command::Info(args) => info::run(args),
+            Command::Map(args) => map::run(args),
             Command::Snapshot(args) => snapshot::run(args),
             Command::Merge(args) => merge::run(args),
             Command::Clone(args) => clone::run(args),

@@ -10,6 +10,7 @@ use super::protocol::{
     Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, SnapshotLine, VERSION,
 };
 use crate::error::{Error, Kind, Result};
+use crate::image::map::Piece;
 use crate::vdisk::live::{Done, Work};
 
 /// How long a daemon may take for an answer that needs no waiting. A rescan opens files, so it is generous.
@@ -72,6 +73,12 @@ impl Client {
     pub fn snapshots(&mut self, image: &str) -> Result<Vec<SnapshotLine>> {
         let answer = self.ask(Op::Snapshots { image: image.to_owned() })?;
         answer.snapshots.ok_or_else(|| self.odd("no snapshots in the answer"))
+    }
+
+    /// A piece of the map of an image, or of a snapshot of it, from byte `offset` of the disk on.
+    pub fn map(&mut self, image: &str, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
+        let (image, snapshot) = (image.to_owned(), snapshot.map(str::to_owned));
+        self.ask(Op::Map { image, snapshot, offset })?.map.ok_or_else(|| self.odd("no map in the answer"))
     }
 
     /// Ends the work that goes on with an image.

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
+use crate::image::map::Piece;
 use crate::vdisk::live::{Done, Work};
 
 /// The version both sides put in every line.
@@ -48,6 +49,16 @@ pub enum Op {
     Snapshots {
         /// Name of the image, without `.img`.
         image: String,
+    },
+    /// A piece of the map of an image.
+    Map {
+        /// Name of the image, without `.img`.
+        image: String,
+        /// One of its snapshots, by label or GUID; None: the live disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        snapshot: Option<String>,
+        /// The byte of the disk at which the piece begins.
+        offset: u64,
     },
 }
 
@@ -183,6 +194,9 @@ pub struct Answer {
     /// For [`Op::Snapshots`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<Vec<SnapshotLine>>,
+    /// For [`Op::Map`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<Piece>,
 }
 
 fn is_zero(n: &u8) -> bool {
@@ -246,7 +260,8 @@ mod tests {
             Work::Resize { size: u64::MAX },
         ];
         let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
-        let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }];
+        let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
+        let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map];
         for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait].into_iter().chain(works).chain(others)
         {
             let line = serde_json::to_vec(&Request { v: VERSION, op: op.clone() }).expect("plain data");

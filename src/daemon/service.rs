@@ -109,6 +109,10 @@ impl Service for Desk {
                 }
             }
             Op::Cancel { image } => answer(self.works.cancel(&image), |()| Answer::done()),
+            Op::Map { image, snapshot, offset } => {
+                let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
+                answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
+            }
             Op::Snapshots { image } => {
                 answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() })
             }

@@ -8,10 +8,12 @@ use std::sync::Arc;
 use super::entry::{Attributes, Entry, time_of};
 use super::locked;
 use super::scan::Source;
+use super::set::Folder;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{HEADER_BYTES, Header};
 use crate::image::layers::Reader;
+use crate::image::map::Piece;
 use crate::image::paths;
 use crate::image::store::Store;
 use crate::io::file::{HostFile, read_full};
@@ -84,6 +86,22 @@ pub(super) struct Going<'a> {
 impl Drop for Going<'_> {
     fn drop(&mut self) {
         locked(&self.entry.views).going.remove(&self.guid);
+    }
+}
+
+impl Folder {
+    /// A piece of the map of an image (by its name without `.img`), or of a snapshot of it (label or GUID), from byte
+    /// `offset` of the disk on. Opens it for that long. Blocks; not for threads of the engine or a transport.
+    pub fn map_piece(&self, name: &str, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
+        let missing = |what: String| Error::at(Kind::NotFound, self.path().join(name), what);
+        let Some(wanted) = snapshot else {
+            return self.open_image(name, false)?.image().map_piece(offset);
+        };
+        let entry = self.find(name.as_ref()).ok_or_else(|| missing("no such image is served".into()))?;
+        let is = |s: &&Snapshot| s.name == wanted || Guid::parse(wanted).is_some_and(|guid| guid == s.guid);
+        let found = entry.snapshots().iter().find(is).map(|s| s.guid);
+        let guid = found.ok_or_else(|| missing(format!("there is no snapshot {wanted}")))?;
+        entry.open_snapshot(guid)?.image().map_piece(offset)
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, Geometry, HEADER_BYTES, Header};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::level::{Layout, Level};
 use crate::io::file::{HostFile, HostStatus, read_full};
 use crate::io::lock::DeltaLock;
 use crate::io::real::{Access, RealFile};
@@ -57,6 +58,15 @@ impl AtRest {
             Form::Ploop(_) => ImageKind::Ploop,
             Form::Raw => ImageKind::Raw,
         }
+    }
+
+    /// The same file, as the only level of an image that is opened to be read.
+    pub fn into_level(self) -> Level {
+        let layout = match self.form {
+            Form::Ploop(header) => Layout::Ploop(header),
+            Form::Raw => Layout::Raw,
+        };
+        Level { file: self.file, path: self.path, layout }
     }
 
     /// Reads until `buf` is full or the file ends; returns the bytes read.

@@ -9,6 +9,7 @@ pub mod labels;
 pub mod layers;
 pub mod level;
 pub mod make_folder;
+pub mod map;
 pub mod meta;
 pub mod paths;
 pub mod repair;

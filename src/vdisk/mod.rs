@@ -25,6 +25,7 @@ mod models;
 mod pio;
 #[cfg(test)]
 mod races;
+mod ranges;
 mod read;
 mod runner;
 mod scan;

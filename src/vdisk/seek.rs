@@ -100,12 +100,12 @@ impl Image {
         }
     }
 
-    fn seek_error(&self, e: &std::io::Error) -> Error {
+    pub(super) fn seek_error(&self, e: &std::io::Error) -> Error {
         Error::io(e, self.path(), "cannot find holes")
     }
 
     /// First byte of the guest cluster that holds `at`, and its place; loads the BAT page when needed.
-    fn place_at(self: &Arc<Self>, stack: &Stack, at: u64) -> Result<(u64, Place)> {
+    pub(super) fn place_at(self: &Arc<Self>, stack: &Stack, at: u64) -> Result<(u64, Place)> {
         let cluster = at / self.cluster;
         loop {
             if let Lookup::Found(place) = stack.place(cluster) {

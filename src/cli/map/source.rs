@@ -1,0 +1,182 @@
+//! Where a map comes from: the daemon that serves the image, else the files, under the same locks.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::cli::layered::Layered;
+use crate::cli::served::{self, Daemon};
+use crate::cli::target::Target;
+use crate::cli::{layered, out};
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::Candidate;
+use crate::image::kind::Class;
+use crate::image::layers::{Direct, Layers};
+use crate::image::map::{Piece, Range};
+use crate::image::paths::image_folder;
+use crate::io::real::Access;
+use crate::vdisk::{Engine, Image, Options};
+
+/// BAT pages in memory while an image is walked front to back once: a bound, not a cache that pays.
+const BAT_CACHE: u64 = 1 << 20;
+
+/// One level, for people.
+#[derive(Clone, Debug)]
+pub struct LevelInfo {
+    /// Its file.
+    pub path: PathBuf,
+    /// The file's length in bytes.
+    pub length: u64,
+    /// The snapshot that it is, or "live disk".
+    pub label: String,
+}
+
+impl LevelInfo {
+    /// The file's name, fit for a terminal.
+    pub fn file_name(&self) -> String {
+        out::printable(&self.path.file_name().unwrap_or_default().to_string_lossy())
+    }
+}
+
+enum From {
+    Daemon(Box<Daemon>, String),
+    Files { image: Arc<Image>, _locks: Box<dyn Any> },
+}
+
+/// An image that is mapped.
+pub struct Source {
+    from: From,
+    name: String,
+    snapshot: Option<String>,
+    path: PathBuf,
+    levels: Vec<LevelInfo>,
+    /// The piece that comes next.
+    piece: Piece,
+    /// It was given out.
+    taken: bool,
+}
+
+impl Source {
+    /// Opens `target`, and looks at its first piece.
+    pub fn open(target: &Target) -> Result<Source> {
+        let path = &target.path;
+        let (mut from, name) = match served::serving(path)? {
+            Some((daemon, line)) => (From::Daemon(Box::new(daemon), line.name.clone()), line.name),
+            None => from_files(target)?,
+        };
+        let piece = piece(&mut from, target.snapshot.as_deref(), 0)?;
+        let levels = levels(path, &piece)?;
+        let (path, snapshot) = (path.clone(), target.snapshot.clone());
+        Ok(Source { from, name, snapshot, path, levels, piece, taken: false })
+    }
+
+    /// The image's name, and the snapshot's behind an @.
+    pub fn title(&self) -> String {
+        let snapshot = self.snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();
+        out::printable(&format!("{}{snapshot}", self.name))
+    }
+
+    /// The levels, base first.
+    pub fn levels(&self) -> &[LevelInfo] {
+        &self.levels
+    }
+
+    /// Disk size in bytes, as it was at the beginning.
+    pub fn size(&self) -> u64 {
+        self.piece.size
+    }
+
+    /// Cluster size in bytes.
+    pub fn cluster(&self) -> u64 {
+        self.piece.cluster
+    }
+
+    /// The ranges that come next; None at the end.
+    pub fn next_ranges(&mut self) -> Result<Option<Vec<Range>>> {
+        if !std::mem::replace(&mut self.taken, true) {
+            return Ok(Some(std::mem::take(&mut self.piece.ranges)));
+        }
+        if self.piece.next >= self.piece.size {
+            return Ok(None);
+        }
+        let next = piece(&mut self.from, self.snapshot.as_deref(), self.piece.next)?;
+        // What was said of level 1 must be true of level 1 to the end.
+        if !next.same_levels(&self.piece) {
+            let why = "a snapshot or a merge changed its levels while it was mapped; map it again";
+            return Err(Error::at(Kind::Busy, &self.path, why));
+        }
+        // The disk may have grown; the map is that of the disk as it was. An end that stands still has no end.
+        let size = self.piece.size;
+        if next.next <= self.piece.next {
+            return Err(Error::at(Kind::Io, &self.path, "the map does not go on"));
+        }
+        self.piece = Piece { size, ranges: Vec::new(), ..next.clone() };
+        let cut = |range: Range| Range { length: range.length.min(size - range.start), ..range };
+        Ok(Some(next.ranges.into_iter().filter(|range| range.start < size).map(cut).collect()))
+    }
+}
+
+fn piece(from: &mut From, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
+    match from {
+        From::Daemon(daemon, name) => daemon.client.map(name, snapshot, offset),
+        From::Files { image, .. } => image.map_piece(offset),
+    }
+}
+
+fn from_files(target: &Target) -> Result<(From, String)> {
+    let path = &target.path;
+    let options = Options { bat_cache: BAT_CACHE, ..Options::default() };
+    let engine = Engine::new(options, Box::new(|event| log::warn!("{event}")));
+    if target.is_layered() {
+        let opener = Arc::new(Direct(Access::ReadOnly));
+        let (layers, live) = Layers::open(image_folder(path)?, path, opener, false)?;
+        let levels = match &target.snapshot {
+            None => live,
+            Some(name) => {
+                let guid = layers.store().find_snapshot(name)?;
+                layers.chain(guid)?
+            }
+        };
+        let name = layered::name(path).to_string_lossy().into_owned();
+        let image = Image::open_beside(&engine, &name, levels)?;
+        return Ok((From::Files { image, _locks: Box::new(layers) }, name));
+    }
+    // What it is comes first: a folder or a link has no lock to be taken.
+    Candidate::open(path)?.kind()?;
+    if target.snapshot.is_some() {
+        return Err(Error::at(Kind::NotFound, path, "the image has no snapshots"));
+    }
+    let (candidate, lock) = Candidate::open_locked(path)?;
+    let kind = candidate.kind()?;
+    let name = match candidate.class() {
+        Class::Image { name, .. } => name.to_string_lossy().into_owned(),
+        Class::NotAnImage { .. } => String::new(),
+    };
+    let level = candidate.open_as(kind)?.into_level();
+    let image = Image::open(&engine, &name, vec![level])?;
+    Ok((From::Files { image, _locks: Box::new(lock) }, name))
+}
+
+/// The levels of a piece, with the snapshots' names.
+fn levels(path: &Path, piece: &Piece) -> Result<Vec<LevelInfo>> {
+    let mut labels: HashMap<OsString, String> = HashMap::new();
+    if crate::cli::target::is_layered(path) {
+        let image = Layered::read(path)?;
+        for delta in &image.descriptor.deltas {
+            let file = Path::new(&delta.file).file_name().unwrap_or_default().to_owned();
+            let live = delta.guid == image.descriptor.top;
+            labels.insert(file, if live { "live disk".into() } else { image.labels.name(delta.guid) });
+        }
+    }
+    let info = |level: &crate::image::map::MapLevel| LevelInfo {
+        label: labels
+            .get(level.path.file_name().unwrap_or_default())
+            .cloned()
+            .unwrap_or_else(|| "live disk".to_owned()),
+        path: level.path.clone(),
+        length: level.length,
+    };
+    Ok(piece.levels.iter().map(info).collect())
+}
