@@ -11,6 +11,7 @@ use super::protocol::{
 };
 use crate::error::{Error, Kind, Result};
 use crate::image::map::Piece;
+use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
 
 /// How long a daemon may take for an answer that needs no waiting. A rescan opens files, so it is generous.
@@ -73,6 +74,11 @@ impl Client {
     pub fn snapshots(&mut self, image: &str) -> Result<Vec<SnapshotLine>> {
         let answer = self.ask(Op::Snapshots { image: image.to_owned() })?;
         answer.snapshots.ok_or_else(|| self.odd("no snapshots in the answer"))
+    }
+
+    /// The live counters.
+    pub fn stats(&mut self) -> Result<Document> {
+        self.ask(Op::Stats)?.stats.ok_or_else(|| self.odd("no counters in the answer"))
     }
 
     /// A piece of the map of an image, or of a snapshot of it, from byte `offset` of the disk on.

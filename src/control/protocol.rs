@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
 use crate::image::map::Piece;
+use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
 
 /// The version both sides put in every line.
@@ -50,6 +51,8 @@ pub enum Op {
         /// Name of the image, without `.img`.
         image: String,
     },
+    /// The live counters.
+    Stats,
     /// A piece of the map of an image.
     Map {
         /// Name of the image, without `.img`.
@@ -194,6 +197,9 @@ pub struct Answer {
     /// For [`Op::Snapshots`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshots: Option<Vec<SnapshotLine>>,
+    /// For [`Op::Stats`]: what `.ploopfs/stats.json` holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Document>,
     /// For [`Op::Map`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<Piece>,
@@ -262,7 +268,10 @@ mod tests {
         let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
         let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
         let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map];
-        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait].into_iter().chain(works).chain(others)
+        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait, Op::Stats]
+            .into_iter()
+            .chain(works)
+            .chain(others)
         {
             let line = serde_json::to_vec(&Request { v: VERSION, op: op.clone() }).expect("plain data");
             assert_eq!(parse_request(&line).expect("our own line"), op);

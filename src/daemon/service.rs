@@ -10,7 +10,7 @@ use crate::control::server::{Caller, Service};
 use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
-use crate::tree::Sandbox;
+use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
 /// The folder and its end, as clients see them.
@@ -47,6 +47,12 @@ impl Desk {
             transport: "fuse".to_owned(),
             read_only: self.settings.read_only,
         }
+    }
+
+    fn stats(&self) -> Document {
+        let mountpoint = self.settings.mountpoint().to_owned();
+        let info = MountInfo { mountpoint, transport: "fuse", sandbox: Arc::new(self.sandbox.into()) };
+        document(&self.folder, &info)
     }
 
     fn images(&self) -> Vec<ImageLine> {
@@ -109,6 +115,7 @@ impl Service for Desk {
                 }
             }
             Op::Cancel { image } => answer(self.works.cancel(&image), |()| Answer::done()),
+            Op::Stats => Answer { stats: Some(self.stats()), ..Answer::done() },
             Op::Map { image, snapshot, offset } => {
                 let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
                 answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })

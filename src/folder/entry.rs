@@ -154,6 +154,16 @@ impl Entry {
         Some(self.live.load().as_ref()?.image.stats())
     }
 
+    /// Looks at the live image; None while it is closed.
+    pub fn with_image<T>(&self, look: impl FnOnce(&Image) -> T) -> Option<T> {
+        Some(look(&self.live.load().as_ref()?.image))
+    }
+
+    /// Disk size in bytes, without asking the host.
+    pub fn size(&self) -> u64 {
+        self.with_image(Image::size).unwrap_or_else(|| self.size.load(Ordering::Acquire))
+    }
+
     /// How it is open, in one word.
     pub fn mode(&self) -> &'static str {
         match self.stats().map(|s| s.mode) {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -9,6 +10,7 @@ use super::trouble::Trouble;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, OpenImage, OpenSnapshot};
 use crate::fuse::ops::{Answer, Done, Errno, Now, OpenFlags, Whence};
+use crate::vdisk::latency::Op;
 use crate::vdisk::{Engine, Image, Reply};
 
 /// fallocate: the length stays.
@@ -64,8 +66,12 @@ impl OpenFile {
                 if len == 0 {
                     return Now::Done(Ok(0));
                 }
+                let began = Instant::now();
                 match image.try_read(offset, &mut buf[..len]) {
-                    Some(result) => Now::Done(result.map_err(|e| report(trouble, entry, "read").errno(&e))),
+                    Some(result) => {
+                        image.latencies().note(Op::Read, began.elapsed());
+                        Now::Done(result.map_err(|e| report(trouble, entry, "read").errno(&e)))
+                    }
                     None => Now::Later,
                 }
             }
@@ -96,7 +102,9 @@ impl OpenFile {
     /// Reads; answers from any thread.
     pub fn read_later(&self, trouble: &Arc<Trouble>, offset: u64, len: usize, done: Done<Bytes>) {
         match self.image() {
-            Some((image, entry)) => image.read(offset, len, reply(trouble, entry, "read", done)),
+            Some((image, entry)) => {
+                image.read(offset, len, timed(image, Op::Read, reply(trouble, entry, "read", done)))
+            }
             None => done(Ok(self.text(offset, len))),
         }
     }
@@ -130,10 +138,12 @@ impl OpenFile {
         if is_durable(flags) {
             return Now::Later;
         }
-        match open.image().try_write(offset, data) {
-            Some(Ok(())) => Now::Done(Ok(data.len())),
-            Some(Err(e)) => Now::Done(Err(report(trouble, open.entry(), "write").errno(&e))),
-            None => Now::Later,
+        let began = Instant::now();
+        let Some(result) = open.image().try_write(offset, data) else { return Now::Later };
+        open.image().latencies().note(Op::Write, began.elapsed());
+        match result {
+            Ok(()) => Now::Done(Ok(data.len())),
+            Err(e) => Now::Done(Err(report(trouble, open.entry(), "write").errno(&e))),
         }
     }
 
@@ -150,12 +160,8 @@ impl OpenFile {
         match self.writable(offset, len as u64) {
             Ok(open) => {
                 let done = Box::new(move |answer: Answer<()>| done(answer.map(|()| len)));
-                open.image().write(
-                    offset,
-                    data,
-                    is_durable(flags),
-                    reply(trouble, open.entry(), "write", done),
-                );
+                let reply = timed(open.image(), Op::Write, reply(trouble, open.entry(), "write", done));
+                open.image().write(offset, data, is_durable(flags), reply);
             }
             Err(errno) => done(Err(errno)),
         }
@@ -173,7 +179,11 @@ impl OpenFile {
     pub fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
         match self {
             OpenFile::Image(open) if open.may_change() => {
-                open.image().flush(reply(trouble, open.entry(), "sync", done));
+                open.image().flush(timed(
+                    open.image(),
+                    Op::Flush,
+                    reply(trouble, open.entry(), "sync", done),
+                ));
             }
             _ => done(Ok(())),
         }
@@ -196,7 +206,10 @@ impl OpenFile {
         match clipped {
             _ if !supported => done(Err(Errno(libc::EOPNOTSUPP))),
             0 => done(Ok(())),
-            _ => open.image().discard(offset, clipped, reply(trouble, open.entry(), "discard", done)),
+            _ => {
+                let reply = reply(trouble, open.entry(), "discard", done);
+                open.image().discard(offset, clipped, timed(open.image(), Op::Discard, reply));
+            }
         }
     }
 
@@ -246,6 +259,15 @@ fn reply<T: 'static>(
     let (trouble, entry) = (trouble.clone(), entry.clone());
     Box::new(move |result| {
         done(result.map_err(|e| Report { trouble, path: entry.path(), doing }.errno(&e)));
+    })
+}
+
+/// The same answer, its time noted.
+fn timed<T: 'static>(image: &Arc<Image>, op: Op, reply: Reply<T>) -> Reply<T> {
+    let (image, began) = (image.clone(), Instant::now());
+    Box::new(move |result| {
+        image.latencies().note(op, began.elapsed());
+        reply(result);
     })
 }
 

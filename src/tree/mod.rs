@@ -4,11 +4,13 @@
 //! NAME.img                     every served image
 //! .snapshots/NAME/LABEL.img    each snapshot, read-only
 //! .ploopfs/stats.json          live counters
+//! .ploopfs/metrics             the same for Prometheus
 //! ```
 
 mod attrs;
 mod data;
 mod handles;
+mod metrics;
 mod names;
 mod snapshots;
 mod stats;
@@ -29,9 +31,9 @@ use crate::vdisk::Engine;
 use attrs::Owner;
 use data::OpenFile;
 use handles::{Borrowed, Handles};
-use names::{Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
+use names::{METRICS_NAME, Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
 use snapshots::Numbers;
-pub use stats::{MountInfo, Sandbox};
+pub use stats::{Document, Image as ImageStats, MountInfo, Sandbox, document};
 use trouble::Trouble;
 
 /// The mount of one folder.
@@ -82,9 +84,20 @@ impl Tree {
                 let attributes = self.entry(id)?.snapshot_attributes(guid).ok_or(NO_ENTRY)?;
                 attrs::snapshot(node, &attributes)
             }
-            Node::Stats => self.owner.file(node, stats::render(&self.folder, &self.info).len() as u64),
+            Node::Stats | Node::Metrics => {
+                self.owner.file(node, self.text(node).map_or(0, |text| text.len() as u64))
+            }
             Node::Image(id) => attrs::image(node, &self.entry(id)?.attributes()),
         })
+    }
+
+    /// What a file of our own has in it at this moment.
+    fn text(&self, node: Node) -> Option<Bytes> {
+        match node {
+            Node::Stats => Some(stats::render(&self.folder, &self.info)),
+            Node::Metrics => Some(metrics::render(&self.folder, &self.engine, &self.info)),
+            _ => None,
+        }
     }
 
     /// The snapshots of an image, with their nodes.
@@ -159,6 +172,7 @@ impl FileSystem for Tree {
                 Ok(attrs::image(Node::Image(entry.id()), &entry.attributes()))
             }
             Node::Private if name == STATS_NAME => self.attr(Node::Stats),
+            Node::Private if name == METRICS_NAME => self.attr(Node::Metrics),
             Node::Private => Err(NO_ENTRY),
             Node::Snapshots => {
                 let entry = self.folder.find(name).ok_or(NO_ENTRY)?;
@@ -170,7 +184,7 @@ impl FileSystem for Tree {
                 let found = self.snapshots(&entry).find(|(_, snapshot)| label == &*snapshot.name);
                 self.attr(found.ok_or(NO_ENTRY)?.0)
             }
-            Node::Stats | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
+            Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
         }
     }
 
@@ -203,7 +217,10 @@ impl FileSystem for Tree {
                 all.extend(entries.iter().map(image));
                 Ok(all)
             }
-            Node::Private => Ok(vec![name(Node::Stats, FileKind::File, STATS_NAME.into())]),
+            Node::Private => Ok(vec![
+                name(Node::Stats, FileKind::File, STATS_NAME.into()),
+                name(Node::Metrics, FileKind::File, METRICS_NAME.into()),
+            ]),
             Node::Snapshots => {
                 let entries = self.folder.entries();
                 let folder = |e: &Arc<Entry>| {
@@ -217,7 +234,7 @@ impl FileSystem for Tree {
                     |(node, s): (Node, Snapshot)| name(node, FileKind::File, names::shown(s.name.as_ref()));
                 Ok(self.snapshots(&entry).map(file).collect())
             }
-            Node::Stats | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
+            Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
         }
     }
 
@@ -235,9 +252,9 @@ impl FileSystem for Tree {
     fn open(&self, _caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
         match self.node(ino) {
             Ok(Node::Image(id)) => self.open_image(id, flags, done),
-            Ok(Node::Stats) if flags.writes() => done(Err(NOT_PERMITTED)),
-            Ok(Node::Stats) => {
-                done(keep(&self.handles, OpenFile::Text(stats::render(&self.folder, &self.info))));
+            Ok(Node::Stats | Node::Metrics) if flags.writes() => done(Err(NOT_PERMITTED)),
+            Ok(node @ (Node::Stats | Node::Metrics)) => {
+                done(keep(&self.handles, OpenFile::Text(self.text(node).unwrap_or_default())));
             }
             Ok(Node::Snapshot(_)) if flags.writes() => done(Err(Errno(libc::EROFS))),
             Ok(Node::Snapshot(number)) => self.open_snapshot(number, done),

@@ -15,6 +15,8 @@ const PRIVATE: Ino = 2;
 const STATS: Ino = 3;
 /// `.snapshots`.
 const SNAPSHOTS: Ino = 4;
+/// `.ploopfs/metrics`.
+const METRICS: Ino = 5;
 /// Image number 0. Below it there is room for more files of our own.
 const IMAGES: Ino = 16;
 /// The folder `.snapshots/NAME` of image number 0; images number far below 2^62.
@@ -29,6 +31,9 @@ pub const SNAPSHOTS_NAME: &str = ".snapshots";
 /// The counters' name in it.
 pub const STATS_NAME: &str = "stats.json";
 
+/// The name of the same for Prometheus.
+pub const METRICS_NAME: &str = "metrics";
+
 /// What an inode stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Node {
@@ -38,6 +43,8 @@ pub enum Node {
     Private,
     /// `.ploopfs/stats.json`.
     Stats,
+    /// `.ploopfs/metrics`.
+    Metrics,
     /// The image of this number.
     Image(u64),
     /// `.snapshots`.
@@ -55,6 +62,7 @@ impl Node {
             ROOT => Some(Node::Root),
             PRIVATE => Some(Node::Private),
             STATS => Some(Node::Stats),
+            METRICS => Some(Node::Metrics),
             SNAPSHOTS => Some(Node::Snapshots),
             SNAPSHOT.. => Some(Node::Snapshot(ino - SNAPSHOT)),
             FOLDERS..SNAPSHOT => Some(Node::SnapshotFolder(ino - FOLDERS)),
@@ -68,6 +76,7 @@ impl Node {
             Node::Root => ROOT,
             Node::Private => PRIVATE,
             Node::Stats => STATS,
+            Node::Metrics => METRICS,
             Node::Image(id) => IMAGES + id,
             Node::Snapshots => SNAPSHOTS,
             Node::SnapshotFolder(id) => FOLDERS + id,
@@ -94,7 +103,7 @@ mod tests {
 
     #[test]
     fn every_node_is_found_again_by_its_number() {
-        let own = [Node::Root, Node::Private, Node::Stats, Node::Snapshots];
+        let own = [Node::Root, Node::Private, Node::Stats, Node::Metrics, Node::Snapshots];
         let counted = [Node::Image(1), Node::Image(1 << 40), Node::SnapshotFolder(1), Node::Snapshot(0)];
         for node in own.into_iter().chain(counted) {
             assert_eq!(Node::of(node.ino()), Some(node));

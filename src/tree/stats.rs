@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::folder::Folder;
+use crate::vdisk::latency::{Histogram, Op};
 
 /// What the mount says of itself.
 #[derive(Clone, Debug)]
@@ -20,7 +21,7 @@ pub struct MountInfo {
 }
 
 /// What confines a serving process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
     /// It can gain no privileges by starting programs.
     pub no_new_privs: bool,
@@ -30,58 +31,112 @@ pub struct Sandbox {
     pub seccomp: bool,
 }
 
-#[derive(Serialize)]
-struct Document<'a> {
-    pid: u32,
-    transport: &'a str,
-    mountpoint: String,
-    sandbox: Sandbox,
-    images: BTreeMap<String, Image>,
+/// What `.ploopfs/stats.json` holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Document {
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// The transport that serves the mount.
+    pub transport: String,
+    /// Where it is mounted.
+    pub mountpoint: String,
+    /// What confines the daemon.
+    pub sandbox: Sandbox,
+    /// Free space of the host, in bytes.
+    #[serde(default)]
+    pub host_available: u64,
+    /// Size of the host's file system, in bytes.
+    #[serde(default)]
+    pub host_size: u64,
+    /// By name, without `.img`.
+    pub images: BTreeMap<String, Image>,
 }
 
-#[derive(Serialize)]
-struct Image {
-    mode: &'static str,
-    openers: u32,
+/// One image. Counters count from its opening on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// What it can do; "closed" while nobody has it open.
+    pub mode: String,
+    /// Open handles.
+    pub openers: u32,
     /// Free space of the host is below the low-water mark.
-    low_water: bool,
-    dirty_pages: u64,
-    queued: u64,
-    reads: u64,
-    writes: u64,
-    discards: u64,
-    flushes: u64,
-    read_bytes: u64,
-    written_bytes: u64,
+    pub low_water: bool,
+    /// BAT pages that are not durable yet.
+    pub dirty_pages: u64,
+    /// Pios parked for space or waiting for unsynced data to shrink.
+    pub queued: u64,
+    /// Pios being carried out.
+    #[serde(default)]
+    pub inflight: u64,
+    /// Finished reads.
+    pub reads: u64,
+    /// Finished writes.
+    pub writes: u64,
+    /// Finished discards.
+    pub discards: u64,
+    /// Finished syncs.
+    pub flushes: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Disk size in bytes.
+    #[serde(default)]
+    pub size: u64,
+    /// Space taken on the host, in bytes.
+    #[serde(default)]
+    pub allocated: u64,
+    /// How long requests took, by kind: read, write, discard, flush. Only over the control socket: `metrics` has them for
+    /// other programs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub latency: BTreeMap<String, Histogram>,
 }
 
-/// The file's content at this moment. A closed image has the mode "closed" and counts nothing.
-pub fn render(folder: &Folder, info: &MountInfo) -> Bytes {
+/// The counters at this moment. A closed image has the mode "closed" and counts nothing.
+pub fn document(folder: &Folder, info: &MountInfo) -> Document {
     let image = |entry: &crate::folder::Entry| {
         let stats = entry.stats();
         let count = |of: fn(&crate::vdisk::Stats) -> u64| stats.as_ref().map_or(0, of);
+        let histogram =
+            |op: Op, image: &crate::vdisk::Image| (op.as_str().to_owned(), image.latencies().of(op));
         Image {
-            mode: entry.mode(),
+            mode: entry.mode().to_owned(),
             openers: entry.openers(),
             low_water: stats.as_ref().is_some_and(|s| s.low),
             dirty_pages: count(|s| s.dirty_pages),
             queued: count(|s| s.queued),
+            inflight: count(|s| s.inflight),
             reads: count(|s| s.reads),
             writes: count(|s| s.writes),
             discards: count(|s| s.discards),
             flushes: count(|s| s.flushes),
             read_bytes: count(|s| s.read_bytes),
             written_bytes: count(|s| s.written_bytes),
+            size: entry.size(),
+            // stat(2) counts units of 512 bytes.
+            allocated: entry.attributes().host.blocks * 512,
+            latency: entry
+                .with_image(|image| Op::ALL.map(|op| histogram(op, image)).into_iter().collect())
+                .unwrap_or_default(),
         }
     };
     let entries = folder.entries();
-    let document = Document {
+    let space = folder.space().ok();
+    Document {
         pid: std::process::id(),
-        transport: info.transport,
+        transport: info.transport.to_owned(),
         mountpoint: info.mountpoint.to_string_lossy().into_owned(),
         sandbox: info.sandbox.get().copied().unwrap_or_default(),
+        host_available: space.as_ref().map_or(0, |space| space.available),
+        host_size: space.as_ref().map_or(0, |space| space.total),
         images: entries.iter().map(|e| (e.name().to_string_lossy().into_owned(), image(e))).collect(),
-    };
+    }
+}
+
+/// The file's content at this moment.
+pub fn render(folder: &Folder, info: &MountInfo) -> Bytes {
+    let mut document = document(folder, info);
+    document.images.values_mut().for_each(|image| image.latency.clear());
     let mut text = serde_json::to_vec_pretty(&document).expect("strings and numbers are always JSON");
     text.push(b'\n');
     text.into()

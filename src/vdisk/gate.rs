@@ -66,6 +66,12 @@ impl Gate {
         self.closed.load(Ordering::SeqCst)
     }
 
+    /// How many are inside at about this moment.
+    pub fn inside(&self) -> u64 {
+        // One that leaves through another shard between two loads must not make it negative.
+        self.inside.iter().fold(0u64, |sum, n| sum.wrapping_add(n.0.load(Ordering::Relaxed)))
+    }
+
     /// Runs `job` when the gate is open again, unless it is open by now: then `job` comes back.
     pub fn wait(&self, job: Job) -> Option<Job> {
         let mut outside = lock(&self.outside);

@@ -17,6 +17,7 @@ mod extend;
 mod fast;
 mod flush;
 mod gate;
+pub mod latency;
 pub mod live;
 pub mod locks;
 mod mark;
@@ -78,6 +79,8 @@ pub struct Stats {
     pub dirty_pages: u64,
     /// Pios parked for space or waiting for unsynced data to shrink.
     pub queued: u64,
+    /// Pios being carried out.
+    pub inflight: u64,
     /// Finished reads.
     pub reads: u64,
     /// Finished writes.
@@ -153,6 +156,7 @@ pub struct Image {
     closing: AtomicBool,
     closed: AtomicBool,
     counters: [Padded<Counters>; SHARDS],
+    latencies: latency::Latencies,
     discards: AtomicU64,
     flushes: AtomicU64,
     /// Nanoseconds since 1970; 0 = never.
@@ -214,6 +218,7 @@ impl Image {
             closing: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             counters: Default::default(),
+            latencies: latency::Latencies::default(),
             discards: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
             last_write: AtomicU64::new(0),
@@ -293,6 +298,7 @@ impl Image {
             low: self.is_low(),
             dirty_pages: self.dirty_pages(),
             queued: (self.space.parked() + self.flusher.throttled()) as u64,
+            inflight: self.gate.inside(),
             reads: sum(|c| &c.reads),
             writes: sum(|c| &c.writes),
             discards: self.discards.load(Ordering::Relaxed),
@@ -300,6 +306,11 @@ impl Image {
             read_bytes: sum(|c| &c.read_bytes),
             written_bytes: sum(|c| &c.written_bytes),
         }
+    }
+
+    /// How long requests took; whoever answers them notes it.
+    pub fn latencies(&self) -> &latency::Latencies {
+        &self.latencies
     }
 
     /// What it can do at the moment.
