@@ -57,8 +57,20 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 3] = ["info", "check", "map"];
-const COMMANDS: [&str; 11] =
-    ["create", "list", "info", "map", "snapshot", "merge", "clone", "resize", "check", "meta", "completions"];
+const COMMANDS: [&str; 12] = [
+    "top",
+    "create",
+    "list",
+    "info",
+    "map",
+    "snapshot",
+    "merge",
+    "clone",
+    "resize",
+    "check",
+    "meta",
+    "completions",
+];
 
 #[test]
 fn every_command_explains_itself() {

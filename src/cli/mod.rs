@@ -33,6 +33,7 @@ pub mod size;
 pub mod snapshot;
 pub mod space;
 pub mod target;
+pub mod top;
 pub mod umount;
 pub mod utc;
 pub mod work;
@@ -126,6 +127,13 @@ pub enum Command {
     /// said, as ranges of bytes. Two entries that name one cluster get a copy each. Data that no entry refers to is, beside
     /// damage, kept in the file IMAGE.lost, at the bytes where it stood in the image. Keep a copy of a damaged image first.
     Check(check::Args),
+    /// Watch what the images of a mount are doing
+    ///
+    /// Requests and bytes per second, the time within which half and 99 of 100 reads and writes were answered, BAT pages that
+    /// are not durable yet, requests under way or waiting, space taken on the host. In front of a name: - closed, r
+    /// read-only, ! out of space. Keys: q ends it; n, i, t, l, d, u, s sort; r turns the order; o hides closed images; arrows
+    /// scroll. Without a terminal one measurement is printed.
+    Top(top::Args),
     /// Dump, restore and pack the metadata of an image: its header and its map
     Meta(meta::Args),
     /// Print the completion script for a shell
@@ -162,6 +170,7 @@ impl Command {
             Command::Clone(args) => clone::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
+            Command::Top(args) => top::run(args),
             Command::Meta(args) => meta::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),

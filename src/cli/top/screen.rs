@@ -1,0 +1,165 @@
+//! The terminal: taken, drawn on, and given back as it was.
+
+use std::io::{self, Stdout, Write};
+use std::time::Duration;
+
+use crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use crossterm::terminal::{self, ClearType};
+use crossterm::{cursor, queue, style};
+
+use crate::error::{Error, Kind, Result};
+
+/// A line, and how it stands out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// Its text, no wider than the screen.
+    pub text: String,
+    /// How it is drawn.
+    pub look: Look,
+}
+
+/// How a line is drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// As text is.
+    Plain,
+    /// The head of a table.
+    Head,
+    /// Less important.
+    Faint,
+    /// Something is wrong.
+    Alarm,
+}
+
+/// What came from the keyboard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing, in the time given.
+    Nothing,
+    /// The terminal has another size now.
+    Resized,
+    /// q, Esc or Ctrl-C.
+    Quit,
+    /// Another key.
+    Key(Key),
+}
+
+/// A key that means something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// A letter.
+    Letter(char),
+    /// One line up.
+    Up,
+    /// One line down.
+    Down,
+    /// A screen up.
+    PageUp,
+    /// A screen down.
+    PageDown,
+}
+
+/// The terminal while it is ours; dropping it gives it back.
+pub struct Screen {
+    out: Stdout,
+    stale: bool,
+}
+
+fn cannot(e: &io::Error) -> Error {
+    Error::new(Kind::Io, format!("cannot use the terminal: {e}; --once prints one measurement"))
+}
+
+impl Screen {
+    /// Takes the terminal: keys come one by one, and what stands there comes back at the end.
+    pub fn open() -> Result<Screen> {
+        terminal::enable_raw_mode().map_err(|e| cannot(&e))?;
+        // From here on there is something to give back.
+        let mut screen = Screen { out: io::stdout(), stale: true };
+        queue!(screen.out, terminal::EnterAlternateScreen, cursor::Hide)
+            .and_then(|()| screen.out.flush())
+            .map_err(|e| cannot(&e))?;
+        Ok(screen)
+    }
+
+    /// Columns and rows.
+    pub fn size(&self) -> Result<(usize, usize)> {
+        let (columns, rows) = terminal::size().map_err(|e| cannot(&e))?;
+        Ok((usize::from(columns), usize::from(rows)))
+    }
+
+    /// True when what stands there is old.
+    pub fn is_stale(&self) -> bool {
+        self.stale
+    }
+
+    /// What stands there is old.
+    pub fn make_stale(&mut self) {
+        self.stale = true;
+    }
+
+    /// Draws all lines anew, in one write, so that nothing flickers.
+    pub fn draw(&mut self, lines: &[Line]) -> Result<()> {
+        use style::{Attribute, SetAttribute};
+        let mut frame = Vec::new();
+        let drawn = (|| {
+            for (row, line) in lines.iter().enumerate() {
+                queue!(frame, cursor::MoveTo(0, row as u16))?;
+                let attribute = match line.look {
+                    Look::Plain => Attribute::Reset,
+                    Look::Head => Attribute::Reverse,
+                    Look::Faint => Attribute::Dim,
+                    Look::Alarm => Attribute::Bold,
+                };
+                queue!(
+                    frame,
+                    SetAttribute(attribute),
+                    style::Print(&line.text),
+                    SetAttribute(Attribute::Reset)
+                )?;
+                queue!(frame, terminal::Clear(ClearType::UntilNewLine))?;
+            }
+            queue!(frame, terminal::Clear(ClearType::FromCursorDown))?;
+            self.out.write_all(&frame)?;
+            self.out.flush()
+        })();
+        self.stale = false;
+        drawn.map_err(|e: io::Error| cannot(&e))
+    }
+
+    /// Waits for a key, `patience` at most.
+    pub fn wait(&mut self, patience: Duration) -> Result<Seen> {
+        match event::poll(patience) {
+            Ok(false) => return Ok(Seen::Nothing),
+            // A signal; who sent it is looked at elsewhere.
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Seen::Nothing),
+            Err(e) => return Err(cannot(&e)),
+            Ok(true) => {}
+        }
+        let key = match event::read().map_err(|e| cannot(&e))? {
+            Event::Resize(..) => return Ok(Seen::Resized),
+            Event::Key(key) if key.kind != KeyEventKind::Release => key,
+            _ => return Ok(Seen::Nothing),
+        };
+        let control = key.modifiers.contains(KeyModifiers::CONTROL);
+        Ok(match key.code {
+            KeyCode::Char('c' | 'd') if control => Seen::Quit,
+            KeyCode::Char('l') if control => Seen::Resized,
+            KeyCode::Char('q') | KeyCode::Esc => Seen::Quit,
+            KeyCode::Char(letter) if !control => Seen::Key(Key::Letter(letter)),
+            KeyCode::Up => Seen::Key(Key::Up),
+            KeyCode::Down => Seen::Key(Key::Down),
+            KeyCode::PageUp => Seen::Key(Key::PageUp),
+            KeyCode::PageDown => Seen::Key(Key::PageDown),
+            _ => Seen::Nothing,
+        })
+    }
+}
+
+impl Drop for Screen {
+    fn drop(&mut self) {
+        // Where the terminal is gone there is nobody to give it back to.
+        let _ = queue!(self.out, cursor::Show, terminal::LeaveAlternateScreen);
+        let _ = self.out.flush();
+        let _ = terminal::disable_raw_mode();
+    }
+}
