@@ -17,9 +17,40 @@ use crate::error::{Error, Kind, Result};
 use crate::image::create::{Plan, create_or_use};
 use crate::io::unmount::unmount;
 
-/// Options of mount(8) that say nothing to us: they are about when to mount, or what a mount of ours is anyway.
-const FOR_MOUNT: [&str; 9] =
-    ["rw", "defaults", "auto", "noauto", "nofail", "_netdev", "nosuid", "nodev", "noatime"];
+/// Options of mount(8) that say nothing to us: they are about when and by whom to mount, or are what a mount of ours is
+/// anyway (there is nothing in it to execute, and no device).
+const FOR_MOUNT: [&str; 30] = [
+    "rw",
+    "defaults",
+    "auto",
+    "noauto",
+    "nofail",
+    "_netdev",
+    "comment",
+    "helper",
+    "uhelper",
+    "user",
+    "nouser",
+    "users",
+    "owner",
+    "group",
+    "allow_other",
+    "default_permissions",
+    "suid",
+    "nosuid",
+    "dev",
+    "nodev",
+    "exec",
+    "noexec",
+    "async",
+    "atime",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "norelatime",
+    "lazytime",
+    "nolazytime",
+];
 /// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
 /// request that blocks, and many wake cache-cold (FUSE.md 1.1).
 const THREADS: (usize, usize) = (2, 8);
@@ -87,7 +118,8 @@ pub struct Args {
     /// How long open files may hold up the end after SIGTERM, in seconds
     #[arg(long, value_name = "SECS", default_value = "60")]
     stop_timeout: u64,
-    /// Any of these options by its long name, and mount(8)'s ro, rw, noauto, nofail, _netdev and x-*
+    /// Any of these options by its long name, and mount(8)'s ro; its rw, noauto, nofail, _netdev, x-* and the like are
+    /// passed over
     #[arg(short = 'o', value_name = "NAME[=VALUE],...", action = clap::ArgAction::Append)]
     options: Vec<String>,
     /// Faults to inject into host files
@@ -140,10 +172,15 @@ struct Again {
     args: Args,
 }
 
+fn is_for_mount(word: &str) -> bool {
+    let name = word.split_once('=').map_or(word, |(name, _)| name);
+    FOR_MOUNT.contains(&name) || word.starts_with("x-") || word.starts_with("X-")
+}
+
 /// The words of a command line in which every `-o` is spelled out with long options; None: there is none.
 fn spell_out(options: &[String]) -> Vec<OsString> {
     let words = options.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty());
-    let words = words.filter(|word| !FOR_MOUNT.contains(word) && !word.starts_with("x-"));
+    let words = words.filter(|word| !is_for_mount(word));
     words.map(|word| if word == "ro" { "--read-only".into() } else { format!("--{word}").into() }).collect()
 }
 
@@ -152,6 +189,10 @@ fn spell_out(options: &[String]) -> Vec<OsString> {
 fn with_options(args: Args, words: impl Iterator<Item = OsString>) -> anyhow::Result<Args> {
     if args.options.is_empty() {
         return Ok(args);
+    }
+    if args.options.iter().flat_map(|list| list.split(',')).any(|word| word == "remount") {
+        let why = "a mount of ploopfs cannot change its options; umount it, and mount it again";
+        return Err(Error::new(Kind::Unsupported, format!("in -o: remount: {why}")).into());
     }
     let words = spell_out(&args.options).into_iter().chain(words.skip_while(|word| word != "mount").skip(1));
     let again = Again::try_parse_from(words);
@@ -375,6 +416,20 @@ mod tests {
         assert_eq!(args.threads, Some(3));
         assert_eq!(args.on_full, WhenFull::Error);
         assert_eq!(args.create, [Create { name: "vm".to_owned(), size: 1 << 30 }]);
+    }
+
+    #[test]
+    fn every_option_that_only_mount_understands_is_passed_over_with_its_value() {
+        let all = FOR_MOUNT.join(",");
+        let args =
+            parse(&["a", "b", "-o", &all, "-o", "user=me,X-mount.mkdir=0755,comment=x"]).expect("known");
+        assert!(!args.read_only && args.create.is_empty() && args.threads.is_none());
+    }
+
+    #[test]
+    fn a_remount_is_refused_with_what_to_do_instead() {
+        let e = parse(&["a", "b", "-o", "remount,ro"]).expect_err("refused");
+        assert!(format!("{e:#}").contains("umount it"), "{e:#}");
     }
 
     #[test]

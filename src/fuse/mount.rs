@@ -73,7 +73,7 @@ fn mount_directly(mountpoint: &Path, mode: u32, options: &Options) -> Result<Own
         data.push_str(option);
     }
     let data = CString::new(data).expect("made of numbers and constants: no NUL inside");
-    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
     if options.read_only {
         flags |= MountFlags::RDONLY;
     }
@@ -98,7 +98,7 @@ fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     // The helper's end must survive exec. No thread runs yet (DESIGN.md 8), so no other child can inherit it.
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|e| failed(e.into()))?;
-    let mut text = OsString::from("nosuid,nodev,noatime");
+    let mut text = OsString::from("nosuid,nodev,noexec,noatime");
     for option in kernel_options(options) {
         text.push(",");
         text.push(option);

@@ -7,7 +7,9 @@ pub mod churn;
 pub mod damage;
 mod host;
 pub mod lanes;
+pub mod machine;
 mod mount;
+pub mod namespace;
 mod run;
 mod stamp;
 mod v1;
@@ -71,6 +73,8 @@ fn missing(need: &str) -> Option<String> {
             return refused.map(|error| format!("this kernel has no Landlock that would do: {error}"));
         }
         "qemu" => &["qemu-img", "qemu-io"],
+        "package" => &["cargo-deb", "dpkg", "dpkg-deb", "man"],
+        "guest" => &["qemu-system-x86_64", "busybox", "mke2fs", "modprobe", "ldd", "gzip"],
         "ploop" => &["ploop"],
         "fio" => &["fio"],
         "fsx" => &["fsx"],
@@ -82,6 +86,9 @@ fn missing(need: &str) -> Option<String> {
     };
     if let Some(program) = programs.iter().find(|program| find_program(program).is_none()) {
         return Some(format!("{program} is not installed"));
+    }
+    if need == "guest" && machine::kernel().is_none() {
+        return Some("no kernel with modules in /boot (package linux-image-cloud-amd64)".to_owned());
     }
     if matches!(need, "xfs" | "btrfs") {
         // A kernel without the file system fails only at mount; say so before a test has begun.
