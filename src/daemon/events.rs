@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use super::notify;
 use super::settings::Settings;
 use super::wire::Event;
 use crate::error::Result;
@@ -87,7 +88,7 @@ fn run(settings: &Settings, program: &std::ffi::OsStr, event: &Event) -> std::re
     let numbers = [("PLOOPFS_FREE", event.free), ("PLOOPFS_TOTAL", event.total)];
     command.envs(numbers.into_iter().filter_map(|(name, n)| n.map(|n| (name, n.to_string()))));
     command.envs(event.reason.iter().map(|reason| ("PLOOPFS_REASON", reason)));
-    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).env_remove(notify::SOCKET);
     let mut child = command.spawn().map_err(|e| format!("cannot run it: {e}"))?;
     let deadline = Instant::now() + PATIENCE;
     loop {

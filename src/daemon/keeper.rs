@@ -16,7 +16,7 @@ use signal_hook::iterator::Signals;
 
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
-use super::{events, holders, log, mounts};
+use super::{events, holders, log, mounts, notify};
 use crate::control::place::{LOG, Place};
 use crate::error::{Error, Kind, Result};
 use crate::io::process;
@@ -68,7 +68,7 @@ fn told(text: String, status: u8) -> Error {
 fn ourselves(what: &str, settings: &Settings) -> Command {
     let mut command = process::daemon_command("ploopfs");
     // The two paths are for `ps`; what counts is the settings on standard input.
-    command.arg(what).arg(&settings.images).arg(&settings.mountpoint);
+    command.arg(what).arg(&settings.images).arg(&settings.mountpoint).env_remove(notify::SOCKET);
     command
 }
 
@@ -208,6 +208,10 @@ impl<'a> Keeper<'a> {
             match self.happenings.recv_deadline(look_next) {
                 Ok(Happening::Said(note @ (Note::Ready { .. } | Note::Failed { .. }))) => {
                     self.mount = self.current().map(|mount| mount.id);
+                    if report.in_front() && matches!(note, Note::Ready { .. }) {
+                        let (images, point) = (self.settings.images(), self.settings.mountpoint());
+                        notify::ready(&format!("{} on {}", images.display(), point.display()));
+                    }
                     let heard = report.first(&note);
                     reported = true;
                     if !heard {
@@ -230,7 +234,12 @@ impl<'a> Keeper<'a> {
                     // Full: the program hangs, and the log has the event.
                     self.events.iter().for_each(|events| drop(events.try_send(event.clone())));
                 }
-                Ok(Happening::Signal) => self.signal_daemon(),
+                Ok(Happening::Signal) => {
+                    if report.in_front() {
+                        notify::stopping(self.settings.stop_timeout());
+                    }
+                    self.signal_daemon();
+                }
                 Ok(Happening::Silent) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     self.look_around();

@@ -10,6 +10,7 @@ pub mod keeper;
 mod link;
 mod log;
 pub mod mounts;
+mod notify;
 mod sandbox;
 mod service;
 pub mod settings;

@@ -1,0 +1,42 @@
+//! What a service manager is told: sd_notify(3), a datagram to the socket that it names in the environment.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
+
+/// The variable that names the socket. It is meant for the process that was started, not for those that it starts.
+pub const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// How long closing images may take beyond the wait for their users: many of them, on a slow disk.
+const CLOSING: Duration = Duration::from_secs(60);
+
+/// The mount works.
+pub fn ready(status: &str) {
+    tell(&format!("READY=1\nSTATUS={}", status.replace('\n', " ")));
+}
+
+/// The end was asked for, and may take `patience` for the users of images, and a while to close them.
+pub fn stopping(patience: Duration) {
+    let patience = (patience + CLOSING).as_micros();
+    tell(&format!("STOPPING=1\nSTATUS=closing images\nEXTEND_TIMEOUT_USEC={patience}"));
+}
+
+fn tell(state: &str) {
+    let Some(socket) = std::env::var_os(SOCKET) else { return };
+    if let Err(e) = send(&socket, state) {
+        // Who waits for the word gives up after a time, and this is why. Nobody may be left to read it.
+        let _ = writeln!(io::stderr(), "ploopfs: {SOCKET}={}: {e}", socket.display());
+    }
+}
+
+/// A socket's name is a path, or, with an @ in front, an abstract one.
+fn send(socket: &OsStr, state: &str) -> io::Result<()> {
+    let address = match socket.as_bytes().split_first() {
+        Some((b'@', name)) => SocketAddr::from_abstract_name(name)?,
+        _ => SocketAddr::from_pathname(OsString::from(socket))?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(drop)
+}
