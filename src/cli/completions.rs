@@ -1,6 +1,6 @@
 //! `ploopfs completions`.
 
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 
 use crate::cli::{Cli, Outcome, out};
@@ -17,7 +17,15 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     // Into memory first: the generator panics where its writer fails.
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "ploopfs", &mut script);
+    clap_complete::generate(args.shell, &mut shown(), "ploopfs", &mut script);
     out::bytes(&script)?;
     Ok(Outcome::Done)
+}
+
+/// The program as people see it. The scripts would offer hidden commands, too.
+fn shown() -> Command {
+    let all = Cli::command();
+    let commands = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    let program = Command::new("ploopfs").version(env!("CARGO_PKG_VERSION"));
+    program.args(all.get_arguments().cloned()).subcommands(commands)
 }
