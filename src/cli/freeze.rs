@@ -15,7 +15,7 @@ use crate::io::loopdev::{self, LoopDevice};
 use crate::io::process;
 
 /// How long a guest waits at most (DESIGN.md 7). A snapshot takes milliseconds.
-const LONGEST: Duration = Duration::from_secs(10);
+pub(crate) const LONGEST: Duration = Duration::from_secs(10);
 
 /// Arguments of the hidden command.
 #[derive(Debug, clap::Args)]

@@ -5,7 +5,15 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::CommandFactory;
 
-use crate::cli::{Cli, Outcome};
+use crate::cli::{Cli, Outcome, freeze};
+use crate::error::Kind;
+use crate::format::header::MAX_ENTRIES;
+use crate::image::create::{DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER};
+use crate::image::labels::MAX_LABEL;
+use crate::vdisk;
+
+/// ploopfs-semantics(7), with names between two `@` where the code has a number or a name of its own.
+const SEMANTICS: &str = include_str!("semantics.7");
 
 /// Arguments of `man`.
 #[derive(Debug, clap::Args)]
@@ -17,7 +25,117 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    clap_mangen::generate_to(Cli::command(), &args.dir)
-        .with_context(|| format!("{}: cannot write the man pages", args.dir.display()))?;
+    let failed = || format!("{}: cannot write the man pages", args.dir.display());
+    clap_mangen::generate_to(Cli::command(), &args.dir).with_context(failed)?;
+    std::fs::write(args.dir.join("ploopfs-semantics.7"), semantics()).with_context(failed)?;
     Ok(Outcome::Done)
+}
+
+fn semantics() -> String {
+    let put_in = |page: String, (name, value): (&str, String)| page.replace(&format!("@{name}@"), &value);
+    facts().into_iter().fold(SEMANTICS.to_owned(), put_in)
+}
+
+/// What the page gives numbers and names of.
+fn facts() -> Vec<(&'static str, String)> {
+    let kinds = [
+        ("NotPermitted", Kind::NotPermitted),
+        ("ReadOnly", Kind::ReadOnly),
+        ("InUse", Kind::InUse),
+        ("NoSpace", Kind::NoSpace),
+        ("Io", Kind::Io),
+        ("Damaged", Kind::Damaged),
+        ("Unsupported", Kind::Unsupported),
+    ];
+    let statuses = [
+        ("STATUS_IO", Kind::Io),
+        ("STATUS_INVALID", Kind::Invalid),
+        ("STATUS_DAMAGED", Kind::Damaged),
+        ("STATUS_IN_USE", Kind::InUse),
+    ];
+    let sizes = [
+        ("DEFAULT_CLUSTER", DEFAULT_CLUSTER),
+        ("MIN_CLUSTER", MIN_CLUSTER),
+        ("MAX_CLUSTER", MAX_CLUSTER),
+        ("MAX_DISK", (u64::from(MAX_ENTRIES) + 1) * DEFAULT_CLUSTER),
+        ("BACKGROUND", vdisk::BACKGROUND),
+        ("BOUND", vdisk::BOUND),
+    ];
+    let options = [
+        ("BAT_DELAY", "bat_delay"),
+        ("STOP_TIMEOUT", "stop_timeout"),
+        ("FULL_TIMEOUT", "full_timeout"),
+        ("LOW_WATER", "low_water"),
+    ];
+    let mut facts = vec![
+        ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),
+        ("MAX_LEVELS", vdisk::MAX_LEVELS.to_string()),
+        ("MAX_LABEL", MAX_LABEL.to_string()),
+        ("FREEZE_LIMIT", freeze::LONGEST.as_secs().to_string()),
+    ];
+    facts.extend(kinds.map(|(name, kind)| (name, errno_name(kind.errno()).to_owned())));
+    facts.extend(statuses.map(|(name, kind)| (name, kind.exit_status().to_string())));
+    facts.extend(sizes.map(|(name, bytes)| (name, size(bytes))));
+    facts.extend(options.map(|(name, option)| (name, default_of_mount(option))));
+    facts
+}
+
+/// An errno as errno(3) names it.
+fn errno_name(errno: i32) -> &'static str {
+    match errno {
+        libc::EPERM => "EPERM",
+        libc::EIO => "EIO",
+        libc::EBUSY => "EBUSY",
+        libc::ENOSPC => "ENOSPC",
+        libc::EROFS => "EROFS",
+        libc::EOPNOTSUPP => "EOPNOTSUPP",
+        libc::EUCLEAN => "EUCLEAN",
+        _ => "an error",
+    }
+}
+
+/// A size in the largest unit that gives a whole number.
+fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let unit = units.into_iter().find(|(bits, _)| bytes >> bits << bits == bytes && bytes >> bits > 0);
+    unit.map_or_else(|| format!("{bytes} bytes"), |(bits, name)| format!("{} {name}", bytes >> bits))
+}
+
+/// The default of an option of `mount`, as `--help` gives it.
+fn default_of_mount(option: &str) -> String {
+    let command = Cli::command();
+    let mount = command.find_subcommand("mount");
+    let arg = mount.and_then(|mount| mount.get_arguments().find(|arg| arg.get_id() == option));
+    let value = arg.and_then(|arg| arg.get_default_values().first());
+    value.map(|value| value.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_and_name_of_the_page_comes_from_the_code() {
+        for (name, value) in facts() {
+            assert!(SEMANTICS.contains(&format!("@{name}@")), "{name} is not on the page");
+            assert!(!value.is_empty() && value != "an error", "{name} = '{value}'");
+        }
+        let page = semantics();
+        assert!(!page.contains('@'), "{}", page.lines().find(|line| line.contains('@')).unwrap_or_default());
+        let lines = SEMANTICS.lines().filter(|line| !line.starts_with(".TH"));
+        let words = lines.flat_map(|line| line.split(|c: char| !c.is_ascii_alphanumeric() && c != '@'));
+        // One digit: a section of the manual, an exit status of 0, kill -9. 512: the bytes of a disk's sector.
+        let numbers = words.filter(|word| word.len() > 1 && word.bytes().all(|byte| byte.is_ascii_digit()));
+        let strays: Vec<&str> = numbers.filter(|number| *number != "512").collect();
+        assert!(strays.is_empty(), "{strays:?} should come from the code");
+    }
+
+    #[test]
+    fn sizes_are_written_in_the_largest_whole_unit() {
+        assert_eq!(
+            (size(32 << 10), size(64 << 20), size(512 << 40)),
+            ("32 KiB".into(), "64 MiB".into(), "512 TiB".into())
+        );
+        assert_eq!((size(1025), size(0)), ("1025 bytes".into(), "0 bytes".into()));
+    }
 }

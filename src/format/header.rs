@@ -27,7 +27,7 @@ pub(crate) const TYPE: u32 = 2;
 /// QEMU's limit for the cluster, in sectors (INT32_MAX / 513); above it products overflow elsewhere.
 pub(crate) const MAX_CLUSTER_SECTORS: u32 = i32::MAX as u32 / 513;
 /// QEMU's limit for the number of BAT entries ("Catalog too large").
-const MAX_ENTRIES: u32 = i32::MAX as u32 / 4;
+pub(crate) const MAX_ENTRIES: u32 = i32::MAX as u32 / 4;
 
 /// The two on-disk generations; they differ in the unit of a BAT entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,7 +11,7 @@ use crate::format::descriptor::{Descriptor, Guid};
 /// The file's name in the descriptor's folder.
 pub const LABELS_NAME: &str = "ploopfs.json";
 /// Longest label in bytes.
-const MAX_LABEL: usize = 64;
+pub(crate) const MAX_LABEL: usize = 64;
 /// The format's number; a file of another is refused, not misread.
 const VERSION: u32 = 1;
 

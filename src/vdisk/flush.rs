@@ -28,9 +28,9 @@ use crate::rules::{Rule, broken};
 use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted};
 
 /// Unsynced bytes per image from which a round begins in the background (DESIGN.md 6).
-const BACKGROUND: u64 = 64 << 20;
+pub(crate) const BACKGROUND: u64 = 64 << 20;
 /// Unsynced bytes beyond which writes wait for a round.
-const BOUND: u64 = 256 << 20;
+pub(crate) const BOUND: u64 = 256 << 20;
 
 /// Rounds of one image.
 #[derive(Default)]

@@ -49,7 +49,9 @@ use crate::sync::{
     thread_shard,
 };
 pub use engine::{Engine, Event, Listener, OnFull, Options};
+pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
+pub(crate) use stack::MAX_LEVELS;
 use stack::Stack;
 
 /// Called once with the answer, from any thread.
