@@ -1,0 +1,95 @@
+//! The Debian package: built, installed into a root of its own, used from there, and removed again without a trace.
+//!
+//! It takes PLOOPFS_PACKAGE=1: cargo-deb has to be built first, and the package is 27 MB to compress.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::namespace::installed;
+use common::{Mount, Run, marked_in_use, number_from_env, ok, temp_dir, text};
+
+/// What the package is expected to bring, below the root.
+const FILES: [&str; 12] = [
+    "usr/bin/ploopfs",
+    "usr/sbin/mount.fuse.ploopfs",
+    "usr/sbin/umount.fuse.ploopfs",
+    "usr/lib/systemd/system/ploopfs@.service",
+    "usr/lib/udev/rules.d/60-ploopfs-loop.rules",
+    "usr/share/man/man1/ploopfs.1.gz",
+    "usr/share/man/man7/ploopfs-semantics.7.gz",
+    "usr/share/bash-completion/completions/ploopfs",
+    "usr/share/zsh/vendor-completions/_ploopfs",
+    "usr/share/fish/vendor_completions.d/ploopfs.fish",
+    "usr/share/doc/ploopfs/examples/example.conf",
+    "usr/share/doc/ploopfs/copyright",
+];
+
+/// Every file below `folder` but dpkg's own notes.
+fn files_below(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        match path.is_dir() {
+            true if path.ends_with("var/lib/dpkg") => {}
+            true => files_below(&path, found),
+            false => found.push(path),
+        }
+    }
+}
+
+#[test]
+fn the_debian_package_installs_mounts_and_is_removed_without_a_trace() {
+    let test = "the_debian_package_installs_mounts_and_is_removed_without_a_trace";
+    if number_from_env("PLOOPFS_PACKAGE", 0) == 0 {
+        return println!("SKIPPED {test}: PLOOPFS_PACKAGE=1 switches it on");
+    }
+    require!("fuse", "loop", "package");
+    let folder = temp_dir();
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let package = folder.path().join("ploopfs.deb");
+    Run::new(own.join("contrib/package")).arg("--built").arg(&package).limit(300).ok();
+
+    let root = folder.path().join("root");
+    let notes = root.join("var/lib/dpkg");
+    std::fs::create_dir_all(notes.join("info")).expect("a folder");
+    std::fs::create_dir_all(notes.join("updates")).expect("a folder");
+    std::fs::write(notes.join("status"), "").expect("a file");
+    // The libraries that it depends on are the machine's, not this root's.
+    let dpkg = |words: &[&str]| {
+        let mut all = vec!["--root", text(&root), "--force-depends", "--no-triggers", "--log=/dev/null"];
+        all.extend(words);
+        ok("dpkg", &all)
+    };
+    dpkg(&["--install", text(&package)]);
+    for file in FILES {
+        assert!(root.join(file).is_file(), "{file} is missing");
+    }
+    let page = root.join("usr/share/man/man7/ploopfs-semantics.7.gz");
+    let page = Run::new("man").args(["-l", text(&page)]).env("MANWIDTH", "80").ok();
+    assert!(
+        page.contains("What a sync means") && page.lines().all(|line| line.chars().count() <= 80),
+        "{page}"
+    );
+
+    let images = folder.path().join("images");
+    std::fs::create_dir(&images).expect("a folder");
+    let guard = Mount::adopt(&images, &folder.path().join("vdisks"));
+    let done = installed(
+        folder.path(),
+        &root.join("usr/sbin"),
+        &root.join("usr/bin/ploopfs"),
+        r#"
+        mkdir vdisks
+        mount -t fuse.ploopfs -o create=vm1=64M images vdisks
+        printf kept | dd of=vdisks/vm1.img conv=notrunc,fsync status=none
+        head -c 4 vdisks/vm1.img
+        umount vdisks"#,
+    );
+    assert!(done.success() && done.stdout == "kept", "{done}");
+    assert!(!marked_in_use(&guard.delta("vm1")));
+
+    dpkg(&["--purge", "ploopfs"]);
+    let mut left = Vec::new();
+    files_below(&root, &mut left);
+    assert_eq!(left, Vec::<PathBuf>::new(), "left behind");
+}
