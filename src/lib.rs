@@ -1,8 +1,8 @@
 //! ploopfs: thin, snapshotted virtual disks as plain files.
 //!
 //! The rooms, lowest first: [`io`] (the host), [`format`] (bytes), [`image`] (an image at rest), [`vdisk`] (one
-//! live image), [`folder`] (the live set), [`tree`] (what the kernel sees), [`fuse`] (transports), [`control`],
-//! [`daemon`] and [`cli`]. A room uses only what stands below it.
+//! live image), [`transfer`] (disks in and out of images), [`folder`] (the live set), [`tree`] (what the kernel sees),
+//! [`fuse`] (transports), [`control`], [`daemon`] and [`cli`]. A room uses only what stands below it.
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 
@@ -18,6 +18,7 @@ pub mod io;
 pub mod progress;
 pub mod rules;
 pub mod sync;
+pub mod transfer;
 pub mod tree;
 pub mod vdisk;
 

@@ -57,6 +57,16 @@ impl Progress {
         }
     }
 
+    /// The same bytes once more, in another step.
+    pub fn restart(&self) {
+        self.done.store(0, Ordering::Relaxed);
+    }
+
+    /// `bytes` more need nothing done: a hole. No rate holds it up.
+    pub fn skip(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// A token bucket, seen from its other side: not what is in it, but when it will be full again.
     fn pay(&self, bytes: u64, goes_on: impl Fn() -> bool) {
         let cost = Duration::try_from_secs_f64(bytes as f64 / self.rate as f64).unwrap_or(Duration::MAX);

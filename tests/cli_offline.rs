@@ -57,7 +57,7 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 3] = ["info", "check", "map"];
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 17] = [
     "top",
     "create",
     "list",
@@ -67,6 +67,11 @@ const COMMANDS: [&str; 12] = [
     "merge",
     "clone",
     "resize",
+    "diff",
+    "backup",
+    "restore",
+    "import",
+    "export",
     "check",
     "meta",
     "completions",
@@ -90,7 +95,7 @@ fn unknown_options_and_missing_arguments_are_usage_errors() {
     let folder = Folder::new();
     for command in COMMANDS {
         folder.fails(2, &[command, "--no-such-option"]);
-        let line = folder.fails(2, &[command, "a", "b", "c"]);
+        let line = folder.fails(2, &[command, "a", "b", "c", "d"]);
         assert!(line.starts_with("error: "), "{line}");
     }
     for command in ["create", "info", "map", "check", "completions"] {

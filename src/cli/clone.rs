@@ -47,7 +47,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 
 /// NEW as an absolute path, since the daemon has another working folder than we; in the images folder, where a mount of
 /// ours was named.
-fn new_place(new: &Path) -> Result<PathBuf> {
+pub fn new_place(new: &Path) -> Result<PathBuf> {
     let nameless = || Error::at(Kind::Invalid, new, "is no name for an image");
     let name = new.file_name().ok_or_else(nameless)?;
     let parent = new.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

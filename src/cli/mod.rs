@@ -9,13 +9,17 @@ use clap::{Parser, Subcommand};
 use crate::error::{Error, Kind};
 
 pub mod attach;
+pub mod backup;
 pub mod check;
 pub mod clone;
 pub mod completions;
 pub mod create;
 mod daemon_entry;
 pub mod detach;
+pub mod diff;
+pub mod export;
 pub mod freeze;
+pub mod import;
 pub mod info;
 pub mod layered;
 pub mod list;
@@ -28,9 +32,11 @@ pub mod offline;
 pub mod out;
 pub mod repair;
 pub mod resize;
+pub mod restore;
 pub mod served;
 pub mod size;
 pub mod snapshot;
+pub mod source;
 pub mod space;
 pub mod target;
 pub mod top;
@@ -112,6 +118,44 @@ pub enum Command {
     ///
     /// Takes no space where the host file system shares extents (XFS, btrfs). Elsewhere the frozen files are linked.
     Clone(clone::Args),
+    /// List the ranges that may differ between two snapshots of an image
+    ///
+    /// Nothing has to be prepared and no data is read: the maps of the files that are not part of both tell. Whole clusters
+    /// are listed; what is not listed is equal. What only the larger of two disks has counts as different. TO may be left
+    /// out: the live disk, as it is now.
+    Diff(diff::Args),
+    /// Write a snapshot as a stream: all of it, or what has changed since an older one
+    ///
+    /// The stream goes to standard output or to a new file. It has checksums and an end, so that a restore notices whatever
+    /// was lost or damaged on the way. Only data is in it, uncompressed: ploopfs backup vm1@monday | zstd > monday.zst
+    ///
+    /// Without @SNAPSHOT, a backup takes a snapshot of the disk as it is now, named by the time, and keeps it (the name is
+    /// said on standard error): the next backup can be made --since it. If the backup fails, the snapshot goes again. Delete
+    /// old ones with ploopfs snapshot delete; only the one that the next backup is to be made --since has to stay. The disk
+    /// may be in use all the time.
+    ///
+    /// A full backup and those --since the one before each are a chain: restore them in this order.
+    Backup(backup::Args),
+    /// Make an image from a backup, or bring it up to date with an incremental one
+    ///
+    /// Of a full backup a new image is made, with the snapshot that was backed up. An incremental one is applied on an image
+    /// whose newest snapshot is its base, whose disk has not been written since, and which nobody has open; its snapshot is
+    /// the newest one then, and the disk stands on it. Any other image is refused. Nothing can be seen of it before the whole
+    /// stream was read and every checksum was right; if it is cut off or damaged (exit status 3), all is as before.
+    Restore(restore::Args),
+    /// Make an image from a raw file, a block device, or a qcow2, VMDK, VHDX, VHD or VDI file
+    ///
+    /// Holes and zeroes take no space. Formats other than raw are read by the program qemu-img, which must be installed. A
+    /// file that names others (an overlay's base, a file with the data) is refused without --with-backing: whoever wrote it
+    /// chose which files of this machine would be read. The image appears whole, or not at all; nothing is ever replaced.
+    Import(import::Args),
+    /// Write an image or a snapshot to a new raw or qcow2 file
+    ///
+    /// Holes and zeroes take no space. A disk that somebody writes is refused (exit status 4): take a snapshot and export
+    /// IMAGE@SNAPSHOT, which may be done at any time. qcow2 is written by the program qemu-img, which must be installed; of an
+    /// image that no mount serves a thin copy without a name lies beside FILE meanwhile. FILE appears whole, or not at all;
+    /// nothing is ever replaced.
+    Export(export::Args),
     /// Make a disk larger, also while it is in use
     ///
     /// Loop devices over it are told. A disk is not made smaller: that would cut off what the guest keeps there.
@@ -168,6 +212,11 @@ impl Command {
             Command::Snapshot(args) => snapshot::run(args),
             Command::Merge(args) => merge::run(args),
             Command::Clone(args) => clone::run(args),
+            Command::Diff(args) => diff::run(args),
+            Command::Backup(args) => backup::run(args),
+            Command::Restore(args) => restore::run(args),
+            Command::Import(args) => import::run(args),
+            Command::Export(args) => export::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
             Command::Top(args) => top::run(args),

@@ -103,11 +103,38 @@ fn live(
 }
 
 fn here(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool, bar: &Bar) -> Result<Done> {
+    let (image, work) = (path.to_owned(), work.clone());
+    watch(path, pace, interrupted, bar, move |progress| offline::carry_out(&image, &work, progress))
+}
+
+/// Does long work of another sort in this process, with its bar and its Ctrl-C. `path` is for messages.
+pub fn watched<T: Send + 'static>(
+    path: &Path,
+    pace: Pace,
+    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let interrupted = watch_interrupts()?;
+    let bar = Bar::new();
+    let result = watch(path, pace, &interrupted, &bar, work);
+    bar.end();
+    result.map_err(|e| match e.kind() {
+        Kind::Cancelled => Error::at(Kind::Cancelled, path, "cancelled; nothing is left of it"),
+        _ => e,
+    })
+}
+
+fn watch<T: Send + 'static>(
+    path: &Path,
+    pace: Pace,
+    interrupted: &AtomicBool,
+    bar: &Bar,
+    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let progress = Arc::new(Progress::with_rate(pace.rate));
     let (send, receive) = channel();
-    let (image, work, worker) = (path.to_owned(), work.clone(), progress.clone());
+    let worker = progress.clone();
     // The receiver is gone only when this process ends.
-    spawn_detached("ploopfs/work", move || drop(send.send(offline::carry_out(&image, &work, &worker))))?;
+    spawn_detached("ploopfs/work", move || drop(send.send(work(&worker))))?;
     loop {
         match receive.recv_timeout(LOOK) {
             Ok(result) => return result,

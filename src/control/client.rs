@@ -10,6 +10,7 @@ use super::protocol::{
     Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, SnapshotLine, VERSION,
 };
 use crate::error::{Error, Kind, Result};
+use crate::image::diff::Diff;
 use crate::image::map::Piece;
 use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
@@ -85,6 +86,13 @@ impl Client {
     pub fn map(&mut self, image: &str, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
         let (image, snapshot) = (image.to_owned(), snapshot.map(str::to_owned));
         self.ask(Op::Map { image, snapshot, offset })?.map.ok_or_else(|| self.odd("no map in the answer"))
+    }
+
+    /// What differs between two snapshots of an image, from byte `start` on; `to` None is the live disk.
+    pub fn diff(&mut self, image: &str, from: &str, to: Option<&str>, start: u64) -> Result<Diff> {
+        let (image, from, to) = (image.to_owned(), from.to_owned(), to.map(str::to_owned));
+        let answer = self.ask(Op::Diff { image, from, to, start })?;
+        answer.diff.ok_or_else(|| self.odd("no ranges in the answer"))
     }
 
     /// Ends the work that goes on with an image.

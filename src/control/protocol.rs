@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
+use crate::image::diff::Diff;
 use crate::image::map::Piece;
 use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
@@ -40,6 +41,19 @@ pub enum Op {
         /// At most this many bytes per second; None: as fast as it goes.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rate: Option<u64>,
+    },
+    /// What differs between two snapshots of an image, or one and its live disk.
+    Diff {
+        /// Name of the image, without `.img`.
+        image: String,
+        /// Label or GUID.
+        from: String,
+        /// Label or GUID; None: the live disk.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        to: Option<String>,
+        /// From which byte on; an answer says where the next begins.
+        #[serde(default)]
+        start: u64,
     },
     /// End what [`Op::Work`] began; that answers when it has ended.
     Cancel {
@@ -203,6 +217,9 @@ pub struct Answer {
     /// For [`Op::Map`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<Piece>,
+    /// For [`Op::Diff`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff: Option<Diff>,
 }
 
 fn is_zero(n: &u8) -> bool {
@@ -266,12 +283,14 @@ mod tests {
             Work::Resize { size: u64::MAX },
         ];
         let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
+        let diff = |to| Op::Diff { image: image(), from: "a".into(), to, start: 7 };
         let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
         let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map];
         for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait, Op::Stats]
             .into_iter()
             .chain(works)
             .chain(others)
+            .chain([diff(None), diff(Some("b".into()))])
         {
             let line = serde_json::to_vec(&Request { v: VERSION, op: op.clone() }).expect("plain data");
             assert_eq!(parse_request(&line).expect("our own line"), op);

@@ -120,6 +120,10 @@ impl Service for Desk {
                 let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
                 answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
             }
+            Op::Diff { image, from, to, start } => {
+                let diff = self.folder.diff(&image, &from, to.as_deref(), start);
+                answer(diff, |diff| Answer { diff: Some(diff), ..Answer::done() })
+            }
             Op::Snapshots { image } => {
                 answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() })
             }

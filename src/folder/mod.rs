@@ -7,6 +7,7 @@ use crate::io::file::HostFile;
 mod claims;
 mod counted;
 mod deltas;
+mod diff;
 mod entry;
 mod live;
 mod origin;

@@ -91,7 +91,7 @@ impl Folder {
 }
 
 impl Entry {
-    fn live_layers(&self) -> Option<Arc<Layers>> {
+    pub(super) fn live_layers(&self) -> Option<Arc<Layers>> {
         self.live.load().as_ref()?.layers.load_full()
     }
 

@@ -4,3 +4,4 @@ pub mod bat;
 pub mod descriptor;
 pub mod extension;
 pub mod header;
+pub mod stream;

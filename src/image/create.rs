@@ -14,8 +14,12 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, FLAG_EMPTY, HEADER_BYTES, Header, SECTOR, Version};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
+use crate::image::level::{Layout, Level};
 use crate::image::paths::image_folder;
 use crate::image::store::Store;
+use crate::io::new_file::NewFile;
+use crate::io::real::RealFile;
+use crate::sync::Arc;
 
 /// ploop's default cluster in bytes, and QEMU's.
 pub const DEFAULT_CLUSTER: u64 = 1 << 20;
@@ -101,6 +105,72 @@ fn size_and_cluster(path: &Path) -> Result<(u64, u64)> {
         Form::Raw => SECTOR,
     };
     Ok((there.size(), cluster))
+}
+
+/// A single-file image on its way: it has no name, and nobody else sees it. Dropped, it goes.
+pub struct Draft {
+    place: Place,
+    shape: Shape,
+    file: NewFile,
+}
+
+impl Draft {
+    /// Begins an image, empty. `image` and `plan` as for [`create`].
+    pub fn begin(image: &Path, plan: &Plan) -> Result<Draft> {
+        let place = Place::of(image, plan.kind)?;
+        let shape = Shape::of(plan, place.kind).map_err(|e| invalid(&place.path(), &e))?;
+        place.check_folder()?;
+        if let Some(taken) = place.taken()? {
+            return Err(Error::at(Kind::Exists, taken, already(&place)));
+        }
+        let file = NewFile::begin(&place.path())?;
+        shape.write(file.file()).map_err(|e| Error::io(&e, place.path(), "cannot create the image"))?;
+        Ok(Draft { place, shape, file })
+    }
+
+    /// What it will be.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// How it is stored.
+    pub fn kind(&self) -> ImageKind {
+        self.place.kind
+    }
+
+    /// Its file.
+    pub fn file(&self) -> &NewFile {
+        &self.file
+    }
+
+    /// Its file, to be opened as an image.
+    pub fn level(&self) -> Result<Level> {
+        let cannot = |e: io::Error| Error::io(&e, self.path(), "cannot open the new file");
+        let file = self.file.file().try_clone().map_err(cannot)?;
+        let layout = match &self.shape {
+            Shape::Ploop { header, .. } => Layout::Ploop(*header),
+            Shape::Raw { .. } => Layout::Raw,
+        };
+        let file = Arc::new(RealFile::from_file(file, self.path())?);
+        Ok(Level { file, path: self.path().to_owned(), layout })
+    }
+
+    /// Takes the flag "Empty" from the header: somebody who knows nothing of it is about to fill the image.
+    pub fn clear_empty_flag(&self) -> Result<()> {
+        let Shape::Ploop { header, .. } = &self.shape else { return Ok(()) };
+        let header = Header { flags: header.flags & !FLAG_EMPTY, ..*header };
+        let written = self.file.file().write_all_at(&header.encode(), 0);
+        written.map_err(|e| Error::io(&e, self.path(), "cannot write the header"))
+    }
+
+    /// Gives it its name, durably ([`NewFile::commit`]).
+    pub fn finish(self) -> Result<Created> {
+        if let Some(taken) = self.place.taken()? {
+            return Err(Error::at(Kind::Exists, taken, already(&self.place)));
+        }
+        let created = Created { path: self.place.path(), size: self.shape.size(), existed: false };
+        self.file.commit().map(|()| created)
+    }
 }
 
 /// Where the new file goes.

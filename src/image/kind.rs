@@ -34,6 +34,16 @@ impl ImageKind {
     }
 }
 
+impl ImageKind {
+    /// QEMU's word.
+    pub fn as_qemu(self) -> &'static str {
+        match self {
+            ImageKind::Ploop => "parallels",
+            ImageKind::Raw => "raw",
+        }
+    }
+}
+
 /// What an entry of the images folder is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Class {

@@ -1,9 +1,11 @@
 //! An image at rest: opened, locked, created, checked, without a live data path.
 
+pub mod assemble;
 pub mod chain;
 pub mod check;
 pub mod clone;
 pub mod create;
+pub mod diff;
 pub mod kind;
 pub mod labels;
 pub mod layers;

@@ -10,6 +10,7 @@ pub mod holder;
 pub mod lock;
 pub mod loopdev;
 pub mod memory;
+pub mod new_file;
 pub mod poison;
 pub mod process;
 pub mod real;

@@ -31,6 +31,16 @@ impl Guid {
         u128::from_str_radix(&digits, 16).ok().map(|n| Guid(n.to_be_bytes()))
     }
 
+    /// Its bytes, in the order of its text.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// The one with these bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Guid {
+        Guid(bytes)
+    }
+
     /// A new one that nobody else has (RFC 9562 version 4).
     pub fn random() -> Guid {
         let mut bytes = [0; 16];

@@ -1,0 +1,120 @@
+//! `ploopfs diff`.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::json;
+
+use crate::cli::work::Place;
+use crate::cli::{Outcome, out, size, target};
+use crate::error::{Error, Kind, Result};
+use crate::image::diff::{self, Diff, Side};
+use crate::image::layers::{Direct, Layers};
+use crate::image::paths::image_folder;
+use crate::io::real::Access;
+
+/// Arguments of `diff`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+    /// A snapshot: its name or its GUID
+    #[arg(value_name = "FROM")]
+    from: String,
+    /// Another one [default: the live disk]
+    #[arg(value_name = "TO")]
+    to: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let path = target::find(&args.image)?;
+    let diff = of(&path, &args.from, args.to.as_deref())?;
+    if args.json {
+        let ranges: Vec<_> =
+            diff.ranges.iter().map(|(start, length)| json!({"start": start, "length": length})).collect();
+        out::json(&json!({
+            "path": path.to_string_lossy(),
+            "from": diff.from,
+            "to": diff.to,
+            "cluster": diff.cluster,
+            "bytes": diff.bytes(),
+            "ranges": ranges,
+        }))?;
+    } else {
+        out::text(&to_text(&diff))?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// Compares two snapshots of the image at `path`: by the daemon that serves it, else here under the same locks.
+pub fn of(path: &Path, from: &str, to: Option<&str>) -> Result<Diff> {
+    match Place::of(path)? {
+        Place::Live(mut daemon, name) => all(|start| daemon.client.diff(&name, from, to, start)),
+        Place::Offline => {
+            if !target::is_layered(path) {
+                let what = format!("there is no snapshot {from}: this image has none");
+                return Err(Error::at(Kind::NotFound, path, what));
+            }
+            let opener = Arc::new(Direct(Access::ReadOnly));
+            let (layers, _) = Layers::open(image_folder(path)?, path, opener, false)?;
+            all(|start| diff::diff(&layers, from, to, start))
+        }
+    }
+}
+
+/// Asks for part after part.
+pub fn all(mut part: impl FnMut(u64) -> Result<Diff>) -> Result<Diff> {
+    let mut all = part(0)?;
+    while let Some(next) = all.next {
+        all.append(part(next)?);
+    }
+    Ok(all)
+}
+
+fn to_text(diff: &Diff) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = writeln!(text, "{:>20} {:>20}", "START", "LENGTH");
+    for (start, length) in &diff.ranges {
+        let _ = writeln!(text, "{start:>20} {length:>20}");
+    }
+    let name = |side: &Side| match &*side.name {
+        "" => "the disk".to_owned(),
+        name => out::printable(name),
+    };
+    let _ = writeln!(
+        text,
+        "{} of {} may differ between {} and {}",
+        size::human(diff.bytes()),
+        size::human(diff.from.size.max(diff.to.size)),
+        name(&diff.from),
+        name(&diff.to)
+    );
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_sums_up_what_may_differ() {
+        let side = |name: &str| Side { name: name.into(), guid: String::new(), size: 10 << 20 };
+        let diff = Diff {
+            from: side("monday"),
+            to: side(""),
+            cluster: 1 << 20,
+            ranges: vec![(0, 1 << 20), (5 << 20, 2 << 20)],
+            next: None,
+        };
+        let text = to_text(&diff);
+        assert_eq!(text.lines().count(), 4, "{text}");
+        assert!(text.ends_with("3 MiB of 10 MiB may differ between monday and the disk\n"), "{text}");
+    }
+}

@@ -1,0 +1,119 @@
+//! What can be read as a disk: a flat file (raw, a block device, or what a mount of ours shows) and an image at rest.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::SeekFrom;
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::error::{Error, Kind, Result};
+use crate::vdisk::Image;
+
+/// A disk that is only read.
+pub trait Disk: Send + Sync {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+
+    /// Reads all of `buf` at byte `offset`; the range lies inside the disk.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()>;
+
+    /// Begin and end of the first range at or behind byte `from` that may hold something else than zeroes.
+    fn data(&self, from: u64) -> Result<Option<(u64, u64)>>;
+}
+
+/// A file with the disk's bytes.
+#[derive(Debug)]
+pub struct FlatFile {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    /// The host tells where holes are.
+    finds_holes: bool,
+}
+
+impl FlatFile {
+    /// Opens a regular file or a block device for reading.
+    pub fn open(path: &Path) -> Result<FlatFile> {
+        let cannot = |e: std::io::Error| Error::io(&e, path, "cannot open");
+        // Looked at before it is opened: the open of a pipe waits for its other end.
+        let kind = path.metadata().map_err(cannot)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = if kind.is_dir() { "a folder" } else { "neither a file nor a block device" };
+            return Err(Error::at(Kind::Unsupported, path, format!("is {what}, not a disk")));
+        }
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?;
+        let size = retry_on_intr(|| rustix::fs::seek(&file, SeekFrom::End(0)));
+        let size = size.map_err(|e| Error::io(&e.into(), path, "cannot read its length"))?;
+        Ok(FlatFile { file, path: path.to_owned(), size, finds_holes: kind.is_file() })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where it was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Disk for FlatFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => {
+                Error::at(Kind::Io, &self.path, "became shorter while it was read")
+            }
+            _ => Error::io(&e, &self.path, format!("cannot read byte {offset}")),
+        })
+    }
+
+    fn data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        if from >= self.size {
+            return Ok(None);
+        }
+        if !self.finds_holes {
+            return Ok(Some((from, self.size)));
+        }
+        // The descriptor's position moves, which nothing here uses.
+        let seek = |to| retry_on_intr(|| rustix::fs::seek(&self.file, to));
+        let cannot = |e: Errno| Error::io(&e.into(), &self.path, "cannot find holes");
+        let begin = match seek(SeekFrom::Data(from)) {
+            Ok(begin) => begin,
+            Err(Errno::NXIO) => return Ok(None),
+            // A host that knows no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some((from, self.size))),
+            Err(e) => return Err(cannot(e)),
+        };
+        let end = seek(SeekFrom::Hole(begin)).map_err(cannot)?.clamp(begin, self.size);
+        Ok((begin < end).then_some((begin, end)))
+    }
+}
+
+impl Disk for Arc<Image> {
+    fn size(&self) -> u64 {
+        Image::size(self)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let bytes = self.read_at(offset, buf.len())?;
+        if bytes.len() < buf.len() {
+            return Err(Error::new(Kind::Io, format!("{}: the disk ends at byte {offset}", self.name())));
+        }
+        buf.copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        match self.seek_data(from)? {
+            Some(begin) => Ok(Some((begin, self.seek_hole(begin)?.max(begin + 1).min(self.size())))),
+            None => Ok(None),
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Disks in and out of images: backup and restore, export and import. What is read is a [`disk::Disk`], whoever serves
+//! it; what is written is a live image without a transport, in files that nobody sees before they are complete.
+
+pub mod backup;
+pub mod disk;
+pub mod export;
+pub mod import;
+pub mod pieces;
+pub mod qemu;
+pub mod restore;
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::image::level::Level;
+use crate::vdisk::{Engine, Image, OnFull, Options};
+
+/// Opens `levels` for writing into the top, which nobody else sees yet. Where the host is full, writes fail at once:
+/// somebody waits for this command.
+fn writer(name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
+    let options = Options { on_full: OnFull::Error, ..Options::default() };
+    let engine = Engine::new(options, Box::new(|event| log::debug!("{event}")));
+    let image = Image::open(&engine, name, levels)?;
+    image.make_writable()?;
+    Ok(image)
+}
+
+/// Fills an image and closes it, which makes it durable and clears its mark, also after a failure.
+fn filled<T>(image: &Arc<Image>, fill: impl FnOnce(&Arc<Image>) -> Result<T>) -> Result<T> {
+    let result = fill(image);
+    let closed = image.close();
+    let value = result?;
+    closed.map(|()| value)
+}
