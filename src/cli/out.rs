@@ -29,8 +29,7 @@ pub struct Stream(Option<BufWriter<StdoutLock<'static>>>);
 
 impl Stream {
     /// Locks standard output.
-    #[allow(clippy::new_without_default)] // It takes a lock: nothing to come from a default.
-    pub fn new() -> Stream {
+    pub fn lock() -> Stream {
         Stream(Some(BufWriter::new(io::stdout().lock())))
     }
 

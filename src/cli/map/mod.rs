@@ -58,7 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         return Ok(Outcome::Done);
     }
-    let mut stream = out::Stream::new();
+    let mut stream = out::Stream::lock();
     if args.which.json {
         as_json(&mut source, &mut stream)?
     } else {
