@@ -9,9 +9,10 @@
 mod common;
 #[path = "stress/history.rs"]
 mod history;
+#[path = "common/crash/watched.rs"]
+mod watched;
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,13 +22,14 @@ use std::time::{Duration, Instant};
 use common::Rng;
 use history::{History, SECTOR};
 use ploopfs::format::header::{Header, Version};
-use ploopfs::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::io::real::{Access, RealFile};
 use ploopfs::progress::Progress;
 use ploopfs::vdisk::live::merge::Direction;
 use ploopfs::vdisk::live::snapshot::TopPlan;
 use ploopfs::vdisk::{Engine, Image, Layout, Level, Options};
+use watched::{HostCall, Watch, Watched};
 
 const CLUSTER: u64 = 4096;
 /// Guest bytes that one BAT page maps.
@@ -294,65 +296,21 @@ fn on_disk(folder: &Path, number: usize, bytes: &[u8]) -> Arc<dyn HostFile> {
     Arc::new(RealFile::open(&path, Access::ReadWrite).expect("just made"))
 }
 
-/// A file that forgets a write of data now and then.
-#[derive(Debug)]
-struct Forgetful {
-    file: MemoryFile,
-    writes: AtomicU64,
-}
+/// Forgets a write of data now and then.
+#[derive(Default)]
+struct Forgetful(AtomicU64);
 
-impl HostFile for Forgetful {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
-    }
-    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at_nowait(buf, offset)
-    }
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
-        let behind_the_bat = offset > 64 + 4 * PAGES * 1024;
-        if behind_the_bat && self.writes.fetch_add(1, Ordering::Relaxed) % 100 == 99 {
-            return Ok(data.len());
+impl Watch for Forgetful {
+    fn call(&self, call: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        match call {
+            HostCall::Write { data, at } if at > 64 + 4 * PAGES * 1024 => {
+                if self.0.fetch_add(1, Ordering::Relaxed) % 100 == 99 {
+                    return Ok(data.len());
+                }
+                file.write_at(data, at)
+            }
+            call => call.carry_out(file),
         }
-        self.file.write_at(data, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.punch(offset, len)
-    }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.allocate(offset, len)
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn sync_all(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn traits(&self) -> HostTraits {
-        self.file.traits()
-    }
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
 
@@ -360,7 +318,7 @@ impl HostFile for Forgetful {
 fn a_host_file_that_forgets_writes_is_found() {
     let _turn = common::heavy();
     let make = |_: usize, bytes: &[u8]| -> Arc<dyn HostFile> {
-        Arc::new(Forgetful { file: MemoryFile::from_bytes(bytes), writes: AtomicU64::new(0) })
+        Arc::new(Watched { file: Arc::new(MemoryFile::from_bytes(bytes)), watch: Forgetful::default() })
     };
     let found = catch_unwind(AssertUnwindSafe(|| stress(&make, history(), Duration::from_secs(20))));
     assert!(found.is_err(), "lost writes are not seen");

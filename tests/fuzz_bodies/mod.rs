@@ -9,6 +9,8 @@ mod header_bat;
 mod operations;
 #[path = "../common/crash/power.rs"]
 mod power;
+#[path = "../common/crash/watched.rs"]
+mod watched;
 
 use std::path::Path;
 use std::sync::{Arc, LazyLock};

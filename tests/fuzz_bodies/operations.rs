@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ploopfs::format::header::{Header, IN_USE, Version};
-use ploopfs::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use ploopfs::io::file::{HostFile, HostTraits};
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::progress::Progress;
 use ploopfs::vdisk::live::merge::Direction;
@@ -17,6 +17,7 @@ use ploopfs::vdisk::live::snapshot::TopPlan;
 use ploopfs::vdisk::{Engine, Image, Layout, Level};
 
 use super::power::{Change, Keep, Rng, SECTOR, Unsynced, collapse, read_stamp, stamp};
+use super::watched::{HostCall, Watch, Watched};
 use super::{eager_engine, lazy_engine};
 
 /// Sectors of the disk at first: some clusters, the last one partial.
@@ -73,7 +74,7 @@ impl Record {
     fn level(self: &Arc<Self>, number: usize) -> Level {
         let live = Arc::clone(&lock(&self.live)[number]);
         let layout = layout(&live);
-        let file = Recorded { record: Arc::clone(self), number, live };
+        let file = Watched { file: live, watch: Recorded { record: Arc::clone(self), number } };
         Level { file: Arc::new(file), path: PathBuf::from(format!("file{number}")), layout }
     }
 }
@@ -84,92 +85,54 @@ fn layout(file: &MemoryFile) -> Layout {
     Header::parse(&head).map_or(Layout::Raw, Layout::Ploop)
 }
 
-/// One file of the world.
+/// Writes down what happens to one file of the world.
 struct Recorded {
     record: Arc<Record>,
     number: usize,
-    live: Arc<MemoryFile>,
 }
 
-impl std::fmt::Debug for Recorded {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Recorded {}", self.number)
-    }
-}
-
-impl Recorded {
-    fn step(&self, change: Option<Change>, act: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+impl Watch for Recorded {
+    fn call(&self, call: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        if matches!(call, HostCall::Read { .. } | HostCall::ReadNowait { .. }) {
+            return call.carry_out(file);
+        }
         let mut world = lock(&self.record.world);
-        act()?;
-        match change {
-            Some(change) => world.files[self.number].push(change),
-            None => {
+        let moved = match call {
+            HostCall::Write { data, at } => {
+                let end = at + data.len() as u64;
+                if end > file.len()? {
+                    world.files[self.number].push(Change::SetLen(end));
+                }
+                file.write_at(data, at)?;
+                // A change of part of a sector is a change of the whole sector, as a disk sees it.
+                let (from, to) = (at / 512 * 512, end.next_multiple_of(512));
+                let mut whole = vec![0; (to.min(file.len()?) - from) as usize];
+                file.read_at(&mut whole, from)?;
+                world.files[self.number].push(Change::Write { at: from, data: whole });
+                data.len()
+            }
+            HostCall::SetLen(len) => {
+                file.set_len(len)?;
+                world.files[self.number].push(Change::SetLen(len));
+                0
+            }
+            HostCall::Punch { at, len } => {
+                file.punch(at, len)?;
+                world.files[self.number].push(Change::Punch { at, len });
+                0
+            }
+            _ => {
                 // The cut just before a sync is the one that loses most.
                 self.record.tick(&mut world);
                 world.files[self.number].sync_all();
+                0
             }
-        }
+        };
         self.record.tick(&mut world);
-        Ok(())
+        Ok(moved)
     }
-}
 
-impl HostFile for Recorded {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.live.read_at(buf, offset)
-    }
-    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.live.read_at(buf, offset)
-    }
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
-        let mut world = lock(&self.record.world);
-        let end = offset + data.len() as u64;
-        if end > self.live.len()? {
-            world.files[self.number].push(Change::SetLen(end));
-        }
-        self.live.write_at(data, offset)?;
-        // A change of part of a sector is a change of the whole sector, as a disk sees it.
-        let (from, to) = (offset / 512 * 512, end.next_multiple_of(512));
-        let mut whole = vec![0; (to.min(self.live.len()?) - from) as usize];
-        self.live.read_at(&mut whole, from)?;
-        world.files[self.number].push(Change::Write { at: from, data: whole });
-        self.record.tick(&mut world);
-        Ok(data.len())
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.live.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.step(Some(Change::SetLen(len)), || self.live.set_len(len))
-    }
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.step(Some(Change::Punch { at: offset, len }), || self.live.punch(offset, len))
-    }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.step(None, || Ok(()))
-    }
-    fn sync_all(&self) -> io::Result<()> {
-        self.sync_data()
-    }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.live.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.live.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.live.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.live.space()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn traits(&self) -> HostTraits {
+    fn traits(&self, _: HostTraits) -> HostTraits {
         HostTraits { nowait_reads: true, never_blocks: false, device: 0 }
     }
 }

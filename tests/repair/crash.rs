@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ploopfs::format::header::{Header, IN_USE, Version};
 use ploopfs::image::repair::{Facts, Outcome, repair_open};
-use ploopfs::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 
 use crate::KIB;
 use crate::common::damage::{Damage, Patient};
 use crate::common::{Rng, memory_dir, number_from_env, temp_dir};
+use crate::watched::{HostCall, Watch, Watched};
 
 const SECTOR: usize = 512;
 
@@ -26,87 +27,47 @@ enum Op {
     Sync,
 }
 
-/// A file in memory that keeps what was done to it, and fails where it is told to.
-#[derive(Debug)]
+/// Keeps what was done to a file in memory, and fails where it is told to.
 struct Tape {
-    live: MemoryFile,
+    live: Arc<MemoryFile>,
     ops: Mutex<Vec<Op>>,
     fail_at: Option<usize>,
 }
 
 impl Tape {
-    fn new(bytes: &[u8], fail_at: Option<usize>) -> Arc<Tape> {
-        Arc::new(Tape { live: MemoryFile::from_bytes(bytes), ops: Mutex::default(), fail_at })
+    fn new(bytes: &[u8], fail_at: Option<usize>) -> Arc<Watched<Tape>> {
+        let live = Arc::new(MemoryFile::from_bytes(bytes));
+        let watch = Tape { live: live.clone(), ops: Mutex::default(), fail_at };
+        Arc::new(Watched { file: live, watch })
     }
 
     fn ops(&self) -> MutexGuard<'_, Vec<Op>> {
         self.ops.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn step(&self, op: Op, act: impl FnOnce(&MemoryFile) -> io::Result<()>) -> io::Result<()> {
+impl Watch for Tape {
+    fn call(&self, call: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        let op = match &call {
+            HostCall::Read { .. } | HostCall::ReadNowait { .. } => return call.carry_out(file),
+            HostCall::Write { data, at } => Op::Write { at: *at, data: data.to_vec() },
+            HostCall::SetLen(len) => Op::SetLen(*len),
+            HostCall::Punch { at, len } => Op::Punch { at: *at, len: *len },
+            HostCall::SyncData | HostCall::SyncAll => Op::Sync,
+        };
         let mut ops = self.ops();
         if self.fail_at == Some(ops.len()) {
             ops.push(Op::Sync);
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        act(&self.live)?;
+        let moved = call.carry_out(file)?;
         ops.push(op);
-        Ok(())
-    }
-}
-
-impl HostFile for Tape {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.live.read_at(buf, offset)
-    }
-    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.live.read_at(buf, offset)
-    }
-    fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
-        let op = Op::Write { at: offset, data: data.to_vec() };
-        self.step(op, |file| file.write_at(data, offset).map(drop))?;
-        Ok(data.len())
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.live.len()
-    }
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.step(Op::SetLen(len), |file| file.set_len(len))
-    }
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.step(Op::Punch { at: offset, len }, |file| file.punch(offset, len))
-    }
-    fn allocate(&self, _: u64, _: u64) -> io::Result<()> {
-        Ok(())
-    }
-    fn sync_data(&self) -> io::Result<()> {
-        self.step(Op::Sync, |_| Ok(()))
-    }
-    fn sync_all(&self) -> io::Result<()> {
-        self.step(Op::Sync, |_| Ok(()))
-    }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.live.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.live.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.live.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.live.space()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn traits(&self) -> HostTraits {
-        self.live.traits()
+        Ok(moved)
     }
 }
 
 /// Repairs the image on `tape`; what is kept goes beside `image`.
-fn repair(tape: &Arc<Tape>, image: &Path) -> ploopfs::Result<Outcome> {
+fn repair(tape: &Arc<Watched<Tape>>, image: &Path) -> ploopfs::Result<Outcome> {
     let file: Arc<dyn HostFile> = tape.clone();
     repair_open(image, &file, &Facts::default(), false)
 }

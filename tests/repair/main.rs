@@ -7,6 +7,8 @@ mod crash;
 mod files;
 mod layers;
 mod meta;
+#[path = "../common/crash/watched.rs"]
+mod watched;
 
 use std::path::Path;
 
