@@ -10,54 +10,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Finished, Mount, Rng, Run, memory_dir, temp_dir, text, until};
+use common::{Folder, Mount, Rng, Run, memory_dir, text, until};
 use ploopfs::progress::Progress;
 use ploopfs::transfer::restore::Stream;
 use serde_json::Value;
-use tempfile::TempDir;
-
-/// A folder of images.
-struct Folder(TempDir);
 
 impl Folder {
-    fn new() -> Folder {
-        Folder(temp_dir())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    #[track_caller]
-    fn ok(&self, args: &[&str]) -> String {
-        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).ok()
-    }
-
-    fn run(&self, args: &[&str]) -> Finished {
-        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).run()
-    }
-
-    #[track_caller]
-    fn fails(&self, status: i32, args: &[&str]) -> String {
-        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).status(status).stderr
-    }
-
     /// A ploopfs that runs by itself, in its folder.
     fn start(&self, args: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
         command.args(args).current_dir(self.0.path()).stdin(stdin).stdout(stdout).stderr(Stdio::piped());
         command.spawn().expect("ploopfs starts")
-    }
-
-    /// All names, with those that begin with a dot, without the daemon's own.
-    fn names(&self) -> Vec<String> {
-        let entries = self.0.path().read_dir().expect("the folder");
-        let mut names: Vec<String> = entries
-            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
-            .collect();
-        names.retain(|name| name != ".ploopfs");
-        names.sort();
-        names
     }
 
     fn snapshots(&self, image: &str) -> Vec<String> {

@@ -8,46 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Finished, Mount, Rng, Run, allocated, ok, temp_dir, text, until};
-use tempfile::TempDir;
+use common::{Finished, Folder, Mount, Rng, Run, allocated, ok, text, until};
 
 const MIB: u64 = 1 << 20;
 
-struct Folder(TempDir);
-
 impl Folder {
-    fn new() -> Folder {
-        Folder(temp_dir())
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    #[track_caller]
-    fn ok(&self, args: &[&str]) -> String {
-        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).ok()
-    }
-
-    #[track_caller]
-    fn fails(&self, status: i32, args: &[&str]) -> String {
-        Run::ploopfs().args(args).in_folder(self.0.path()).limit(60).status(status).stderr
-    }
-
     fn start(&self, args: &[&str]) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
         command.args(args).current_dir(self.0.path()).stdout(Stdio::null()).stderr(Stdio::null());
         command.spawn().expect("ploopfs starts")
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = self.0.path().read_dir().expect("the folder");
-        let mut names: Vec<String> = entries
-            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
-            .collect();
-        names.retain(|name| name != ".ploopfs");
-        names.sort();
-        names
     }
 
     /// A sparse raw file of `size` bytes: data here and there, written zeroes, holes.

@@ -5,6 +5,7 @@
 
 pub mod churn;
 pub mod damage;
+mod folder;
 mod host;
 pub mod lanes;
 pub mod machine;
@@ -14,6 +15,7 @@ mod run;
 mod stamp;
 mod v1;
 
+pub use folder::Folder;
 pub use host::{Guest, HostFs, Loop, loops_in, memory_dir, temp_dir};
 pub use mount::Mount;
 pub use run::{Finished, Run, ok, sh, until};
