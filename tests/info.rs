@@ -99,8 +99,8 @@ fn each_snapshot_says_what_deleting_it_frees_and_deleting_frees_that() {
     Run::ploopfs().args(["snapshot", "delete", text(&image), "monday"]).ok();
     let (was, is) =
         (before["allocated"].as_u64().expect("bytes"), info(&image)["allocated"].as_u64().expect("bytes"));
-    // The file that goes takes its own header and map along.
-    assert_eq!((was - is) / MIB, 4, "{was} {is}");
+    // The file that goes takes its own header and map along; a host that scatters it takes a block more for its own map.
+    assert_eq!((was - is + MIB / 2) / MIB, 4, "{was} {is}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use common::{Finished, Guest, HostFs, Loop, Mount, Run, heavy, long, ok, read_at, temp_dir, text, until};
@@ -396,6 +397,22 @@ fn a_read_only_mount_shows_the_snapshots_and_changes_nothing() {
         assert!(!done.success() && !done.stderr.is_empty(), "{done}");
     }
     assert_eq!(names(text(&flat)), ["monday"]);
+}
+
+#[test]
+fn a_snapshot_that_is_opened_just_as_its_last_user_lets_go_is_not_in_use() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let flat = mount.flat("vm1");
+    fill(&flat, 0, 1, 1);
+    cli(&["snapshot", "create", text(&flat), "monday"]);
+    let monday = shown(&mount, "vm1", "monday");
+    thread::scope(|scope| {
+        for file in [&monday, &monday, &flat] {
+            scope.spawn(move || (0..400).for_each(|_| drop(File::open(file).expect("nobody else has it"))));
+        }
+    });
+    mount.umount();
 }
 
 #[test]

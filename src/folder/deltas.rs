@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
+use super::lease::{Lease, Leased};
 use super::scan::Identity;
 use super::{Wrap, locked};
 use crate::error::{Error, Result};
@@ -22,8 +23,9 @@ pub struct Deltas {
     wrap: Option<Wrap>,
     /// It was said that this host has no locks.
     unlocked: AtomicBool,
-    /// Protects who is open, and that nobody opens a file twice. Held across opens and locks, which do not wait. A leaf.
-    open: Mutex<HashMap<Identity, Weak<Held>>>,
+    /// Protects who is open, and that nobody opens a file twice. Held across opens and locks, which wait only
+    /// for a drop of ours that has begun and takes no lock. A leaf.
+    open: Mutex<HashMap<Identity, Leased<Held>>>,
 }
 
 /// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks
@@ -32,6 +34,8 @@ struct Held {
     file: Arc<dyn HostFile>,
     writable: bool,
     _lock: DeltaLock,
+    /// Behind the lock: dropped when that is given back.
+    _lease: Lease,
 }
 
 impl Deltas {
@@ -44,10 +48,11 @@ impl Deltas {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
         let identity = (status.dev, status.ino);
         let mut open = locked(&self.open);
-        if let Some(held) = open.get(&identity).and_then(Weak::upgrade) {
-            return Ok(held);
-        }
-        let file = Arc::new(file);
+        open.retain(|&other, held| other == identity || !held.is_over());
+        open.entry(identity).or_default().get_or_open(|lease| self.lock(Arc::new(file), shown, lease))
+    }
+
+    fn lock(&self, file: Arc<RealFile>, shown: &Path, lease: Lease) -> Result<Arc<Held>> {
         let lock = DeltaLock::acquire(Arc::clone(&file))?;
         if !lock.held() && !self.unlocked.swap(true, Ordering::AcqRel) {
             log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
@@ -57,10 +62,7 @@ impl Deltas {
             Some(wrap) => wrap(file),
             None => file,
         };
-        let held = Arc::new(Held { file, writable, _lock: lock });
-        open.retain(|_, held| held.strong_count() > 0);
-        open.insert(identity, Arc::downgrade(&held));
-        Ok(held)
+        Ok(Arc::new(Held { file, writable, _lock: lock, _lease: lease }))
     }
 }
 

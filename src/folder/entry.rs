@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use arc_swap::ArcSwapOption;
 
 use super::counted::{Counted, Ticket};
+use super::lease::Leased;
 use super::live::Live;
 use super::origin::Origin;
 use super::scan::{Claim, Identity};
@@ -53,7 +54,7 @@ pub struct Entry {
     pub(super) last: Mutex<Last>,
     /// Protects that its layers are opened once, whoever uses them: the live disk, its snapshots, an operation. Held
     /// across that open. Before the registry's lock.
-    pub(super) layers: Mutex<Weak<Layers>>,
+    pub(super) layers: Mutex<Leased<Layers>>,
     /// Protects which snapshots are looked at, and which are about to go. A leaf.
     pub(super) views: Mutex<Views>,
 }

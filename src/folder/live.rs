@@ -1,6 +1,6 @@
 //! What the first, the first writing and the last opener of an image cause: its files, its lock, the live image.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use arc_swap::ArcSwapOption;
 
 use super::counted::Stage;
+use super::deltas::Deltas;
 use super::entry::{Entry, FAILED};
+use super::lease::Lease;
 use super::locked;
 use super::scan::Source;
 use crate::error::{Error, Kind, Result};
@@ -30,19 +32,27 @@ pub struct Live {
     pub(super) hold: Mutex<Option<Opened>>,
 }
 
+/// Opens the files of one image out of those of the folder; kept by its layers, and tells when they are gone.
+struct Leasing {
+    deltas: Arc<Deltas>,
+    _lease: Lease,
+}
+
+impl Opener for Leasing {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+        self.deltas.open(dir, file, shown)
+    }
+}
+
 impl Entry {
     /// The descriptor and the files of a layered image, and its live chain; opened once for all who use them.
     pub(super) fn open_layers(&self) -> Result<Arc<Layers>> {
-        let mut layers = locked(&self.layers);
-        if let Some(open) = layers.upgrade() {
-            return Ok(open);
-        }
-        let path = self.path();
-        let dir = self.origin().folder(self.shared.place.fd().as_fd(), &path)?;
-        let opener: Arc<dyn Opener> = self.shared.deltas.clone();
-        let (open, _) = Layers::open(dir, &path, opener, self.shared.allow_outside)?;
-        *layers = Arc::downgrade(&open);
-        Ok(open)
+        locked(&self.layers).get_or_open(|lease| {
+            let path = self.path();
+            let dir = self.origin().folder(self.shared.place.fd().as_fd(), &path)?;
+            let opener = Arc::new(Leasing { deltas: self.shared.deltas.clone(), _lease: lease });
+            Ok(Layers::open(dir, &path, opener, self.shared.allow_outside)?.0)
+        })
     }
 
     fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {

@@ -9,6 +9,7 @@ mod counted;
 mod deltas;
 mod diff;
 mod entry;
+mod lease;
 mod live;
 mod origin;
 mod place;

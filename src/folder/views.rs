@@ -115,7 +115,7 @@ impl Entry {
         let list = |labels: &crate::image::labels::Labels, guids: Vec<Guid>| {
             guids.into_iter().map(|guid| Snapshot { guid, name: labels.name(guid) }).collect()
         };
-        if let Some(layers) = locked(&self.layers).upgrade() {
+        if let Some(layers) = locked(&self.layers).get() {
             let store = layers.store();
             return list(store.labels(), store.snapshots().collect());
         }

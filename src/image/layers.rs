@@ -19,6 +19,7 @@ use crate::io::real::{Access, RealFile};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
+/// Dropped by [`Layers`] after every lock of the image, so that its end can be told.
 pub trait Opener: Send + Sync {
     /// Opens the regular file `file` of the folder `dir`, not following a link; `shown` is for messages.
     fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened>;
@@ -60,6 +61,7 @@ pub struct Layers {
     /// The files opened so far, by their text in the descriptor, which stays when GUIDs move. They stay locked until
     /// they are removed or the image is closed. A leaf.
     open: Mutex<HashMap<String, Opened>>,
+    /// Behind `store` and `open`: fields are dropped in this order, and the locks are in those.
     opener: Arc<dyn Opener>,
     allow_outside: bool,
     /// One operation at a time. Before every other lock; held as long as it takes.
