@@ -1,6 +1,6 @@
 //! Serves the regular files of a folder as they are, in the foreground: the bare ceiling of a transport.
 //!
-//! `passthrough --transport fuse FOLDER MOUNTPOINT [--threads N]`; ends on SIGTERM or SIGINT, when the last file is
+//! `passthrough --transport fuse|uring FOLDER MOUNTPOINT [--threads N]`; ends on SIGTERM or SIGINT, when the last file is
 //! closed. Same operations and same open flags as ploopfs, every read and write one system call on the transport
 //! thread, no image format in between. `contrib/bench` measures against it.
 
@@ -16,11 +16,11 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use clap::{Parser, ValueEnum};
-use ploopfs::fuse::classic;
 use ploopfs::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
 };
+use ploopfs::fuse::session;
 use ploopfs::io::unmount::unmount;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::ReadWriteFlags;
@@ -34,7 +34,7 @@ struct Arguments {
     /// How requests arrive.
     #[arg(long, value_enum, default_value_t = Transport::Fuse)]
     transport: Transport,
-    /// Transport threads (default: CPUs, 2 to 8).
+    /// Transport threads; with uring, beside the one of each CPU (default: CPUs, 2 to 8).
     #[arg(long)]
     threads: Option<usize>,
     /// The folder to serve.
@@ -47,6 +47,17 @@ struct Arguments {
 enum Transport {
     /// /dev/fuse.
     Fuse,
+    /// FUSE over io_uring.
+    Uring,
+}
+
+impl From<Transport> for session::Transport {
+    fn from(transport: Transport) -> session::Transport {
+        match transport {
+            Transport::Fuse => session::Transport::Fuse,
+            Transport::Uring => session::Transport::Uring,
+        }
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -54,15 +65,14 @@ fn main() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     let folder = std::fs::canonicalize(&arguments.folder)?;
     let files = Files { folder: folder.clone(), names: Mutex::default(), open: ArcSwap::default() };
-    let mut settings = classic::Settings { fs_name: folder.into(), ..classic::Settings::default() };
+    let mut settings = session::Settings { fs_name: folder.into(), ..session::Settings::default() };
     if let Some(threads) = arguments.threads {
         settings.threads = threads;
     }
     // Before the mount, so that a signal never leaves one behind.
     let mut signals = signal_hook::iterator::Signals::new([libc::SIGTERM, libc::SIGINT])?;
-    let session = match arguments.transport {
-        Transport::Fuse => classic::mount(Arc::new(files), &arguments.mountpoint, &settings)?,
-    };
+    let transport = arguments.transport.into();
+    let session = session::mount(transport, Arc::new(files), &arguments.mountpoint, &settings)?;
     let mountpoint = session.mountpoint().to_owned();
     let stop = signals.handle();
     let ender = std::thread::spawn(move || {

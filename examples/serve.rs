@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use ploopfs::folder::{Folder, FolderOptions};
-use ploopfs::fuse::classic;
+use ploopfs::fuse::session::{self, Settings, Transport};
 use ploopfs::io::unmount::unmount;
 use ploopfs::tree::{MountInfo, Tree};
 use ploopfs::vdisk::{Engine, Options};
@@ -32,12 +32,12 @@ fn main() -> anyhow::Result<()> {
     let folder = Folder::open(&images, &engine, FolderOptions::default())?;
     let info = MountInfo {
         mountpoint: std::fs::canonicalize(&arguments.mountpoint)?,
-        transport: "fuse",
+        transport: Transport::Fuse.name(),
         sandbox: Arc::default(),
     };
     let tree = Tree::new(folder.clone(), engine, info);
-    let settings = classic::Settings { fs_name: images.into(), ..classic::Settings::default() };
-    let session = classic::mount(tree, &arguments.mountpoint, &settings)?;
+    let settings = Settings { fs_name: images.into(), ..Settings::default() };
+    let session = session::mount(Transport::Fuse, tree, &arguments.mountpoint, &settings)?;
     // Images that come and go in the folder come and go in the mount.
     folder.start_watch()?;
 

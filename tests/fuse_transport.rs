@@ -1,4 +1,5 @@
-//! The fuser transport against the real kernel, with a file system made for the purpose. Needs root and /dev/fuse.
+//! A transport against the real kernel, with a file system made for the purpose. Needs root and /dev/fuse.
+//! PLOOPFS_TRANSPORT says which (fuse).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,12 +12,12 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use ploopfs::fuse::classic;
 use ploopfs::fuse::notify::Notifier;
 use ploopfs::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
 };
+use ploopfs::fuse::session::{self, Transport};
 use ploopfs::io::unmount::unmount;
 
 const DISK: Ino = 2;
@@ -153,8 +154,12 @@ impl Mounted {
         let probe = Arc::new(probe);
         let folder = tempfile::tempdir().expect("a temporary folder");
         let settings =
-            classic::Settings { threads, fs_name: "the, source".into(), ..classic::Settings::default() };
-        let session = classic::mount(probe.clone(), folder.path(), &settings).expect("a mount");
+            session::Settings { threads, fs_name: "the, source".into(), ..session::Settings::default() };
+        let transport = match std::env::var("PLOOPFS_TRANSPORT").as_deref() {
+            Ok("uring") => Transport::Uring,
+            _ => Transport::Fuse,
+        };
+        let session = session::mount(transport, probe.clone(), folder.path(), &settings).expect("a mount");
         let notifier = session.notifier();
         let server = Some(thread::spawn(move || session.run()));
         Mounted { probe, folder, notifier, server }

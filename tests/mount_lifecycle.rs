@@ -270,12 +270,21 @@ fn another_folder_on_a_mount_point_in_use_is_refused() {
 }
 
 #[test]
-fn an_io_uring_transport_is_refused_with_a_reason_until_it_is_built() {
+fn an_io_uring_transport_that_is_switched_off_is_refused_with_the_switch_and_auto_goes_without() {
+    require!("fuse");
+    let switch = "/sys/module/fuse/parameters/enable_uring";
+    if fs::read_to_string(switch).is_ok_and(|text| text.trim() == "Y") {
+        println!("SKIPPED a refused transport: it is switched on here");
+        return;
+    }
     let folder = common::temp_dir();
     let (images, point) = (folder.path().join("i"), folder.path().join("m"));
     let refused = Run::ploopfs().args(["mount", "--transport", "uring"]).args([&images, &point]).status(1);
-    assert!(refused.stderr.contains("not built yet"), "{refused}");
+    let has_switch = Path::new(switch).exists();
+    assert!(refused.stderr.contains(if has_switch { switch } else { "no FUSE over io_uring" }), "{refused}");
     assert!(!images.exists());
+    let mount = Mount::new(&["--transport=auto", "--create", "vm1=64M"]);
+    assert_eq!(mount.stats()["transport"], "fuse");
 }
 
 #[test]

@@ -10,10 +10,11 @@ use clap::Parser;
 use crate::cli::{Outcome, out, served, size};
 use crate::control::client::Client;
 use crate::daemon::keeper::{self, Report};
-use crate::daemon::settings::Settings;
+use crate::daemon::settings::{self, Settings};
 use crate::daemon::wire::Note;
 use crate::daemon::{holders, mounts};
 use crate::error::{Error, Kind, Result};
+use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
 use crate::io::unmount::unmount;
 
@@ -86,7 +87,7 @@ pub struct Args {
     #[arg(long)]
     no_sandbox: bool,
     /// How to talk to the kernel
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, default_value = "fuse")]
     transport: Transport,
     /// Threads that talk to the kernel [default: one for each CPU, 2 to 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -138,12 +139,22 @@ struct Create {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Transport {
-    /// The best one that works here
+    /// FUSE over io_uring where the kernel has it and it is switched on, else /dev/fuse
     Auto,
     /// /dev/fuse
     Fuse,
-    /// FUSE over io_uring
+    /// FUSE over io_uring (Linux 6.14; echo Y > /sys/module/fuse/parameters/enable_uring)
     Uring,
+}
+
+impl From<Transport> for settings::Transport {
+    fn from(transport: Transport) -> settings::Transport {
+        match transport {
+            Transport::Auto => settings::Transport::Auto,
+            Transport::Fuse => settings::Transport::Fuse,
+            Transport::Uring => settings::Transport::Uring,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -212,8 +223,8 @@ fn first_line(e: &clap::Error) -> String {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let args = with_options(args, std::env::args_os())?;
     if args.transport == Transport::Uring {
-        let what = "--transport uring is not built yet; use --transport fuse, or leave it out";
-        return Err(Error::new(Kind::Unsupported, what).into());
+        // The daemon asks again; here before anything is made.
+        uring::available()?;
     }
     let images = folder(&args.images, "cannot make the images folder")?;
     let mountpoint = mounts::resolve(&args.mountpoint)?;
@@ -338,6 +349,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         read_only: args.read_only,
         allow_outside: args.allow_outside,
         sandbox: !args.no_sandbox,
+        transport: args.transport.into(),
         threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),
         runners: args.runners.into(),
         bat_cache: args.bat_cache,

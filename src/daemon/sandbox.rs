@@ -16,6 +16,7 @@ use landlock::{
 };
 
 use crate::fuse::mount::DEVICE;
+use crate::fuse::session::Transport;
 use crate::tree::Sandbox;
 
 /// Which CPUs there are.
@@ -30,6 +31,8 @@ pub struct Borders<'a> {
     pub own: BorrowedFd<'a>,
     /// Descriptors may name files anywhere: no border then.
     pub anywhere: bool,
+    /// How requests arrive.
+    pub transport: Transport,
 }
 
 /// Confines this process for good. To be called while it has one thread. Returns what is active, and one sentence for
@@ -52,7 +55,7 @@ pub fn enter(borders: Borders<'_>) -> (Sandbox, Vec<String>) {
         active.landlock =
             part(restrict_files(borders), "the daemon can open files outside of the images folder");
     }
-    active.seccomp = part(restrict_calls(), "the daemon can make any system call");
+    active.seccomp = part(restrict_calls(borders.transport), "the daemon can make any system call");
     (active, missing)
 }
 
@@ -101,8 +104,8 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), String> {
     }
 }
 
-fn restrict_calls() -> Result<(), String> {
-    let attempt = || -> anyhow::Result<()> { Ok(seccompiler::apply_filter(&calls::filter()?)?) };
+fn restrict_calls(transport: Transport) -> Result<(), String> {
+    let attempt = || -> anyhow::Result<()> { Ok(seccompiler::apply_filter(&calls::filter(transport)?)?) };
     attempt().map_err(|e| format!("seccomp was refused ({e})"))
 }
 
@@ -136,7 +139,8 @@ mod tests {
         if let Some(folder) = std::env::var_os(ALONE) {
             let folder = std::path::PathBuf::from(folder);
             let own = File::open(&folder).expect("the folder");
-            let (active, missing) = enter(Borders { images: &folder, own: own.as_fd(), anywhere });
+            let (active, missing) =
+                enter(Borders { images: &folder, own: own.as_fd(), anywhere, transport: Transport::Fuse });
             if missing.is_empty() {
                 return Some((folder, active));
             }

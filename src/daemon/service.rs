@@ -10,6 +10,7 @@ use crate::control::server::{Caller, Service};
 use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
+use crate::fuse::session::Transport;
 use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
@@ -21,6 +22,7 @@ pub struct Desk {
     /// Process id of the keeper: our parent when we started.
     keeper: u32,
     sandbox: Sandbox,
+    transport: Transport,
     works: Works,
 }
 
@@ -32,9 +34,10 @@ impl Desk {
         ending: Arc<Ending>,
         keeper: u32,
         sandbox: Sandbox,
+        transport: Transport,
     ) -> Desk {
         let works = Works::in_folder(folder.clone());
-        Desk { settings, folder, ending, keeper, sandbox, works }
+        Desk { settings, folder, ending, keeper, sandbox, transport, works }
     }
 
     fn hello(&self) -> Hello {
@@ -44,14 +47,18 @@ impl Desk {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mountpoint: self.settings.mountpoint().to_string_lossy().into_owned(),
             images: self.settings.images().to_string_lossy().into_owned(),
-            transport: "fuse".to_owned(),
+            transport: self.transport.name().to_owned(),
             read_only: self.settings.read_only,
         }
     }
 
     fn stats(&self) -> Document {
         let mountpoint = self.settings.mountpoint().to_owned();
-        let info = MountInfo { mountpoint, transport: "fuse", sandbox: Arc::new(self.sandbox.into()) };
+        let info = MountInfo {
+            mountpoint,
+            transport: self.transport.name(),
+            sandbox: Arc::new(self.sandbox.into()),
+        };
         document(&self.folder, &info)
     }
 

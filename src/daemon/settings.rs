@@ -12,6 +12,17 @@ use crate::vdisk::{OnFull, Options};
 /// busy (FUSE.md 7.2).
 pub const BACKGROUND: u16 = 4096;
 
+/// How requests of the kernel arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Transport {
+    /// The best one that works here.
+    Auto,
+    /// /dev/fuse.
+    Fuse,
+    /// FUSE over io_uring, or not at all.
+    Uring,
+}
+
 /// All settings of a mount. Paths are absolute and without links.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Settings {
@@ -27,6 +38,8 @@ pub struct Settings {
     pub allow_outside: bool,
     /// The daemon confines itself.
     pub sandbox: bool,
+    /// How requests arrive.
+    pub transport: Transport,
     /// Transport threads.
     pub threads: usize,
     /// Runner threads.

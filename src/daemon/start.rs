@@ -11,7 +11,7 @@ use signal_hook::iterator::Signals;
 use super::link::{self, Link};
 use super::sandbox::{self, Borders};
 use super::service::Desk;
-use super::settings::{BACKGROUND, Settings};
+use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
 use super::{keeper, log};
@@ -19,7 +19,8 @@ use crate::control::place::{LOG, Place};
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, FolderOptions};
-use crate::fuse::classic;
+use crate::fuse::session::{self, Transport};
+use crate::fuse::uring;
 use crate::io::lock::FolderLock;
 use crate::io::process;
 use crate::tree::{MountInfo, Sandbox, Tree};
@@ -62,6 +63,7 @@ fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
 /// (6) the sandbox; threads inherit both, so (7) the first thread comes after them; (8) readiness, when requests are
 /// about to be served.
 fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
+    let (transport, fallen_back) = transport(settings.transport)?;
     let place = Place::make(settings.images())?;
     log::open((!settings.foreground).then(|| place.path(LOG)).as_deref())?;
 
@@ -84,11 +86,12 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
 
     let root = rustix::process::geteuid().is_root();
     let confined = Arc::new(OnceLock::new());
-    let tree = Tree::new(folder.clone(), engine, mount_info(&settings, confined.clone()));
-    let session = classic::mount(
+    let tree = Tree::new(folder.clone(), engine, mount_info(&settings, transport, confined.clone()));
+    let session = session::mount(
+        transport,
         tree,
         settings.mountpoint(),
-        &classic::Settings {
+        &session::Settings {
             threads: settings.threads,
             allow_other: root,
             read_only: settings.read_only,
@@ -98,6 +101,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     )?;
 
     let mut notes: Vec<String> = process::harden(DESCRIPTORS).iter().map(ToString::to_string).collect();
+    notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
     if !root {
         notes.insert(
             0,
@@ -107,7 +111,8 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
 
     let active = if settings.sandbox {
         let (own, anywhere) = (place.as_fd(), settings.allow_outside);
-        let (active, missing) = sandbox::enter(Borders { images: settings.images(), own, anywhere });
+        let (active, missing) =
+            sandbox::enter(Borders { images: settings.images(), own, anywhere, transport });
         notes.extend(missing);
         active
     } else {
@@ -120,10 +125,11 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let ending = Arc::new(Ending::new(settings.clone(), folder.clone(), link.clone()));
     log::start_thread()?;
     ::log::info!(
-        "ploopfs {}: {} on {}, process {}",
+        "ploopfs {}: {} on {} (transport {}), process {}",
         env!("CARGO_PKG_VERSION"),
         settings.images().display(),
         settings.mountpoint().display(),
+        transport.name(),
         std::process::id()
     );
     ::log::info!("sandbox: {active}");
@@ -136,7 +142,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     if active.landlock || active.seccomp {
         link.confine();
     }
-    let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper, active);
+    let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper, active, transport);
     let clients = server.start(Arc::new(desk))?;
     if let Err(e) = folder.start_watch() {
         ::log::warn!("{e}; new images are seen at the next mount");
@@ -162,8 +168,17 @@ fn faults(spec: &str) -> Result<crate::folder::Wrap> {
     Ok(Arc::new(move |file| Arc::new(FaultFile::new(file, plan.clone()))))
 }
 
-fn mount_info(settings: &Settings, sandbox: Arc<OnceLock<Sandbox>>) -> MountInfo {
-    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: "fuse", sandbox }
+/// The transport to use; why not the better one, where that was for us to choose.
+fn transport(wanted: settings::Transport) -> Result<(Transport, Option<Error>)> {
+    match wanted {
+        settings::Transport::Auto => Ok(Transport::best()),
+        settings::Transport::Fuse => Ok((Transport::Fuse, None)),
+        settings::Transport::Uring => uring::available().map(|()| (Transport::Uring, None)),
+    }
+}
+
+fn mount_info(settings: &Settings, transport: Transport, sandbox: Arc<OnceLock<Sandbox>>) -> MountInfo {
+    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: transport.name(), sandbox }
 }
 
 /// Signals come as requests to end, on a thread of their own.

@@ -1,6 +1,55 @@
 //! Transports only: how requests of the kernel reach [`ops::FileSystem`] and how answers go back.
 
+use std::time::Duration;
+
 pub mod classic;
+mod lanes;
+mod listing;
 pub mod mount;
 pub mod notify;
 pub mod ops;
+pub mod session;
+pub mod uring;
+
+/// How long the kernel may keep names and attributes without asking. Short, because st_blocks moves with every
+/// allocation; size and name changes are announced at once (fuse/notify).
+const TTL: Duration = Duration::from_secs(1);
+
+/// Largest WRITE in bytes: 256 pages, the kernel's own limit, and the same as for reads.
+const MAX_WRITE: u32 = 1 << 20;
+
+/// Longest name, as statfs tells it.
+const NAME_MAX: u32 = 255;
+
+/// Three quarters of `max_background`, at least 1: where the kernel's own default has it. Only read-ahead and background
+/// writing out heed it.
+fn congestion(max_background: u16) -> u16 {
+    (max_background - max_background / 4).max(1)
+}
+
+/// What a panic said.
+fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => text,
+        (None, Some(text)) => text,
+        (None, None) => "(no text)",
+    }
+}
+
+/// Attributes of a name of which nothing else is known.
+fn unknown(n: &ops::Name) -> ops::Attr {
+    let mtime = std::time::SystemTime::UNIX_EPOCH;
+    let (size, blocks, mode, links, uid, gid, block_size) = (0, 0, 0, 1, 0, 0, 0);
+    ops::Attr { ino: n.ino, kind: n.kind, size, blocks, mode, links, uid, gid, block_size, mtime }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn congestion_begins_at_three_quarters() {
+        assert_eq!(congestion(4096), 3072);
+        assert_eq!(congestion(1), 1);
+    }
+}

@@ -7,7 +7,8 @@
 //! That the list is whole: it was made from traces of the tests, then filled up by sort, so that a libc that prefers
 //! another call of the same sort finds it. Whoever may read, write, map and wait does not gain power by doing it with
 //! another call. Calls that take a path and look at nothing that Landlock restricts (chmod, chown, xattr, utime) are
-//! left out, and so is io_uring, which would go around this list.
+//! left out, and so is making an io_uring, which would go around this list. The uring transport may enter the rings that
+//! it made before; what these carry out is bound when they are made (see fuse/uring/ring).
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,8 @@ use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
 };
+
+use crate::fuse::session::Transport;
 
 /// Allowed whatever the arguments are.
 const FREE: &[c_long] = &[
@@ -153,14 +156,18 @@ const OLDER: &[c_long] = &[];
 /// thread's own descriptor), FIONBIO and FIOCLEX (flags of a descriptor).
 const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451];
 
-/// The filter for this machine and this process.
-pub fn filter() -> anyhow::Result<BpfProgram> {
+/// What the uring transport needs beside: to submit to its rings and wait on them, and (limited below) to bind its
+/// threads to CPUs.
+const RINGS: &[c_long] = &[libc::SYS_io_uring_enter];
+
+/// The filter for this machine, this process and this transport.
+pub fn filter(transport: Transport) -> anyhow::Result<BpfProgram> {
     let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
     let refusal = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    Ok(SeccompFilter::new(rules()?, refusal, SeccompAction::Allow, arch)?.try_into()?)
+    Ok(SeccompFilter::new(rules(transport)?, refusal, SeccompAction::Allow, arch)?.try_into()?)
 }
 
-fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+fn rules(transport: Transport) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let argument = |index: u8, operator: SeccompCmpOp, value: u64| {
         SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
     };
@@ -174,7 +181,7 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let requests: Vec<u64> = REQUESTS.iter().map(|request| u64::from(*request)).collect();
     let (thread, execute) = (libc::CLONE_THREAD as u64, libc::PROT_EXEC as u64);
     let no_pointer = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
-    let limited = [
+    let mut limited = vec![
         (libc::SYS_ioctl, one_of(1, &requests)?),
         // Memory is for data: none of it becomes a program.
         (libc::SYS_mmap, bits(2, execute, 0)?),
@@ -189,7 +196,14 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         // abort() signals its own process.
         (libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?),
     ];
-    let free = FREE.iter().chain(OLDER).map(|call| (*call, Vec::new()));
+    let rings: &[c_long] = if transport == Transport::Uring {
+        // The calling thread only.
+        limited.push((libc::SYS_sched_setaffinity, one_of(0, &[0])?));
+        RINGS
+    } else {
+        &[]
+    };
+    let free = FREE.iter().chain(OLDER).chain(rings).map(|call| (*call, Vec::new()));
     Ok(free.chain(limited).collect())
 }
 
@@ -199,7 +213,7 @@ mod tests {
 
     #[test]
     fn nothing_that_starts_mounts_traces_loads_or_goes_around_the_list_is_on_it() {
-        let rules = rules().expect("a sound list");
+        let rules = rules(Transport::Uring).expect("a sound list");
         let never = [
             libc::SYS_execve,
             libc::SYS_execveat,
@@ -225,6 +239,7 @@ mod tests {
             libc::SYS_perf_event_open,
             libc::SYS_userfaultfd,
             libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_register,
             libc::SYS_open_by_handle_at,
             libc::SYS_socket,
             libc::SYS_connect,
@@ -241,5 +256,14 @@ mod tests {
         ];
         let found: Vec<&c_long> = never.iter().filter(|call| rules.contains_key(call)).collect();
         assert!(found.is_empty(), "{found:?}");
+    }
+
+    #[test]
+    fn rings_are_entered_by_the_transport_that_has_them_only() {
+        let uring = rules(Transport::Uring).expect("a sound list");
+        let fuse = rules(Transport::Fuse).expect("a sound list");
+        for call in [libc::SYS_io_uring_enter, libc::SYS_sched_setaffinity] {
+            assert!(uring.contains_key(&call) && !fuse.contains_key(&call), "{call}");
+        }
     }
 }

@@ -1,6 +1,5 @@
 //! fuser's callbacks, each turned into one call of [`FileSystem`].
 
-use std::any::Any;
 use std::ffi::OsStr;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,16 +15,11 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::convert::{GENERATION, IMAGE_OPEN, TTL, attr, caller, errno, file_type};
-use super::lanes::{Inside, Lanes, with_read_buffer};
-use super::listing::Listings;
+use super::convert::{GENERATION, IMAGE_OPEN, attr, caller, errno, file_type};
+use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
+use crate::fuse::listing::Listings;
 use crate::fuse::ops::{self, Answer, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
-
-/// Largest WRITE in bytes: 256 pages, the kernel's own limit, and the same as for reads.
-const MAX_WRITE: u32 = 1 << 20;
-
-/// Longest name, as statfs tells it.
-const NAME_MAX: u32 = 255;
+use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
 
 /// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
 const WANTED: [(InitFlags, &str); 5] = [
@@ -113,20 +107,6 @@ impl Bridge {
     }
 }
 
-fn unknown(n: &Name) -> Attr {
-    let mtime = SystemTime::UNIX_EPOCH;
-    let (size, blocks, mode, links, uid, gid, block_size) = (0, 0, 0, 1, 0, 0, 0);
-    Attr { ino: n.ino, kind: n.kind, size, blocks, mode, links, uid, gid, block_size, mtime }
-}
-
-fn text_of(panic: &(dyn Any + Send)) -> &str {
-    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
-        (Some(text), _) => text,
-        (None, Some(text)) => text,
-        (None, None) => "(no text)",
-    }
-}
-
 fn answer_empty(reply: ReplyEmpty, answer: Answer<()>) {
     match answer {
         Ok(()) => reply.ok(),
@@ -168,7 +148,6 @@ impl fuser::Filesystem for Bridge {
         for (what, refused) in [
             ("max_write", config.set_max_write(MAX_WRITE).err()),
             ("max_background", config.set_max_background(self.max_background).err().map(u32::from)),
-            // Only read-ahead and background writing out heed it: three quarters, as the kernel's own default.
             (
                 "congestion",
                 config.set_congestion_threshold(congestion(self.max_background)).err().map(u32::from),
@@ -528,21 +507,5 @@ impl fuser::Filesystem for Bridge {
         reply: ReplyWrite,
     ) {
         reply.error(fuser::Errno::ENOSYS);
-    }
-}
-
-/// Three quarters of `max_background`, at least 1.
-fn congestion(max_background: u16) -> u16 {
-    (max_background - max_background / 4).max(1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn congestion_begins_at_three_quarters() {
-        assert_eq!(congestion(4096), 3072);
-        assert_eq!(congestion(1), 1);
     }
 }

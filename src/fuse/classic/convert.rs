@@ -1,14 +1,8 @@
 //! Between fuser's types and the transport-neutral ones.
 
-use std::time::Duration;
-
 use fuser::{FileAttr, FileType, FopenFlags, Generation, INodeNo, Request};
 
 use crate::fuse::ops::{Attr, Caller, Errno, FileKind};
-
-/// How long the kernel may keep names and attributes without asking. Short, because st_blocks moves with every
-/// allocation; size and name changes are announced at once (fuse/notify).
-pub(super) const TTL: Duration = Duration::from_secs(1);
 
 /// Inode numbers are never reused within a mount, so one generation is enough.
 pub(super) const GENERATION: Generation = Generation(0);

@@ -3,55 +3,23 @@
 
 mod bridge;
 mod convert;
-mod lanes;
-mod listing;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{INodeNo, SessionACL};
 
-pub use self::lanes::{Inside, Lanes};
-
 use self::bridge::Bridge;
-use self::listing::Listings;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
+use crate::fuse::lanes::Lanes;
+use crate::fuse::listing::Listings;
 use crate::fuse::mount::{self, DEVICE};
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
+use crate::fuse::session::Settings;
 use crate::io::unmount::unmount;
-
-/// How a folder is mounted and served.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Transport threads, at least 1. More let more requests wait on the host at once, but each wakes cache-cold.
-    pub threads: usize,
-    /// Let users other than the mounting one in. Ordinary users need `user_allow_other` in /etc/fuse.conf for it.
-    pub allow_other: bool,
-    /// Refuse every change.
-    pub read_only: bool,
-    /// The source shown by findmnt: the images folder.
-    pub fs_name: OsString,
-    /// How many asynchronous requests the kernel may have outstanding, over all images of the mount: the true
-    /// queue depth of loop devices and libaio. The kernel holds ordinary users to fs/fuse's max_user_bgreq.
-    pub max_background: u16,
-}
-
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings {
-            // One per CPU; below 2 a single slow write would stop the mount, above 8 they only share a queue lock.
-            threads: std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
-            allow_other: rustix::process::geteuid().is_root(),
-            read_only: false,
-            fs_name: "ploopfs".into(),
-            // 256 for each of 16 busy loop devices.
-            max_background: 4096,
-        }
-    }
-}
 
 /// A mounted folder whose handshake is done. Dropping it without [`run`](Session::run) closes the connection and
 /// leaves a dead mount point: [`unmount`] it.
@@ -66,12 +34,6 @@ pub struct Session {
 
 /// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::run`].
 pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
-    if settings.threads == 0 || settings.max_background == 0 {
-        return Err(Error::new(
-            Kind::Invalid,
-            "a mount needs at least one thread and one background request",
-        ));
-    }
     // Before the mount: afterwards looking at the path would wait for ourselves.
     let mountpoint = mount::absolute(mountpoint)?;
     let (allow_other, read_only) = (settings.allow_other, settings.read_only);
@@ -135,11 +97,6 @@ impl Session {
     /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
     pub fn notifier(&self) -> Notifier {
         self.notifier.clone()
-    }
-
-    /// The transport threads, for counters.
-    pub fn lanes(&self) -> Arc<Lanes> {
-        self.lanes.clone()
     }
 
     /// The absolute path of the mount point, as it was before the mount.

@@ -26,7 +26,7 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    pub(super) fn new(threads: usize) -> Lanes {
+    pub(crate) fn new(threads: usize) -> Lanes {
         Lanes {
             threads,
             waiting: AtomicUsize::new(0),
@@ -47,26 +47,22 @@ impl Lanes {
 
     /// No request reaches the file system from here on. Only matters when fuser could not start all its threads:
     /// it then returns while the first ones go on.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
-    /// How many transport threads there are.
-    pub fn threads(&self) -> usize {
-        self.threads
-    }
-
-    /// How many of them are inside a write that may block.
-    pub fn waiting(&self) -> usize {
+    /// How many threads are inside a write that may block.
+    #[cfg(test)]
+    fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
     /// Names the calling thread ploopfs/tN at its first request: fuser starts the threads and calls them fuser-N.
-    pub(super) fn name_thread(&self) {
+    pub(crate) fn name_thread(&self) {
         thread_local!(static NAMED: Cell<bool> = const { Cell::new(false) });
         if NAMED.replace(true) {
             return;
@@ -93,7 +89,7 @@ impl Drop for Inside<'_> {
 
 /// Runs `f` with the first `len` bytes of this thread's page-aligned buffer; None when it is not that large.
 /// Memory is touched, and so taken, only as far as requests really went.
-pub(super) fn with_read_buffer<R>(len: usize, f: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+pub(crate) fn with_read_buffer<R>(len: usize, f: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
     thread_local!(static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
     BUFFER.with_borrow_mut(|memory| {
         if memory.is_empty() {

@@ -14,7 +14,7 @@ const ROOT: Ino = 1;
 
 /// All opened folders of a session, by handle.
 #[derive(Debug, Default)]
-pub(super) struct Listings {
+pub(crate) struct Listings {
     next: AtomicU64,
     /// Protects the table only; held for a look-up, never across a call. A leaf: no lock is taken under it.
     open: Mutex<HashMap<u64, Arc<Vec<Name>>>>,
@@ -22,18 +22,18 @@ pub(super) struct Listings {
 
 impl Listings {
     /// A new handle. Nothing is kept for it until names are asked for.
-    pub(super) fn open(&self) -> u64 {
+    pub(crate) fn open(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Forgets a handle.
-    pub(super) fn close(&self, handle: u64) {
+    pub(crate) fn close(&self, handle: u64) {
         self.table().remove(&handle);
     }
 
     /// The names as they were when the folder was last read from its beginning, `.` and `..` first. A handle that
     /// is not known (another process gave it out) is read now.
-    pub(super) fn names(
+    pub(crate) fn names(
         &self,
         fs: &dyn FileSystem,
         ino: Ino,

@@ -1,0 +1,305 @@
+//! /dev/fuse beside the rings: the handshake, what the kernel sends there only (forgotten look-ups, interrupts), and
+//! what we tell it on our own account.
+
+use std::ffi::OsStr;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::answer::{self, OutHeader};
+use super::serve::{Exchange, Server, Thread};
+use super::wire::{self, Parts};
+use crate::fuse::ops::{Answer, Errno, Ino};
+use crate::fuse::{MAX_WRITE, congestion, notify};
+
+/// The version of the protocol whose structures we use: the first with rings.
+const MAJOR: u32 = 7;
+const MINOR: u32 = 42;
+
+/// Bits of INIT that fuser asks for as well.
+const ASYNC_READ: u64 = 1 << 0;
+const BIG_WRITES: u64 = 1 << 5;
+const MAX_PAGES: u64 = 1 << 22;
+/// The second half of the bits is valid.
+const INIT_EXT: u64 = 1 << 30;
+const OVER_IO_URING: u64 = 1 << 41;
+
+/// What is asked of the kernel beyond these (FUSE.md 7.2), and what is lost where it refuses.
+const WANTED: [(u64, &str, &str); 5] = [
+    (1 << 15, "FUSE_ASYNC_DIO", "loop and libaio requests run one at a time"),
+    (1 << 36, "FUSE_DIRECT_IO_ALLOW_MMAP", "images cannot be mapped shared"),
+    (1 << 18, "FUSE_PARALLEL_DIROPS", "look-ups in one folder run one at a time"),
+    (1 << 13, "FUSE_DO_READDIRPLUS", "ls -l asks for each file on its own"),
+    (1 << 14, "FUSE_READDIRPLUS_AUTO", "plain ls fetches attributes too"),
+];
+
+/// Codes of notifications.
+const INVAL_INODE: i32 = 2;
+const INVAL_ENTRY: i32 = 3;
+
+/// Room for a message: the largest write and what stands in front of it.
+const MESSAGE: usize = MAX_WRITE as usize + 4096;
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct InitIn {
+    major: u32,
+    minor: u32,
+    max_readahead: u32,
+    flags: u32,
+    flags2: u32,
+    unused: [u32; 11],
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct InitOut {
+    major: u32,
+    minor: u32,
+    max_readahead: u32,
+    flags: u32,
+    max_background: u16,
+    congestion_threshold: u16,
+    max_write: u32,
+    time_granularity: u32,
+    max_pages: u16,
+    map_alignment: u16,
+    flags2: u32,
+    max_stack_depth: u32,
+    request_timeout: u16,
+    unused: [u16; 11],
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct InvalInode {
+    ino: u64,
+    offset: i64,
+    len: i64,
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct InvalEntry {
+    parent: u64,
+    name_len: u32,
+    flags: u32,
+}
+
+/// The connection to the kernel.
+pub(super) struct Device(OwnedFd);
+
+impl AsRawFd for Device {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Device {
+    /// A connection as mounting made it.
+    pub(super) fn new(connection: OwnedFd) -> Device {
+        Device(connection)
+    }
+
+    /// Answers the kernel's INIT. Afterwards the kernel waits until every queue has an entry.
+    pub(super) fn handshake(&self, max_background: u16) -> io::Result<()> {
+        let mut buffer = vec![0; MESSAGE];
+        loop {
+            let message = self.read(&mut buffer)?;
+            let unsound = || io::Error::other("the kernel's first message is no handshake");
+            let parts = wire::split(message).map_err(|_| unsound())?;
+            let header = wire::header(parts.header).map_err(|_| unsound())?;
+            if header.opcode != wire::INIT {
+                return Err(unsound());
+            }
+            // Kernels before 7.36 send less, and have no rings either.
+            let offer = InitIn::read_from_bytes(parts.operation)
+                .map_err(|_| io::Error::other("the kernel's FUSE is older than 7.42"))?;
+            if offer.major > MAJOR {
+                // It then asks again, with a version that both know.
+                self.write(header.unique, 0, &[answer_of_init(&InitOut::version()).as_slice()])?;
+                continue;
+            }
+            let answer = accept(&offer, max_background)?;
+            return self.write(header.unique, 0, &[answer_of_init(&answer).as_slice()]);
+        }
+    }
+
+    /// Serves what comes here until the connection has ended.
+    pub(super) fn serve(self: &Arc<Self>, server: &Server) -> io::Result<()> {
+        let mut buffer = vec![0; MESSAGE];
+        loop {
+            match self.read(&mut buffer) {
+                Ok(message) => {
+                    let message =
+                        Message { device: self.clone(), request: message.to_vec(), answer: Vec::new() };
+                    server.serve(message, Thread::Transport);
+                }
+                // ECONNABORTED: the administrator's abort.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
+                    return Ok(());
+                }
+                // ENOENT: the request was interrupted before we had it.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::ENOENT)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+        let len = rustix::io::read(&self.0, &mut *buffer)?;
+        Ok(&buffer[..len])
+    }
+
+    fn write(&self, unique: u64, error: i32, parts: &[&[u8]]) -> io::Result<()> {
+        let len = answer::HEADER + parts.iter().map(|part| part.len()).sum::<usize>();
+        let header = OutHeader { len: len as u32, error, unique };
+        let mut all = vec![IoSlice::new(header.as_bytes())];
+        all.extend(parts.iter().map(|part| IoSlice::new(part)));
+        rustix::io::writev(&self.0, &all)?;
+        Ok(())
+    }
+}
+
+impl InitOut {
+    /// Our version and nothing else.
+    fn version() -> InitOut {
+        InitOut {
+            major: MAJOR,
+            minor: MINOR,
+            max_readahead: 0,
+            flags: 0,
+            max_background: 0,
+            congestion_threshold: 0,
+            max_write: 0,
+            time_granularity: 1,
+            max_pages: 0,
+            map_alignment: 0,
+            flags2: 0,
+            max_stack_depth: 0,
+            request_timeout: 0,
+            unused: [0; 11],
+        }
+    }
+}
+
+fn answer_of_init(out: &InitOut) -> Vec<u8> {
+    out.as_bytes().to_vec()
+}
+
+/// What we take of a kernel's offer; it must have rings.
+fn accept(offer: &InitIn, max_background: u16) -> io::Result<InitOut> {
+    let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
+    if offer.major < MAJOR || offered & INIT_EXT == 0 || offered & OVER_IO_URING == 0 {
+        return Err(io::Error::other(format!(
+            "the kernel (FUSE {}.{}) offers no io_uring",
+            offer.major, offer.minor
+        )));
+    }
+    let mut flags = ASYNC_READ | BIG_WRITES | MAX_PAGES | INIT_EXT | OVER_IO_URING;
+    for (flag, name, loss) in WANTED {
+        if offered & flag == 0 {
+            log::warn!("the kernel (FUSE {}.{}) has no {name}: {loss}", offer.major, offer.minor);
+        }
+        flags |= flag & offered;
+    }
+    Ok(InitOut {
+        minor: MINOR.min(offer.minor),
+        max_readahead: offer.max_readahead,
+        flags: flags as u32,
+        flags2: (flags >> 32) as u32,
+        max_background,
+        congestion_threshold: congestion(max_background),
+        max_write: MAX_WRITE,
+        // Entries have room for MAX_WRITE bytes, and the kernel counts their room in pages too.
+        max_pages: (MAX_WRITE as usize / rustix::param::page_size()) as u16,
+        ..InitOut::version()
+    })
+}
+
+/// A request that came over /dev/fuse.
+struct Message {
+    device: Arc<Device>,
+    request: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl Exchange for Message {
+    fn parts(&self) -> Parts<'_> {
+        // What cannot be taken apart has no header, and so is malformed to whoever reads on.
+        wire::split(&self.request).unwrap_or(Parts { header: &[], operation: &[], payload: &[] })
+    }
+
+    fn room(&mut self, len: usize) -> Option<&mut [u8]> {
+        if len > MAX_WRITE as usize {
+            return None;
+        }
+        self.answer.resize(len, 0);
+        Some(&mut self.answer)
+    }
+
+    fn send(self, outcome: Answer<usize>) {
+        let Ok(header) = wire::header(&self.request) else { return };
+        let sent = match outcome {
+            Ok(len) => self.device.write(header.unique, 0, &[&self.answer[..len]]),
+            Err(Errno(errno)) => self.device.write(header.unique, -errno, &[]),
+        };
+        match sent {
+            Ok(()) => {}
+            // ENOENT: nobody waits any more (or it is the interrupt of a request on a ring, where the kernel does not
+            // look for it); ENODEV: the mount is gone.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {}
+            Err(e) => log::warn!("the kernel refused an answer: {e}"),
+        }
+    }
+
+    fn forget(self) {}
+}
+
+/// The way for notifications.
+pub(super) struct Kernel(pub(super) Arc<Device>);
+
+impl notify::Sink for Kernel {
+    fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()> {
+        self.0.write(0, INVAL_INODE, &[InvalInode { ino, offset, len }.as_bytes()])
+    }
+
+    fn inval_entry(&self, parent: Ino, name: &OsStr) -> io::Result<()> {
+        let fields = InvalEntry { parent, name_len: name.len() as u32, flags: 0 };
+        self.0.write(0, INVAL_ENTRY, &[fields.as_bytes(), name.as_bytes(), &[0]])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(bits: u64) -> InitIn {
+        let (flags, flags2) = (bits as u32, (bits >> 32) as u32);
+        InitIn { major: 7, minor: 45, max_readahead: 131_072, flags, flags2, unused: [0; 11] }
+    }
+
+    #[test]
+    fn structures_are_as_long_as_the_kernels() {
+        assert_eq!((size_of::<InitIn>(), size_of::<InitOut>()), (64, 64));
+        assert_eq!((size_of::<InvalInode>(), size_of::<InvalEntry>()), (24, 16));
+    }
+
+    #[test]
+    fn a_kernel_without_rings_is_refused() {
+        assert!(accept(&offer(!OVER_IO_URING), 16).is_err());
+        assert!(accept(&offer(!INIT_EXT), 16).is_err());
+        assert!(accept(&offer(u64::MAX), 16).is_ok());
+    }
+
+    #[test]
+    fn nothing_is_accepted_that_was_not_offered_but_what_every_kernel_has() {
+        let out = accept(&offer(INIT_EXT | OVER_IO_URING | 1 << 15), 100).expect("rings");
+        let flags = u64::from(out.flags) | u64::from(out.flags2) << 32;
+        assert_eq!(flags, ASYNC_READ | BIG_WRITES | MAX_PAGES | INIT_EXT | OVER_IO_URING | 1 << 15);
+        assert_eq!((out.minor, out.max_background, out.congestion_threshold), (42, 100, 75));
+    }
+}

@@ -1,0 +1,137 @@
+//! The `uring` transport: FUSE over io_uring (Linux 6.14), one ring for each CPU, its thread bound to it, requests
+//! served on the thread that got them. What would hold a ring up goes to helpers (see `queue`) or, as in every
+//! transport, to the runners of the file system; an answer may come from any thread, and is handed to the kernel by
+//! the ring's own, because the next request of an entry is copied in the context of the thread that submitted it.
+//!
+//! /dev/fuse stays open beside the rings for what the kernel sends there only (see `device`).
+
+mod answer;
+mod cpus;
+mod device;
+mod memory;
+mod queue;
+mod ring;
+mod serve;
+pub mod wire;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crossbeam_channel::bounded;
+
+use self::device::{Device, Kernel};
+use self::queue::{Helpers, Worker};
+use self::ring::{Queue, Ring};
+use self::serve::Server;
+use crate::error::{Error, Kind, Result};
+use crate::fuse::mount::{self, DEVICE};
+use crate::fuse::notify::{self, Notifier};
+use crate::fuse::ops::FileSystem;
+use crate::fuse::session::Settings;
+use crate::io::unmount::unmount;
+
+/// Whether the kernel's FUSE offers rings; the administrator's switch.
+const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// A mounted folder whose handshake is done; see [`fuse::session::Session`](crate::fuse::session::Session).
+pub(super) struct Session {
+    device: Arc<Device>,
+    rings: Vec<(Option<usize>, Ring)>,
+    server: Arc<Server>,
+    helpers: usize,
+    notifier: Notifier,
+    notifications: notify::Pending,
+    mountpoint: PathBuf,
+}
+
+/// Whether this transport can be had here; if not, why, and what would help.
+pub fn available() -> Result<()> {
+    // Opening it loads the module, where it is one, and the switch with it.
+    drop(std::fs::File::options().read(true).write(true).open(DEVICE));
+    match std::fs::read_to_string(SWITCH) {
+        Ok(text) if text.trim() == "Y" => {}
+        Ok(_) => {
+            let what = format!("FUSE over io_uring is switched off; switch it on with: echo Y > {SWITCH}");
+            return Err(Error::new(Kind::Unsupported, what));
+        }
+        Err(_) => {
+            let what = "this kernel has no FUSE over io_uring (Linux 6.14 with CONFIG_FUSE_IO_URING has)";
+            return Err(Error::new(Kind::Unsupported, what));
+        }
+    }
+    Ring::new(&[Queue { id: 0, depth: 1 }]).map(drop).map_err(|e| no_ring(&e))
+}
+
+fn no_ring(e: &io::Error) -> Error {
+    let hint = match e.raw_os_error() {
+        Some(libc::EPERM) => "; it may be switched off: sysctl kernel.io_uring_disabled=0",
+        _ => "",
+    };
+    Error::new(Kind::Unsupported, format!("cannot make an io_uring: {}{hint}", crate::error::words(e)))
+}
+
+/// Mounts on `mountpoint` and answers the kernel's INIT. Makes all rings and their memory, because a sandbox would not
+/// let it later; starts no thread. Requests wait until [`Session::run`].
+pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
+    available()?;
+    let rings = cpus::plan()
+        .into_iter()
+        .map(|plan| Ok((plan.cpu, Ring::new(&plan.queues).map_err(|e| no_ring(&e))?)))
+        .collect::<Result<Vec<_>>>()?;
+    // Before the mount: afterwards looking at the path would wait for ourselves.
+    let mountpoint = mount::absolute(mountpoint)?;
+    let (allow_other, read_only) = (settings.allow_other, settings.read_only);
+    let options = mount::Options { source: settings.fs_name.clone(), allow_other, read_only };
+    let device = Arc::new(Device::new(mount::mount(&mountpoint, &options)?));
+    device.handshake(settings.max_background).map_err(|e| {
+        if let Err(left) = unmount(&mountpoint, true) {
+            log::error!("{left}");
+        }
+        Error::io(&e, &mountpoint, "the handshake with the kernel failed")
+    })?;
+    let (notifier, notifications) = notify::queue(Box::new(Kernel(device.clone())));
+    let helpers = settings.threads;
+    let server = Arc::new(Server::new(fs, helpers));
+    Ok(Session { device, rings, server, helpers, notifier, notifications, mountpoint })
+}
+
+impl Session {
+    /// Serves until the connection has ended, then tells the file system.
+    ///
+    /// The end: (1) /dev/fuse says so; (2) the server closes: what comes still is answered with EIO; (3) the rings'
+    /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system
+    /// hears of it, because no operation may follow.
+    pub(super) fn run(self) -> Result<()> {
+        let Session { device, rings, server, helpers, notifier: _, notifications, mountpoint } = self;
+        let sending = notifications.start()?;
+        let helpers = Helpers::start(&server, helpers)?;
+        // Nothing is sent through it: it is over when every thread has dropped its end.
+        let (at_work, over) = bounded::<()>(0);
+        let mut entries = Vec::new();
+        for (number, (cpu, ring)) in rings.into_iter().enumerate() {
+            entries.push(ring.entries().clone());
+            let (server, device, bench) = (server.clone(), device.clone(), helpers.bench());
+            Worker { ring, server, device, bench, cpu, at_work: at_work.clone() }.start(number)?;
+        }
+        drop(at_work);
+        let served = device.serve(&server);
+        drop(sending);
+        server.close();
+        entries.iter().for_each(|ring| ring.call());
+        let _ = over.recv();
+        helpers.join();
+        server.ended();
+        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
+    }
+
+    /// See [`fuse::session::Session::notifier`](crate::fuse::session::Session::notifier).
+    pub(super) fn notifier(&self) -> Notifier {
+        self.notifier.clone()
+    }
+
+    /// The absolute path of the mount point, as it was before the mount.
+    pub(super) fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+}

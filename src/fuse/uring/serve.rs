@@ -1,0 +1,469 @@
+//! One request, from its bytes to its answer: the same for a ring's entry and for a message of /dev/fuse.
+
+use std::ffi::OsStr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use zerocopy::{Immutable, IntoBytes};
+
+use super::answer::{self, Names};
+use super::wire::{self, Operation, Parts, Request};
+use crate::fuse::lanes::{Inside, Lanes};
+use crate::fuse::listing::Listings;
+use crate::fuse::ops::{Answer, Caller, Done, Errno, FileSystem, Handle, Ino, Name, Now, OpenFlags};
+use crate::fuse::{text_of, unknown};
+
+/// A request and the place of its answer.
+pub(super) trait Exchange: Send + Sized + 'static {
+    /// The request.
+    fn parts(&self) -> Parts<'_>;
+    /// Room for `len` bytes of an answer; None: there is not so much. The payload of the request may be lost.
+    fn room(&mut self, len: usize) -> Option<&mut [u8]>;
+    /// Answers: the first bytes of the room, so many, or an errno.
+    fn send(self, outcome: Answer<usize>);
+    /// Ends a request that has no answer.
+    fn forget(self);
+}
+
+/// An answer that is owed: dropped, it is EIO, so that nobody waits for ever.
+struct Reply<E: Exchange>(Option<E>);
+
+impl<E: Exchange> Reply<E> {
+    fn exchange(&mut self) -> &mut E {
+        self.0.as_mut().expect("taken by the methods that consume self only")
+    }
+
+    fn parts(&self) -> Parts<'_> {
+        self.0.as_ref().expect("taken by the methods that consume self only").parts()
+    }
+
+    fn send(mut self, outcome: Answer<usize>) {
+        if let Some(exchange) = self.0.take() {
+            exchange.send(outcome);
+        }
+    }
+
+    fn forget(mut self) {
+        if let Some(exchange) = self.0.take() {
+            exchange.forget();
+        }
+    }
+
+    fn error(self, errno: i32) {
+        self.send(Err(Errno(errno)));
+    }
+
+    fn empty(self, answer: Answer<()>) {
+        self.send(answer.map(|()| 0));
+    }
+
+    fn bytes(mut self, answer: Answer<impl AsRef<[u8]>>) {
+        let outcome = answer.and_then(|bytes| {
+            let bytes = bytes.as_ref();
+            let room = self.exchange().room(bytes.len()).ok_or(Errno(libc::EIO))?;
+            room.copy_from_slice(bytes);
+            Ok(bytes.len())
+        });
+        self.send(outcome);
+    }
+
+    fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
+        match answer.map(fields) {
+            Ok(fields) => self.bytes(Ok(fields.as_bytes())),
+            Err(e) => self.send(Err(e)),
+        }
+    }
+}
+
+impl<E: Exchange> Drop for Reply<E> {
+    fn drop(&mut self) {
+        if let Some(exchange) = self.0.take() {
+            exchange.send(Err(Errno(libc::EIO)));
+        }
+    }
+}
+
+/// What all threads of a session share.
+pub(super) struct Server {
+    fs: Arc<dyn FileSystem>,
+    listings: Listings,
+    /// The threads that may wait in a write; see [`Lanes`].
+    lanes: Lanes,
+    /// The connection has ended: nothing reaches the file system any more.
+    closed: AtomicBool,
+}
+
+/// On which sort of thread a request is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Thread {
+    /// One that others wait for: it never waits itself.
+    Transport,
+    /// One of those that may wait in a write, unless it is the last that is free.
+    Helper,
+}
+
+/// Where a write is carried out.
+enum Place<'a> {
+    /// On this thread; the guard, where there is one, keeps the count.
+    Here(Option<Inside<'a>>),
+    /// It may block, and this thread may not.
+    Elsewhere,
+}
+
+impl Server {
+    /// `helpers`: how many threads may wait in writes.
+    pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize) -> Server {
+        Server {
+            fs,
+            listings: Listings::default(),
+            lanes: Lanes::new(helpers),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// True when a write to `handle` may wait for the host.
+    pub(super) fn writes_may_block(&self, handle: Handle) -> bool {
+        self.fs.writes_may_block(handle)
+    }
+
+    /// No request that is served from here on reaches the file system.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    /// True after [`close`](Self::close).
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Tells the file system that nothing follows.
+    pub(super) fn ended(&self) {
+        self.fs.ended();
+    }
+
+    /// Serves one request. A panic costs that request, not the thread.
+    pub(super) fn serve<E: Exchange>(&self, exchange: E, thread: Thread) {
+        let reply = Reply(Some(exchange));
+        if self.is_closed() {
+            return;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.carry_out(reply, thread))) {
+            log::error!("bug: a request panicked and was answered with EIO: {}", text_of(panic.as_ref()));
+        }
+    }
+
+    fn carry_out<E: Exchange>(&self, reply: Reply<E>, thread: Thread) {
+        let Ok(Request { ino, caller, operation }) = wire::decode(reply.parts()) else {
+            log::warn!("the kernel sent a request that makes no sense; it was answered with EIO");
+            return;
+        };
+        match operation {
+            Operation::Lookup { name } => {
+                let answer = self.fs.lookup(caller, ino, name);
+                reply.fields(answer, |a| answer::entry(&a));
+            }
+            Operation::Forget { count } => {
+                self.fs.forget(ino, count);
+                reply.forget();
+            }
+            Operation::Forgets { list } => {
+                wire::forgets(list).for_each(|(ino, count)| self.fs.forget(ino, count));
+                reply.forget();
+            }
+            Operation::GetAttr => reply.fields(self.fs.getattr(ino), |a| answer::attr(&a)),
+            Operation::SetAttr(change) => {
+                let done = Box::new(move |answer| reply.fields(answer, |a| answer::attr(&a)));
+                self.fs.setattr(caller, ino, change, done);
+            }
+            Operation::ReadLink => reply.error(libc::EINVAL),
+            // It has no way to answer with a new name, so consent is a refusal too.
+            Operation::ChangeName { name } => {
+                let answer = self.fs.change_name(caller, ino, name);
+                reply.send(Err(answer.err().unwrap_or(Errno(libc::EPERM))));
+            }
+            Operation::RemoveName { name } => {
+                let answer = self.fs.change_name(caller, ino, name);
+                reply.empty(answer);
+            }
+            Operation::Open { flags } => {
+                let done = Box::new(move |answer| reply.fields(answer, answer::opened));
+                self.fs.open(caller, ino, OpenFlags { raw: flags }, done);
+            }
+            Operation::Read { handle, offset, size } => self.read(reply, handle, offset, size as usize),
+            Operation::Write { handle, offset, data, flags } => {
+                let flags = OpenFlags { raw: flags };
+                let now = match self.place(handle, thread) {
+                    Place::Here(_inside) => self.fs.write_now(handle, offset, data, flags),
+                    Place::Elsewhere => Now::Later,
+                };
+                match now {
+                    Now::Done(answer) => reply.fields(answer, answer::written),
+                    Now::Later => {
+                        let data = Bytes::copy_from_slice(data);
+                        let done = Box::new(move |answer| reply.fields(answer, answer::written));
+                        self.fs.write_later(handle, offset, data, flags, done);
+                    }
+                }
+            }
+            Operation::StatFs => reply.fields(self.fs.statfs(ino), |s| answer::space(&s)),
+            Operation::Release { handle } => {
+                self.fs.release(handle);
+                reply.empty(Ok(()));
+            }
+            Operation::Fsync { handle } => {
+                self.fs.fsync(handle, Box::new(move |answer| reply.empty(answer)));
+            }
+            Operation::OpenDir => {
+                let handle = self.listings.open();
+                reply.fields(Ok(handle), |handle| {
+                    answer::opened(crate::fuse::ops::Opened { handle, direct: false })
+                });
+            }
+            Operation::ReadDir { handle, offset, size, plus } => {
+                self.read_dir(reply, caller, ino, Portion { handle, offset, size, plus });
+            }
+            Operation::ReleaseDir { handle } => {
+                self.listings.close(handle);
+                reply.empty(Ok(()));
+            }
+            // Names do not change through the mount; what changes them syncs its folder itself (R8).
+            Operation::FsyncDir => reply.empty(Ok(())),
+            Operation::Fallocate { handle, offset, len, mode } => {
+                self.fs.fallocate(handle, offset, len, mode, Box::new(move |answer| reply.empty(answer)));
+            }
+            Operation::Lseek { whence: None, .. } => reply.error(libc::EINVAL),
+            Operation::Lseek { offset, .. } if i64::try_from(offset).is_err() => reply.error(libc::ENXIO),
+            Operation::Lseek { handle, offset, whence: Some(whence) } => {
+                let done: Done<u64> = Box::new(move |answer| reply.fields(answer, |found| found));
+                self.fs.lseek(handle, offset, whence, done);
+            }
+            Operation::Ioctl => reply.error(libc::ENOTTY),
+            // Answered before the session began; a second one is no request of a kernel.
+            Operation::Init => reply.error(libc::EIO),
+            Operation::Destroy => reply.empty(Ok(())),
+            Operation::Unsupported => reply.error(libc::ENOSYS),
+        }
+    }
+
+    /// Straight into the place of the answer, if that ends at once.
+    fn read<E: Exchange>(&self, mut reply: Reply<E>, handle: Handle, offset: u64, len: usize) {
+        let Some(room) = reply.exchange().room(len) else { return reply.error(libc::EINVAL) };
+        match self.fs.read_now(handle, offset, room) {
+            Now::Done(answer) => reply.send(answer.map(|n| n.min(len))),
+            Now::Later => {
+                let done: Done<Bytes> = Box::new(move |answer| reply.bytes(answer));
+                self.fs.read_later(handle, offset, len, done);
+            }
+        }
+    }
+
+    /// The one place that decides whether a write runs here (DESIGN.md 4, step 3).
+    fn place(&self, handle: Handle, thread: Thread) -> Place<'_> {
+        if !self.fs.writes_may_block(handle) {
+            return Place::Here(None);
+        }
+        let inside = if thread == Thread::Helper { self.lanes.enter() } else { None };
+        inside.map_or(Place::Elsewhere, |inside| Place::Here(Some(inside)))
+    }
+
+    fn read_dir<E: Exchange>(&self, mut reply: Reply<E>, caller: Caller, ino: Ino, portion: Portion) {
+        let Portion { handle, offset, size, plus } = portion;
+        let names = match self.listings.names(self.fs.as_ref(), ino, handle, offset) {
+            Ok(names) => names,
+            Err(e) => return reply.send(Err(e)),
+        };
+        let Some(room) = reply.exchange().room(size as usize) else { return reply.error(libc::EINVAL) };
+        let mut out = Names::new(room);
+        for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
+            // Before the look-up, which the kernel would otherwise have to forget.
+            if !out.fits(&n.name, plus) {
+                break;
+            }
+            if plus {
+                self.add_plus(caller, ino, next, n, &mut out);
+            } else {
+                out.add(n, next, None);
+            }
+        }
+        let used = out.used();
+        reply.send(Ok(used));
+    }
+
+    /// One entry of readdirplus, which is a look-up that the kernel remembers.
+    fn add_plus(&self, caller: Caller, folder: Ino, next: u64, n: &Name, out: &mut Names<'_>) {
+        let dot = n.name == OsStr::new(".") || n.name == OsStr::new("..");
+        let found = if dot { self.fs.getattr(n.ino) } else { self.fs.lookup(caller, folder, &n.name) };
+        match found {
+            Ok(a) => out.add(n, next, Some((&a, true))),
+            // Gone meanwhile.
+            Err(_) => out.add(n, next, Some((&unknown(n), false))),
+        }
+    }
+}
+
+/// A part of a folder's names that is asked for.
+struct Portion {
+    handle: Handle,
+    offset: u64,
+    size: u32,
+    plus: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuse::ops::{Attr, FileKind, Opened, SetAttr, Space, Whence};
+    use std::sync::Mutex;
+    use std::time::SystemTime;
+
+    /// Answers everything, some of it later, and panics where it is told to.
+    struct Anything;
+
+    fn attr(ino: Ino) -> Attr {
+        let (kind, mtime) = (FileKind::File, SystemTime::UNIX_EPOCH);
+        Attr { ino, kind, size: 9, blocks: 1, mode: 0o600, links: 1, uid: 0, gid: 0, block_size: 4096, mtime }
+    }
+
+    impl FileSystem for Anything {
+        fn lookup(&self, _: Caller, _: Ino, _: &OsStr) -> Answer<Attr> {
+            Ok(attr(2))
+        }
+        fn forget(&self, _: Ino, _: u64) {}
+        fn getattr(&self, ino: Ino) -> Answer<Attr> {
+            assert_ne!(ino, 666, "the trap of the test");
+            Ok(attr(ino))
+        }
+        fn setattr(&self, _: Caller, _: Ino, _: SetAttr, done: Done<Attr>) {
+            done(Err(Errno(libc::EPERM)));
+        }
+        fn readdir(&self, _: Ino) -> Answer<Vec<Name>> {
+            Ok((0..100)
+                .map(|n| Name { ino: 3, kind: FileKind::File, name: format!("n{n}").into() })
+                .collect())
+        }
+        fn statfs(&self, _: Ino) -> Answer<Space> {
+            Err(Errno(libc::EIO))
+        }
+        fn change_name(&self, _: Caller, _: Ino, _: &OsStr) -> Answer<()> {
+            Ok(())
+        }
+        fn open(&self, _: Caller, ino: Ino, _: OpenFlags, done: Done<Opened>) {
+            done(Ok(Opened { handle: ino, direct: true }));
+        }
+        fn release(&self, _: Handle) {}
+        fn read_now(&self, _: Handle, _: u64, buf: &mut [u8]) -> Now<usize> {
+            buf.fill(1);
+            Now::Done(Ok(buf.len()))
+        }
+        fn read_later(&self, _: Handle, _: u64, _: usize, done: Done<Bytes>) {
+            done(Ok(Bytes::new()));
+        }
+        fn write_now(&self, _: Handle, _: u64, _: &[u8], _: OpenFlags) -> Now<usize> {
+            Now::Later
+        }
+        fn write_later(&self, _: Handle, _: u64, data: Bytes, _: OpenFlags, done: Done<usize>) {
+            done(Ok(data.len()));
+        }
+        fn fsync(&self, _: Handle, done: Done<()>) {
+            // Lost, as by a bug: whoever waits hears of it.
+            drop(done);
+        }
+        fn fallocate(&self, _: Handle, _: u64, _: u64, _: i32, done: Done<()>) {
+            done(Ok(()));
+        }
+        fn lseek(&self, _: Handle, offset: u64, _: Whence, done: Done<u64>) {
+            done(Ok(offset));
+        }
+    }
+
+    /// A request in parts, and the list of what was answered to it.
+    struct Sheet {
+        parts: [Vec<u8>; 3],
+        room: Vec<u8>,
+        answers: Arc<Mutex<Vec<Answer<usize>>>>,
+    }
+
+    impl Exchange for Sheet {
+        fn parts(&self) -> Parts<'_> {
+            let [header, operation, payload] = &self.parts;
+            Parts { header, operation, payload }
+        }
+        fn room(&mut self, len: usize) -> Option<&mut [u8]> {
+            self.room.get_mut(..len)
+        }
+        fn send(self, outcome: Answer<usize>) {
+            assert!(outcome.is_ok_and(|len| len <= self.room.len()) || outcome.is_err());
+            self.answers.lock().expect("no panic under it").push(outcome);
+        }
+        fn forget(self) {
+            self.send(Ok(0));
+        }
+    }
+
+    fn answers(
+        server: &Server,
+        opcode: u32,
+        ino: Ino,
+        operation: &[u8],
+        payload: &[u8],
+    ) -> Vec<Answer<usize>> {
+        let mut header = vec![0; 40];
+        header[4..8].copy_from_slice(&opcode.to_ne_bytes());
+        header[16..24].copy_from_slice(&ino.to_ne_bytes());
+        let answers = Arc::<Mutex<Vec<Answer<usize>>>>::default();
+        let parts = [header, operation.to_vec(), payload.to_vec()];
+        server.serve(Sheet { parts, room: vec![0; 4096], answers: answers.clone() }, Thread::Transport);
+        let answers = answers.lock().expect("no panic under it");
+        answers.clone()
+    }
+
+    #[test]
+    fn any_rubbish_is_answered_exactly_once() {
+        let server = Server::new(Arc::new(Anything), 1);
+        let mut state = 88_172_645_463_325_252_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for opcode in 0..70 {
+            for _ in 0..50 {
+                let mut bytes = |len: usize| (0..len).map(|_| next() as u8 & 0x83).collect::<Vec<u8>>();
+                let (operation, payload) = (bytes(128), bytes(64));
+                let cut = next() as usize;
+                for (o, p) in [(128, 64), (cut % 128, 64), (128, cut % 64), (0, 0)] {
+                    let answers = answers(&server, opcode, 5, &operation[..o], &payload[..p]);
+                    assert_eq!(answers.len(), 1, "opcode {opcode}, {o} and {p} bytes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_and_a_lost_answer_are_eio() {
+        let server = Server::new(Arc::new(Anything), 1);
+        assert_eq!(answers(&server, 3, 666, &[0; 16], &[]), [Err(Errno(libc::EIO))], "GETATTR");
+        assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Ok(104)], "GETATTR");
+        assert_eq!(answers(&server, 20, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))], "FSYNC");
+    }
+
+    #[test]
+    fn a_read_larger_than_the_room_is_refused() {
+        let server = Server::new(Arc::new(Anything), 1);
+        let mut read = [0; 40];
+        read[16..20].copy_from_slice(&4096u32.to_ne_bytes());
+        assert_eq!(answers(&server, 15, 5, &read, &[]), [Ok(4096)]);
+        read[16..20].copy_from_slice(&4097u32.to_ne_bytes());
+        assert_eq!(answers(&server, 15, 5, &read, &[]), [Err(Errno(libc::EINVAL))]);
+    }
+
+    #[test]
+    fn after_the_end_nothing_reaches_the_file_system() {
+        let server = Server::new(Arc::new(Anything), 1);
+        server.close();
+        assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))]);
+    }
+}

@@ -1,0 +1,446 @@
+//! What the kernel asks, read out of its own structures (uapi/linux/fuse.h). The one place that does it, for requests
+//! from a ring and from /dev/fuse alike. Nothing here trusts a length: rubbish is [`Malformed`], never a panic.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::fuse::ops::{Caller, Handle, Ino, SetAttr, Whence};
+
+/// The request is shorter than it says, or says what no kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed;
+
+/// One request in the parts in which a ring hands it over.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// The header that every request has; what lies behind it is ignored.
+    pub header: &'a [u8],
+    /// The structure of the operation; what lies behind it is ignored.
+    pub operation: &'a [u8],
+    /// Names, or data to write: exactly as long as they are.
+    pub payload: &'a [u8],
+}
+
+/// One request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// The file or folder meant.
+    pub ino: Ino,
+    /// Who asks.
+    pub caller: Caller,
+    /// What is asked.
+    pub operation: Operation<'a>,
+}
+
+/// A request for something that is done or refused; the numbers are the kernel's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation<'a> {
+    /// Finds a name.
+    Lookup {
+        /// The name.
+        name: &'a OsStr,
+    },
+    /// Look-ups that the kernel forgot. Not answered.
+    Forget {
+        /// How many.
+        count: u64,
+    },
+    /// Many of these. Not answered.
+    Forgets {
+        /// Pairs of inode number and count, 16 bytes each.
+        list: &'a [u8],
+    },
+    /// stat.
+    GetAttr,
+    /// chmod, chown, truncate, utimes.
+    SetAttr(SetAttr),
+    /// The target of a link.
+    ReadLink,
+    /// Makes, renames or links a name.
+    ChangeName {
+        /// The name.
+        name: &'a OsStr,
+    },
+    /// Removes a name.
+    RemoveName {
+        /// The name.
+        name: &'a OsStr,
+    },
+    /// Opens a file.
+    Open {
+        /// Open flags.
+        flags: i32,
+    },
+    /// Reads.
+    Read {
+        /// Of which handle.
+        handle: Handle,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        size: u32,
+    },
+    /// Writes.
+    Write {
+        /// To which handle.
+        handle: Handle,
+        /// Where, in bytes.
+        offset: u64,
+        /// What.
+        data: &'a [u8],
+        /// Open flags of the request.
+        flags: i32,
+    },
+    /// statfs.
+    StatFs,
+    /// The last reference to a handle is gone.
+    Release {
+        /// Which.
+        handle: Handle,
+    },
+    /// fsync and fdatasync.
+    Fsync {
+        /// Of which handle.
+        handle: Handle,
+    },
+    /// Opens a folder.
+    OpenDir,
+    /// Reads names.
+    ReadDir {
+        /// Of which handle.
+        handle: Handle,
+        /// After how many names.
+        offset: u64,
+        /// Room for the answer in bytes.
+        size: u32,
+        /// With the attributes of each.
+        plus: bool,
+    },
+    /// Closes a folder.
+    ReleaseDir {
+        /// Which handle.
+        handle: Handle,
+    },
+    /// fsync of a folder.
+    FsyncDir,
+    /// fallocate.
+    Fallocate {
+        /// Of which handle.
+        handle: Handle,
+        /// Where, in bytes.
+        offset: u64,
+        /// How many bytes.
+        len: u64,
+        /// Mode bits.
+        mode: i32,
+    },
+    /// SEEK_DATA, SEEK_HOLE; None: another one.
+    Lseek {
+        /// Of which handle.
+        handle: Handle,
+        /// From where, in bytes.
+        offset: u64,
+        /// To what.
+        whence: Option<Whence>,
+    },
+    /// ioctl.
+    Ioctl,
+    /// The handshake, which comes once, before all others.
+    Init,
+    /// The file system goes; nothing follows.
+    Destroy,
+    /// ENOSYS, on purpose (FUSE.md 8.6) or because this is newer than we are: the kernel remembers it and goes on
+    /// without.
+    Unsupported,
+}
+
+/// What a request weighs, before anything else of it is looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weight {
+    /// Bytes to be read or written; 0 for anything else.
+    pub bytes: u32,
+    /// The handle, if it is a write.
+    pub writes: Option<Handle>,
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+pub(super) struct InHeader {
+    pub(super) len: u32,
+    pub(super) opcode: u32,
+    pub(super) unique: u64,
+    pub(super) nodeid: u64,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) pid: u32,
+    pub(super) total_extlen: u16,
+    pub(super) padding: u16,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct SetAttrIn {
+    valid: u32,
+    _padding: u32,
+    _handle: u64,
+    size: u64,
+    _lock_owner: u64,
+    _times: [u64; 3],
+    _nanoseconds: [u32; 3],
+    mode: u32,
+    _unused: u32,
+    uid: u32,
+    gid: u32,
+    _unused2: u32,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct OpenIn {
+    flags: u32,
+    _open_flags: u32,
+}
+
+/// READ, READDIR and READDIRPLUS; WRITE has the same fields.
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct ReadIn {
+    handle: u64,
+    offset: u64,
+    size: u32,
+    _flags: u32,
+    _lock_owner: u64,
+    open_flags: u32,
+    _padding: u32,
+}
+
+/// RELEASE, RELEASEDIR, FSYNC, FSYNCDIR begin with it.
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct HandleIn {
+    handle: u64,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct FallocateIn {
+    handle: u64,
+    offset: u64,
+    length: u64,
+    mode: u32,
+    _padding: u32,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct LseekIn {
+    handle: u64,
+    offset: u64,
+    whence: u32,
+    _padding: u32,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct ForgetIn {
+    count: u64,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct ForgetsIn {
+    count: u32,
+    _dummy: u32,
+}
+
+const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
+const READLINK: u32 = 5;
+const SYMLINK: u32 = 6;
+const MKNOD: u32 = 8;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const RENAME: u32 = 12;
+const LINK: u32 = 13;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const STATFS: u32 = 17;
+const RELEASE: u32 = 18;
+const FSYNC: u32 = 20;
+pub(super) const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const READDIR: u32 = 28;
+const RELEASEDIR: u32 = 29;
+const FSYNCDIR: u32 = 30;
+const CREATE: u32 = 35;
+const DESTROY: u32 = 38;
+const IOCTL: u32 = 39;
+const BATCH_FORGET: u32 = 42;
+const FALLOCATE: u32 = 43;
+const READDIRPLUS: u32 = 44;
+const RENAME2: u32 = 45;
+const LSEEK: u32 = 46;
+
+/// Bits of SETATTR's `valid`: what is to be changed.
+const FATTR_MODE: u32 = 1 << 0;
+const FATTR_UID: u32 = 1 << 1;
+const FATTR_GID: u32 = 1 << 2;
+const FATTR_SIZE: u32 = 1 << 3;
+/// Atime, mtime, both to now, ctime.
+const FATTR_TIMES: u32 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 10;
+
+/// Length of [`InHeader`] in bytes.
+const HEADER: usize = size_of::<InHeader>();
+
+fn structure<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<T, Malformed> {
+    T::read_from_prefix(bytes).map(|(value, _)| value).map_err(|_| Malformed)
+}
+
+/// The first of the names in a payload: not empty, and ended by a NUL.
+fn name(payload: &[u8]) -> Result<&OsStr, Malformed> {
+    match payload.iter().position(|&byte| byte == 0) {
+        None | Some(0) => Err(Malformed),
+        Some(end) => Ok(OsStr::from_bytes(&payload[..end])),
+    }
+}
+
+/// How long the structure of an operation is in a message of /dev/fuse, where the payload follows it.
+fn structure_size(opcode: u32) -> usize {
+    match opcode {
+        FORGET | MKDIR | RENAME | LINK | OPEN | OPENDIR | BATCH_FORGET => 8,
+        MKNOD | GETATTR | FSYNC | FSYNCDIR | CREATE | RENAME2 => 16,
+        RELEASE | RELEASEDIR | LSEEK => 24,
+        FALLOCATE | IOCTL => 32,
+        READ | READDIR | READDIRPLUS | WRITE => 40,
+        INIT => 64,
+        SETATTR => size_of::<SetAttrIn>(),
+        _ => 0,
+    }
+}
+
+/// The header of a request.
+pub(super) fn header(bytes: &[u8]) -> Result<InHeader, Malformed> {
+    structure(bytes)
+}
+
+/// Takes a message of /dev/fuse apart.
+pub fn split(message: &[u8]) -> Result<Parts<'_>, Malformed> {
+    let fields = header(message)?;
+    if fields.len as usize != message.len() {
+        return Err(Malformed);
+    }
+    let (header, rest) = message.split_at(HEADER);
+    // Older kernels send shorter forms of some structures; who needs more than there is finds out itself.
+    let (operation, payload) = rest.split_at(structure_size(fields.opcode).min(rest.len()));
+    Ok(Parts { header, operation, payload })
+}
+
+/// What a request weighs; rubbish weighs nothing.
+pub fn weight(parts: Parts<'_>) -> Weight {
+    let opcode = header(parts.header).map_or(0, |h| h.opcode);
+    if opcode != READ && opcode != WRITE {
+        return Weight::default();
+    }
+    structure::<ReadIn>(parts.operation).map_or(Weight::default(), |io| Weight {
+        bytes: io.size,
+        writes: (opcode == WRITE).then_some(io.handle),
+    })
+}
+
+/// Reads a request.
+pub fn decode(parts: Parts<'_>) -> Result<Request<'_>, Malformed> {
+    let fields = header(parts.header)?;
+    let caller = Caller { uid: fields.uid, gid: fields.gid, pid: fields.pid };
+    Ok(Request { ino: fields.nodeid, caller, operation: operation(fields.opcode, parts)? })
+}
+
+fn operation(opcode: u32, parts: Parts<'_>) -> Result<Operation<'_>, Malformed> {
+    let handle = || structure::<HandleIn>(parts.operation).map(|h| h.handle);
+    Ok(match opcode {
+        LOOKUP => Operation::Lookup { name: name(parts.payload)? },
+        FORGET => Operation::Forget { count: structure::<ForgetIn>(parts.operation)?.count },
+        BATCH_FORGET => {
+            let count = structure::<ForgetsIn>(parts.operation)?.count as usize;
+            let len = count.checked_mul(FORGET_ONE).ok_or(Malformed)?;
+            Operation::Forgets { list: parts.payload.get(..len).ok_or(Malformed)? }
+        }
+        GETATTR => Operation::GetAttr,
+        SETATTR => Operation::SetAttr(change(&structure(parts.operation)?)),
+        READLINK => Operation::ReadLink,
+        SYMLINK | MKNOD | MKDIR | RENAME | RENAME2 | LINK | CREATE => {
+            Operation::ChangeName { name: name(parts.payload)? }
+        }
+        UNLINK | RMDIR => Operation::RemoveName { name: name(parts.payload)? },
+        OPEN => Operation::Open { flags: structure::<OpenIn>(parts.operation)?.flags.cast_signed() },
+        READ => {
+            let r: ReadIn = structure(parts.operation)?;
+            Operation::Read { handle: r.handle, offset: r.offset, size: r.size }
+        }
+        WRITE => {
+            let w: ReadIn = structure(parts.operation)?;
+            let data = parts.payload.get(..w.size as usize).ok_or(Malformed)?;
+            let flags = w.open_flags.cast_signed();
+            Operation::Write { handle: w.handle, offset: w.offset, data, flags }
+        }
+        STATFS => Operation::StatFs,
+        RELEASE => Operation::Release { handle: handle()? },
+        FSYNC => Operation::Fsync { handle: handle()? },
+        OPENDIR => Operation::OpenDir,
+        READDIR | READDIRPLUS => {
+            let r: ReadIn = structure(parts.operation)?;
+            let plus = opcode == READDIRPLUS;
+            Operation::ReadDir { handle: r.handle, offset: r.offset, size: r.size, plus }
+        }
+        RELEASEDIR => Operation::ReleaseDir { handle: handle()? },
+        FSYNCDIR => Operation::FsyncDir,
+        FALLOCATE => {
+            let f: FallocateIn = structure(parts.operation)?;
+            let (offset, len) = (f.offset, f.length);
+            Operation::Fallocate { handle: f.handle, offset, len, mode: f.mode.cast_signed() }
+        }
+        LSEEK => {
+            let l: LseekIn = structure(parts.operation)?;
+            let whence = match l.whence.cast_signed() {
+                libc::SEEK_DATA => Some(Whence::Data),
+                libc::SEEK_HOLE => Some(Whence::Hole),
+                _ => None,
+            };
+            Operation::Lseek { handle: l.handle, offset: l.offset, whence }
+        }
+        IOCTL => Operation::Ioctl,
+        INIT => Operation::Init,
+        DESTROY => Operation::Destroy,
+        _ => Operation::Unsupported,
+    })
+}
+
+/// Length of one pair in [`Operation::Forgets`], in bytes.
+const FORGET_ONE: usize = 16;
+
+/// The pairs of inode number and count of [`Operation::Forgets`].
+pub fn forgets(list: &[u8]) -> impl Iterator<Item = (Ino, u64)> + '_ {
+    list.chunks_exact(FORGET_ONE).filter_map(|pair| {
+        let (ino, count) = pair.split_first_chunk::<8>()?;
+        Some((u64::from_ne_bytes(*ino), u64::from_ne_bytes(*count.first_chunk()?)))
+    })
+}
+
+fn change(s: &SetAttrIn) -> SetAttr {
+    let wanted = |bit: u32| s.valid & bit != 0;
+    SetAttr {
+        mode: wanted(FATTR_MODE).then_some(s.mode),
+        uid: wanted(FATTR_UID).then_some(s.uid),
+        gid: wanted(FATTR_GID).then_some(s.gid),
+        size: wanted(FATTR_SIZE).then_some(s.size),
+        times: wanted(FATTR_TIMES),
+    }
+}
+
+#[cfg(test)]
+mod tests;
