@@ -84,3 +84,8 @@ fn the_corpus_of_control_protocol_finds_nothing() {
 fn the_corpus_of_operations_finds_nothing() {
     replay("operations");
 }
+
+#[test]
+fn the_corpus_of_uring_wire_finds_nothing() {
+    replay("uring_wire");
+}

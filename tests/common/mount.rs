@@ -80,7 +80,15 @@ impl Mount {
     /// Runs `ploopfs mount`, whatever comes of it.
     pub fn try_start(&mut self) -> Finished {
         self.up = true;
-        Run::ploopfs().arg("mount").args(&self.args).args([&self.images, &self.point]).limit(60).run()
+        // By PLOOPFS_TRANSPORT every test can be run on another transport.
+        let transport = std::env::var("PLOOPFS_TRANSPORT").map(|name| format!("--transport={name}"));
+        Run::ploopfs()
+            .arg("mount")
+            .args(transport)
+            .args(&self.args)
+            .args([&self.images, &self.point])
+            .limit(60)
+            .run()
     }
 
     /// Replaces the options of the next start.

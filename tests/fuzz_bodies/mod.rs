@@ -9,6 +9,7 @@ mod header_bat;
 mod operations;
 #[path = "../common/crash/power.rs"]
 mod power;
+mod uring_wire;
 #[path = "../common/crash/watched.rs"]
 mod watched;
 
@@ -24,17 +25,19 @@ pub use descriptor::descriptor;
 pub use extension::extension;
 pub use header_bat::header_bat;
 pub use operations::operations;
+pub use uring_wire::uring_wire;
 
 /// A target by its name.
 pub type Body = fn(&[u8]);
 
 /// Every target; its corpus lies in `fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, Body); 5] = [
+pub const TARGETS: [(&str, Body); 6] = [
     ("header_bat", header_bat),
     ("extension", extension),
     ("descriptor", descriptor),
     ("control_protocol", control_protocol),
     ("operations", operations),
+    ("uring_wire", uring_wire),
 ];
 
 /// BAT pages are written at a flush or a close only, so that the same input does the same: no input takes ten seconds.
