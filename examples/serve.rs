@@ -33,6 +33,7 @@ fn main() -> anyhow::Result<()> {
     let info = MountInfo {
         mountpoint: std::fs::canonicalize(&arguments.mountpoint)?,
         transport: Transport::Fuse.name(),
+        manage: false,
         sandbox: Arc::default(),
     };
     let tree = Tree::new(folder.clone(), engine, info);

@@ -57,7 +57,7 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 3] = ["info", "check", "map"];
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "top",
     "create",
     "list",
@@ -73,6 +73,7 @@ const COMMANDS: [&str; 17] = [
     "import",
     "export",
     "check",
+    "compact",
     "meta",
     "completions",
 ];

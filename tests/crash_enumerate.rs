@@ -53,10 +53,11 @@ enum Op {
     Snapshot,
     Merge,
     Grow,
+    Compact,
     Reopen,
 }
 
-const OPS: [Op; 11] = [
+const OPS: [Op; 12] = [
     Op::InPlace,
     Op::Allocate,
     Op::Overwrite,
@@ -67,6 +68,7 @@ const OPS: [Op; 11] = [
     Op::Snapshot,
     Op::Merge,
     Op::Grow,
+    Op::Compact,
     Op::Reopen,
 ];
 
@@ -108,6 +110,7 @@ impl Run {
             Op::Snapshot => live.snapshot(),
             Op::Merge => live.merge(),
             Op::Grow => live.grow(self.image.size() + 4 * CLUSTER),
+            Op::Compact => live.compact(),
             Op::Reopen => {
                 self.close()?;
                 self.image = open(&self.engine, &self.record)?;

@@ -365,7 +365,8 @@ fn mount() -> Mount {
     let path = make(&temp, "vm1.hds");
     let engine = engine();
     let folder = Folder::open(temp.path(), &engine, FolderOptions::default()).expect("the folder opens");
-    let info = MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", sandbox: Arc::default() };
+    let info =
+        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
     let tree = Tree::new(folder.clone(), engine, info);
     Mount { _temp: temp, path, folder, tree }
 }

@@ -1,4 +1,4 @@
-//! Live operations against a plain vector: snapshots, merges in both directions and growing, while submitters write,
+//! Live operations against a plain vector: snapshots, merges in both directions, growing and compaction, while submitters write,
 //! read and discard; reopened at random. Every snapshot still has what the disk had when it was taken.
 
 mod common;
@@ -49,6 +49,7 @@ enum Live {
     Snapshot,
     Merge { up: bool },
     Grow { sectors: u64 },
+    Compact,
 }
 
 fn live() -> impl Strategy<Value = Live> {
@@ -56,6 +57,7 @@ fn live() -> impl Strategy<Value = Live> {
         3 => Just(Live::Snapshot),
         3 => any::<bool>().prop_map(|up| Live::Merge { up }),
         1 => (1..3000u64).prop_map(|sectors| Live::Grow { sectors }),
+        3 => Just(Live::Compact),
     ]
 }
 
@@ -95,6 +97,14 @@ fn carry_out(image: &Arc<Image>, chain: &Chain, what: &Live) -> bool {
             image.pull_out(&progress, take_out).expect("a merge");
         }
         Live::Merge { .. } => {}
+        Live::Compact
+            if matches!(
+                level(chain.lock().expect("no panic").last().expect("a top")).layout,
+                Layout::Raw
+            ) => {}
+        Live::Compact => {
+            image.compact(&progress).expect("a compaction");
+        }
         Live::Grow { sectors } => {
             let size = image.size() + sectors * SECTOR;
             let grown = image.grow(size, &progress).expect("more room");
@@ -120,6 +130,16 @@ fn sound(file: &Arc<MemoryFile>) {
         }
     }
     assert!(bytes[64 + 4 * header.entries as usize..geometry.first as usize].iter().all(|b| *b == 0));
+}
+
+/// A closed delta that was compacted when all was quiet is as long as what it maps.
+fn has_no_gaps(file: &Arc<MemoryFile>) {
+    let Layout::Ploop(header) = level(file).layout else { return };
+    let bytes = file.to_bytes();
+    let entries = bytes[64..64 + 4 * header.entries as usize].chunks(4);
+    let used = entries.filter(|entry| *entry != [0; 4]).count() as u64;
+    let geometry = header.geometry();
+    assert_eq!(bytes.len() as u64, geometry.first + used * geometry.cluster, "{used} clusters are in use");
 }
 
 /// What the submitters do, the live operations meanwhile, and whether a snapshot is taken when all is quiet.
@@ -181,7 +201,14 @@ fn run(first: &Arc<MemoryFile>, bat_delay: u64, rounds: &[Round], mut disk: u64)
                 quiet.push((top, model.clone()));
             }
         }
+        let top = chain.lock().expect("no panic").last().expect("a top").clone();
+        let compact = matches!(level(&top).layout, Layout::Ploop(_)).then(|| image.compact(&Progress::new()));
+        let compact = compact.transpose().expect("a compaction when all is quiet");
+        check(&image, &model, 0, disk * SECTOR);
         image.close().expect("closes");
+        if compact.is_some() {
+            has_no_gaps(&top);
+        }
         let files = chain.lock().expect("no panic").clone();
         files.iter().for_each(sound);
         for (top, content) in quiet.iter().filter(|(file, _)| kept(file, &chain)) {

@@ -12,6 +12,7 @@ pub mod attach;
 pub mod backup;
 pub mod check;
 pub mod clone;
+pub mod compact;
 pub mod completions;
 pub mod create;
 mod daemon_entry;
@@ -178,6 +179,12 @@ pub enum Command {
     /// read-only, ! out of space. Keys: q ends it; n, i, t, l, d, u, s sort; r turns the order; o hides closed images; arrows
     /// scroll. Without a terminal one measurement is printed.
     Top(top::Args),
+    /// Give space back: free zero clusters, and make the file shorter
+    ///
+    /// Also while the disk is in use. Clusters of zeroes are freed, free space inside the file is punched, and clusters from
+    /// the end of the file move into free places in front. Only the live disk's own file: what snapshots keep stays. Ctrl-C
+    /// ends it at any time, and what is done until then stays done. What it gains is said before it begins.
+    Compact(compact::Args),
     /// Dump, restore and pack the metadata of an image: its header and its map
     Meta(meta::Args),
     /// Print the completion script for a shell
@@ -220,6 +227,7 @@ impl Command {
             Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
             Command::Top(args) => top::run(args),
+            Command::Compact(args) => compact::run(args),
             Command::Meta(args) => meta::run(args),
             Command::Completions(args) => completions::run(args),
             Command::Man(args) => man::run(args),

@@ -78,6 +78,13 @@ pub struct Args {
     /// Let descriptors of layered images name files outside of the images folder
     #[arg(long)]
     allow_outside: bool,
+    /// Let files be made, grown, renamed, removed and cloned through the mount
+    ///
+    /// `truncate -s 20G new.img` and `fallocate` of a new file make a thin image, `truncate` to a larger size grows a disk
+    /// (a smaller one is refused), `mv` renames an image that nobody uses and never replaces one, `rm` removes one that
+    /// nobody uses, and `cp vm1.img vm2.img` makes a clone. Without this each of them is refused (EPERM).
+    #[arg(long)]
+    manage: bool,
     /// Do not confine the daemon
     ///
     /// Once the mount works, the daemon gives up what a file server never needs: it opens files below the images folder
@@ -348,6 +355,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         foreground: args.foreground,
         read_only: args.read_only,
         allow_outside: args.allow_outside,
+        manage: args.manage,
         sandbox: !args.no_sandbox,
         transport: args.transport.into(),
         threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),

@@ -28,7 +28,19 @@ pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> 
         return layered(path, work, progress);
     }
     match work {
-        Work::Resize { size } => resize_file(path, *size, progress),
+        Work::Resize { size } => single_file(path, Access::ReadWrite, |image| {
+            let size = image.make_writable().and_then(|()| image.grow(*size, progress))?;
+            Ok(Done { size: Some(size), ..Done::default() })
+        }),
+        Work::Compact { dry_run } => {
+            let access = if *dry_run { Access::ReadOnly } else { Access::ReadWrite };
+            single_file(path, access, |image| {
+                if !dry_run {
+                    image.make_writable()?;
+                }
+                work.on_disk(image, progress).unwrap_or_else(|| Ok(Done::default()))
+            })
+        }
         Work::Snapshot { .. } | Work::Clone { snapshot: None, .. } => {
             layered(&to_folder(path)?, work, progress)
         }
@@ -43,9 +55,10 @@ pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> 
     }
 }
 
-/// The end of the work and of the image is the same as in [`resize_file`]; the locks are those of `layers`.
+/// The end of the work and of the image is the same as in [`single_file`]; the locks are those of `layers`.
 fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
-    let opener = Arc::new(Direct(Access::Widest));
+    let looks = matches!(work, Work::Compact { dry_run: true });
+    let opener = Arc::new(Direct(if looks { Access::ReadOnly } else { Access::Widest }));
     let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
     if let Work::Switch { snapshot } = work {
         let guid = layers.store().find_snapshot(snapshot)?;
@@ -53,7 +66,8 @@ fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
         return switch(&layers, guid).map(|()| Done::default());
     }
     let image = Image::open(&engine(), &folder.to_string_lossy(), chain)?;
-    let result = image.make_writable().and_then(|()| carry_out_live(&image, &layers, work, progress));
+    let writable = if looks { Ok(()) } else { image.make_writable() };
+    let result = writable.and_then(|()| carry_out_live(&image, &layers, work, progress));
     let closed = image.close();
     let done = result?;
     closed.map(|()| done)
@@ -66,7 +80,7 @@ fn to_folder(path: &Path) -> Result<PathBuf> {
         return Err(Error::at(Kind::Unsupported, path, "not an image"));
     };
     let file = path.file_name().ok_or_else(|| Error::at(Kind::Invalid, path, "ends in no name"))?;
-    let (_, lock) = locked(path)?;
+    let (_, lock) = locked(path, Access::ReadWrite)?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let resolved = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;
     make_folder(image_folder(&resolved)?.as_fd(), parent, file)?;
@@ -78,29 +92,28 @@ fn engine() -> Arc<Engine> {
     Engine::new(Options::default(), Box::new(|event| log::warn!("{event}")))
 }
 
-fn locked(path: &Path) -> Result<(Arc<RealFile>, DeltaLock)> {
-    let file = Arc::new(RealFile::open(path, Access::ReadWrite)?);
+fn locked(path: &Path, access: Access) -> Result<(Arc<RealFile>, DeltaLock)> {
+    let file = Arc::new(RealFile::open(path, access)?);
     let lock = DeltaLock::acquire(file.clone())?;
     Ok((file, lock))
 }
 
 /// Order: (1) the lock, so that nothing that is read is old; (2) the image; (3) the work; (4) the close, which makes it
 /// durable and clears the mark, also after work that failed; (5) the lock's end.
-fn resize_file(path: &Path, size: u64, progress: &Progress) -> Result<Done> {
+fn single_file(path: &Path, access: Access, work: impl FnOnce(&Arc<Image>) -> Result<Done>) -> Result<Done> {
     let kind = Candidate::open(path)?.kind()?;
-    let (file, lock) = locked(path)?;
+    let (file, lock) = locked(path, access)?;
     let layout = match kind {
         ImageKind::Raw => Layout::Raw,
         ImageKind::Ploop => Layout::Ploop(header(&file, path)?),
     };
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
     let image = Image::open(&engine(), &name, vec![Level { file, path: path.to_owned(), layout }])?;
-    let result = image.make_writable().and_then(|()| image.grow(size, progress));
+    let result = work(&image);
     let closed = image.close();
     drop(lock);
-    let size = result?;
-    closed?;
-    Ok(Done { size: Some(size), ..Done::default() })
+    let done = result?;
+    closed.map(|()| done)
 }
 
 fn header(file: &RealFile, path: &Path) -> Result<Header> {

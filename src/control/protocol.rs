@@ -281,6 +281,7 @@ mod tests {
             Work::Switch { snapshot: "a".into() },
             Work::Clone { snapshot: None, to: "/images/vm2".into(), copy: true },
             Work::Resize { size: u64::MAX },
+            Work::Compact { dry_run: true },
         ];
         let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
         let diff = |to| Op::Diff { image: image(), from: "a".into(), to, start: 7 };

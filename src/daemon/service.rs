@@ -58,6 +58,7 @@ impl Desk {
             mountpoint,
             transport: self.transport.name(),
             sandbox: Arc::new(self.sandbox.into()),
+            manage: self.settings.manage,
         };
         document(&self.folder, &info)
     }

@@ -178,7 +178,12 @@ fn transport(wanted: settings::Transport) -> Result<(Transport, Option<Error>)> 
 }
 
 fn mount_info(settings: &Settings, transport: Transport, sandbox: Arc<OnceLock<Sandbox>>) -> MountInfo {
-    MountInfo { mountpoint: settings.mountpoint().to_owned(), transport: transport.name(), sandbox }
+    MountInfo {
+        mountpoint: settings.mountpoint().to_owned(),
+        transport: transport.name(),
+        manage: settings.manage,
+        sandbox,
+    }
 }
 
 /// Signals come as requests to end, on a thread of their own.

@@ -132,6 +132,7 @@ fn word(work: &Work) -> &'static str {
         Work::Clone { .. } => "clone",
         Work::Finish => "finishing what was begun",
         Work::Resize { .. } => "resize",
+        Work::Compact { .. } => "compacting",
     }
 }
 

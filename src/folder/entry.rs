@@ -222,6 +222,11 @@ impl Entry {
         hold.retired
     }
 
+    /// It is in service again: what it was retired for did not happen.
+    pub(super) fn restore(&self) {
+        locked(&self.hold).retired = false;
+    }
+
     /// The folder says: this is its file's state now.
     pub(super) fn seen(&self, claim: Option<&Claim>) {
         self.vanished.store(claim.is_none(), Ordering::Release);

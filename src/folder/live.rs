@@ -55,7 +55,7 @@ impl Entry {
         })
     }
 
-    fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {
+    pub(super) fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {
         let (path, origin) = (self.path(), self.origin());
         let dir = self.shared.place.fd();
         let opened = self.shared.deltas.open(dir.as_fd(), origin.file.as_ref(), &path)?;

@@ -11,6 +11,8 @@ mod diff;
 mod entry;
 mod lease;
 mod live;
+mod manage;
+mod names;
 mod origin;
 mod place;
 mod scan;

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenDone, OpenImage};
+use super::names::Names;
 use super::place::Place;
 use super::scan::{self, Claim, Look, Seen, Source, Stamp};
 use super::strand::Spawn;
@@ -91,6 +92,8 @@ pub struct Folder {
     pub(super) known: Mutex<HashMap<OsString, Seen>>,
     /// Protects the set. Before an entry's own locks; nothing blocks under it.
     set: RwLock<Set>,
+    /// Protects the names that have no image yet. A leaf.
+    pub(super) names: Mutex<Names>,
     /// Protects the names of files that were created and are not closed yet. A leaf.
     writing: Mutex<HashSet<OsString>>,
     /// Protects the watching thread's handle. A leaf.
@@ -127,6 +130,7 @@ impl Folder {
             next_id: AtomicU64::new(1),
             known: Mutex::default(),
             set: RwLock::default(),
+            names: Mutex::default(),
             writing: Mutex::default(),
             watcher: Mutex::default(),
         });
@@ -139,6 +143,7 @@ impl Folder {
         let watcher = Watcher::start(&self.own, self.shared.place.fd())
             .map_err(|e| Error::io(&e, self.path(), "cannot watch the images folder"))?;
         *locked(&self.watcher) = Some(watcher);
+        self.sweep();
         // What a crash interrupted goes on by itself; not before this, since there were no threads before.
         self.entries().iter().for_each(|entry| entry.finish_interrupted());
         Ok(())
@@ -239,7 +244,8 @@ impl Folder {
             }
         }
         for claim in &verdict.new {
-            let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+            let kept = locked(&self.names).take(&claim.name);
+            let id = kept.unwrap_or_else(|| self.new_id());
             let entry = Arc::new(Entry::new(id, claim, &self.shared, &self.own));
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             set.by_name.insert(claim.name.clone(), entry.clone());
@@ -260,6 +266,18 @@ impl Folder {
             left_out.insert(claim.file.clone(), (claim, reason));
         }
         set.left_out = left_out;
+    }
+
+    /// A number that nothing had before.
+    pub(super) fn new_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The number of what is shown under `name`: a served image, or a name that was created and has no size yet.
+    pub fn find_id(&self, name: &OsStr) -> Option<u64> {
+        // Together: a name that becomes an image is at no moment neither.
+        let set = read(&self.set);
+        set.by_name.get(name).map(|entry| entry.id()).or_else(|| locked(&self.names).id(name))
     }
 
     /// Removes the second name of a file that lies in an image's folder: what a crash left of the step that made a

@@ -26,6 +26,8 @@ pub struct Views {
     open: HashMap<Guid, u32>,
     /// About to be deleted or merged: nobody opens them any more.
     going: HashSet<Guid>,
+    /// The image itself goes, or changes its name.
+    image_goes: bool,
 }
 
 /// One snapshot, as the mount shows it.
@@ -50,6 +52,11 @@ impl OpenSnapshot {
     /// The read-only image.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
+    }
+
+    /// Which snapshot it is.
+    pub fn guid(&self) -> Guid {
+        self.guid
     }
 
     /// The image it is a snapshot of.
@@ -133,6 +140,18 @@ impl Entry {
         }
     }
 
+    /// How many files its live disk, or a snapshot, is made of. None when it is gone.
+    pub fn levels(&self, snapshot: Option<Guid>) -> Option<usize> {
+        let origin = self.origin();
+        if !matches!(origin.source, Source::Layers) {
+            return Some(1);
+        }
+        let path = self.path();
+        let dir = origin.folder(self.shared.place.fd().as_fd(), &path).ok()?;
+        let (descriptor, _) = Store::read(dir.as_fd(), &path).ok()?;
+        Some(descriptor.chain(snapshot.unwrap_or(descriptor.top)).ok()?.len())
+    }
+
     /// What stat shows of a snapshot: its top file, and the disk's size of its own time. Opens nothing of the image.
     pub fn snapshot_attributes(&self, guid: Guid) -> Option<Attributes> {
         let (path, images) = (self.path(), self.shared.place.fd());
@@ -160,7 +179,7 @@ impl Entry {
     pub fn open_snapshot(self: &Arc<Self>, guid: Guid) -> Result<OpenSnapshot> {
         {
             let mut views = locked(&self.views);
-            if views.going.contains(&guid) {
+            if views.going.contains(&guid) || views.image_goes {
                 return Err(Error::at(Kind::NotFound, self.path(), "the snapshot is being deleted"));
             }
             *views.open.entry(guid).or_default() += 1;
@@ -199,5 +218,21 @@ impl Entry {
         }
         views.going.insert(guid);
         Ok(Going { entry: self, guid })
+    }
+
+    /// Lets nobody open a snapshot of it any more, or says that somebody has one open (R9).
+    pub(super) fn close_views(&self) -> Result<()> {
+        let mut views = locked(&self.views);
+        if !views.open.is_empty() {
+            let why = "a snapshot of it is open below .snapshots in the mount; close it there first";
+            return Err(Error::at(Kind::Busy, self.path(), why));
+        }
+        views.image_goes = true;
+        Ok(())
+    }
+
+    /// Ends a [`close_views`](Self::close_views).
+    pub(super) fn open_views(&self) {
+        locked(&self.views).image_goes = false;
     }
 }

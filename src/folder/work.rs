@@ -35,6 +35,10 @@ impl Folder {
         let entry = open.entry();
         let layers = match (entry.live_layers(), work) {
             (Some(layers), _) => layers,
+            (None, Work::Compact { .. }) => {
+                let nothing = || Ok(Done::default());
+                return work.on_disk(open.image(), progress).unwrap_or_else(nothing);
+            }
             (None, Work::Resize { size }) => {
                 let size = open.image().grow(*size, progress)?;
                 return Ok(Done { size: Some(size), ..Done::default() });

@@ -177,6 +177,43 @@ pub trait FileSystem: Send + Sync + 'static {
     fn statfs(&self, ino: Ino) -> Answer<Space>;
     /// Any operation that would create, rename, link or remove a name.
     fn change_name(&self, caller: Caller, parent: Ino, name: &OsStr) -> Answer<()>;
+    /// Makes a file and opens it.
+    fn create(
+        &self,
+        caller: Caller,
+        parent: Ino,
+        name: &OsStr,
+        flags: OpenFlags,
+        done: Done<(Attr, Opened)>,
+    ) {
+        let _ = flags;
+        done(Err(self.change_name(caller, parent, name).err().unwrap_or(Errno(libc::EPERM))));
+    }
+    /// Gives a file another name, under which there is nothing.
+    fn rename(&self, caller: Caller, from: (Ino, &OsStr), to: (Ino, &OsStr), done: Done<()>) {
+        let _ = to;
+        done(self.change_name(caller, from.0, from.1));
+    }
+    /// Removes a file.
+    fn unlink(&self, caller: Caller, parent: Ino, name: &OsStr, done: Done<()>) {
+        done(self.change_name(caller, parent, name));
+    }
+    /// Copies `len` bytes from one open file to another, each with its offset. EOPNOTSUPP: this once the kernel reads and
+    /// writes; ENOSYS: it never asks again.
+    fn copy_range(&self, from: (Handle, u64), to: (Handle, u64), len: u64, done: Done<u64>) {
+        let _ = (from, to, len);
+        done(Err(Errno(libc::ENOSYS)));
+    }
+    /// The value of an extended attribute; ENODATA: it has none of that name. ENOSYS: the kernel never asks again.
+    fn getxattr(&self, ino: Ino, name: &OsStr) -> Answer<Vec<u8>> {
+        let _ = (ino, name);
+        Err(Errno(libc::ENOSYS))
+    }
+    /// The names of the extended attributes.
+    fn listxattr(&self, ino: Ino) -> Answer<Vec<&'static str>> {
+        let _ = ino;
+        Err(Errno(libc::ENOSYS))
+    }
     /// Opens a file; may scan an image, so it answers later.
     fn open(&self, caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>);
     /// The last reference to a handle is gone. Nobody waits for it.

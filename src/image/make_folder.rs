@@ -159,9 +159,14 @@ pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Re
     for entry in rustix::fs::Dir::read_from(&folder)? {
         let entry = entry?;
         let name = OsStr::new(entry.file_name().to_str().unwrap_or(".."));
-        if name != "." && name != ".." {
+        if name != "." && name != ".." && name != DESCRIPTOR {
             unlink(folder.as_fd(), name)?;
         }
+    }
+    // Last: by it a folder that a crash left half-empty is known for an image's.
+    match unlink(folder.as_fd(), DESCRIPTOR.as_ref()) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => {}
     }
     Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }

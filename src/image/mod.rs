@@ -13,6 +13,7 @@ pub mod level;
 pub mod make_folder;
 pub mod map;
 pub mod meta;
+pub mod names;
 pub mod paths;
 pub mod repair;
 pub mod store;

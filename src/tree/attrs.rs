@@ -30,6 +30,11 @@ pub fn image(node: Node, attributes: &Attributes) -> Attr {
     }
 }
 
+/// A file that was created and has no size yet.
+pub fn unborn(node: Node, owner: &Owner) -> Attr {
+    Attr { mode: 0o600, ..owner.file(node, 0) }
+}
+
 /// A snapshot: like an image, without permission to write.
 pub fn snapshot(node: Node, attributes: &Attributes) -> Attr {
     let attr = image(node, attributes);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
+use super::manage::Unborn;
 use super::trouble::Trouble;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, OpenImage, OpenSnapshot};
@@ -26,6 +27,8 @@ pub enum OpenFile {
     Image(OpenImage),
     /// A snapshot, read-only.
     Snapshot(OpenSnapshot),
+    /// A file that was opened before it was an image.
+    Unborn(Arc<Unborn>),
     /// A file that was made up at its open.
     Text(Bytes),
 }
@@ -75,6 +78,8 @@ impl OpenFile {
                     None => Now::Later,
                 }
             }
+            // It may be an image by now.
+            None if matches!(self, OpenFile::Unborn(_)) => Now::Later,
             None => {
                 let part = self.text(offset, buf.len());
                 buf[..part.len()].copy_from_slice(&part);
@@ -84,18 +89,29 @@ impl OpenFile {
     }
 
     /// The image behind it, and whose it is.
-    fn image(&self) -> Option<(&Arc<Image>, &Arc<Entry>)> {
+    pub fn image(&self) -> Option<(&Arc<Image>, &Arc<Entry>)> {
         match self {
-            OpenFile::Image(open) => Some((open.image(), open.entry())),
+            OpenFile::Image(_) | OpenFile::Unborn(_) => {
+                self.open_image().map(|open| (open.image(), open.entry()))
+            }
             OpenFile::Snapshot(open) => Some((open.image(), open.entry())),
             OpenFile::Text(_) => None,
+        }
+    }
+
+    /// The image's live disk.
+    fn open_image(&self) -> Option<&OpenImage> {
+        match self {
+            OpenFile::Image(open) => Some(open),
+            OpenFile::Unborn(unborn) => unborn.image(),
+            OpenFile::Snapshot(_) | OpenFile::Text(_) => None,
         }
     }
 
     fn text(&self, offset: u64, len: usize) -> Bytes {
         match self {
             OpenFile::Text(text) => text_part(text, offset, len),
-            OpenFile::Image(_) | OpenFile::Snapshot(_) => Bytes::new(),
+            OpenFile::Image(_) | OpenFile::Snapshot(_) | OpenFile::Unborn(_) => Bytes::new(),
         }
     }
 
@@ -114,12 +130,12 @@ impl OpenFile {
     /// A write across the end fails whole, with the errno that a full disk has: loop takes a short write for a
     /// complete one, and the tail would be lost (FUSE.md 8.1).
     fn writable(&self, offset: u64, len: u64) -> Answer<&OpenImage> {
-        match self {
-            OpenFile::Image(open) if open.writes() => {
+        match self.open_image() {
+            Some(open) if open.writes() => {
                 let inside = offset.checked_add(len).is_some_and(|end| end <= open.image().size());
                 if inside { Ok(open) } else { Err(Errno(libc::ENOSPC)) }
             }
-            _ => Err(Errno(libc::EBADF)),
+            _ => Err(if let OpenFile::Unborn(unborn) = self { unborn.refusal() } else { Errno(libc::EBADF) }),
         }
     }
 
@@ -133,6 +149,8 @@ impl OpenFile {
     ) -> Now<usize> {
         let open = match self.writable(offset, data.len() as u64) {
             Ok(open) => open,
+            // It may be an image by now, or become longer.
+            Err(_) if matches!(self, OpenFile::Unborn(_)) => return Now::Later,
             Err(errno) => return Now::Done(Err(errno)),
         };
         if is_durable(flags) {
@@ -169,16 +187,13 @@ impl OpenFile {
 
     /// True when a write may wait for a device.
     pub fn writes_may_block(&self) -> bool {
-        match self {
-            OpenFile::Image(open) => !open.never_blocks(),
-            OpenFile::Snapshot(_) | OpenFile::Text(_) => false,
-        }
+        self.open_image().is_some_and(|open| !open.never_blocks())
     }
 
     /// Everything acknowledged before is durable. On an image that nobody could have changed that is so already.
     pub fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
-        match self {
-            OpenFile::Image(open) if open.may_change() => {
+        match self.open_image() {
+            Some(open) if open.may_change() => {
                 open.image().flush(timed(
                     open.image(),
                     Op::Flush,

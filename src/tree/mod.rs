@@ -10,14 +10,16 @@
 mod attrs;
 mod data;
 mod handles;
+mod manage;
 mod metrics;
 mod names;
 mod snapshots;
 mod stats;
 mod trouble;
+mod xattrs;
 
 use std::ffi::OsStr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -38,6 +40,7 @@ use trouble::Trouble;
 
 /// The mount of one folder.
 pub struct Tree {
+    own: Weak<Tree>,
     folder: Arc<Folder>,
     engine: Arc<Engine>,
     info: MountInfo,
@@ -45,6 +48,8 @@ pub struct Tree {
     handles: Arc<Handles<OpenFile>>,
     trouble: Arc<Trouble>,
     numbers: Numbers,
+    /// The open handles that made images. A leaf.
+    makers: manage::Makers,
 }
 
 const NO_ENTRY: Errno = Errno(libc::ENOENT);
@@ -61,7 +66,17 @@ impl Tree {
         };
         let (handles, trouble) = (Arc::default(), Arc::new(Trouble::new()));
         let numbers = Numbers::default();
-        Arc::new(Tree { folder, engine, info, owner, handles, trouble, numbers })
+        Arc::new_cyclic(|own| Tree {
+            own: own.clone(),
+            folder,
+            engine,
+            info,
+            owner,
+            handles,
+            trouble,
+            numbers,
+            makers: manage::Makers::default(),
+        })
     }
 
     fn node(&self, ino: Ino) -> Answer<Node> {
@@ -87,7 +102,10 @@ impl Tree {
             Node::Stats | Node::Metrics => {
                 self.owner.file(node, self.text(node).map_or(0, |text| text.len() as u64))
             }
-            Node::Image(id) => attrs::image(node, &self.entry(id)?.attributes()),
+            Node::Image(id) => match self.folder.get(id) {
+                Some(entry) => attrs::image(node, &entry.attributes()),
+                None => self.unborn_attr(id).ok_or(NO_ENTRY)?,
+            },
         })
     }
 
@@ -138,6 +156,9 @@ impl Tree {
     }
 
     fn open_image(&self, id: u64, flags: OpenFlags, done: Done<Opened>) {
+        if let Some(answer) = self.open_unborn(id, flags) {
+            return done(answer);
+        }
         let entry = match self.entry(id) {
             Ok(entry) => entry,
             Err(errno) => return done(Err(errno)),
@@ -168,8 +189,7 @@ impl FileSystem for Tree {
             Node::Root if name == SNAPSHOTS_NAME => self.attr(Node::Snapshots),
             Node::Root => {
                 let image = names::image_of(name).ok_or(NO_ENTRY)?;
-                let entry = self.folder.find(image).ok_or(NO_ENTRY)?;
-                Ok(attrs::image(Node::Image(entry.id()), &entry.attributes()))
+                self.attr(Node::Image(self.folder.find_id(image).ok_or(NO_ENTRY)?))
             }
             Node::Private if name == STATS_NAME => self.attr(Node::Stats),
             Node::Private if name == METRICS_NAME => self.attr(Node::Metrics),
@@ -196,6 +216,13 @@ impl FileSystem for Tree {
     }
 
     fn setattr(&self, _caller: Caller, ino: Ino, change: SetAttr, done: Done<Attr>) {
+        if self.info.manage
+            && let (Ok(Node::Image(id)), Ok(attr)) = (self.node(ino), self.getattr(ino))
+            && let Some(size) = change.size.filter(|size| *size != attr.size)
+            && Tree::refusal(&change, size).is_none()
+        {
+            return self.resize_file(id, attr.size, size, done);
+        }
         let answer = self.getattr(ino).and_then(|attr| match Tree::refusal(&change, attr.size) {
             Some(errno) => Err(errno),
             None => Ok(attr),
@@ -215,6 +242,8 @@ impl FileSystem for Tree {
                 let image =
                     |e: &Arc<Entry>| name(Node::Image(e.id()), FileKind::File, names::shown(e.name()));
                 all.extend(entries.iter().map(image));
+                let unborn = self.folder.all_unborn().into_iter();
+                all.extend(unborn.map(|(of, id)| name(Node::Image(id), FileKind::File, names::shown(&of))));
                 Ok(all)
             }
             Node::Private => Ok(vec![
@@ -249,6 +278,37 @@ impl FileSystem for Tree {
         Err(NOT_PERMITTED)
     }
 
+    fn create(&self, _: Caller, parent: Ino, name: &OsStr, flags: OpenFlags, done: Done<(Attr, Opened)>) {
+        self.create_file(parent, name, flags, done);
+    }
+
+    fn rename(&self, _: Caller, from: (Ino, &OsStr), to: (Ino, &OsStr), done: Done<()>) {
+        self.rename_file(from, to, done);
+    }
+
+    fn unlink(&self, _: Caller, parent: Ino, name: &OsStr, done: Done<()>) {
+        self.remove_file(parent, name, done);
+    }
+
+    fn copy_range(&self, from: (Handle, u64), to: (Handle, u64), len: u64, done: Done<u64>) {
+        if !self.info.manage {
+            return done(Err(Errno(libc::ENOSYS)));
+        }
+        if let Some(done) = self.adopt(from.0, done, move |tree, done| tree.copy_range(from, to, len, done))
+            && let Some(done) = self.adopt(to.0, done, move |tree, done| tree.copy_range(from, to, len, done))
+        {
+            self.copy(from, to, len, done);
+        }
+    }
+
+    fn getxattr(&self, ino: Ino, name: &OsStr) -> Answer<Vec<u8>> {
+        self.attribute(self.node(ino)?, name)
+    }
+
+    fn listxattr(&self, ino: Ino) -> Answer<Vec<&'static str>> {
+        Ok(self.attribute_names(self.node(ino)?))
+    }
+
     fn open(&self, _caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
         match self.node(ino) {
             Ok(Node::Image(id)) => self.open_image(id, flags, done),
@@ -280,6 +340,8 @@ impl FileSystem for Tree {
     }
 
     fn read_later(&self, handle: Handle, offset: u64, len: usize, done: Done<Bytes>) {
+        let again = move |tree: &Tree, done| tree.read_later(handle, offset, len, done);
+        let Some(done) = self.adopt(handle, done, again) else { return };
         self.with(handle, done, |open, done| open.read_later(&self.trouble, offset, len, done));
     }
 
@@ -297,6 +359,12 @@ impl FileSystem for Tree {
     }
 
     fn write_later(&self, handle: Handle, offset: u64, data: Bytes, flags: OpenFlags, done: Done<usize>) {
+        let (end, copy) = (offset.checked_add(data.len() as u64), data.clone());
+        let again = move |tree: &Tree, done| tree.write_later(handle, offset, copy, flags, done);
+        let Some(done) = self.lengthen(handle, end, done, again) else { return };
+        let copy = data.clone();
+        let again = move |tree: &Tree, done| tree.write_later(handle, offset, copy, flags, done);
+        let Some(done) = self.adopt(handle, done, again) else { return };
         self.with(handle, done, |open, done| open.write_later(&self.trouble, offset, data, flags, done));
     }
 
@@ -305,10 +373,19 @@ impl FileSystem for Tree {
     }
 
     fn fallocate(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>) {
-        self.with(handle, done, |open, done| open.fallocate(&self.trouble, offset, len, mode, done));
+        let again = move |tree: &Tree, done| tree.fallocate(handle, offset, len, mode, done);
+        let Some(done) = self.adopt(handle, done, again) else { return };
+        self.with(handle, done, |open, done| match open {
+            OpenFile::Unborn(unborn) if unborn.image().is_none() => {
+                self.allocate_unborn(unborn, offset.checked_add(len), mode, done);
+            }
+            open => open.fallocate(&self.trouble, offset, len, mode, done),
+        });
     }
 
     fn lseek(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>) {
+        let again = move |tree: &Tree, done| tree.lseek(handle, offset, whence, done);
+        let Some(done) = self.adopt(handle, done, again) else { return };
         self.with(handle, done, |open, done| {
             open.lseek(&self.trouble, &self.engine, offset, whence, done);
         });

@@ -16,6 +16,8 @@ pub struct MountInfo {
     pub mountpoint: std::path::PathBuf,
     /// The transport that serves it.
     pub transport: &'static str,
+    /// Names and sizes of images may be changed through the mount.
+    pub manage: bool,
     /// What confines the process; set once, after the mount and before the first request.
     pub sandbox: Arc<OnceLock<Sandbox>>,
 }

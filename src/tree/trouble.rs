@@ -36,6 +36,14 @@ impl Trouble {
         Errno::from(e)
     }
 
+    /// The errno for a change that was refused or failed. Logged whatever it is: an errno alone does not say why.
+    pub fn refused(&self, e: &Error, doing: &str) -> Errno {
+        if e.kind() != Kind::Unsupported && self.may_log() {
+            log::warn!("cannot {doing}: {e}");
+        }
+        Errno::from(e)
+    }
+
     fn may_log(&self) -> bool {
         let second = self.start.elapsed().as_secs() << 32;
         let count = |old: u64| if old >> 32 == second >> 32 { old + 1 } else { second + 1 };

@@ -2,7 +2,8 @@
 //!
 //! - **R2** A BAT entry never points past the end of the file: the file is extended, durably, ahead of need.
 //! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
-//!   (the free tail is cut off then, not trusted) and was never handed out in this process. All other free space,
+//!   (the free tail is cut off then, not trusted) and was never handed out in this process, or since the file was cut off
+//!   there, durably (`live::compact`). All other free space,
 //!   every cluster handed out and given back included, is punched, and the punch durable, before an entry names it.
 //! - **R4** A freed cluster is reused only after: unmapped, punched, and its BAT page durable.
 //!
@@ -10,91 +11,13 @@
 //! unknown: must be scrubbed) and *clean* (punched, durable, its old entry durably gone). Only fresh space inside
 //! the durable length and clean space is handed out; whoever finds neither waits for an extension or a scrub.
 
+pub use super::bits::Bits;
 use crate::rules::{Rule, broken};
 use crate::sync::{Bug, Mutex, lock, planted};
 use crate::vdisk::runner::Job;
 
 /// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
 const SCRUB_BATCH: usize = 256;
-
-/// A set of file clusters: one bit each, lowest first.
-#[derive(Default)]
-pub struct Bits {
-    words: Vec<u64>,
-    count: u64,
-    /// No bit is set in the words before this one, so that taking the lowest does not search from 0 each time.
-    from: usize,
-}
-
-impl Bits {
-    /// Adds `n`; false when it was there already.
-    pub fn insert(&mut self, n: u64) -> bool {
-        let (word, bit) = ((n / 64) as usize, 1 << (n % 64));
-        if word >= self.words.len() {
-            self.words.resize(word + 1, 0);
-        }
-        let fresh = self.words[word] & bit == 0;
-        self.words[word] |= bit;
-        self.count += u64::from(fresh);
-        self.from = self.from.min(word);
-        fresh
-    }
-
-    /// True when `n` is in the set.
-    pub fn contains(&self, n: u64) -> bool {
-        self.words.get((n / 64) as usize).is_some_and(|w| w & 1 << (n % 64) != 0)
-    }
-
-    /// Removes and returns the lowest.
-    pub fn take_lowest(&mut self) -> Option<u64> {
-        while self.from < self.words.len() {
-            let word = self.words[self.from];
-            if word != 0 {
-                let bit = word.trailing_zeros();
-                self.words[self.from] = word & (word - 1);
-                self.count -= 1;
-                return Some(self.from as u64 * 64 + u64::from(bit));
-            }
-            self.from += 1;
-        }
-        None
-    }
-
-    /// Every member, lowest first.
-    pub fn iter(&self) -> impl Iterator<Item = u64> {
-        self.words.iter().enumerate().flat_map(|(i, word)| {
-            (0..64).filter(move |bit| word & 1 << bit != 0).map(move |bit| i as u64 * 64 + bit)
-        })
-    }
-
-    /// Takes out all below `n`.
-    fn remove_below(&mut self, n: u64) {
-        let keep: Vec<u64> = self.iter().filter(|member| *member >= n).collect();
-        *self = Bits::default();
-        keep.into_iter().for_each(|member| {
-            self.insert(member);
-        });
-    }
-
-    /// The same set, each member less by `n`; none is smaller.
-    fn moved_down(&self, n: u64) -> Bits {
-        let mut moved = Bits::default();
-        self.iter().for_each(|member| {
-            moved.insert(member - n);
-        });
-        moved
-    }
-
-    /// Size of the set.
-    pub fn len(&self) -> u64 {
-        self.count
-    }
-
-    /// True for the empty set.
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-}
 
 /// What an allocation got.
 #[derive(Debug, PartialEq, Eq)]
@@ -114,6 +37,26 @@ pub enum Due {
     Extend,
     /// Punch stale clusters: [`Allocator::scrub_batch`].
     Scrub,
+}
+
+/// What [`Allocator::begin_scrub`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scrubbing {
+    /// All free space is clean, or cannot be made so.
+    Nothing,
+    /// The caller scrubs a batch.
+    Ours,
+    /// Somebody else does.
+    Theirs,
+}
+
+/// A cut of the file's tail under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// The file ends before this file cluster.
+    pub end: u64,
+    next: u64,
+    durable: u64,
 }
 
 /// The allocator of one image's top.
@@ -151,6 +94,14 @@ impl State {
             self.next += u64::from(fresh);
             fresh.then(|| self.next - 1)
         })
+    }
+
+    fn used_end(&self) -> u64 {
+        let mut end = self.next;
+        while end > 0 && (self.clean.contains(end - 1) || self.stale.contains(end - 1)) {
+            end -= 1;
+        }
+        end
     }
 
     /// `cluster` is free again: its content known to be zero, or not.
@@ -220,6 +171,55 @@ impl Allocator {
     /// Takes a file cluster if one is ready; starts nothing.
     pub fn take_ready(&self) -> Option<u64> {
         lock(&self.state).ready()
+    }
+
+    /// Takes the lowest clean file cluster if it lies before `before`; starts nothing.
+    pub fn take_before(&self, before: u64) -> Option<u64> {
+        let mut s = lock(&self.state);
+        let lowest = s.clean.take_lowest()?;
+        if lowest >= before {
+            s.clean.insert(lowest);
+            return None;
+        }
+        Some(lowest)
+    }
+
+    /// Claims a scrub that nobody waits for.
+    pub fn begin_scrub(&self) -> Scrubbing {
+        let mut s = lock(&self.state);
+        if s.scrubbing {
+            return Scrubbing::Theirs;
+        }
+        s.scrubbing = !s.stale.is_empty() && !s.exhausted;
+        if s.scrubbing { Scrubbing::Ours } else { Scrubbing::Nothing }
+    }
+
+    /// Begins to cut off the file behind the last cluster in use. None: an extension or a scrub is under way. Until
+    /// [`end_cut`](Self::end_cut) no other begins, and nothing behind that end is handed out.
+    pub fn begin_cut(&self) -> Option<Cut> {
+        let mut s = lock(&self.state);
+        if s.extending || s.scrubbing {
+            return None;
+        }
+        let cut = Cut { end: s.used_end(), next: s.next, durable: s.durable };
+        s.clean.remove_from(cut.end);
+        s.stale.remove_from(cut.end);
+        (s.next, s.durable) = (cut.end, cut.end);
+        (s.extending, s.scrubbing) = (true, true);
+        Some(cut)
+    }
+
+    /// The file ends there, durably; or (`done` false) it may be as long as before, and what was free in its tail is of
+    /// unknown content. Returns who waited.
+    pub fn end_cut(&self, cut: Cut, done: bool) -> Vec<Job> {
+        let mut s = lock(&self.state);
+        (s.extending, s.scrubbing) = (false, false);
+        if !done {
+            (cut.end..cut.next).for_each(|cluster| s.put(cluster, false));
+            // A failed cut has left the file as it was, or ended the image.
+            (s.next, s.durable) = (cut.next, cut.durable);
+        }
+        std::mem::take(&mut s.waiting)
     }
 
     /// Takes the file clusters before `count` out of circulation, those included that are freed later: the BAT will grow
@@ -339,12 +339,7 @@ impl Allocator {
     /// Where the file may end when it is closed: behind the last cluster in use. `pending` are clusters whose
     /// unmapping never became durable; they count as used.
     pub fn used_end(&self) -> u64 {
-        let s = lock(&self.state);
-        let mut end = s.next;
-        while end > 0 && (s.clean.contains(end - 1) || s.stale.contains(end - 1)) {
-            end -= 1;
-        }
-        end
+        lock(&self.state).used_end()
     }
 
     /// File clusters in use.
@@ -440,6 +435,39 @@ mod tests {
         assert_eq!(alloc.take_ready(), Some(7));
         assert_eq!(alloc.take_ready(), None);
         assert!(alloc.scrub_batch().is_empty());
+    }
+
+    #[test]
+    fn while_the_tail_is_cut_off_nothing_behind_its_end_is_handed_out() {
+        let alloc = Allocator::new(6, 100, 4, Bits::default());
+        alloc.freed(&[1, 4, 5], true);
+        let cut = alloc.begin_cut().expect("nothing is under way");
+        assert_eq!((cut.end, alloc.begin_cut(), alloc.begin_scrub()), (4, None, Scrubbing::Theirs));
+        assert_eq!(alloc.take_ready(), Some(1), "what lies before the end is free all the same");
+        assert_eq!(alloc.take((), job, |due| panic!("{due:?} is not due")), Alloc::Wait);
+        assert_eq!(alloc.end_cut(cut, true).len(), 1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
+        assert_eq!(alloc.extension(), (4, 8), "the file is extended from its new end");
+    }
+
+    #[test]
+    fn after_a_cut_that_failed_the_tail_is_scrubbed_before_it_is_reused() {
+        let alloc = Allocator::new(6, 100, 4, Bits::default());
+        alloc.freed(&[4, 5], true);
+        let cut = alloc.begin_cut().expect("nothing is under way");
+        alloc.end_cut(cut, false);
+        assert_eq!((alloc.take_ready(), alloc.begin_scrub()), (None, Scrubbing::Ours));
+        assert_eq!(alloc.scrub_batch(), [4, 5]);
+    }
+
+    #[test]
+    fn a_place_is_taken_only_before_the_cluster_that_moves() {
+        let alloc = Allocator::new(9, 100, 4, Bits::default());
+        alloc.freed(&[3, 6], true);
+        assert_eq!(
+            (alloc.take_before(5), alloc.take_before(5), alloc.take_before(7)),
+            (Some(3), None, Some(6))
+        );
     }
 
     #[test]

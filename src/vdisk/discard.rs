@@ -366,7 +366,13 @@ impl Drop for Discard {
 impl Image {
     /// Makes a range of the top's file read as zero. Where the host cannot punch: writes zeroes when `must_zero`,
     /// else leaves the content, which is then scrubbed before it is reused.
-    fn punch(self: &Arc<Self>, stack: &Stack, position: u64, len: u64, must_zero: bool) -> Result<()> {
+    pub(super) fn punch(
+        self: &Arc<Self>,
+        stack: &Stack,
+        position: u64,
+        len: u64,
+        must_zero: bool,
+    ) -> Result<()> {
         let top = stack.top();
         let punched = if self.cannot_punch.load(Ordering::SeqCst) {
             Err(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))

@@ -85,7 +85,7 @@ impl Image {
     /// 3. only then they are clean.
     ///
     /// 3 before 2: after a cut the old content could show through the new entry (R3).
-    fn scrub(self: &Arc<Self>) {
+    pub(super) fn scrub(self: &Arc<Self>) {
         let stack = self.stack();
         let alloc = stack.allocator();
         let batch = alloc.scrub_batch();

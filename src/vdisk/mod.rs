@@ -9,6 +9,7 @@
 
 pub mod alloc;
 pub mod bat;
+mod bits;
 mod clock;
 mod cow;
 mod discard;

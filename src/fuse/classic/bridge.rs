@@ -15,10 +15,13 @@ use fuser::{
     ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::convert::{GENERATION, IMAGE_OPEN, attr, caller, errno, file_type};
+use super::convert::{GENERATION, attr, caller, errno, file_type};
+use super::replies::{
+    answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
+};
 use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
 use crate::fuse::listing::Listings;
-use crate::fuse::ops::{self, Answer, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
+use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
 
 /// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
@@ -107,37 +110,6 @@ impl Bridge {
     }
 }
 
-fn answer_empty(reply: ReplyEmpty, answer: Answer<()>) {
-    match answer {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn answer_attr(reply: ReplyAttr, answer: Answer<Attr>) {
-    match answer {
-        Ok(a) => reply.attr(&TTL, &attr(&a)),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn answer_written(reply: ReplyWrite, answer: Answer<usize>) {
-    match answer {
-        // At most MAX_WRITE bytes were asked for.
-        Ok(n) => reply.written(u32::try_from(n).unwrap_or(u32::MAX)),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn answer_opened(reply: ReplyOpen, answer: Answer<ops::Opened>) {
-    match answer {
-        Ok(o) => {
-            reply.opened(FileHandle(o.handle), if o.direct { IMAGE_OPEN } else { FopenFlags::empty() });
-        }
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
 impl fuser::Filesystem for Bridge {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         for (flag, loss) in WANTED {
@@ -214,7 +186,10 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn unlink(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.serve("unlink", || self.removal(r, parent, name, reply));
+        self.serve("unlink", || {
+            let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
+            self.fs.unlink(caller(r), parent.0, name, done);
+        });
     }
 
     fn rmdir(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -230,20 +205,39 @@ impl fuser::Filesystem for Bridge {
         r: &Request,
         parent: INodeNo,
         name: &OsStr,
-        _: INodeNo,
-        _: &OsStr,
-        _: RenameFlags,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.serve("rename", || reply.error(self.refusal(r, parent, name)));
+        // Never replacing is what is always done; two names cannot be exchanged.
+        if !RenameFlags::RENAME_NOREPLACE.contains(flags) {
+            return reply.error(fuser::Errno::EINVAL);
+        }
+        self.serve("rename", || {
+            let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
+            self.fs.rename(caller(r), (parent.0, name), (new_parent.0, new_name), done);
+        });
     }
 
     fn link(&self, r: &Request, _: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.serve("link", || reply.error(self.refusal(r, parent, name)));
     }
 
-    fn create(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
-        self.serve("create", || reply.error(self.refusal(r, parent, name)));
+    fn create(
+        &self,
+        r: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _: u32,
+        _: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        self.serve("create", || {
+            let done: Done<(Attr, ops::Opened)> = Box::new(move |answer| answer_created(reply, answer));
+            self.fs.create(caller(r), parent.0, name, ops::OpenFlags { raw: flags }, done);
+        });
     }
 
     fn open(&self, r: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
@@ -449,6 +443,43 @@ impl fuser::Filesystem for Bridge {
         reply.error(fuser::Errno::ENOTTY);
     }
 
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.serve("getxattr", || answer_xattr(reply, size, self.fs.getxattr(ino.0, name)));
+    }
+
+    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.serve("listxattr", || {
+            let list = self
+                .fs
+                .listxattr(ino.0)
+                .map(|names| names.iter().flat_map(|name| name.bytes().chain([0])).collect());
+            answer_xattr(reply, size, list);
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        from: FileHandle,
+        from_offset: u64,
+        _: INodeNo,
+        to: FileHandle,
+        to_offset: u64,
+        len: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.serve("copy_file_range", || {
+            let done: Done<u64> = Box::new(move |answer| match answer {
+                // The answer has 32 bits, and whoever copies asks again for the rest. A whole page, as the kernel cuts it.
+                Ok(n) => reply.written(u32::try_from(n).unwrap_or(!4095)),
+                Err(e) => reply.error(errno(e)),
+            });
+            self.fs.copy_range((from.0, from_offset), (to.0, to_offset), len, done);
+        });
+    }
+
     // ENOSYS from here on, on purpose: the kernel remembers it and does the right thing without asking again. For
     // any other operation it would be remembered too, and something would be lost for the whole mount (FUSE.md 8.6).
 
@@ -461,14 +492,6 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
-        reply.error(fuser::Errno::ENOSYS);
-    }
-
-    fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
-        reply.error(fuser::Errno::ENOSYS);
-    }
-
-    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
         reply.error(fuser::Errno::ENOSYS);
     }
 
@@ -489,22 +512,6 @@ impl fuser::Filesystem for Bridge {
         _: PollEvents,
         _: PollFlags,
         reply: ReplyPoll,
-    ) {
-        reply.error(fuser::Errno::ENOSYS);
-    }
-
-    fn copy_file_range(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: u64,
-        _: CopyFileRangeFlags,
-        reply: ReplyWrite,
     ) {
         reply.error(fuser::Errno::ENOSYS);
     }

@@ -3,6 +3,7 @@
 
 mod bridge;
 mod convert;
+mod replies;
 
 use std::ffi::OsStr;
 use std::io;

@@ -139,6 +139,8 @@ pub struct Copy {
     pub bytes: Box<[u8]>,
     /// File clusters that are free once this copy is durable.
     pub freed: Vec<u64>,
+    /// The same, of clusters that were moved: they still hold their data.
+    pub moved: Vec<u64>,
 }
 
 impl BatCache {
@@ -234,13 +236,15 @@ impl BatCache {
     }
 
     /// Moves a cluster of level `top`: its entry names `position` from now on. The caller holds its lock exclusively,
-    /// has pinned the page, and keeps the old file cluster out of circulation.
-    pub fn relocate(&self, cluster: u64, top: u16, position: u64) -> bool {
+    /// and has pinned the page. `old` is free, with what it holds, when that is durable; empty: the caller keeps the old
+    /// file cluster out of circulation.
+    pub fn relocate(&self, cluster: u64, top: u16, position: u64, old: &[u64]) -> bool {
         let (page, slot) = slot_of(cluster);
         let (_, mut state) = self.loaded(page);
         let State::Loaded(loaded) = &mut *state else { unreachable!("a pinned page is never evicted") };
         let hides = loaded.hides(slot);
         loaded.set(slot, Place::At { level: top, position }, hides);
+        loaded.moved.extend_from_slice(old);
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -307,7 +311,8 @@ impl BatCache {
             page.dirty_since = None;
             page.writing = true;
             let bytes = page.own_entries(top, geometry);
-            copies.push(Copy { page: number, bytes, freed: std::mem::take(&mut page.freed) });
+            let (freed, moved) = (std::mem::take(&mut page.freed), std::mem::take(&mut page.moved));
+            copies.push(Copy { page: number, bytes, freed, moved });
         }
         copies
     }
@@ -329,6 +334,7 @@ impl BatCache {
         let (_, mut state) = self.loaded(copy.page.into());
         let State::Loaded(page) = &mut *state else { unreachable!("a writing page is never evicted") };
         page.freed.extend(copy.freed);
+        page.moved.extend(copy.moved);
         if page.dirty_since.is_none() {
             page.dirty_since = Some(Instant::now());
             lock(&self.dirty).pages.push(copy.page);

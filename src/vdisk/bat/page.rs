@@ -65,6 +65,8 @@ pub struct Page {
     pub writing: bool,
     /// File clusters whose unmapping the next copy will carry; they become free when it is durable (R4).
     pub freed: Vec<u64>,
+    /// File clusters whose data lies elsewhere once the next copy is durable; then they are free, with what they hold (R4).
+    pub moved: Vec<u64>,
     /// One bit per slot: some level below the one that the entry names maps the cluster as well, so that taking the
     /// entry away would bring old data back. May say so after a merge that took that level away: the cluster then
     /// stays mapped until the page is loaded anew, which costs a hole.
@@ -75,7 +77,8 @@ impl Default for Page {
     fn default() -> Page {
         let entries = vec![Packed(NONE); PAGE_SLOTS].into_boxed_slice();
         let hides = [0; PAGE_SLOTS / 64];
-        Page { entries, pins: 0, dirty_since: None, writing: false, freed: Vec::new(), hides }
+        let (freed, moved) = (Vec::new(), Vec::new());
+        Page { entries, pins: 0, dirty_since: None, writing: false, freed, moved, hides }
     }
 }
 

@@ -67,8 +67,9 @@ impl Image {
         let mut freed = 0;
         for copy in copies {
             bat.written(copy.page);
-            freed += copy.freed.len();
+            freed += copy.freed.len() + copy.moved.len();
             stack.allocator().freed(&copy.freed, punched);
+            stack.allocator().freed(&copy.moved, false);
         }
         if freed > 0 && self.space.is_full() {
             self.try_space_again();

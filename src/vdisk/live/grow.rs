@@ -157,7 +157,7 @@ impl Image {
                 match self.copy_cluster(stack, (top, position), to, self.cluster, 0..0) {
                     Ok(_) => {
                         self.touched(1);
-                        if bat.relocate(cluster, top, to) {
+                        if bat.relocate(cluster, top, to, &[]) {
                             self.bat_is_dirty();
                         }
                         Ok(true)

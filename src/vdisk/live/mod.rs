@@ -1,6 +1,7 @@
 //! Operations on a live image: snapshot, merge, switch, grow, clone. Each in the same parts: prepare, freeze, swap,
 //! thaw, clean up (R8, R9).
 
+pub mod compact;
 #[cfg(test)]
 mod failures;
 pub mod freeze;
@@ -15,6 +16,11 @@ pub use work::carry_out;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::sync::Arc;
+use crate::vdisk::Image;
 
 /// What is to be done with an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,11 +57,28 @@ pub enum Work {
     },
     /// Go on with what a crash or a cancel left: merge every deleted snapshot that has one child.
     Finish,
+    /// Free zero clusters, and make the live disk's file shorter.
+    Compact {
+        /// Only say what that would gain.
+        dry_run: bool,
+    },
     /// Make the disk larger.
     Resize {
         /// The new size in bytes.
         size: u64,
     },
+}
+
+impl Work {
+    /// What is done to the live disk alone, with or without a descriptor; None: this is something else.
+    pub fn on_disk(&self, image: &Arc<Image>, progress: &Progress) -> Option<Result<Done>> {
+        let gained = |gain| Done { gain: Some(gain), ..Done::default() };
+        match self {
+            Work::Compact { dry_run: true } => Some(image.compact_gain(progress).map(gained)),
+            Work::Compact { dry_run: false } => Some(image.compact(progress).map(gained)),
+            _ => None,
+        }
+    }
 }
 
 /// What came of it.
@@ -67,6 +90,9 @@ pub struct Done {
     /// The disk's new size in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
+    /// What was gained, or would be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gain: Option<compact::Gain>,
     /// What a person should know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,

@@ -28,6 +28,9 @@ use crate::vdisk::Image;
 /// threads. Switching needs a closed image: see `image::switch`.
 pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress: &Progress) -> Result<Done> {
     let _alone = layers.begin_operation()?;
+    if let Some(done) = work.on_disk(image, progress) {
+        return done;
+    }
     let job = Live { image, layers, progress };
     match work {
         Work::Snapshot { label } => {
@@ -48,6 +51,7 @@ pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress
             let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
             Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
         }
+        Work::Compact { .. } => unreachable!("done above"),
         Work::Switch { .. } => {
             Err(Error::new(Kind::Busy, "somebody has the disk open; a switch needs a closed disk"))
         }

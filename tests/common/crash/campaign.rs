@@ -114,7 +114,7 @@ fn history(record: &Arc<Record>, rng: &mut Rng, campaign: &Campaign) -> Result<(
     image.make_writable().map_err(|e| format!("cannot be written: {e}"))?;
     let live = Live { record, image: &image };
     let mut next = rng.below(1 << 30) as u32 * 2 + 1;
-    let kinds = if campaign.layers { 16 } else { 10 };
+    let kinds = if campaign.layers { 18 } else { 12 };
     for _ in 0..campaign.rounds.1 {
         let disk = (image.size() / 512) as usize;
         let at = rng.below(disk as u64) as usize;
@@ -128,8 +128,9 @@ fn history(record: &Arc<Record>, rng: &mut Rng, campaign: &Campaign) -> Result<(
             }
             5..8 => live.discard(at, n),
             8..10 => live.flush(),
-            10..12 => live.snapshot(),
-            12..14 => live.merge(),
+            10..12 => live.compact(),
+            12..14 => live.snapshot(),
+            14..16 => live.merge(),
             _ => live.grow(image.size() + rng.below(200) * CLUSTER),
         };
         // A host that fails us is heard of; nothing else is an error.
@@ -247,6 +248,11 @@ impl Live<'_> {
             Ok(())
         };
         self.image.pull_out(&Progress::new(), commit)
+    }
+
+    /// Frees zero clusters and makes the top shorter.
+    pub fn compact(&self) -> ploopfs::Result<()> {
+        self.image.compact(&Progress::new()).map(drop)
     }
 
     /// Makes the disk `size` bytes long, or a little longer.

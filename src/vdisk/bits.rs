@@ -1,0 +1,87 @@
+//! A set of file clusters, one bit each.
+
+/// A set of file clusters: one bit each, lowest first.
+#[derive(Default)]
+pub struct Bits {
+    words: Vec<u64>,
+    count: u64,
+    /// No bit is set in the words before this one, so that taking the lowest does not search from 0 each time.
+    from: usize,
+}
+
+impl Bits {
+    /// Adds `n`; false when it was there already.
+    pub fn insert(&mut self, n: u64) -> bool {
+        let (word, bit) = ((n / 64) as usize, 1 << (n % 64));
+        if word >= self.words.len() {
+            self.words.resize(word + 1, 0);
+        }
+        let fresh = self.words[word] & bit == 0;
+        self.words[word] |= bit;
+        self.count += u64::from(fresh);
+        self.from = self.from.min(word);
+        fresh
+    }
+
+    /// True when `n` is in the set.
+    pub fn contains(&self, n: u64) -> bool {
+        self.words.get((n / 64) as usize).is_some_and(|w| w & 1 << (n % 64) != 0)
+    }
+
+    /// Removes and returns the lowest.
+    pub fn take_lowest(&mut self) -> Option<u64> {
+        while self.from < self.words.len() {
+            let word = self.words[self.from];
+            if word != 0 {
+                let bit = word.trailing_zeros();
+                self.words[self.from] = word & (word - 1);
+                self.count -= 1;
+                return Some(self.from as u64 * 64 + u64::from(bit));
+            }
+            self.from += 1;
+        }
+        None
+    }
+
+    /// Every member, lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        self.words.iter().enumerate().flat_map(|(i, word)| {
+            (0..64).filter(move |bit| word & 1 << bit != 0).map(move |bit| i as u64 * 64 + bit)
+        })
+    }
+
+    /// Takes out all below `n`.
+    pub fn remove_below(&mut self, n: u64) {
+        let keep: Vec<u64> = self.iter().filter(|member| *member >= n).collect();
+        *self = Bits::default();
+        keep.into_iter().for_each(|member| {
+            self.insert(member);
+        });
+    }
+
+    /// Takes out all from `n` on.
+    pub fn remove_from(&mut self, n: u64) {
+        let gone: Vec<u64> = self.iter().filter(|member| *member >= n).collect();
+        gone.iter().for_each(|member| self.words[(member / 64) as usize] &= !(1 << (member % 64)));
+        self.count -= gone.len() as u64;
+    }
+
+    /// The same set, each member less by `n`; none is smaller.
+    pub fn moved_down(&self, n: u64) -> Bits {
+        let mut moved = Bits::default();
+        self.iter().for_each(|member| {
+            moved.insert(member - n);
+        });
+        moved
+    }
+
+    /// Size of the set.
+    pub fn len(&self) -> u64 {
+        self.count
+    }
+
+    /// True for the empty set.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}

@@ -1,0 +1,429 @@
+//! Giving space back: zero clusters are freed, and the clusters at the end of the file move into free places in front, so
+//! that it becomes shorter.
+//!
+//! One cluster at a time, under its lock, while I/O goes on. A zero cluster goes in the order of a discard. One that
+//! moves:
+//! 1. the BAT page is pinned, and a free, clean place in front is taken (`alloc`);
+//! 2. the data is copied there;
+//! 3. the entry is changed in the cache; the page remembers the old place;
+//! 4. a round makes the data durable, then the entry (R3), and only then the old place is free, its content stale (R4);
+//! 5. in the end, the file is cut off behind its last cluster in use, and that is made durable.
+//!
+//! 3 before 2 would show a reader the place before its data. To punch the old place before 4 would lose the cluster in a
+//! power cut, which brings the old entry back. 5 before 4 would leave entries behind the end of the file (R2). Many
+//! clusters share one round. A crash, a cancel or a close in between leaves some clusters in other places, and no more.
+//!
+//! Levels below the live disk are other people's too (R9) and stay as they are.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
+use crate::format::header::HEADER_BYTES;
+use crate::io::file::read_full;
+use crate::progress::Progress;
+use crate::sync::{Arc, Ordering, thread};
+use crate::vdisk::Image;
+use crate::vdisk::alloc::{Bits, Scrubbing};
+use crate::vdisk::bat::cache::Lookup;
+use crate::vdisk::bat::page::Place;
+use crate::vdisk::locks::Mode;
+use crate::vdisk::stack::Stack;
+use crate::vdisk::zero::is_zero;
+
+/// Bytes of BAT read at a time.
+const BAT_PIECE: u64 = 1 << 20;
+/// Bytes of a cluster looked at first: data is nearly always seen in them, and a cluster costs one small read.
+const FIRST_LOOK: usize = 4096;
+/// Bytes of a cluster looked at from then on.
+const PIECE: usize = 256 << 10;
+/// Looks at the file for clusters to move: a guest that allocates all the while makes new ones for ever.
+const PASSES: u32 = 8;
+/// How often an extension or a scrub under way is looked at; each takes a few milliseconds.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// What compacting gains, or has gained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gain {
+    /// Bytes of the live disk's own file before.
+    pub length: u64,
+    /// And after.
+    pub length_after: u64,
+    /// Bytes that it takes on the host before.
+    pub allocated: u64,
+    /// And after; before the work an estimate.
+    pub allocated_after: u64,
+    /// Clusters of zeroes that are freed, or become holes.
+    pub zero_clusters: u64,
+    /// Clusters that move.
+    pub moved_clusters: u64,
+}
+
+/// What a look at the whole image found.
+struct Survey {
+    gain: Gain,
+    /// Guest clusters that read as zero and take space, or a place in the file, for it.
+    zero: Vec<u64>,
+}
+
+/// What came of one cluster.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Moved {
+    Yes,
+    /// It has been moved or discarded since.
+    NotThere,
+    /// No free place lies before it.
+    NoPlace,
+}
+
+impl Image {
+    /// What [`compact`](Self::compact) would gain. Changes nothing. Blocks; not for runners or transport threads.
+    pub fn compact_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
+        let _alone = self.begin_operation()?;
+        Ok(self.survey(progress)?.gain)
+    }
+
+    /// Frees zero clusters, moves clusters from the end of the file to its front, and makes it shorter. Returns what that
+    /// has gained. Blocks; not for runners or transport threads.
+    pub fn compact(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
+        let _alone = self.begin_operation()?;
+        let survey = self.survey(progress)?;
+        self.mark_and_wait()?;
+        let work = (survey.zero.len() as u64 + survey.gain.moved_clusters) * self.cluster;
+        progress.set_total(progress.so_far().0 + work);
+        let mut gain = Gain { zero_clusters: 0, moved_clusters: 0, ..survey.gain };
+        let done = self
+            .free_zeroes(&survey.zero, progress, &mut gain.zero_clusters)
+            .and_then(|()| self.move_tail(progress, &mut gain.moved_clusters));
+        // What was done until a cancel is not lost, either.
+        let cut = match &done {
+            Err(e) if e.kind() != Kind::Cancelled => Ok(()),
+            _ => self.flush_now().and_then(|()| self.scrub_all()).and_then(|()| self.cut_tail()),
+        };
+        done.and(cut)?;
+        (gain.length_after, gain.allocated_after) = self.own_file()?;
+        Ok(gain)
+    }
+
+    /// Length of the top's file, and what it takes on the host, in bytes.
+    fn own_file(&self) -> Result<(u64, u64)> {
+        let stack = self.stack();
+        let top = stack.top();
+        let status = top.file.status().map_err(|e| Error::io(&e, &top.path, "cannot look at it"))?;
+        Ok((status.len, status.blocks * 512))
+    }
+
+    fn stopped(&self, progress: &Progress) -> Result<()> {
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(self.closed_error());
+        }
+        progress.check()
+    }
+
+    /// Looks at every cluster that the top maps. Without locks: what changes meanwhile is looked at again before anything
+    /// is done with it.
+    fn survey(self: &Arc<Self>, progress: &Progress) -> Result<Survey> {
+        let stack = arc_swap::Guard::into_inner(self.stack());
+        if stack.bat.is_none() {
+            let why = "is raw: there is nothing to move in it (`fallocate --dig-holes` frees its zeroes)";
+            return Err(Error::at(Kind::Unsupported, self.path(), why));
+        }
+        let (length, allocated) = self.own_file()?;
+        let (mut used, mut own, mut zero, mut freed) = (Bits::default(), 0, Vec::new(), 0);
+        let clusters = stack.geometry.clusters();
+        let mut first = 0;
+        while first < clusters {
+            self.stopped(progress)?;
+            for (cluster, position, hides) in self.own_clusters(&stack, first, clusters)? {
+                let len = self.cluster_len(cluster);
+                let data = data_bytes(&stack, position, len)?;
+                if data > 0 && !self.reads_zero(&stack, position, len)? {
+                    used.insert(stack.geometry.file_cluster(position));
+                    own += 1;
+                    continue;
+                }
+                if hides {
+                    used.insert(stack.geometry.file_cluster(position));
+                    own += 1;
+                    freed += data;
+                }
+                if !hides || data > 0 {
+                    zero.push(cluster);
+                }
+            }
+            first = cluster_of(slot_of(first).0 + 1, 0).unwrap_or(clusters);
+        }
+        // What lies in no cluster that stays and takes space is punched or cut off.
+        let end = length.saturating_sub(stack.geometry.first).div_ceil(self.cluster);
+        for free in (0..end.min(stack.geometry.file_clusters())).filter(|n| !used.contains(*n)) {
+            freed += data_bytes(&stack, stack.geometry.cluster_position(free), self.cluster)?;
+        }
+        let moved_clusters = used.iter().filter(|n| *n >= own).count() as u64;
+        let gain = Gain {
+            length,
+            length_after: stack.geometry.cluster_position(own).min(length),
+            allocated,
+            allocated_after: allocated.saturating_sub(freed),
+            zero_clusters: zero.len() as u64,
+            moved_clusters,
+        };
+        Ok(Survey { gain, zero })
+    }
+
+    /// The clusters in the page of `first` that the top maps, from there on: guest cluster, position, and whether it hides
+    /// data of a lower level.
+    fn own_clusters(
+        self: &Arc<Self>,
+        stack: &Stack,
+        first: u64,
+        clusters: u64,
+    ) -> Result<Vec<(u64, u64, bool)>> {
+        let _inside = self.enter_and_wait()?;
+        let Some(bat) = &stack.bat else { return Ok(Vec::new()) };
+        let (_, slot) = slot_of(first);
+        let mut places = vec![Place::None; (PAGE_SLOTS - slot).min((clusters - first) as usize)];
+        while !bat.lookup_run(first, &mut places) {
+            self.load_and_wait(stack, first)?;
+        }
+        let mut hides = vec![false; places.len()];
+        bat.hidden_run(first, &mut hides);
+        let top = stack.top_index();
+        let own = places.iter().zip(hides).enumerate().filter_map(|(i, (place, hides))| match place {
+            Place::At { level, position } if *level == top => Some((first + i as u64, *position, hides)),
+            _ => None,
+        });
+        Ok(own.collect())
+    }
+
+    /// True when `len` bytes of the top at `position` are zeroes.
+    fn reads_zero(&self, stack: &Stack, position: u64, len: u64) -> Result<bool> {
+        if stack.is_hole(stack.top_index(), position, len)? {
+            return Ok(true);
+        }
+        let mut buf = vec![0; PIECE.min(len as usize)];
+        let (mut at, mut step) = (0, FIRST_LOOK);
+        while at < len {
+            let n = (len - at).min(step as u64) as usize;
+            self.read_level(stack, stack.top_index(), position + at, &mut buf[..n])?;
+            if !is_zero(&buf[..n]) {
+                return Ok(false);
+            }
+            at += n as u64;
+            step = PIECE;
+        }
+        Ok(true)
+    }
+
+    fn free_zeroes(self: &Arc<Self>, zero: &[u64], progress: &Progress, freed: &mut u64) -> Result<()> {
+        for cluster in zero {
+            self.stopped(progress)?;
+            loop {
+                let inside = self.enter_and_wait()?;
+                self.lock_and_wait(*cluster);
+                let stack = self.stack();
+                let done = self.free_zero(&stack, *cluster);
+                self.unlock(*cluster, Mode::Exclusive);
+                if let Some(done) = done? {
+                    *freed += u64::from(done);
+                    break;
+                }
+                self.load_and_wait(&stack, *cluster)?;
+                drop(inside);
+            }
+            progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+            self.flush_if_much()?;
+        }
+        Ok(())
+    }
+
+    /// As a discard of the whole cluster, if it is still zero. None: the page is missing. The caller has its lock.
+    fn free_zero(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<Option<bool>> {
+        let (Some(bat), top) = (&stack.bat, stack.top_index()) else { return Ok(Some(false)) };
+        if !bat.pin(cluster) {
+            return Ok(None);
+        }
+        let free = || {
+            let Lookup::Found(Place::At { level, position }) = bat.lookup(cluster) else { return Ok(false) };
+            if level != top || !self.reads_zero(stack, position, self.cluster_len(cluster))? {
+                return Ok(false);
+            }
+            let mut hides = [false];
+            bat.hidden_run(cluster, &mut hides);
+            // Where a lower level would show through, it stays mapped, and is a hole.
+            let stays = hides[0] || self.lower_may_return.load(Ordering::SeqCst);
+            self.punch(stack, position, self.cluster, stays)?;
+            if !stays {
+                let first = stack.geometry.file_cluster(position);
+                let freed = stack.allocator().unmapped(first..first + 1);
+                if bat.unmap(cluster, 1, &freed) {
+                    self.bat_is_dirty();
+                }
+            }
+            Ok(true)
+        };
+        let done = free();
+        bat.unpin(cluster);
+        done.map(Some)
+    }
+
+    /// Moves what lies behind the place where the file could end.
+    fn move_tail(self: &Arc<Self>, progress: &Progress, moved: &mut u64) -> Result<()> {
+        for _ in 0..PASSES {
+            // What was freed is free from here on, and the file's BAT is what the cache has.
+            self.flush_now()?;
+            self.scrub_all()?;
+            let stack = arc_swap::Guard::into_inner(self.stack());
+            let tail = self.tail(&stack, stack.geometry.cluster_position(stack.allocator().used()))?;
+            let before = *moved;
+            for (position, cluster) in tail {
+                self.stopped(progress)?;
+                match self.move_down(cluster, position)? {
+                    Moved::Yes => *moved += 1,
+                    Moved::NotThere => continue,
+                    Moved::NoPlace => break,
+                }
+                progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+                self.flush_if_much()?;
+            }
+            if *moved == before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The clusters that lie at or behind byte `end` of the top's file, the last one first: where, and which.
+    fn tail(&self, stack: &Stack, end: u64) -> Result<Vec<(u64, u64)>> {
+        let top = stack.top();
+        let bat_end = stack.geometry.bat_end();
+        let (mut at, mut tail) = (HEADER_BYTES, Vec::new());
+        while at < bat_end {
+            let mut bytes = vec![0; (bat_end - at).min(BAT_PIECE) as usize];
+            read_full(&*top.file, &mut bytes, at)
+                .map_err(|e| Error::io(&e, &top.path, format!("cannot read the BAT at byte {at}")))?;
+            for (i, entry) in bytes.chunks_exact(4).enumerate() {
+                let entry = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
+                let position = if entry == 0 { None } else { stack.geometry.position(entry) };
+                if let Some(position) = position.filter(|position| *position >= end) {
+                    tail.push((position, (at - HEADER_BYTES) / 4 + i as u64));
+                }
+            }
+            at += bytes.len() as u64;
+        }
+        tail.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(tail)
+    }
+
+    fn move_down(self: &Arc<Self>, cluster: u64, from: u64) -> Result<Moved> {
+        loop {
+            let _inside = self.enter_and_wait()?;
+            self.lock_and_wait(cluster);
+            let stack = self.stack();
+            let moved = self.move_down_locked(&stack, cluster, from);
+            self.unlock(cluster, Mode::Exclusive);
+            match moved? {
+                Some(moved) => return Ok(moved),
+                None => self.load_and_wait(&stack, cluster)?,
+            }
+        }
+    }
+
+    /// Steps 1 to 3. None: the page is missing.
+    fn move_down_locked(self: &Arc<Self>, stack: &Stack, cluster: u64, from: u64) -> Result<Option<Moved>> {
+        let (Some(bat), top) = (&stack.bat, stack.top_index()) else { return Ok(Some(Moved::NotThere)) };
+        if !bat.pin(cluster) {
+            return Ok(None); // 1
+        }
+        let moved = if bat.lookup(cluster) == Lookup::Found(Place::At { level: top, position: from }) {
+            self.move_to_free(stack, cluster, from)
+        } else {
+            Ok(Moved::NotThere)
+        };
+        bat.unpin(cluster);
+        moved.map(Some)
+    }
+
+    fn move_to_free(self: &Arc<Self>, stack: &Stack, cluster: u64, from: u64) -> Result<Moved> {
+        let (Some(bat), top, alloc) = (&stack.bat, stack.top_index(), stack.allocator()) else {
+            return Ok(Moved::NotThere);
+        };
+        let old = stack.geometry.file_cluster(from);
+        let Some(free) = alloc.take_before(old) else { return Ok(Moved::NoPlace) };
+        let to = stack.geometry.cluster_position(free);
+        if let Err(e) = self.copy_cluster(stack, (top, from), to, self.cluster, 0..0) {
+            alloc.give_back(free);
+            return Err(self.copy_failed(stack, e)); // 2
+        }
+        self.touched(1);
+        if bat.relocate(cluster, top, to, &alloc.unmapped(old..old + 1)) {
+            self.bat_is_dirty(); // 3
+        }
+        Ok(Moved::Yes)
+    }
+
+    /// As many changes as fit into one round.
+    fn flush_if_much(self: &Arc<Self>) -> Result<()> {
+        if self.flusher.is_over_bound() || self.engine.budget.dirty_full() {
+            self.flush_now()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Punches all free space of unknown content.
+    fn scrub_all(self: &Arc<Self>) -> Result<()> {
+        loop {
+            let inside = self.enter_and_wait()?;
+            match self.stack().allocator().begin_scrub() {
+                Scrubbing::Nothing => return Ok(()),
+                Scrubbing::Ours => self.scrub(),
+                Scrubbing::Theirs => {
+                    drop(inside);
+                    thread::sleep(LOOK);
+                }
+            }
+        }
+    }
+
+    /// Step 5. Meanwhile no extension begins: it could make the file longer before this makes it shorter.
+    fn cut_tail(self: &Arc<Self>) -> Result<()> {
+        let stack = arc_swap::Guard::into_inner(self.stack());
+        let (alloc, top) = (stack.allocator(), stack.top());
+        let cut = loop {
+            if self.closing.load(Ordering::SeqCst) {
+                return Err(self.closed_error());
+            }
+            match alloc.begin_cut() {
+                Some(cut) => break cut,
+                None => thread::sleep(LOOK),
+            }
+        };
+        let end = stack.geometry.cluster_position(cut.end);
+        self.host_busy.fetch_add(1, Ordering::SeqCst);
+        let shorter = top.file.set_len(end);
+        self.host_busy.fetch_sub(1, Ordering::SeqCst);
+        // What is allocated behind it later is zero only if the cut survives.
+        let (waiting, done) = match shorter {
+            Ok(()) => (self.sync_data(&stack), None),
+            Err(e) => (Ok(()), Some(Error::io(&e, &top.path, "cannot cut off the free tail"))),
+        };
+        let failed = waiting.err().or(done);
+        alloc.end_cut(cut, failed.is_none()).into_iter().for_each(|job| self.submit(job));
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Bytes of data, and not of holes, in `len` bytes of the top at `position`.
+fn data_bytes(stack: &Stack, position: u64, len: u64) -> Result<u64> {
+    let top = stack.top();
+    let io = |e: std::io::Error| Error::io(&e, &top.path, "cannot look for holes");
+    let (mut at, end, mut data) = (position, position + len, 0);
+    while at < end {
+        let Some(begin) = top.file.seek_data(at).map_err(io)?.filter(|begin| *begin < end) else { break };
+        at = top.file.seek_hole(begin).map_err(io)?.clamp(begin + 1, end);
+        data += at - begin;
+    }
+    Ok(data)
+}
