@@ -119,7 +119,9 @@ pub fn sweep(images: BorrowedFd<'_>, path: &Path) {
     let Ok(entries) = Dir::read_from(images) else { return };
     for entry in entries.flatten() {
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name.as_bytes().starts_with(b".") && name.as_bytes().ends_with(REMOVED) && was_an_image(images, name)
+        if name.as_bytes().starts_with(b".")
+            && name.as_bytes().ends_with(REMOVED)
+            && was_an_image(images, name)
         {
             match remove_folder(images, name) {
                 Ok(()) => log::info!("{}: removed; its image was", path.join(name).display()),

@@ -1,5 +1,6 @@
 //! Any bytes as a request of the kernel: as an entry of a ring, and as a message of /dev/fuse.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use ploopfs::fuse::uring::wire::{Operation, Parts, decode, forgets, split, weight};
@@ -23,13 +24,26 @@ pub fn uring_wire(data: &[u8]) {
     }
 }
 
+fn is_name(name: &OsStr) -> bool {
+    !name.is_empty() && !name.as_bytes().contains(&0)
+}
+
 /// What is read out of a request lies inside of it, and agrees with what it was said to weigh.
 fn judge(parts: Parts<'_>) {
     let weight = weight(parts);
     let Ok(request) = decode(parts) else { return };
     match request.operation {
-        Operation::Lookup { name } | Operation::ChangeName { name } | Operation::RemoveName { name } => {
-            assert!(!name.is_empty() && !name.as_bytes().contains(&0) && name.len() < parts.payload.len());
+        Operation::Lookup { name }
+        | Operation::ChangeName { name }
+        | Operation::RemoveFolder { name }
+        | Operation::Create { name, .. }
+        | Operation::Unlink { name }
+        | Operation::GetXattr { name, .. } => {
+            assert!(is_name(name) && name.len() < parts.payload.len());
+        }
+        Operation::Rename { name, new_name, .. } => {
+            assert!(is_name(name) && is_name(new_name));
+            assert!(name.len() + new_name.len() + 2 <= parts.payload.len());
         }
         Operation::Read { size, .. } => assert_eq!((weight.bytes, weight.writes), (size, None)),
         Operation::Write { handle, data, .. } => {

@@ -174,6 +174,36 @@ pub(super) fn opened(o: Opened) -> OpenOut {
     OpenOut { handle: o.handle, open_flags: if o.direct { IMAGE_OPEN } else { 0 }, backing: 0 }
 }
 
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct CreateOut {
+    entry: EntryOut,
+    open: OpenOut,
+}
+
+/// The answer of CREATE.
+pub(super) fn created((a, o): (Attr, Opened)) -> CreateOut {
+    CreateOut { entry: entry(&a), open: opened(o) }
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct XattrOut {
+    size: u32,
+    padding: u32,
+}
+
+/// The answer of GETXATTR and LISTXATTR to whoever asks how long it is.
+pub(super) fn length(bytes: usize) -> XattrOut {
+    XattrOut { size: u32::try_from(bytes).unwrap_or(u32::MAX), padding: 0 }
+}
+
+/// The answer of COPY_FILE_RANGE, whose 32 bits end at a whole page, as the kernel cuts it: who copies asks again for
+/// the rest.
+pub(super) fn copied(bytes: u64) -> WriteOut {
+    WriteOut { size: u32::try_from(bytes).unwrap_or(!4095), padding: 0 }
+}
+
 /// The answer of WRITE: that many bytes.
 pub(super) fn written(bytes: usize) -> WriteOut {
     // At most MAX_WRITE bytes were asked for.
@@ -256,6 +286,7 @@ mod tests {
     fn structures_are_as_long_as_the_kernels() {
         assert_eq!((HEADER, size_of::<AttrOut>(), size_of::<EntryOut>()), (16, 104, 128));
         assert_eq!((size_of::<StatFsOut>(), size_of::<Dirent>(), size_of::<OpenOut>()), (80, 24, 16));
+        assert_eq!((size_of::<CreateOut>(), size_of::<XattrOut>()), (144, 8));
     }
 
     #[test]

@@ -69,6 +69,15 @@ impl<E: Exchange> Reply<E> {
         self.send(outcome);
     }
 
+    /// A value for which there is room for `size` bytes; 0 asks how long it is.
+    fn sized(self, answer: Answer<Vec<u8>>, size: u32) {
+        match answer {
+            Ok(value) if size == 0 => self.fields(Ok(value.len()), answer::length),
+            Ok(value) if value.len() > size as usize => self.error(libc::ERANGE),
+            answer => self.bytes(answer),
+        }
+    }
+
     fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
         match answer.map(fields) {
             Ok(fields) => self.bytes(Ok(fields.as_bytes())),
@@ -183,9 +192,44 @@ impl Server {
                 let answer = self.fs.change_name(caller, ino, name);
                 reply.send(Err(answer.err().unwrap_or(Errno(libc::EPERM))));
             }
-            Operation::RemoveName { name } => {
+            Operation::RemoveFolder { name } => {
                 let answer = self.fs.change_name(caller, ino, name);
                 reply.empty(answer);
+            }
+            Operation::Create { name, flags } => {
+                let name = name.to_owned();
+                let done: Done<_> = Box::new(move |answer| reply.fields(answer, answer::created));
+                self.fs.create(caller, ino, &name, OpenFlags { raw: flags }, done);
+            }
+            Operation::Unlink { name } => {
+                let name = name.to_owned();
+                self.fs.unlink(caller, ino, &name, Box::new(move |answer| reply.empty(answer)));
+            }
+            // Never replacing is what is always done; two names cannot be exchanged.
+            Operation::Rename { flags, .. } if flags & !libc::RENAME_NOREPLACE != 0 => {
+                reply.error(libc::EINVAL);
+            }
+            Operation::Rename { name, parent, new_name, .. } => {
+                let (name, new_name) = (name.to_owned(), new_name.to_owned());
+                let done = Box::new(move |answer| reply.empty(answer));
+                self.fs.rename(caller, (ino, &name), (parent, &new_name), done);
+            }
+            Operation::CopyRange { from, to, len, wide: true } => {
+                let done: Done<u64> = Box::new(move |answer| reply.fields(answer, |copied| copied));
+                self.fs.copy_range(from, to, len, done);
+            }
+            Operation::CopyRange { from, to, len, wide: false } => {
+                let done = Box::new(move |answer| reply.fields(answer, answer::copied));
+                self.fs.copy_range(from, to, len, done);
+            }
+            Operation::GetXattr { name, size } => {
+                let answer = self.fs.getxattr(ino, name);
+                reply.sized(answer, size);
+            }
+            Operation::ListXattr { size } => {
+                let names = self.fs.listxattr(ino);
+                let list = |names: Vec<&str>| names.iter().flat_map(|name| name.bytes().chain([0])).collect();
+                reply.sized(names.map(list), size);
             }
             Operation::Open { flags } => {
                 let done = Box::new(move |answer| reply.fields(answer, answer::opened));

@@ -58,15 +58,61 @@ pub enum Operation<'a> {
     SetAttr(SetAttr),
     /// The target of a link.
     ReadLink,
-    /// Makes, renames or links a name.
+    /// Makes or links a name.
     ChangeName {
         /// The name.
         name: &'a OsStr,
     },
-    /// Removes a name.
-    RemoveName {
+    /// Removes a folder.
+    RemoveFolder {
         /// The name.
         name: &'a OsStr,
+    },
+    /// Makes a file and opens it.
+    Create {
+        /// The name.
+        name: &'a OsStr,
+        /// Open flags.
+        flags: i32,
+    },
+    /// Removes a file.
+    Unlink {
+        /// The name.
+        name: &'a OsStr,
+    },
+    /// Gives a file another name.
+    Rename {
+        /// The old one.
+        name: &'a OsStr,
+        /// Folder of the new one.
+        parent: Ino,
+        /// The new one.
+        new_name: &'a OsStr,
+        /// RENAME_* of renameat2.
+        flags: u32,
+    },
+    /// Copies between two open files.
+    CopyRange {
+        /// Handle and offset in bytes of what is read.
+        from: (Handle, u64),
+        /// Handle and offset in bytes of what is written.
+        to: (Handle, u64),
+        /// Bytes.
+        len: u64,
+        /// The answer has 64 bits, not 32.
+        wide: bool,
+    },
+    /// The value of an extended attribute.
+    GetXattr {
+        /// Its name.
+        name: &'a OsStr,
+        /// Room for the value in bytes; 0 asks how long it is.
+        size: u32,
+    },
+    /// The names of the extended attributes.
+    ListXattr {
+        /// Room for the list in bytes; 0 asks how long it is.
+        size: u32,
     },
     /// Opens a file.
     Open {
@@ -216,7 +262,7 @@ struct ReadIn {
     _padding: u32,
 }
 
-/// RELEASE, RELEASEDIR, FSYNC, FSYNCDIR begin with it.
+/// RELEASE, RELEASEDIR, FSYNC, FSYNCDIR begin with it; RENAME with the folder of the new name.
 #[derive(FromBytes, KnownLayout, Immutable)]
 #[repr(C)]
 struct HandleIn {
@@ -239,6 +285,44 @@ struct LseekIn {
     handle: u64,
     offset: u64,
     whence: u32,
+    _padding: u32,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct CreateIn {
+    flags: u32,
+    _mode: u32,
+    _umask: u32,
+    _open_flags: u32,
+}
+
+/// RENAME has the first field only.
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Rename2In {
+    parent: u64,
+    flags: u32,
+    _padding: u32,
+}
+
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct CopyIn {
+    from: u64,
+    from_offset: u64,
+    _to_ino: u64,
+    to: u64,
+    to_offset: u64,
+    len: u64,
+    _flags: u64,
+}
+
+/// GETXATTR and LISTXATTR.
+#[derive(FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct XattrIn {
+    size: u32,
     _padding: u32,
 }
 
@@ -273,6 +357,8 @@ const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
+const GETXATTR: u32 = 22;
+const LISTXATTR: u32 = 23;
 pub(super) const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
@@ -286,6 +372,8 @@ const FALLOCATE: u32 = 43;
 const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const LSEEK: u32 = 46;
+const COPY_FILE_RANGE: u32 = 47;
+const COPY_FILE_RANGE_64: u32 = 53;
 
 /// Bits of SETATTR's `valid`: what is to be changed.
 const FATTR_MODE: u32 = 1 << 0;
@@ -304,20 +392,26 @@ fn structure<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<T, 
 
 /// The first of the names in a payload: not empty, and ended by a NUL.
 fn name(payload: &[u8]) -> Result<&OsStr, Malformed> {
+    Ok(first_name(payload)?.0)
+}
+
+/// The first of the names in a payload, and what follows it.
+fn first_name(payload: &[u8]) -> Result<(&OsStr, &[u8]), Malformed> {
     match payload.iter().position(|&byte| byte == 0) {
         None | Some(0) => Err(Malformed),
-        Some(end) => Ok(OsStr::from_bytes(&payload[..end])),
+        Some(end) => Ok((OsStr::from_bytes(&payload[..end]), &payload[end + 1..])),
     }
 }
 
 /// How long the structure of an operation is in a message of /dev/fuse, where the payload follows it.
 fn structure_size(opcode: u32) -> usize {
     match opcode {
-        FORGET | MKDIR | RENAME | LINK | OPEN | OPENDIR | BATCH_FORGET => 8,
+        FORGET | MKDIR | RENAME | LINK | OPEN | OPENDIR | BATCH_FORGET | GETXATTR | LISTXATTR => 8,
         MKNOD | GETATTR | FSYNC | FSYNCDIR | CREATE | RENAME2 => 16,
         RELEASE | RELEASEDIR | LSEEK => 24,
         FALLOCATE | IOCTL => 32,
         READ | READDIR | READDIRPLUS | WRITE => 40,
+        COPY_FILE_RANGE | COPY_FILE_RANGE_64 => size_of::<CopyIn>(),
         INIT => 64,
         SETATTR => size_of::<SetAttrIn>(),
         _ => 0,
@@ -373,10 +467,34 @@ fn operation(opcode: u32, parts: Parts<'_>) -> Result<Operation<'_>, Malformed> 
         GETATTR => Operation::GetAttr,
         SETATTR => Operation::SetAttr(change(&structure(parts.operation)?)),
         READLINK => Operation::ReadLink,
-        SYMLINK | MKNOD | MKDIR | RENAME | RENAME2 | LINK | CREATE => {
-            Operation::ChangeName { name: name(parts.payload)? }
+        SYMLINK | MKNOD | MKDIR | LINK => Operation::ChangeName { name: name(parts.payload)? },
+        RMDIR => Operation::RemoveFolder { name: name(parts.payload)? },
+        CREATE => {
+            let c: CreateIn = structure(parts.operation)?;
+            Operation::Create { name: name(parts.payload)?, flags: c.flags.cast_signed() }
         }
-        UNLINK | RMDIR => Operation::RemoveName { name: name(parts.payload)? },
+        UNLINK => Operation::Unlink { name: name(parts.payload)? },
+        RENAME | RENAME2 => {
+            let (name, rest) = first_name(parts.payload)?;
+            let (new_name, _) = first_name(rest)?;
+            let (parent, flags) = if opcode == RENAME {
+                (handle()?, 0)
+            } else {
+                let r: Rename2In = structure(parts.operation)?;
+                (r.parent, r.flags)
+            };
+            Operation::Rename { name, parent, new_name, flags }
+        }
+        COPY_FILE_RANGE | COPY_FILE_RANGE_64 => {
+            let c: CopyIn = structure(parts.operation)?;
+            let wide = opcode == COPY_FILE_RANGE_64;
+            Operation::CopyRange { from: (c.from, c.from_offset), to: (c.to, c.to_offset), len: c.len, wide }
+        }
+        GETXATTR => {
+            let x: XattrIn = structure(parts.operation)?;
+            Operation::GetXattr { name: name(parts.payload)?, size: x.size }
+        }
+        LISTXATTR => Operation::ListXattr { size: structure::<XattrIn>(parts.operation)?.size },
         OPEN => Operation::Open { flags: structure::<OpenIn>(parts.operation)?.flags.cast_signed() },
         READ => {
             let r: ReadIn = structure(parts.operation)?;

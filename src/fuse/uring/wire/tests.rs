@@ -21,6 +21,7 @@ fn read(message: &[u8]) -> Result<Operation<'_>, Malformed> {
 fn structures_are_as_long_as_the_kernels() {
     assert_eq!((HEADER, size_of::<SetAttrIn>(), size_of::<ReadIn>()), (40, 88, 40));
     assert_eq!((size_of::<FallocateIn>(), size_of::<LseekIn>(), size_of::<OpenIn>()), (32, 24, 8));
+    assert_eq!((size_of::<CopyIn>(), size_of::<CreateIn>(), size_of::<Rename2In>()), (56, 16, 16));
 }
 
 #[test]
@@ -48,9 +49,28 @@ fn a_name_ends_at_its_nul_and_must_have_one() {
     assert_eq!(read(&message(LOOKUP, b"vm1\0x\0")), Ok(Operation::Lookup { name: OsStr::new("vm1") }));
     assert_eq!(read(&message(LOOKUP, b"vm1")), Err(Malformed));
     assert_eq!(read(&message(LOOKUP, b"\0")), Err(Malformed));
-    let mut rename = words(&[1]);
-    rename.extend(b"old\0new\0");
-    assert_eq!(read(&message(RENAME, &rename)), Ok(Operation::ChangeName { name: OsStr::new("old") }));
+}
+
+#[test]
+fn a_rename_has_two_names_and_the_newer_form_flags() {
+    let names = b"old\0new\0";
+    let (name, new_name) = (OsStr::new("old"), OsStr::new("new"));
+    let rename = [&words(&[1])[..], names].concat();
+    let wanted = Operation::Rename { name, parent: 1, new_name, flags: 0 };
+    assert_eq!(read(&message(RENAME, &rename)), Ok(wanted));
+    let rename = [&words(&[1, 2])[..], names].concat();
+    let wanted = Operation::Rename { name, parent: 1, new_name, flags: 2 };
+    assert_eq!(read(&message(RENAME2, &rename)), Ok(wanted));
+    assert_eq!(read(&message(RENAME, &[&words(&[1])[..], b"old\0new"].concat())), Err(Malformed));
+}
+
+#[test]
+fn both_forms_of_copy_file_range_name_two_handles() {
+    let copy = words(&[5, 4096, 77, 6, 8192, 1 << 40, 0]);
+    for (opcode, wide) in [(COPY_FILE_RANGE, false), (COPY_FILE_RANGE_64, true)] {
+        let wanted = Operation::CopyRange { from: (5, 4096), to: (6, 8192), len: 1 << 40, wide };
+        assert_eq!(read(&message(opcode, &copy)), Ok(wanted));
+    }
 }
 
 #[test]
