@@ -96,6 +96,13 @@ pub struct Args {
     /// How to talk to the kernel
     #[arg(long, value_enum, default_value = "fuse")]
     transport: Transport,
+    /// Where the host keeps what was read and written: in its page cache, or nowhere (O_DIRECT)
+    ///
+    /// A guest with a cache of its own loses nothing by `direct`, and the host's memory is left to others. Writes of less
+    /// than a block of the host's disk still go through the page cache, and so does everything where the host has no
+    /// direct I/O (the log says so).
+    #[arg(long, value_enum, default_value = "page")]
+    cache: Cache,
     /// Threads that talk to the kernel [default: one for each CPU, 2 to 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
@@ -162,6 +169,14 @@ impl From<Transport> for settings::Transport {
             Transport::Uring => settings::Transport::Uring,
         }
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Cache {
+    /// The page cache
+    Page,
+    /// None
+    Direct,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -355,6 +370,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         foreground: args.foreground,
         read_only: args.read_only,
         allow_outside: args.allow_outside,
+        direct: args.cache == Cache::Direct,
         manage: args.manage,
         sandbox: !args.no_sandbox,
         transport: args.transport.into(),

@@ -36,6 +36,8 @@ pub struct Settings {
     pub read_only: bool,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
+    /// Deltas are read and written past the host's page cache.
+    pub direct: bool,
     /// Names and sizes of images may be changed through the mount.
     pub manage: bool,
     /// The daemon confines itself.

@@ -77,6 +77,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         read_only: settings.read_only,
         note,
         allow_outside: settings.allow_outside,
+        direct: settings.direct,
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };

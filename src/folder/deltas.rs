@@ -13,6 +13,7 @@ use super::scan::Identity;
 use super::{Wrap, locked};
 use crate::error::{Error, Result};
 use crate::image::layers::{Opened, Opener};
+use crate::io::direct::DirectFile;
 use crate::io::file::HostFile;
 use crate::io::lock::DeltaLock;
 use crate::io::real::{Access, RealFile};
@@ -20,6 +21,8 @@ use crate::io::real::{Access, RealFile};
 /// The open files of one folder.
 pub struct Deltas {
     read_only: bool,
+    /// Past the host's page cache.
+    direct: bool,
     wrap: Option<Wrap>,
     /// It was said that this host has no locks.
     unlocked: AtomicBool,
@@ -39,9 +42,10 @@ struct Held {
 }
 
 impl Deltas {
-    /// Nothing is open. `read_only`: files are never opened for writing.
-    pub fn new(read_only: bool, wrap: Option<Wrap>) -> Deltas {
-        Deltas { read_only, wrap, unlocked: AtomicBool::new(false), open: Mutex::default() }
+    /// Nothing is open. `read_only`: files are never opened for writing. `direct`: they are read and written past the
+    /// host's page cache, where it can.
+    pub fn new(read_only: bool, direct: bool, wrap: Option<Wrap>) -> Deltas {
+        Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), open: Mutex::default() }
     }
 
     fn held(&self, file: RealFile, shown: &Path) -> Result<Arc<Held>> {
@@ -58,7 +62,12 @@ impl Deltas {
             log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
         }
         let writable = file.writable();
-        let file: Arc<dyn HostFile> = match &self.wrap {
+        let file: Arc<dyn HostFile> = if self.direct {
+            DirectFile::over(file).map_or_else(|file| file as Arc<dyn HostFile>, |direct| Arc::new(direct))
+        } else {
+            file
+        };
+        let file = match &self.wrap {
             Some(wrap) => wrap(file),
             None => file,
         };
@@ -90,10 +99,10 @@ mod tests {
         fs::write(temp.path().join("a"), "x").expect("written");
         fs::hard_link(temp.path().join("a"), temp.path().join("b")).expect("linked");
         let dir = File::open(temp.path()).expect("opens");
-        let deltas = Deltas::new(false, None);
+        let deltas = Deltas::new(false, false, None);
         let (a, b) = (open(&deltas, &dir, "a").expect("opens"), open(&deltas, &dir, "b").expect("opens"));
         assert!(Arc::ptr_eq(&a.file, &b.file));
-        let others = Deltas::new(false, None);
+        let others = Deltas::new(false, false, None);
         assert!(open(&others, &dir, "b").is_err(), "another user is kept out");
         // Somebody still looks at the file; the lock goes with the last user all the same.
         let looker = Arc::clone(&a.file);

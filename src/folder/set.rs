@@ -30,6 +30,8 @@ pub struct FolderOptions {
     pub note: String,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
+    /// Files are read and written past the host's page cache, where it can.
+    pub direct: bool,
     /// Put around every image's file (`mount --fault`).
     #[cfg(feature = "faults")]
     pub wrap: Option<Wrap>,
@@ -119,7 +121,7 @@ impl Folder {
             place,
             engine: engine.clone(),
             spawn: Arc::new(move |job| on.blocking(job)),
-            deltas: Arc::new(Deltas::new(options.read_only, options.wrap())),
+            deltas: Arc::new(Deltas::new(options.read_only, options.direct, options.wrap())),
             read_only: options.read_only,
             allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),

@@ -80,6 +80,7 @@ fn missing(need: &str) -> Option<String> {
         "ploop" => &["ploop"],
         "fio" => &["fio"],
         "fsx" => &["fsx"],
+        "fincore" => &["fincore"],
         "strace" => &["strace"],
         "xfs" => &["mkfs.xfs", "xfs_repair", "xfs_io"],
         "btrfs" => &["mkfs.btrfs", "btrfs"],
