@@ -274,7 +274,7 @@ mod tests {
             state ^= state << 17;
             (state % below as u64) as usize
         };
-        let mut place = vec![0u8; 64 << 10];
+        let mut place = vec![0u8; 72 << 10];
         for turn in 0..400 {
             let unit = [1, 512, 4096][turn % 3];
             let at = next(model.len() / unit) * unit;

@@ -57,9 +57,9 @@ pub fn header_bat(data: &[u8]) {
         assert!(!sound && e.kind() == Kind::Damaged, "{e}");
         return;
     }
-    live(&image, &offsets);
+    let all = live(&image, &offsets, header.geometry().file_clusters());
     image.close().expect("closes");
-    if image.size() == 0 {
+    if image.size() == 0 || !all {
         return;
     }
     let mut first = [0; 64];
@@ -136,13 +136,17 @@ fn look(image: &Arc<Image>, offset: u64) {
     }
 }
 
-/// Writes, and one discard of the first cluster.
-fn live(image: &Arc<Image>, offsets: &[u64]) {
+/// Writes, and one discard of the first cluster. False: there are not `numbers` enough for all clusters.
+fn live(image: &Arc<Image>, offsets: &[u64], numbers: u64) -> bool {
     if image.size() == 0 {
-        return;
+        return true;
     }
     for (n, offset) in offsets.iter().enumerate() {
-        image.write_at(*offset, &[n as u8; 512]).expect("a sound image can be written");
+        match image.write_at(*offset, &[n as u8; 512]) {
+            // A first block so far out that there are not as many numbers for clusters behind it.
+            Err(e) if e.kind() == Kind::NoSpace && numbers < offsets.len() as u64 => return false,
+            done => done.expect("a sound image can be written"),
+        }
     }
     image.flush_now().expect("memory syncs");
     // Less than a cluster where the next offset lies in it.
@@ -152,6 +156,7 @@ fn live(image: &Arc<Image>, offsets: &[u64]) {
         expect(image, *offset, n as u8);
     }
     expect(image, 0, 0);
+    true
 }
 
 fn expect(image: &Arc<Image>, offset: u64, stamp: u8) {

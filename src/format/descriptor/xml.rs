@@ -107,9 +107,9 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
                 if open.len() > MAX_DEPTH {
                     return Err(broken(format!("elements are nested deeper than {MAX_DEPTH}")));
                 }
-                open.push(begun(&start));
+                open.push(begun(&start).map_err(broken)?);
             }
-            Event::Empty(start) => inner.children.push(Node::Element(begun(&start))),
+            Event::Empty(start) => inner.children.push(Node::Element(begun(&start).map_err(broken)?)),
             Event::End(_) => {
                 // The reader compares the names; the element for the document has none and is never closed.
                 let mut done = open.pop().unwrap_or_default();
@@ -119,14 +119,16 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
                 tidy(&mut done);
                 outer.children.push(Node::Element(done));
             }
-            Event::Text(text) => add_text(inner, &text.xml10_content()),
-            Event::CData(data) => add_text(inner, &data.xml10_content()),
+            Event::Text(text) => add_text(inner, &text.xml10_content()).map_err(broken)?,
+            Event::CData(data) => add_text(inner, &data.xml10_content()).map_err(broken)?,
             Event::GeneralRef(reference) => {
                 let character = reference.resolve_char_ref().map_err(|e| broken(e.to_string()))?;
                 let name = reference.into_inner();
                 match (character, resolve_predefined_entity(&name)) {
-                    (Some(character), _) => add_text(inner, character.encode_utf8(&mut [0; 4])),
-                    (None, Some(text)) => add_text(inner, text),
+                    (Some(character), _) => {
+                        add_text(inner, character.encode_utf8(&mut [0; 4])).map_err(broken)?;
+                    }
+                    (None, Some(text)) => add_text(inner, text).map_err(broken)?,
                     (None, None) => return Err(broken(format!("the entity &{name}; is not known"))),
                 }
             }
@@ -150,16 +152,35 @@ pub fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
     Ok(document.children)
 }
 
-fn begun(start: &BytesStart<'_>) -> Element {
-    let attributes = start.attributes_raw().trim().to_owned();
-    Element { name: start.name().as_ref().to_owned(), attributes, children: Vec::new() }
+/// An element as it begins. What the reader lets pass and nobody could read again once it is written (no name, a stray
+/// `/` behind the attributes) is refused: the next change of the descriptor would make it unreadable.
+fn begun(start: &BytesStart<'_>) -> Result<Element, String> {
+    let name = start.name().as_ref().to_owned();
+    if !is_name(&name) {
+        return Err(format!("an element cannot be called {name:?}"));
+    }
+    if let Some(e) = start.attributes().find_map(Result::err) {
+        return Err(format!("the attributes of {name}: {e}"));
+    }
+    Ok(Element { name, attributes: start.attributes_raw().trim().to_owned(), children: Vec::new() })
 }
 
-fn add_text(element: &mut Element, text: &str) {
+/// A name as XML has them, as far as ASCII goes.
+fn is_name(name: &str) -> bool {
+    let begins = |c: char| c.is_ascii_alphabetic() || "_:".contains(c) || !c.is_ascii();
+    let goes_on = |c: char| begins(c) || c.is_ascii_digit() || "-.".contains(c);
+    name.starts_with(begins) && name.chars().all(goes_on)
+}
+
+fn add_text(element: &mut Element, text: &str) -> Result<(), String> {
+    if let Some(c) = text.chars().find(|&c| c < ' ' && !"\t\n\r".contains(c)) {
+        return Err(format!("the character {} has no place in XML", u32::from(c)));
+    }
     match element.children.last_mut() {
         Some(Node::Text(before)) => before.push_str(text),
         _ => element.children.push(Node::Text(text.to_owned())),
     }
+    Ok(())
 }
 
 /// Drops the white space between elements, which the writer makes anew.
@@ -185,8 +206,8 @@ fn write_node(out: &mut String, node: &Node, indent: Option<usize>) {
     let start_of_line = |out: &mut String| (0..indent.unwrap_or(0)).for_each(|_| out.push_str("  "));
     start_of_line(out);
     match node {
-        // ploop reads "\r" and quotes in text as they are; only what would end the text is escaped.
-        Node::Text(text) => out.push_str(&escape(text.as_str())),
+        // A carriage return as it is would be read as the end of a line.
+        Node::Text(text) => out.push_str(&escape(text.as_str()).replace('\r', "&#13;")),
         Node::Verbatim(text) => out.push_str(text),
         Node::Element(element) => {
             let Element { name, attributes, children } = element;
@@ -250,5 +271,25 @@ mod tests {
             parse(text.as_bytes()).expect_err(&text[..text.len().min(40)]);
         }
         parse(b"<a>\xff</a>").expect_err("not UTF-8");
+    }
+
+    #[test]
+    fn what_could_not_be_read_again_once_written_is_refused() {
+        for text in [
+            "<a>< />x</a>",
+            "<a>< >x</ ></a>",
+            "<a><b x='1' / >x</b></a>",
+            "<a><b x>1</b></a>",
+            "<a>&#1;</a>",
+            "<a><1/></a>",
+        ] {
+            parse(text.as_bytes()).expect_err(text);
+        }
+    }
+
+    #[test]
+    fn a_carriage_return_in_a_text_survives_a_rewrite() {
+        let document = parse(b"<a>1&#13;2</a>").expect("well formed");
+        assert_eq!(parse(&write(&document)).expect("ours"), document);
     }
 }
