@@ -4,7 +4,7 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -288,6 +288,10 @@ fn a_confined_daemon_still_names_who_has_an_image() {
         .stdout(std::process::Stdio::null())
         .spawn()
         .expect("qemu-io");
+    // An open that comes first would keep it out.
+    let inode = format!(":{} ", fs::metadata(mount.delta("vm1")).expect("the delta").ino());
+    let has_it = || fs::read_to_string("/proc/locks").is_ok_and(|locks| locks.contains(&inode));
+    assert!(until(SOON, has_it), "qemu-io takes no lock");
     let refused = until(SOON, || fs::File::open(mount.flat("vm1")).is_err());
     let name = format!("qemu-io (pid {}", qemu.id());
     let named = until(SOON, || log(&mount).contains(&name));

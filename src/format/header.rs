@@ -195,6 +195,11 @@ impl Header {
                 "the first data block lies inside the BAT",
             );
         }
+        let geometry = header.geometry();
+        if geometry.entry(geometry.first).is_none() {
+            let why = "the first data block lies where no BAT entry can point to";
+            return bad("m_FirstBlockOffset", header.first_block.into(), 48, why);
+        }
         Ok(header)
     }
 
@@ -530,6 +535,14 @@ mod tests {
     fn the_first_block_may_be_late_but_never_inside_the_bat() {
         assert_eq!(refused(qemu_v2(), 48, 0), ("m_FirstBlockOffset", 48));
         assert_eq!(refused(qemu_v2(), 48, 0x7ff), ("m_FirstBlockOffset", 48));
+        // The one number that no entry can have, where clusters are sectors.
+        let mut small = qemu_v2();
+        put(&mut small, 28, 1);
+        put(&mut small, 36, 64);
+        put(&mut small, 48, u32::MAX - 1);
+        assert_eq!(Header::parse(&small).expect("legal").geometry().file_clusters(), 1);
+        assert_eq!(refused(small, 48, u32::MAX), ("m_FirstBlockOffset", 48));
+        assert_eq!(refused(v1(), 48, u32::MAX), ("m_FirstBlockOffset", 48));
         // 64 entries end in byte 320: one sector, and v1 need not round it up to a cluster.
         for (value, first) in [(0, SECTOR), (1, SECTOR), (5, 5 * SECTOR), (0x1001, 0x1001 * SECTOR)] {
             let mut bytes = v1();
