@@ -21,6 +21,8 @@ use super::{Rng, until};
 
 const BLOCK: u64 = 4096;
 const SECTOR: usize = 512;
+/// A load without a sync for so long hangs. A busy disk needs seconds for one, not minutes.
+const STANDSTILL: Duration = Duration::from_secs(300);
 const MAGIC: u64 = 0x504c_4f4f_5053_544d; // "PLOOPSTM"
 
 /// How the load looks.
@@ -120,13 +122,12 @@ impl Workload {
     /// Waits until `more` further syncs were acknowledged; panics where the load stands still.
     #[track_caller]
     pub fn wait_for_syncs(&self, more: u64) {
-        let goal = self.shared.syncs.load(Ordering::SeqCst) + more;
-        let reached = until(Duration::from_secs(60), || self.shared.syncs.load(Ordering::SeqCst) >= goal);
-        assert!(
-            reached,
-            "the load stands still at {} syncs of {goal}",
-            self.shared.syncs.load(Ordering::SeqCst)
-        );
+        let syncs = || self.shared.syncs.load(Ordering::SeqCst);
+        let goal = syncs() + more;
+        let over = || self.threads.iter().any(JoinHandle::is_finished);
+        until(STANDSTILL, || syncs() >= goal || over());
+        let why = if over() { "one of its threads failed" } else { "it stands still" };
+        assert!(syncs() >= goal, "the load has {} syncs of {goal}: {why}", syncs());
     }
 
     /// What is durable now.
