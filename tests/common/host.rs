@@ -67,6 +67,15 @@ impl Loop {
         std::fs::read_to_string(flag).is_ok_and(|text| text.trim() == "1")
     }
 
+    /// Makes its file systems hold writes to a page back while loop copies it, so that a sector is written whole or
+    /// not at all, as the disks that we stand in for do. Without it a sector that is overwritten at that moment is
+    /// torn inside its 512 bytes (934 of them in 19,476 copies of a file that was rewritten all the time; with it
+    /// none in 11,016), and a power cut before it is written again shows that: also where none of our code is near.
+    fn demand_stable_pages(&self) {
+        let switch = stable_pages(&self.device);
+        std::fs::write(&switch, "1").unwrap_or_else(|error| panic!("{}: {error}", switch.display()));
+    }
+
     /// Detaches it and waits until it is gone; panics where it stays.
     #[track_caller]
     pub fn detach(mut self) {
@@ -83,8 +92,16 @@ impl Drop for Loop {
     }
 }
 
+/// Where the kernel keeps whether pages under writeback stay as they are; it outlives the device's file.
+fn stable_pages(device: &Path) -> PathBuf {
+    Path::new("/sys/block")
+        .join(device.file_name().expect("/dev/loopN has a name"))
+        .join("queue/stable_writes")
+}
+
 /// Detaches a device; true once it has no file any more (losetup -d returns before that).
 pub fn drop_loop(device: &Path) -> bool {
+    let _ = std::fs::write(stable_pages(device), "0");
     let _ = Run::new("losetup").args(["-d", text(device)]).limit(20).run();
     let name = device.file_name().expect("/dev/loopN has a name");
     let state = Path::new("/sys/block").join(name).join("loop");
@@ -189,6 +206,7 @@ impl HostFs {
     #[track_caller]
     pub fn open(kind: &str, backing: &Path) -> HostFs {
         let device = Loop::attach(backing, true);
+        device.demand_stable_pages();
         let options = if kind == "xfs" { "noatime,nouuid" } else { "noatime" };
         let guest = Guest::mount(device.device(), options);
         HostFs { guest, device, backing: backing.to_owned(), _folder: None }
