@@ -235,7 +235,7 @@ impl Folder {
         Error::at(Kind::NotFound, self.path().join(name), "there is no such image, or it is just being made")
     }
 
-    /// What a crash left of images that were removed.
+    /// What a crash left of images that were removed, or not made to the end.
     pub(super) fn sweep(&self) {
         if !self.shared.read_only {
             names::sweep(self.shared.place.fd().as_fd(), self.path());

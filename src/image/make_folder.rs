@@ -3,15 +3,17 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Descriptor;
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::labels::LABELS_NAME;
 use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
 use crate::io::file::{HostFile, read_full};
@@ -142,6 +144,31 @@ pub(super) fn new_folder(parent: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> 
         // Hosts without such locks have no protection here; the rename still replaces nothing.
         _ => Ok(folder.into()),
     }
+}
+
+/// Removes the folder `.NAME.new` of an image that was being made, where its maker is gone; false: somebody builds in it,
+/// or it has files that no such folder has.
+pub(super) fn remove_abandoned(
+    parent: BorrowedFd<'_>,
+    building: &OsStr,
+    name: &OsStr,
+) -> std::io::Result<bool> {
+    let folder = open_folder(parent, building)?;
+    if retry_on_intr(|| flock(&folder, FlockOperation::NonBlockingLockExclusive)).is_err() {
+        return Ok(false);
+    }
+    // The deltas are named after the image; what write_beside leaves begins with a dot.
+    let ours = [name.as_bytes(), DESCRIPTOR.as_bytes(), LABELS_NAME.as_bytes(), b"."];
+    for entry in rustix::fs::Dir::read_from(&folder)? {
+        let entry = entry?;
+        let file = entry.file_name().to_bytes();
+        let is_file = rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+        if file != b"." && file != b".." && !(is_file && ours.iter().any(|start| file.starts_with(start))) {
+            return Ok(false);
+        }
+    }
+    remove_folder(parent, building).map(|()| true)
 }
 
 fn open_folder(parent: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<File> {

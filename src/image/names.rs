@@ -12,12 +12,14 @@ use crate::error::{Error, Kind, Result};
 use crate::image::create;
 use crate::image::kind::{self, Class, DESCRIPTOR};
 use crate::image::labels::LABELS_NAME;
-use crate::image::make_folder::remove_folder;
+use crate::image::make_folder::{remove_abandoned, remove_folder};
 use crate::image::paths;
 use crate::image::store::{Store, sync_folder, unlink};
 
 /// Behind the dot-name of a layered image's folder that is being removed.
 const REMOVED: &[u8] = b".removed";
+/// Behind the dot-name of a folder in which an image is being made.
+const BEING_MADE: &[u8] = b".new";
 /// Endings that say what a file is: a new name must not change that.
 const TELLING: [&[u8]; 3] = [b".hds", b".raw", b".hdd"];
 
@@ -113,20 +115,28 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
     remove_folder(images, &gone).map_err(cannot) // 3
 }
 
-/// Removes what a crash left of removed images: a folder of that dot-name with a descriptor in it, or empty. Others are
-/// not ours.
+/// Removes what a crash left: of a removed image, a folder of that dot-name with a descriptor in it, or empty; of one that
+/// was being made, a folder of that dot-name with an image's files alone. Others are not ours. The latter takes space,
+/// and may hold hard links, by which another image's files would count as shared for ever (R9).
 pub fn sweep(images: BorrowedFd<'_>, path: &Path) {
     let Ok(entries) = Dir::read_from(images) else { return };
     for entry in entries.flatten() {
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
-        if name.as_bytes().starts_with(b".")
-            && name.as_bytes().ends_with(REMOVED)
-            && was_an_image(images, name)
+        let Some(inner) = name.as_bytes().strip_prefix(b".") else { continue };
+        let (removed, of) = if inner.ends_with(REMOVED) && was_an_image(images, name) {
+            (remove_folder(images, name).map(|()| true), "a removed image")
+        } else if let Some(image) = inner.strip_suffix(BEING_MADE)
+            && is_folder(images, name, path).unwrap_or(false)
         {
-            match remove_folder(images, name) {
-                Ok(()) => log::info!("{}: removed; its image was", path.join(name).display()),
-                Err(e) => log::warn!("{}: left of a removed image: {e}", path.join(name).display()),
-            }
+            let abandoned = remove_abandoned(images, name, OsStr::from_bytes(image));
+            (abandoned, "an image that was not made to the end")
+        } else {
+            continue;
+        };
+        match removed {
+            Ok(true) => log::info!("{}: removed; it was left of {of}", path.join(name).display()),
+            Ok(false) => {}
+            Err(e) => log::warn!("{}: cannot remove what is left of {of}: {e}", path.join(name).display()),
         }
     }
 }
@@ -248,5 +258,31 @@ mod tests {
         sweep(dir.as_fd(), folder.path());
         assert!(!left.exists() && folder.path().join("vm1.hds").exists());
         assert!(stranger.join("letter").exists(), "not ours");
+    }
+
+    /// Review F21: a killed clone left its folder, whose hard links kept the origin's snapshots from being merged.
+    #[test]
+    fn what_a_crash_left_of_a_clone_goes_with_the_next_mount_unless_somebody_builds_there() {
+        let (folder, dir) = images();
+        let made = |name: &str, files: &[&str]| {
+            let left = folder.path().join(name);
+            fs::create_dir(&left).expect("a folder");
+            files.iter().for_each(|file| fs::write(left.join(file), "x").expect("a file"));
+            left
+        };
+        let left = made(".vm9.new", &["vm9.hds", "vm9.hds.{1}", DESCRIPTOR, ".ploopfs.json.new"]);
+        let building = made(".vm8.new", &["vm8.hds"]);
+        let strangers = [made(".letters.new", &["letters.txt", "answer"]), made(".vm7.new", &[])];
+        fs::create_dir(strangers[1].join("vm7.hds")).expect("a folder");
+        fs::write(folder.path().join(".vm6.new"), "x").expect("a file");
+        let maker = File::open(&building).expect("opens");
+        rustix::fs::flock(&maker, rustix::fs::FlockOperation::LockExclusive).expect("locked");
+        sweep(dir.as_fd(), folder.path());
+        assert!(!left.exists() && folder.path().join("vm1.hds").exists());
+        assert!(building.join("vm8.hds").exists(), "somebody builds in it");
+        assert!(strangers.iter().all(|folder| folder.exists()) && folder.path().join(".vm6.new").exists());
+        drop(maker);
+        sweep(dir.as_fd(), folder.path());
+        assert!(!building.exists(), "its maker is gone");
     }
 }
