@@ -52,6 +52,9 @@ impl Deltas {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
         let identity = (status.dev, status.ino);
         let mut open = locked(&self.open);
+        if let Some(used) = open.get(&identity).and_then(Leased::get) {
+            return Ok(used);
+        }
         open.retain(|&other, held| other == identity || !held.is_over());
         open.entry(identity).or_default().get_or_open(|lease| self.lock(Arc::new(file), shown, lease))
     }
