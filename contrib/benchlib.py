@@ -1,4 +1,4 @@
-"""What bench-layers and bench-space share: hosts, mounts, QEMU's export, fio, and cleaning up."""
+"""What bench-layers, bench-space and bench-disk share: hosts, mounts, QEMU's export, fio, and cleaning up."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def fio(path, **options):
 
 
 def host(kind, size):
-    """A file system of `kind` in a file on the disk; tmpfs as it is."""
+    """A file system of `kind` in a file on the disk; "tmpfs" and "disk" (that of /tmp) as they are."""
     where = tempfile.mkdtemp(prefix="ploopfs-bench.", dir="/dev/shm" if kind == "tmpfs" else "/tmp")
     undo.append(lambda: shutil.rmtree(where, ignore_errors=True))
-    if kind == "tmpfs":
+    if kind in ("tmpfs", "disk"):
         return where
     disk, mnt = f"{where}/disk", f"{where}/mnt"
     run("truncate", "-s", str(size), disk)
