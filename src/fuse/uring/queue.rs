@@ -49,8 +49,6 @@ pub(super) struct Bench {
     jobs: Sender<Job>,
     /// Handed over and not yet carried out.
     waiting: Arc<AtomicUsize>,
-    /// How many helpers there are.
-    hands: usize,
 }
 
 impl Helpers {
@@ -58,7 +56,7 @@ impl Helpers {
     pub(super) fn start(server: &Arc<Server>, count: usize) -> Result<Helpers> {
         // Unbounded, so that a ring's thread never waits; at most all entries of all rings.
         let (jobs, queue) = unbounded();
-        let bench = Bench { jobs, waiting: Arc::default(), hands: count };
+        let bench = Bench { jobs, waiting: Arc::default() };
         let mut helpers = Helpers { threads: Vec::new(), bench };
         for number in 0..count {
             let (server, queue, waiting) = (server.clone(), queue.clone(), helpers.bench.waiting.clone());
@@ -95,14 +93,8 @@ fn help(server: &Server, queue: &Receiver<Job>, waiting: &AtomicUsize) {
 }
 
 impl Bench {
-    /// True when somebody is at work here, and somebody else could be.
-    fn is_in_use_and_has_room(&self) -> bool {
-        let waiting = self.waiting.load(Ordering::Relaxed);
-        waiting > 0 && waiting < self.hands
-    }
-
-    fn has_room(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) < self.hands
+    fn is_in_use(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
     }
 
     fn hand_over(&self, held: Held) {
@@ -175,16 +167,16 @@ fn bind(cpu: Option<usize>) {
     }
 }
 
-/// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way, so
-/// that they are copied side by side. A large one by itself is faster here.
+/// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way, all
+/// of them, because the kernel's half of the copying (payloads in, answers out) is done by this thread alone, while the
+/// helpers do the file's half. A large one by itself is faster here.
 fn one(ring: &mut Ring, server: &Server, bench: &Bench, held: Held, more: bool) {
     if server.is_closed() {
         return server.serve(held, Thread::Transport);
     }
     let weight = wire::weight(held.parts());
     let waits = weight.writes.is_some_and(|handle| server.writes_may_block(handle));
-    let side_by_side =
-        weight.bytes >= LARGE && (bench.is_in_use_and_has_room() || (more && bench.has_room()));
+    let side_by_side = weight.bytes >= LARGE && (more || bench.is_in_use());
     if waits || side_by_side {
         return bench.hand_over(held);
     }
