@@ -1,6 +1,7 @@
 //! Which file clusters of the top are free, and which of them may be handed out (R2, R3, R4).
 //!
-//! - **R2** A BAT entry never points past the end of the file: the file is extended, durably, ahead of need.
+//! - **R2** A BAT entry never points past the end of the file: the file is extended, durably, ahead of need, and the further
+//!   the faster space is taken.
 //! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
 //!   (the free tail is cut off then, not trusted) and was never handed out in this process, or since the file was cut off
 //!   there, durably (`live::compact`). All other free space,
@@ -18,6 +19,10 @@ use crate::vdisk::runner::Job;
 
 /// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
 const SCRUB_BATCH: usize = 256;
+
+/// The longest step, in first steps: 1 GiB of sparse file by default. With clusters of 1 MiB the first one, of 64 MiB, is
+/// used up by 64 small writes, in about the time of its sync.
+const LONGEST: u64 = 16;
 
 /// What an allocation got.
 #[derive(Debug, PartialEq, Eq)]
@@ -72,8 +77,12 @@ struct State {
     durable: u64,
     /// File clusters the format can address.
     limit: u64,
-    /// Clusters per extension step.
+    /// Clusters per extension step; twice as many after one, not the first, that somebody had to wait for.
     step: u64,
+    /// At most so many.
+    longest: u64,
+    /// It was extended before: whoever writes first always waits.
+    extended: bool,
     clean: Bits,
     stale: Bits,
     /// File clusters before this one are out of circulation: the BAT grows over them.
@@ -126,6 +135,8 @@ impl Allocator {
             durable: next,
             limit,
             step: step.max(1),
+            longest: step.max(1).saturating_mul(LONGEST),
+            extended: false,
             clean: Bits::default(),
             stale,
             reserved: 0,
@@ -241,6 +252,8 @@ impl Allocator {
             durable: s.durable - reserved,
             limit,
             step: s.step,
+            longest: s.longest,
+            extended: s.extended,
             clean: s.clean.moved_down(reserved),
             stale: s.stale.moved_down(reserved),
             reserved: 0,
@@ -290,8 +303,15 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.extending = false;
         s.durable = s.durable.max(to);
-        s.pace = (2 * s.pace).min(s.step);
-        std::mem::take(&mut s.waiting)
+        let waiting = std::mem::take(&mut s.waiting);
+        if s.pace < s.step {
+            s.pace = (2 * s.pace).min(s.step);
+        } else if s.extended && !waiting.is_empty() {
+            s.step = (2 * s.step).min(s.longest);
+            s.pace = s.step;
+        }
+        s.extended = true;
+        waiting
     }
 
     /// The extension failed. True: try again at once with one cluster. False: those returned must find out for
@@ -411,6 +431,22 @@ mod tests {
             alloc.extended(to);
         }
         assert_eq!(made, [1, 2, 4, 4]);
+    }
+
+    #[test]
+    fn an_extension_that_somebody_waited_for_doubles_the_next_one_up_to_a_limit() {
+        let alloc = Allocator::new(0, 1000, 2, Bits::default());
+        let mut made = Vec::new();
+        for _ in 0..7 {
+            while let Alloc::Got(..) = alloc.take((), job, |_| ()) {}
+            let (from, to) = alloc.extension();
+            made.push(to - from);
+            assert_eq!(alloc.extended(to).len(), 1);
+        }
+        assert_eq!(made, [2, 2, 4, 8, 16, 32, 32], "for the first somebody always waits");
+        alloc.take((), job, |_| ());
+        let (from, to) = alloc.extension();
+        assert!(alloc.extended(to).is_empty() && to - from == 32, "nobody waited");
     }
 
     #[test]

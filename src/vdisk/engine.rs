@@ -34,7 +34,8 @@ pub struct Options {
     /// Percent of free host space below which the low-water event is raised; 0 = never.
     pub low_water: u8,
     /// How far a delta is extended at a time, in bytes: sparse, so it costs nothing. A durable step per 64 MiB of
-    /// first writes keeps the syncs rare, and a crash leaves at most this much to cut off.
+    /// first writes keeps the syncs rare, and a crash leaves little to cut off; where they come faster than a step is
+    /// made durable, it grows, sixteenfold at most.
     pub extend: u64,
     /// How many background requests the connection has: bounds what may be parked.
     pub background: usize,
