@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Mount, Run, memory_dir, ok, punch, temp_dir, text, until};
+use common::{Mount, Run, ok, punch, temp_dir, text, until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -84,8 +84,7 @@ fn what_a_mount_changes_is_in_the_bitmap_and_nothing_else_is() {
     drop(disk);
     mount.umount();
     let shown = show(&file);
-    let expected =
-        [(0, MIB), (5 * MIB - PIECE, 2 * PIECE), (20 * MIB, PIECE), (64 * MIB - PIECE, PIECE)];
+    let expected = [(0, MIB), (5 * MIB - PIECE, 2 * PIECE), (20 * MIB, PIECE), (64 * MIB - PIECE, PIECE)];
     assert_eq!((shown["uuid"].as_str(), ranges(&shown)), (Some(&*uuid), expected.to_vec()));
     let said = Run::ploopfs().args(["cbt", "show"]).arg(&file).ok();
     assert!(said.lines().last().is_some_and(|line| line.contains(&uuid)), "{said}");
@@ -215,7 +214,11 @@ fn a_bitmap_of_many_pieces_comes_back_as_it_was() {
     expected.sort_unstable();
     assert_eq!(ranges(&show(&file)), expected);
     let extension = header(&file).1 * 512;
-    assert_eq!(fs::metadata(&file).expect("stat").len(), extension + MIB, "the extension is the last cluster");
+    assert_eq!(
+        fs::metadata(&file).expect("stat").len(),
+        extension + MIB,
+        "the extension is the last cluster"
+    );
 }
 
 #[test]
@@ -348,21 +351,22 @@ fn a_write_by_qemu_ends_the_tracking() {
 }
 
 #[test]
-fn ploop_accepts_an_image_with_a_bitmap() {
+fn a_ploop_that_knows_no_bitmaps_may_cut_it_off_and_then_everything_counts_as_changed() {
     require!("fuse", "ploop");
     let mut mount = Mount::in_memory(&["--create", "vm1=64M"]);
+    let file = mount.delta("vm1");
     write(&mount.open("vm1"), 3 * MIB);
     mount.umount();
-    let file = mount.delta("vm1");
     start(&file);
+    // Debian's ploop 1.15 takes what is neither closed nor "in use" for dirty, and the bitmap for a leak.
+    let done = Run::new("ploop").args(["check", "-f"]).arg(&file).run();
+    println!("{done}");
+    let shown = show(&file);
+    assert_eq!((shown["tracked"].as_bool(), ranges(&shown)), (Some(false), vec![(0, 64 * MIB)]), "{shown}");
+    Run::ploopfs().arg("check").arg(&file).ok();
     mount.start();
-    write(&mount.open("vm1"), 8 * MIB);
-    mount.umount();
-    // It repairs what it finds: a copy is compared with what it was.
-    let folder = memory_dir();
-    let copy = folder.path().join("copy.hds");
-    fs::copy(&file, &copy).expect("a copy");
-    let done = Run::new("ploop").args(["check", "-f"]).arg(&copy).run();
-    assert!(done.success(), "{done}");
-    assert!(fs::read(&file).expect("it") == fs::read(&copy).expect("it"), "ploop changed it:\n{done}");
+    let disk = mount.open("vm1");
+    let mut read = [0; 4096];
+    disk.read_exact_at(&mut read, 3 * MIB).expect("a read");
+    assert!(read.iter().all(|byte| *byte == 7), "the disk is what it was");
 }

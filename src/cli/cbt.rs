@@ -173,7 +173,8 @@ mod tests {
         let text = to_text(&tracked());
         assert_eq!(text.lines().count(), 4, "{text}");
         assert!(text.ends_with("1.1 MiB of 10 MiB have changed since a-b\n"), "{text}");
-        let lost = Changes { uuid: None, reason: Some("lost".into()), ranges: vec![(0, 10 << 20)], ..tracked() };
+        let lost =
+            Changes { uuid: None, reason: Some("lost".into()), ranges: vec![(0, 10 << 20)], ..tracked() };
         assert!(to_text(&lost).ends_with("all of 10 MiB count as changed: lost\n"), "{}", to_text(&lost));
     }
 

@@ -165,7 +165,10 @@ pub enum Command {
     /// the tracking is lost, and everything counts as changed.
     ///
     /// The uuid names the moment since when changes are tracked. A program that remembers another one, or finds none, has to
-    /// read the whole disk. Of snapshots, ploopfs diff and ploopfs backup tell the changes without any tracking.
+    /// read the whole disk. QEMU reads the bitmap, and what QEMU writes ends the tracking. ploop 1.15, which knows no bitmaps,
+    /// takes the image for one that was not closed, and its check -f cuts the bitmap off.
+    ///
+    /// Of snapshots, ploopfs diff and ploopfs backup tell the changes without any tracking.
     Cbt(cbt::Args),
     /// Make a disk larger, also while it is in use
     ///

@@ -131,7 +131,9 @@ impl DirtyBitmap {
             if magic == DIRTY_BITMAP {
                 let bitmap = DirtyBitmap::parse(content, disk_sectors, bytes.len() as u64)?;
                 if found.replace(bitmap).is_some() {
-                    return Err("the format extension has several dirty bitmaps; one is kept, not more".into());
+                    return Err(
+                        "the format extension has several dirty bitmaps; one is kept, not more".into()
+                    );
                 }
             } else if word(bytes, at + 8).is_some_and(|flags| flags & NECESSARY != 0) {
                 return Err(format!("the format extension needs a feature that is not known: {magic:#x}"));
@@ -216,7 +218,12 @@ mod tests {
     fn bitmap() -> DirtyBitmap {
         // 3 clusters of bits: 4096 bytes of 8 bits of 128 sectors each.
         let table = vec![Bits::Clear, Bits::At(2048), Bits::Set];
-        DirtyBitmap { uuid: *b"sixteen of them.", disk_sectors: 2 * (4096 * 8 * 128) + 1, granularity: 128, table }
+        DirtyBitmap {
+            uuid: *b"sixteen of them.",
+            disk_sectors: 2 * (4096 * 8 * 128) + 1,
+            granularity: 128,
+            table,
+        }
     }
 
     #[test]

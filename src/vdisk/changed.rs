@@ -61,7 +61,7 @@ impl Changed {
         for word in first / 64..=last / 64 {
             let from = first.max(word * 64) % 64;
             let to = last.min(word * 64 + 63) % 64;
-            let mask = u64::MAX << from & u64::MAX >> (63 - to);
+            let mask = (u64::MAX << from) & (u64::MAX >> (63 - to));
             let Some(bits) = self.words.get(word as usize) else { return };
             // A cache line that is not written stays with all CPUs.
             if bits.load(Ordering::Relaxed) & mask != mask {
@@ -74,7 +74,7 @@ impl Changed {
     /// the disk are nobody's.
     pub fn load(&self, at: u64, bytes: &[u8]) {
         for (i, byte) in bytes.iter().enumerate().filter(|(_, byte)| **byte != 0) {
-            for bit in (0..8).filter(|bit| byte & 1 << bit != 0) {
+            for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
                 let bit = 8 * (at + i as u64) + bit;
                 if bit * self.granularity < self.disk {
                     self.set_bits(bit, bit);

@@ -94,7 +94,9 @@ impl Image {
             if h.in_use == CLOSED_V21 && h.extension != 0 {
                 let path = top.path.display();
                 match &*self.changed.load() {
-                    Some(of) => log::info!("{path}: changes since {} are tracked in memory", uuid_text(of.guid)),
+                    Some(of) => {
+                        log::info!("{path}: changes since {} are tracked in memory", uuid_text(of.guid))
+                    }
                     None => log::warn!("{path}: the format extension is dropped by this write"),
                 }
             }

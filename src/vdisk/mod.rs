@@ -377,8 +377,8 @@ impl Image {
         let _alone = lock(&self.operation);
         self.gate.shut();
         let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
-        let result = synced
-            .and_then(|()| if self.stage() == Stage::Marked { self.unmark_tracked() } else { Ok(()) });
+        let result =
+            synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark_tracked() } else { Ok(()) });
         if let Err(e) = &result {
             self.fail(e);
         }

@@ -63,16 +63,17 @@ impl Image {
             return Err(Error::at(Kind::Unsupported, self.path(), "a raw file has no place for a bitmap"));
         }
         if let Some(tracked) = &*self.changed.load() {
-            let why = format!(
-                "is tracked already, as {}; ploopfs cbt stop ends that",
-                uuid_text(tracked.guid)
-            );
+            let why =
+                format!("is tracked already, as {}; ploopfs cbt stop ends that", uuid_text(tracked.guid));
             return Err(Error::at(Kind::Exists, self.path(), why));
         }
         if !granularity.is_power_of_two() || granularity < SECTOR || granularity / SECTOR > 1 << 31 {
-            return invalid(format!("a granularity of {granularity} bytes; a power of two from 512 on is one"));
+            return invalid(format!(
+                "a granularity of {granularity} bytes; a power of two from 512 on is one"
+            ));
         }
-        let too_many = || invalid(format!("{granularity} bytes for each bit are too fine for this disk; take more"));
+        let too_many =
+            || invalid(format!("{granularity} bytes for each bit are too fine for this disk; take more"));
         if !fits(disk, granularity) {
             return too_many();
         }
@@ -137,7 +138,9 @@ impl Image {
         };
         let stale = header.extension != 0;
         match self.stage() {
-            Stage::Marked => "no tracking was started, or it was lost when the image was not closed cleanly".into(),
+            Stage::Marked => {
+                "no tracking was started, or it was lost when the image was not closed cleanly".into()
+            }
             _ if header.is_in_use() => {
                 "the image was not closed cleanly: if it was tracked, that is lost".into()
             }
@@ -174,7 +177,10 @@ impl Image {
         if fits(disk, old.granularity) {
             self.changed.store(Some(Arc::new(old.grown(disk))));
         } else {
-            log::warn!("{}: the disk is too large now for its changed-block bitmap, which is lost", self.name);
+            log::warn!(
+                "{}: the disk is too large now for its changed-block bitmap, which is lost",
+                self.name
+            );
             self.changed.store(None);
         }
     }
@@ -249,8 +255,9 @@ pub(super) fn write(changed: &Changed, stack: &Stack, end: u64) -> Result<u64> {
         });
         begin += cluster;
     }
-    let bytes = extension(changed, cluster, table)
-        .ok_or_else(|| Error::at(Kind::Invalid, &top.path, "the changed-block bitmap has become too large"))?;
+    let bytes = extension(changed, cluster, table).ok_or_else(|| {
+        Error::at(Kind::Invalid, &top.path, "the changed-block bitmap has become too large")
+    })?;
     top.file.set_len(at + cluster).map_err(failed)?;
     // The rest of the cluster is a hole of the file.
     let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);

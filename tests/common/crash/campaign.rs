@@ -40,13 +40,31 @@ pub struct Campaign {
 /// One file: writes, discards and syncs.
 pub fn one_file() -> Campaign {
     let host = Host { every: 7, ..Host::default() };
-    Campaign { histories: 60, seed: 1, disk: 3000, layers: false, tracked: false, rounds: (3, 40), states: 2, host }
+    Campaign {
+        histories: 60,
+        seed: 1,
+        disk: 3000,
+        layers: false,
+        tracked: false,
+        rounds: (3, 40),
+        states: 2,
+        host,
+    }
 }
 
 /// A chain, with live operations on it.
 pub fn layers() -> Campaign {
     let host = Host { every: 11, ..Host::default() };
-    Campaign { histories: 60, seed: 1, disk: 900, layers: true, tracked: false, rounds: (2, 30), states: 1, host }
+    Campaign {
+        histories: 60,
+        seed: 1,
+        disk: 900,
+        layers: true,
+        tracked: false,
+        rounds: (2, 30),
+        states: 1,
+        host,
+    }
 }
 
 /// Merges in which the two levels changed places.

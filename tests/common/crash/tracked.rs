@@ -66,7 +66,9 @@ impl Since {
         for (sector, now) in found.iter().enumerate() {
             let then = self.then.get(sector).copied().unwrap_or(0);
             if *now != then && !says(&changes, sector) {
-                return Err(format!("sector {sector} held {then} and holds {now}, which the bitmap does not say"));
+                return Err(format!(
+                    "sector {sector} held {then} and holds {now}, which the bitmap does not say"
+                ));
             }
         }
         Ok(true)
