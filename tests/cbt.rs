@@ -14,6 +14,7 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 const PIECE: u64 = 64 << 10;
+const NOTHING: [(u64, u64); 0] = [];
 
 fn show(image: &Path) -> Value {
     serde_json::from_str(&Run::ploopfs().args(["cbt", "show", "--json"]).arg(image).ok()).expect("JSON")
@@ -37,7 +38,8 @@ fn image() -> Mount {
 }
 
 fn header(file: &Path) -> (u32, u64) {
-    let bytes = fs::read(file).expect("the image");
+    let mut bytes = [0; 64];
+    fs::File::open(file).and_then(|file| file.read_exact_at(&mut bytes, 0)).expect("the image");
     let in_use = u32::from_le_bytes(bytes[44..48].try_into().expect("four"));
     (in_use, u64::from_le_bytes(bytes[56..64].try_into().expect("eight")))
 }
@@ -307,7 +309,7 @@ fn qemu_reads_the_bitmap_that_we_wrote() {
     let mut mount = image();
     let file = mount.delta("vm1");
     let uuid = start(&file);
-    assert_eq!(dirty_in_qemu(&file, &uuid, mount.images()), [], "nothing has changed");
+    assert_eq!(dirty_in_qemu(&file, &uuid, mount.images()), NOTHING, "nothing has changed");
     mount.start();
     let disk = mount.open("vm1");
     write(&disk, 0);
@@ -347,7 +349,7 @@ fn a_write_by_qemu_ends_the_tracking() {
     assert!(why.contains("another program"), "{why}");
     // It can begin anew.
     start(&file);
-    assert_eq!(ranges(&show(&file)), []);
+    assert_eq!(ranges(&show(&file)), NOTHING);
 }
 
 #[test]

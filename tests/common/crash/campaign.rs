@@ -144,7 +144,8 @@ fn history(
     let image = Image::open(&engine, "crash", record.levels()).map_err(|e| format!("does not open: {e}"))?;
     image.make_writable().map_err(|e| format!("cannot be written: {e}"))?;
     if campaign.tracked {
-        match since.begin(&image, &lock(&record.world).allowed) {
+        let allowed = lock(&record.world).allowed.clone();
+        match since.begin(&image, &allowed) {
             Err(_) if record.has_failed() => {}
             begun => begun?,
         }
