@@ -27,6 +27,9 @@ use crate::sync::{Arc, lock};
 /// Ranges in one answer: some MiB of JSON on the control socket, far below what it takes.
 const MAX_RANGES: usize = 100_000;
 
+/// Clusters up to ploop's largest: the extension takes a whole one, and its checksum is over all of it.
+const MAX_CLUSTER: u64 = 64 << 20;
+
 /// What has changed since the tracking began, or the first part of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changes {
@@ -74,6 +77,9 @@ impl Image {
         }
         let too_many =
             || invalid(format!("{granularity} bytes for each bit are too fine for this disk; take more"));
+        if self.cluster > MAX_CLUSTER {
+            return invalid("has clusters of more than 64 MiB, and cannot be tracked".into());
+        }
         if !fits(disk, granularity) {
             return too_many();
         }
@@ -197,6 +203,9 @@ fn read(file: &dyn HostFile, header: &Header) -> std::result::Result<Changed, St
     let cluster = geometry.cluster;
     let io = |e: std::io::Error| format!("the changed-block bitmap cannot be read: {e}");
     let len = file.len().map_err(io)?;
+    if cluster > MAX_CLUSTER {
+        return Err("an extension of more than 64 MiB is not read".into());
+    }
     // Whole clusters behind the BAT, inside the file: nothing of the size that a header claims is taken on trust.
     let position = |sector: u64| {
         let at = sector.checked_mul(SECTOR).filter(|at| *at >= geometry.first)?;
