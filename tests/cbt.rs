@@ -139,6 +139,7 @@ fn a_disk_in_use_is_tracked_from_the_moment_that_start_returns_to_stop() {
     drop(disk);
     mount.umount();
     assert_eq!(ranges(&show(&mount.delta("vm1"))), expected);
+    mount.set_args(&[]);
     mount.start();
     let disk = mount.open("vm1");
     Run::ploopfs().args(["cbt", "stop"]).arg(&flat).ok();
