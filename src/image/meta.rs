@@ -266,8 +266,7 @@ impl Meta {
 
 /// Puts metadata back into the file at `path`, under its lock. Data is not touched, and the file never becomes shorter.
 ///
-/// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable, but for a format
-/// extension.
+/// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable, without extension.
 ///
 /// 3 before 2, or no 1, and a power cut could leave half of each map under a header that says "clean".
 pub fn restore(meta: &Meta, path: &Path) -> Result<()> {
