@@ -57,7 +57,7 @@ fn status(output: &Output) -> i32 {
 
 /// The commands that take an existing image.
 const READERS: [&str; 3] = ["info", "check", "map"];
-const COMMANDS: [&str; 18] = [
+const COMMANDS: [&str; 19] = [
     "top",
     "create",
     "list",
@@ -74,6 +74,7 @@ const COMMANDS: [&str; 18] = [
     "export",
     "check",
     "compact",
+    "cbt",
     "meta",
     "completions",
 ];

@@ -10,6 +10,7 @@ use crate::error::{Error, Kind};
 
 pub mod attach;
 pub mod backup;
+pub mod cbt;
 pub mod check;
 pub mod clone;
 pub mod compact;
@@ -157,6 +158,18 @@ pub enum Command {
     /// image that no mount serves a thin copy without a name lies beside FILE meanwhile. FILE appears whole, or not at all;
     /// nothing is ever replaced.
     Export(export::Args),
+    /// Track which parts of a disk change, for backup programs
+    ///
+    /// The changes are kept as a dirty bitmap in the image's format extension, as ploop and QEMU have it: in memory while the
+    /// image can be written, in its file while it is closed. After a crash, or when another program has written the image,
+    /// the tracking is lost, and everything counts as changed.
+    ///
+    /// The uuid names the moment since when changes are tracked. A program that remembers another one, or finds none, has to
+    /// read the whole disk. QEMU reads the bitmap, and what QEMU writes ends the tracking. ploop 1.15, which knows no bitmaps,
+    /// takes the image for one that was not closed, and its check -f cuts the bitmap off.
+    ///
+    /// Of snapshots, ploopfs diff and ploopfs backup tell the changes without any tracking.
+    Cbt(cbt::Args),
     /// Make a disk larger, also while it is in use
     ///
     /// Loop devices over it are told. A disk is not made smaller: that would cut off what the guest keeps there.
@@ -224,6 +237,7 @@ impl Command {
             Command::Restore(args) => restore::run(args),
             Command::Import(args) => import::run(args),
             Command::Export(args) => export::run(args),
+            Command::Cbt(args) => cbt::run(args),
             Command::Resize(args) => resize::run(args),
             Command::Check(args) => check::run(args),
             Command::Top(args) => top::run(args),

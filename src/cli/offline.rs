@@ -32,6 +32,10 @@ pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> 
             let size = image.make_writable().and_then(|()| image.grow(*size, progress))?;
             Ok(Done { size: Some(size), ..Done::default() })
         }),
+        Work::Track { .. } | Work::Untrack => single_file(path, Access::ReadWrite, |image| {
+            image.make_writable()?;
+            work.on_disk(image, progress).unwrap_or_else(|| Ok(Done::default()))
+        }),
         Work::Compact { dry_run } => {
             let access = if *dry_run { Access::ReadOnly } else { Access::ReadWrite };
             single_file(path, access, |image| {

@@ -183,7 +183,9 @@ fn cancelled(path: &Path, work: &Work) -> Error {
         Work::Resize { .. } => "the disk has its old size".to_owned(),
         Work::Compact { .. } => "what was moved and freed until then stays so".to_owned(),
         Work::Finish => "what is left goes on at the next use".to_owned(),
-        Work::Snapshot { .. } | Work::Switch { .. } => "the image is as it was".to_owned(),
+        Work::Snapshot { .. } | Work::Switch { .. } | Work::Track { .. } | Work::Untrack => {
+            "the image is as it was".to_owned()
+        }
     };
     Error::at(Kind::Cancelled, path, format!("cancelled; {state}"))
 }

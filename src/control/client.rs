@@ -14,6 +14,7 @@ use crate::image::diff::Diff;
 use crate::image::map::Piece;
 use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
+use crate::vdisk::tracking::Changes;
 
 /// How long a daemon may take for an answer that needs no waiting. A rescan opens files, so it is generous.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -93,6 +94,12 @@ impl Client {
         let (image, from, to) = (image.to_owned(), from.to_owned(), to.map(str::to_owned));
         let answer = self.ask(Op::Diff { image, from, to, start })?;
         answer.diff.ok_or_else(|| self.odd("no ranges in the answer"))
+    }
+
+    /// What has changed on an image's disk since its tracking began, from byte `start` on.
+    pub fn changes(&mut self, image: &str, start: u64) -> Result<Changes> {
+        let answer = self.ask(Op::Changes { image: image.to_owned(), start })?;
+        answer.changes.ok_or_else(|| self.odd("no changes in the answer"))
     }
 
     /// Ends the work that goes on with an image.

@@ -9,6 +9,7 @@ use crate::image::diff::Diff;
 use crate::image::map::Piece;
 use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
+use crate::vdisk::tracking::Changes;
 
 /// The version both sides put in every line.
 pub const VERSION: u32 = 1;
@@ -67,6 +68,14 @@ pub enum Op {
     },
     /// The live counters.
     Stats,
+    /// What has changed on an image's disk since its tracking began.
+    Changes {
+        /// Name of the image, without `.img`.
+        image: String,
+        /// From which byte on; an answer says where the next begins.
+        #[serde(default)]
+        start: u64,
+    },
     /// A piece of the map of an image.
     Map {
         /// Name of the image, without `.img`.
@@ -217,6 +226,9 @@ pub struct Answer {
     /// For [`Op::Map`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<Piece>,
+    /// For [`Op::Changes`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Changes>,
     /// For [`Op::Diff`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diff: Option<Diff>,
@@ -282,11 +294,15 @@ mod tests {
             Work::Clone { snapshot: None, to: "/images/vm2".into(), copy: true },
             Work::Resize { size: u64::MAX },
             Work::Compact { dry_run: true },
+            Work::Track { granularity: Some(65536) },
+            Work::Track { granularity: None },
+            Work::Untrack,
         ];
         let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
         let diff = |to| Op::Diff { image: image(), from: "a".into(), to, start: 7 };
         let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
-        let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map];
+        let changes = Op::Changes { image: image(), start: 1 << 40 };
+        let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map, changes];
         for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait, Op::Stats]
             .into_iter()
             .chain(works)

@@ -128,6 +128,10 @@ impl Service for Desk {
                 let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
                 answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
             }
+            Op::Changes { image, start } => answer(self.folder.changes(&image, start), |changes| Answer {
+                changes: Some(changes),
+                ..Answer::done()
+            }),
             Op::Diff { image, from, to, start } => {
                 let diff = self.folder.diff(&image, &from, to.as_deref(), start);
                 answer(diff, |diff| Answer { diff: Some(diff), ..Answer::done() })

@@ -133,6 +133,8 @@ fn word(work: &Work) -> &'static str {
         Work::Finish => "finishing what was begun",
         Work::Resize { .. } => "resize",
         Work::Compact { .. } => "compacting",
+        Work::Track { .. } => "starting to track changes",
+        Work::Untrack => "ending the tracking of changes",
     }
 }
 

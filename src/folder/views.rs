@@ -19,6 +19,7 @@ use crate::image::store::Store;
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
 use crate::vdisk::Image;
+use crate::vdisk::tracking::Changes;
 
 /// Which snapshots of one image are looked at.
 #[derive(Default)]
@@ -109,6 +110,11 @@ impl Folder {
         let found = entry.snapshots().iter().find(is).map(|s| s.guid);
         let guid = found.ok_or_else(|| missing(format!("there is no snapshot {wanted}")))?;
         entry.open_snapshot(guid)?.image().map_piece(offset)
+    }
+
+    /// What has changed on the disk of the image `name` (without `.img`) since its tracking began, from byte `start` on.
+    pub fn changes(&self, name: &str, start: u64) -> Result<Changes> {
+        Ok(self.open_image(name, false)?.image().changes(start))
     }
 }
 

@@ -35,7 +35,7 @@ impl Folder {
         let entry = open.entry();
         let layers = match (entry.live_layers(), work) {
             (Some(layers), _) => layers,
-            (None, Work::Compact { .. }) => {
+            (None, Work::Compact { .. } | Work::Track { .. } | Work::Untrack) => {
                 let nothing = || Ok(Done::default());
                 return work.on_disk(open.image(), progress).unwrap_or_else(nothing);
             }

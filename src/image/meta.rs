@@ -23,7 +23,7 @@ use std::str::FromStr;
 
 use super::repair::proven_header;
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{Geometry, HEADER_BYTES, Header, IN_USE};
+use crate::format::header::{CLOSED, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::io::file::write_full;
 use crate::io::real::Access;
@@ -266,7 +266,7 @@ impl Meta {
 
 /// Puts metadata back into the file at `path`, under its lock. Data is not touched, and the file never becomes shorter.
 ///
-/// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable.
+/// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable, without extension.
 ///
 /// 3 before 2, or no 1, and a power cut could leave half of each map under a header that says "clean".
 pub fn restore(meta: &Meta, path: &Path) -> Result<()> {
@@ -298,7 +298,9 @@ pub fn restore(meta: &Meta, path: &Path) -> Result<()> {
         at += entries.len() as u64;
     }
     file.sync_all().map_err(cannot)?;
-    write_header(&header) // 3
+    // What the bitmap in the kept extension says was true when it was kept.
+    let in_use = if header.extension == 0 { header.in_use } else { CLOSED };
+    write_header(&Header { in_use, extension: 0, ..header }) // 3
 }
 
 /// Writes header and BAT of the file at `path` to the new file `to`, at the same bytes and of the same length, without any

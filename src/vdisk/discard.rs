@@ -214,6 +214,7 @@ impl Discard {
                 Place::Damaged => return Err(image.damaged_entry(first + i as u64)),
                 Place::At { level, position } if level != top => {
                     let len = end_of(i + 1) - end_of(i);
+                    image.changes_at(end_of(i), len);
                     if !stack.is_hole(level, position, len)? && !self.zero_cluster(stack, first + i as u64)? {
                         return Ok(Step::NeedsSpace(end_of(i).max(self.at)));
                     }
@@ -238,6 +239,8 @@ impl Discard {
     fn own_clusters(&self, stack: &Stack, run: (u64, usize), position: u64, hides: bool) -> Result<()> {
         let image = &self.image;
         let mut len = run.1 as u64 * image.cluster;
+        let begin = run.0 * image.cluster;
+        image.changes_at(begin, len.min(image.size() - begin));
         if stack.bat.is_none() {
             len = len.min(image.size() - position);
         }
@@ -283,7 +286,11 @@ impl Discard {
         let (cluster, begin) = (self.held.0, self.held.0 * image.cluster);
         let end = (begin + image.cluster).min(self.end);
         let (from, len) = (self.at - begin, end - self.at);
-        match self.places(stack).0[0] {
+        let place = self.places(stack).0[0];
+        if place != Place::None {
+            image.changes_at(self.at, len);
+        }
+        match place {
             Place::None => {}
             Place::Damaged => return Err(image.damaged_entry(cluster)),
             Place::At { level, position } if level == stack.top_index() => {

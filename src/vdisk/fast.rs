@@ -105,9 +105,10 @@ impl Image {
                 return None;
             }
             let top = stack.top();
-            let ok = window.all(|at, run| {
+            let ok = window.all(|inside, run| {
                 let Place::At { position, .. } = run.place else { return true };
-                let piece = &data[done + at..done + at + run.len as usize];
+                let piece = &data[done + inside..done + inside + run.len as usize];
+                self.changes_at(at + inside as u64, run.len);
                 let written = write_full(&*top.file, piece, position);
                 // Counted also when it failed: part of it may be there, and must be synced.
                 self.touched(piece.len() as u64);

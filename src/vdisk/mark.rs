@@ -4,8 +4,10 @@
 //! last used cluster; fsync; then the mark cleared, synced.
 
 use super::alloc::Allocator;
+use super::changed::Changed;
 use super::scan::{self, Scan};
 use super::stack::Stack;
+use super::tracking::{self, uuid_text};
 use super::{Image, Layout, Level, Ready, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
@@ -90,10 +92,13 @@ impl Image {
             let mut header = lock(&stack.state.header);
             let Some(h) = &mut *header else { return Ok(()) };
             if h.in_use == CLOSED_V21 && h.extension != 0 {
-                log::warn!(
-                    "{}: the changed-block bitmap in the format extension is dropped by this write",
-                    top.path.display()
-                );
+                let path = top.path.display();
+                match &*self.changed.load() {
+                    Some(of) => {
+                        log::info!("{path}: changes since {} are tracked in memory", uuid_text(of.guid))
+                    }
+                    None => log::warn!("{path}: the format extension is dropped by this write"),
+                }
             }
             let before = *h;
             *h = h.marked();
@@ -148,14 +153,20 @@ impl Image {
         }
     }
 
+    /// The clean close of the image: [`unmark`](Self::unmark) of its top, with the changes that were tracked.
+    pub(super) fn unmark_tracked(&self) -> Result<()> {
+        self.unmark(&self.stack(), self.changed.load_full().as_deref())
+    }
+
     /// The clean close of a marked top, after its last round:
-    /// 1. cut the file to its last used cluster;
+    /// 1. cut the file to its last used cluster; put what has changed behind it, where that was tracked;
     /// 2. fsync;
-    /// 3. the header says closed (and empty, when nothing is mapped); written in one sector;
+    /// 3. the header says closed (and empty, when nothing is mapped), and where the extension is; written in one sector;
     /// 4. fsync.
     ///
-    /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows.
-    pub(super) fn unmark(&self, stack: &Stack) -> Result<()> {
+    /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows, or one that says "trust
+    /// my bitmap" and has only a part of it.
+    pub(super) fn unmark(&self, stack: &Stack, changed: Option<&Changed>) -> Result<()> {
         let top = stack.top();
         let sync = || {
             top.file
@@ -166,11 +177,23 @@ impl Image {
             return sync(); // Raw.
         };
         let end = stack.geometry.cluster_position(allocator.used_end());
-        top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"))?;
+        let cut =
+            || top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"));
+        cut()?;
+        let mut extension = 0;
+        if let Some(changed) = changed {
+            match tracking::write(changed, stack, end) {
+                Ok(sector) => extension = sector,
+                Err(e) => {
+                    log::warn!("{e}: it is lost, and everything counts as changed");
+                    cut()?;
+                }
+            }
+        }
         sync()?;
         let mut header = lock(&stack.state.header);
         if let Some(h) = &mut *header {
-            let closed = closed(h, allocator.used() == 0);
+            let closed = closed(h, allocator.used() == 0, extension);
             write_full(&*top.file, &closed.encode(), 0)
                 .map_err(|e| Error::io(&e, &top.path, "cannot clear the in-use mark"))?;
             *h = closed;
@@ -185,14 +208,15 @@ impl Image {
 pub(super) fn close_lower(level: &Level, header: &Header) -> Result<()> {
     let found = scan::scan(level, &header.geometry())?;
     let end = header.geometry().cluster_position(found.end);
-    let closed = closed(header, found.end == 0);
+    let closed = closed(header, found.end == 0, 0);
     let io = |e: std::io::Error| Error::io(&e, &level.path, "cannot clear the in-use mark");
     level.file.set_len(end).and_then(|()| level.file.sync_all()).map_err(io)?;
     write_full(&*level.file, &closed.encode(), 0).and_then(|()| level.file.sync_all()).map_err(io)
 }
 
-/// A header as it is after a clean close.
-fn closed(header: &Header, empty: bool) -> Header {
+/// A header as it is after a clean close; `extension` is the sector of the format extension, or 0.
+fn closed(header: &Header, empty: bool, extension: u64) -> Header {
     let flags = if empty { header.flags | FLAG_EMPTY } else { header.flags & !FLAG_EMPTY };
-    Header { in_use: CLOSED, flags, ..*header }
+    let in_use = if extension == 0 { CLOSED } else { CLOSED_V21 };
+    Header { in_use, flags, extension, ..*header }
 }

@@ -2,7 +2,8 @@
 //!
 //! The way of a request: `gate` and `pio` (split, answer), `fast` (what ends on the caller's thread), `runner`
 //! (who does the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
-//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host).
+//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host), `tracking` (what
+//! has changed).
 //!
 //! Lock order, outermost first: cluster lock (stripes; see `locks`), header, BAT page, then the leaves (allocator,
 //! dirty list, flusher, space, pools). Nothing but the cluster lock and the header is held across I/O.
@@ -10,6 +11,7 @@
 pub mod alloc;
 pub mod bat;
 mod bits;
+mod changed;
 mod clock;
 mod cow;
 mod discard;
@@ -34,12 +36,13 @@ mod scan;
 mod seek;
 mod space;
 mod stack;
+pub mod tracking;
 mod write;
 mod zero;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use bytes::Bytes;
 
 use crate::error::{Error, Kind, Result};
@@ -153,6 +156,8 @@ pub struct Image {
     /// Entries were taken away from a level below the top, and that is not durable (or failed): a cached page may say
     /// that nothing lies below a cluster where a power cut brings something back. Discards unmap nothing meanwhile.
     lower_may_return: AtomicBool,
+    /// What has changed since the tracking began (`tracking`). Changes only under `operation`, or while the image opens.
+    changed: ArcSwapOption<changed::Changed>,
     failed: AtomicBool,
     /// Why the image is read-only since it was opened. A leaf.
     failure: Mutex<Option<Error>>,
@@ -216,6 +221,7 @@ impl Image {
             host_busy: AtomicU32::new(0),
             cannot_punch: AtomicBool::new(false),
             lower_may_return: AtomicBool::new(false),
+            changed: ArcSwapOption::empty(),
             failed: AtomicBool::new(false),
             failure: Mutex::default(),
             closing: AtomicBool::new(false),
@@ -244,6 +250,9 @@ impl Image {
             let found = scan::scan(stack.top(), &stack.geometry)?;
             *lock(&stack.state.scan) = Some(found);
             self.settle_lower(&stack);
+            if let Err(why) = self.load_tracking(&stack) {
+                log::warn!("{}: {why}; the changes are not tracked any more", stack.top().path.display());
+            }
         }
         self.set_stage(Stage::ReadOnly, Stage::Unmarked);
         Ok(())
@@ -368,8 +377,8 @@ impl Image {
         let _alone = lock(&self.operation);
         self.gate.shut();
         let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
-        let result = synced
-            .and_then(|()| if self.stage() == Stage::Marked { self.unmark(&self.stack()) } else { Ok(()) });
+        let result =
+            synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark_tracked() } else { Ok(()) });
         if let Err(e) = &result {
             self.fail(e);
         }

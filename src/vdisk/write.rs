@@ -77,9 +77,15 @@ fn data(pio: &Pio) -> &[u8] {
     }
 }
 
+/// What it writes counts as changed, also when only a part of it is written.
+fn pio_changes(pio: &Pio) {
+    pio.image.changes_at(pio.cluster * pio.image.cluster + pio.start, data(pio).len() as u64);
+}
+
 /// Writes into a cluster that the top maps. Even here the host may be full: sparse, punched and shared extents.
 fn write_mapped(pio: Pio, stack: &Stack, position: u64) {
     let at = position + pio.start;
+    pio_changes(&pio);
     match write_full(&*stack.top().file, data(&pio), at) {
         Ok(()) => {
             let image = pio.image.clone();
@@ -173,6 +179,7 @@ fn fill(
 ) -> std::result::Result<(), CopyError> {
     let image = &pio.image;
     let data = data(pio);
+    pio_changes(pio);
     let mut blank = true;
     if let Some(from) = below {
         let len = image.cluster_len(pio.cluster);

@@ -1,4 +1,5 @@
-//! Any bytes as a format extension: the list of its clusters is bounded, and no disk is damaged by them.
+//! Any bytes as a format extension: the list of its clusters is bounded, no disk is damaged by them, and a bitmap in them
+//! that proves itself goes on to tell the truth.
 
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -41,7 +42,7 @@ pub fn extension(data: &[u8]) {
     // The one thing that an extension can do: claim the cluster of the disk as well.
     assert!(report.errors <= 1, "{report:?}");
 
-    // Its clusters are free space for a writer, who drops it.
+    // Its clusters are free space for a writer, who drops it, or holds its bitmap in memory.
     let file = Arc::new(MemoryFile::from_bytes(&bytes));
     let host: Arc<dyn HostFile> = file.clone();
     let level = Level { file: host, path: PathBuf::from("fuzz"), layout: Layout::Ploop(header) };
@@ -56,5 +57,16 @@ pub fn extension(data: &[u8]) {
     assert!(image.read_at(0, CLUSTER as usize).expect("reads").iter().all(|byte| *byte == 7));
     image.close().expect("closes");
     let closed = Header::parse(&file.to_bytes()).expect("what we wrote");
-    assert_eq!((closed.extension, closed.is_in_use()), (0, false));
+    assert!(!closed.is_in_use());
+    assert_eq!(closed.extension != 0, closed.in_use == CLOSED_V21, "{closed:?}");
+    if closed.extension != 0 {
+        let host: Arc<dyn HostFile> = file;
+        let level = Level { file: host, path: PathBuf::from("fuzz"), layout: Layout::Ploop(closed) };
+        let changes = Image::open(lazy_engine(), "fuzz", vec![level]).expect("opens").changes(0);
+        assert!(changes.uuid.is_some(), "{changes:?}");
+        for at in (1..4).map(|cluster| cluster * CLUSTER + 512) {
+            let says = |(begin, len): &(u64, u64)| *begin <= at && at < begin + len;
+            assert!(changes.ranges.iter().any(says), "byte {at} was written: {changes:?}");
+        }
+    }
 }

@@ -77,6 +77,7 @@ impl Image {
         *lock(&state.header) = Some(header);
         let moved = stack.allocator().moved_up(reserved, new.file_clusters());
         let _ = state.allocator.set(moved);
+        self.tracking_grows(size);
         self.swap(&frozen, stack.grown(header, state, &self.engine.budget)); // 7
         Ok(size)
     }

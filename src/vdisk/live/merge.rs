@@ -145,7 +145,7 @@ impl Image {
         self.commit(commit)?; // 6
         let old = self.swap(&frozen, next);
         drop(frozen); // 7
-        if let Err(e) = self.unmark(&old) {
+        if let Err(e) = self.unmark(&old, None) {
             log::warn!("{e}; its in-use mark stays until the image is opened again"); // 8
         }
         Ok(())

@@ -21,6 +21,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::sync::Arc;
 use crate::vdisk::Image;
+use crate::vdisk::tracking::uuid_text;
 
 /// What is to be done with an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,13 @@ pub enum Work {
         /// Only say what that would gain.
         dry_run: bool,
     },
+    /// Begin to track which parts of the disk change.
+    Track {
+        /// Bytes of disk for each bit; None: as fits.
+        granularity: Option<u64>,
+    },
+    /// Track no more.
+    Untrack,
     /// Make the disk larger.
     Resize {
         /// The new size in bytes.
@@ -76,6 +84,11 @@ impl Work {
         match self {
             Work::Compact { dry_run: true } => Some(image.compact_gain(progress).map(gained)),
             Work::Compact { dry_run: false } => Some(image.compact(progress).map(gained)),
+            Work::Track { granularity } => {
+                let named = |guid| Done { name: Some(uuid_text(guid)), ..Done::default() };
+                Some(image.start_tracking(*granularity).map(named))
+            }
+            Work::Untrack => Some(image.stop_tracking().map(|()| Done::default())),
             _ => None,
         }
     }

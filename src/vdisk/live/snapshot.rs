@@ -44,6 +44,10 @@ impl Image {
         if let Some(e) = self.failure() {
             return Err(e);
         }
+        if self.changed.load().is_some() && self.stage() == Stage::Unmarked {
+            // What was tracked belongs to the disk: its close writes it into the new top, which is in use for that.
+            self.mark_and_wait()?;
+        }
         let in_use = self.stage() == Stage::Marked;
         let geometry = self.stack().geometry;
         let plan =
@@ -75,7 +79,7 @@ impl Image {
         let old = self.swap(&frozen, next);
         drop(frozen); // 4
         if stage == Stage::Marked
-            && let Err(e) = self.unmark(&old)
+            && let Err(e) = self.unmark(&old, None)
         {
             // Nothing is lost: all of it was durable at 2, and the next open finishes this.
             log::warn!("{e}; its in-use mark stays until the image is opened again"); // 5

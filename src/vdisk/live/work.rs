@@ -51,7 +51,7 @@ pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress
             let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
             Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
         }
-        Work::Compact { .. } => unreachable!("done above"),
+        Work::Compact { .. } | Work::Track { .. } | Work::Untrack => unreachable!("done above"),
         Work::Switch { .. } => {
             Err(Error::new(Kind::Busy, "somebody has the disk open; a switch needs a closed disk"))
         }

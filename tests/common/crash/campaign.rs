@@ -12,6 +12,7 @@ use ploopfs::vdisk::{Image, Mode};
 
 use super::judge::{engine, judge_world};
 use super::power::{Rng, SECTOR, collapse, stamp};
+use super::tracked::Since;
 use super::world::{Host, Record, World, empty, lock};
 
 const CLUSTER: u64 = 8 * 512;
@@ -27,6 +28,8 @@ pub struct Campaign {
     pub disk: usize,
     /// With snapshots, merges and growth.
     pub layers: bool,
+    /// Its changes are tracked.
+    pub tracked: bool,
     /// Openings of one image, and operations between two.
     pub rounds: (u64, u64),
     /// States made of each cut.
@@ -37,13 +40,31 @@ pub struct Campaign {
 /// One file: writes, discards and syncs.
 pub fn one_file() -> Campaign {
     let host = Host { every: 7, ..Host::default() };
-    Campaign { histories: 60, seed: 1, disk: 3000, layers: false, rounds: (3, 40), states: 2, host }
+    Campaign {
+        histories: 60,
+        seed: 1,
+        disk: 3000,
+        layers: false,
+        tracked: false,
+        rounds: (3, 40),
+        states: 2,
+        host,
+    }
 }
 
 /// A chain, with live operations on it.
 pub fn layers() -> Campaign {
     let host = Host { every: 11, ..Host::default() };
-    Campaign { histories: 60, seed: 1, disk: 900, layers: true, rounds: (2, 30), states: 1, host }
+    Campaign {
+        histories: 60,
+        seed: 1,
+        disk: 900,
+        layers: true,
+        tracked: false,
+        rounds: (2, 30),
+        states: 1,
+        host,
+    }
 }
 
 /// Merges in which the two levels changed places.
@@ -66,6 +87,7 @@ impl Campaign {
             let header =
                 Header::new(Version::V2, (self.disk * SECTOR) as u64, CLUSTER).expect("a legal size");
             let mut world = World::new(vec![empty(header, false)], vec![vec![0]; self.disk]);
+            let mut since = Since::default();
             for round in 0..self.rounds.0 {
                 let mut host = self.host;
                 if host.failing_sync > 0 {
@@ -73,24 +95,28 @@ impl Campaign {
                 }
                 let record = Record::new(world.clone(), host);
                 let place = |e: String| format!("seed {}, history {n}, round {round}: {e}", self.seed);
-                history(&record, &mut rng, self).map_err(place)?;
+                history(&record, &mut rng, self, &mut since).map_err(place)?;
                 let cuts = record.take_cuts();
                 // After a failure nobody knows what the file holds, until a cut was looked at.
                 let clean = if record.has_failed() { 0 } else { cuts.len() as u64 };
                 let restart = rng.below(cuts.len() as u64 + clean) as usize;
                 world = lock(&record.world).clone();
                 world.files.iter_mut().for_each(|file| file.sync_all());
+                let mut next = since.clone();
                 for (i, cut) in cuts.iter().enumerate() {
                     for _ in 0..self.states {
                         states += 1;
                         let left = cut.left(&mut rng);
-                        let found = judge_world(&judges, cut, &left)
-                            .map_err(|e| place(format!("cut {i} of {}: {e}", cuts.len())))?;
+                        let here = |e: String| place(format!("cut {i} of {}: {e}", cuts.len()));
+                        let found = judge_world(&judges, cut, &left).map_err(here)?;
+                        let kept = since.judge(&judges, cut, &left, &found).map_err(here)?;
                         if i == restart {
                             world = after(cut, &left, found);
+                            next = if kept { since.clone() } else { Since::default() };
                         }
                     }
                 }
+                since = next;
             }
         }
         Ok(states)
@@ -108,10 +134,22 @@ fn after(cut: &World, left: &[Vec<u8>], found: Vec<u32>) -> World {
 }
 
 /// One opening of the image; its cuts are left in the record. An error is a violation that the history itself met.
-fn history(record: &Arc<Record>, rng: &mut Rng, campaign: &Campaign) -> Result<(), String> {
+fn history(
+    record: &Arc<Record>,
+    rng: &mut Rng,
+    campaign: &Campaign,
+    since: &mut Since,
+) -> Result<(), String> {
     let engine = engine([0, 1, 1000][rng.below(3) as usize], EXTEND);
     let image = Image::open(&engine, "crash", record.levels()).map_err(|e| format!("does not open: {e}"))?;
     image.make_writable().map_err(|e| format!("cannot be written: {e}"))?;
+    if campaign.tracked {
+        let allowed = lock(&record.world).allowed.clone();
+        match since.begin(&image, &allowed) {
+            Err(_) if record.has_failed() => {}
+            begun => begun?,
+        }
+    }
     let live = Live { record, image: &image };
     let mut next = rng.below(1 << 30) as u32 * 2 + 1;
     let kinds = if campaign.layers { 18 } else { 12 };

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ploopfs::format::header::Header;
+use ploopfs::format::header::{CLOSED_V21, Header};
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::vdisk::{Engine, Image, Options};
 
@@ -74,7 +74,7 @@ fn header(bytes: &[u8]) -> Result<Header, String> {
 }
 
 /// Nothing is worse than a leak: every entry is on the grid and inside the file (R2), and no file cluster has two. One
-/// that says it was closed cleanly has neither leaks behind its last cluster nor a tail (R1).
+/// that says it was closed cleanly has neither leaks behind its last cluster nor a tail (R1), but for a format extension.
 pub fn sound(bytes: &[u8]) -> Result<(), String> {
     let header = header(bytes)?;
     let geometry = header.geometry();
@@ -94,6 +94,10 @@ pub fn sound(bytes: &[u8]) -> Result<(), String> {
         }
     }
     let end = used.last().map_or(geometry.first, |last| last + geometry.cluster);
+    let end = match header.extension * SECTOR as u64 {
+        at if header.in_use == CLOSED_V21 && at >= end => at + geometry.cluster,
+        _ => end,
+    };
     if header.is_in_use() || bytes.len() as u64 == end {
         return Ok(());
     }

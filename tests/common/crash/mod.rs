@@ -7,5 +7,6 @@ pub mod campaign;
 pub mod folder;
 pub mod judge;
 pub mod power;
+pub mod tracked;
 pub mod watched;
 pub mod world;

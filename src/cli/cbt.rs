@@ -1,0 +1,204 @@
+//! `ploopfs cbt`: changed-block tracking.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::json;
+
+use crate::cli::work::{self, Pace, Place};
+use crate::cli::{Outcome, out, size, target};
+use crate::error::Result;
+use crate::image::chain::Candidate;
+use crate::image::layers::{Direct, Layers};
+use crate::image::paths::image_folder;
+use crate::io::real::Access;
+use crate::vdisk::live::Work;
+use crate::vdisk::tracking::Changes;
+use crate::vdisk::{Engine, Image, Options};
+
+/// Arguments of `cbt`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    /// Begin to track, and print the uuid of this moment
+    ///
+    /// Also while the disk is in use: what is written from the end of this command on is tracked. A disk that is tracked
+    /// already is refused; stop that first, with the disk closed, or changes between the two are missed.
+    Start {
+        /// The image
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+        /// Size of the pieces that are told apart, a power of two from 512 on [default: 64K, more for a large disk]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+        granularity: Option<u64>,
+    },
+    /// Track no more
+    Stop {
+        /// The image
+        #[arg(value_name = "IMAGE")]
+        image: PathBuf,
+    },
+    /// List the ranges that have changed since the tracking began
+    ///
+    /// Also while the disk is in use: what was written before is listed. Of a disk that is not tracked, everything is.
+    Show(target::Facts),
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<Outcome> {
+    let pace = Pace { rate: None };
+    match args.what {
+        What::Start { image, granularity } => {
+            let path = target::find(&image)?;
+            let done = work::carry_out(&path, &Work::Track { granularity }, pace)?;
+            out::text(&format!("{}\n", done.name.unwrap_or_default()))?;
+        }
+        What::Stop { image } => {
+            work::carry_out(&target::find(&image)?, &Work::Untrack, pace)?;
+        }
+        What::Show(which) => {
+            let path = target::find(&which.image)?;
+            let changes = of(&path)?;
+            if which.json {
+                out::json(&to_json(&path, &changes))?;
+            } else {
+                out::text(&to_text(&changes))?;
+            }
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// What has changed in the image at `path`: by the daemon that serves it, else here under the same locks.
+fn of(path: &Path) -> Result<Changes> {
+    match Place::of(path)? {
+        Place::Live(mut daemon, name) => all(|start| daemon.client.changes(&name, start)),
+        Place::Offline => {
+            let engine = Engine::new(Options::default(), Box::new(|event| log::warn!("{event}")));
+            let name = path.to_string_lossy();
+            let open = |levels| Image::open(&engine, &name, levels);
+            if target::is_layered(path) {
+                let opener = Arc::new(Direct(Access::ReadOnly));
+                let (_layers, levels) = Layers::open(image_folder(path)?, path, opener, false)?;
+                let image = open(levels)?;
+                return all(|start| Ok(image.changes(start)));
+            }
+            // What it is comes first: a folder or a link has no lock to be taken.
+            Candidate::open(path)?.kind()?;
+            let (candidate, _lock) = Candidate::open_locked(path)?;
+            let kind = candidate.kind()?;
+            let image = open(vec![candidate.open_as(kind)?.into_level()])?;
+            all(|start| Ok(image.changes(start)))
+        }
+    }
+}
+
+/// Asks for part after part.
+fn all(mut part: impl FnMut(u64) -> Result<Changes>) -> Result<Changes> {
+    let mut all = part(0)?;
+    while let Some(next) = all.next {
+        let more = part(next)?;
+        if more.uuid != all.uuid {
+            // It ended meanwhile, or began anew: what was heard means nothing.
+            all = part(0)?;
+            continue;
+        }
+        for (begin, len) in more.ranges {
+            match all.ranges.last_mut() {
+                Some((last, length)) if *last + *length == begin => *length += len,
+                _ => all.ranges.push((begin, len)),
+            }
+        }
+        (all.next, all.size) = (more.next, more.size);
+    }
+    Ok(all)
+}
+
+fn bytes(changes: &Changes) -> u64 {
+    changes.ranges.iter().map(|(_, len)| len).sum()
+}
+
+fn to_json(path: &Path, changes: &Changes) -> serde_json::Value {
+    let range = |(start, length): &(u64, u64)| json!({"start": start, "length": length});
+    json!({
+        "path": path.to_string_lossy(),
+        "tracked": changes.uuid.is_some(),
+        "uuid": changes.uuid,
+        "reason": changes.reason,
+        "size": changes.size,
+        "granularity": changes.granularity,
+        "bytes": bytes(changes),
+        "ranges": changes.ranges.iter().map(range).collect::<Vec<_>>(),
+    })
+}
+
+fn to_text(changes: &Changes) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = writeln!(text, "{:>20} {:>20}", "START", "LENGTH");
+    for (start, length) in &changes.ranges {
+        let _ = writeln!(text, "{start:>20} {length:>20}");
+    }
+    let all = size::human(changes.size);
+    let _ = match &changes.uuid {
+        Some(uuid) => {
+            let part = size::human(bytes(changes));
+            writeln!(text, "{part} of {all} have changed since {}", out::printable(uuid))
+        }
+        None => {
+            let reason = out::printable(changes.reason.as_deref().unwrap_or("it is not tracked"));
+            writeln!(text, "all of {all} count as changed: {reason}")
+        }
+    };
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tracked() -> Changes {
+        let ranges = vec![(0, 65536), (1 << 20, 1 << 20)];
+        Changes { uuid: Some("a-b".into()), size: 10 << 20, granularity: 65536, ranges, ..Changes::default() }
+    }
+
+    #[test]
+    fn the_last_line_says_how_much_has_changed_since_when_or_why_everything_has() {
+        let text = to_text(&tracked());
+        assert_eq!(text.lines().count(), 4, "{text}");
+        assert!(text.ends_with("1.1 MiB of 10 MiB have changed since a-b\n"), "{text}");
+        let lost =
+            Changes { uuid: None, reason: Some("lost".into()), ranges: vec![(0, 10 << 20)], ..tracked() };
+        assert!(to_text(&lost).ends_with("all of 10 MiB count as changed: lost\n"), "{}", to_text(&lost));
+    }
+
+    #[test]
+    fn parts_are_put_together_and_those_of_another_tracking_are_not() {
+        let part = |uuid: &str, ranges: &[(u64, u64)], next| Changes {
+            uuid: Some(uuid.into()),
+            ranges: ranges.to_vec(),
+            next,
+            ..tracked()
+        };
+        let mut answers = vec![
+            part("a", &[(0, 1)], Some(1)),
+            part("b", &[(1, 1)], None),
+            part("b", &[(0, 2), (4, 1)], Some(5)),
+            part("b", &[(5, 1), (8, 1)], None),
+        ]
+        .into_iter();
+        let mut starts = Vec::new();
+        let all = all(|start| {
+            starts.push(start);
+            Ok(answers.next().expect("no more is asked"))
+        });
+        assert_eq!(all.expect("all of them").ranges, [(0, 2), (4, 2), (8, 1)]);
+        assert_eq!(starts, [0, 1, 0, 5]);
+    }
+}
