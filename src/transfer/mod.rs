@@ -5,6 +5,8 @@ pub mod backup;
 pub mod disk;
 pub mod export;
 pub mod import;
+pub mod layers;
+pub mod nbd;
 pub mod pieces;
 pub mod qemu;
 pub mod restore;

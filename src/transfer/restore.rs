@@ -129,20 +129,22 @@ impl Stream {
     }
 
     /// Makes the image `to`, a folder: 1. the snapshot's file in a dot-folder, filled; 2. the stream's end is read, so that
-    /// everything is known to be right; 3. the file durable; 4. the rest, and the name ([`Assembly::finish`]).
+    /// everything is known to be right; 3. the file durable; 4. an empty top beside it, durable; 5. the rest, and the name
+    /// ([`Assembly::finish`]).
     ///
-    /// 4 before 2 could show a disk of which the end is missing.
+    /// 5 before 2 could show a disk of which the end is missing.
     pub fn make_image(mut self, to: &Path, progress: &Progress) -> Result<Head> {
         let size = whole_sectors(self.head.size);
         let fits = |cluster: u64| cluster.is_power_of_two() && (MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster);
         let cluster = if fits(self.head.cluster) { self.head.cluster } else { DEFAULT_CLUSTER };
         let header = Header::new(Version::V2, size, cluster)
             .map_err(|bad| Error::at(Kind::Unsupported, to, bad.to_string()))?;
-        let new = Assembly::begin(to)?;
-        let image = writer(&self.head.image, vec![new.base(&header)?])?;
+        let mut new = Assembly::begin(to)?;
+        let image = writer(&self.head.image, vec![new.delta(&header)?])?;
         filled(&image, |image| self.pour(image, progress))?;
         let label = Some(&*self.head.name).filter(|name| Labels::default().check(name).is_ok());
-        new.finish(self.head.guid, label, &header)?;
+        new.delta(&header)?;
+        new.finish(&[(self.head.guid, label.map(str::to_owned))])?;
         Ok(self.head)
     }
 
