@@ -18,6 +18,7 @@ use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
+use crate::rules::{Step, step};
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
 /// caller holds the image's lock. `path` is the images folder, for messages.
@@ -190,12 +191,16 @@ pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Re
             unlink(folder.as_fd(), name)?;
         }
     }
-    // Last: by it a folder that a crash left half-empty is known for an image's.
+    // Last, and after all others for certain: by it a folder that a crash left half-empty is known for an image's.
+    retry_on_intr(|| rustix::fs::fsync(&folder))?;
+    step(Step::FolderSynced(Path::new(name)));
     match unlink(folder.as_fd(), DESCRIPTOR.as_ref()) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?;
+    step(Step::Names);
+    Ok(())
 }
 
 /// Renames; fails where `to` exists. An empty folder there is replaced by hosts that know no better.

@@ -5,7 +5,11 @@
 pub mod campaign;
 #[cfg(feature = "break-rules")]
 pub mod folder;
+#[cfg(feature = "break-rules")]
+pub mod images;
 pub mod judge;
 pub mod power;
+#[cfg(feature = "break-rules")]
+pub mod restored;
 pub mod watched;
 pub mod world;
