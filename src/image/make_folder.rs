@@ -158,13 +158,15 @@ pub(super) fn remove_abandoned(
     if retry_on_intr(|| flock(&folder, FlockOperation::NonBlockingLockExclusive)).is_err() {
         return Ok(false);
     }
-    // The deltas are named after the image; what write_beside leaves begins with a dot.
+    // The deltas are named after the image; what write_beside leaves, and the socket of an import, begins with a dot.
     let ours = [name.as_bytes(), DESCRIPTOR.as_bytes(), LABELS_NAME.as_bytes(), b"."];
     for entry in rustix::fs::Dir::read_from(&folder)? {
         let entry = entry?;
         let file = entry.file_name().to_bytes();
-        let is_file = rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+        let is_file =
+            rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+                [FileType::RegularFile, FileType::Socket].contains(&FileType::from_raw_mode(stat.st_mode))
+            });
         if file != b"." && file != b".." && !(is_file && ours.iter().any(|start| file.starts_with(start))) {
             return Ok(false);
         }

@@ -5,6 +5,7 @@ use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -48,30 +49,35 @@ pub struct Nbd {
     child: Child,
     /// What the program says before it ends.
     said: Option<JoinHandle<Vec<u8>>>,
-    /// Connections that nobody uses at the moment. A leaf.
-    idle: Mutex<Vec<Connection>>,
+    /// As many as threads that copy. Each is held by one thread as long as it asks and hears; leaves.
+    connections: Vec<Mutex<Connection>>,
+    /// Whose turn it is where all are in use.
+    turn: AtomicUsize,
 }
 
 impl Nbd {
-    /// Opens `file`, which is of `format`, with what it stands on. The socket `socket` is made for it; a path to it is
-    /// about 100 bytes long at most.
+    /// Opens `file`, which is of `format`, with what it stands on. The socket `socket` is made for it, and gone when this
+    /// returns; its path is about 100 bytes long at most.
     pub fn open(file: &Path, format: &str, socket: PathBuf, progress: &Progress) -> Result<Nbd> {
         let mut command = Command::new(PROGRAM);
-        // More clients than we are: one is only known to be gone when the server has looked.
-        let clients = (2 * HANDS).to_string();
-        command.args(["--read-only", "--shared", &clients, "--format", format, "--socket"]);
+        command.args(["--read-only", "--shared", &HANDS.to_string(), "--format", format, "--socket"]);
         command.arg(&socket).arg(absolute(file)?);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = ours(&mut command).spawn().map_err(|e| cannot_run(PROGRAM, &e))?;
         let said = child.stderr.take().map(|stderr| std::thread::spawn(move || said(stderr)));
-        let mut nbd = Nbd { path: file.to_owned(), socket, child, said, idle: Mutex::default() };
-        let first = nbd.wait(progress)?;
-        nbd.put_back(first);
+        let path = file.to_owned();
+        let mut nbd = Nbd { path, socket, child, said, connections: Vec::new(), turn: AtomicUsize::new(0) };
+        for _ in 0..HANDS {
+            let new = nbd.connect(progress)?;
+            nbd.connections.push(Mutex::new(new));
+        }
+        // Nobody else needs it, and whatever ends us now leaves none.
+        nbd.remove_socket();
         Ok(nbd)
     }
 
-    /// Until it listens, or has ended.
-    fn wait(&mut self, progress: &Progress) -> Result<Connection> {
+    /// Waits until it listens, or has ended.
+    fn connect(&mut self, progress: &Progress) -> Result<Connection> {
         let end = Instant::now() + PATIENCE;
         loop {
             progress.check()?;
@@ -90,18 +96,13 @@ impl Nbd {
 
     /// Reads all of `buf` at byte `offset`, from any thread.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut connection = match idle {
-            Some(connection) => connection,
-            None => {
-                UnixStream::connect(&self.socket).and_then(Connection::begin).map_err(|e| self.lost(&e))?
-            }
-        };
+        let free = self.connections.iter().find_map(|connection| connection.try_lock().ok());
+        let mut connection = free.unwrap_or_else(|| {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+            self.connections[turn % HANDS].lock().unwrap_or_else(PoisonError::into_inner)
+        });
         match connection.read(offset, buf).map_err(|e| self.lost(&e))? {
-            0 => {
-                self.put_back(connection);
-                Ok(())
-            }
+            0 => Ok(()),
             // The protocol's numbers are those of Linux.
             errno => {
                 let e = io::Error::from_raw_os_error(errno.try_into().unwrap_or(libc::EIO));
@@ -110,8 +111,9 @@ impl Nbd {
         }
     }
 
-    fn put_back(&self, connection: Connection) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    fn remove_socket(&self) {
+        // The program may have removed it; what is left goes with the folder.
+        let _ = std::fs::remove_file(&self.socket);
     }
 
     fn lost(&self, e: &io::Error) -> Error {
@@ -125,7 +127,7 @@ impl Drop for Nbd {
         // It only reads: nothing is lost by ending it. It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
+        self.remove_socket();
         if let Some(said) = self.said.take() {
             let _ = said.join();
         }
