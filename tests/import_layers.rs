@@ -23,7 +23,7 @@ fn sh(folder: &Folder, line: &str) {
 fn io(folder: &Folder, format: &str, file: &str, commands: &[String]) {
     let mut run = Run::new("qemu-io").args(["-f", format]);
     for command in commands {
-        run = run.args(["-c", command]);
+        run = run.args(["-c", command.as_str()]);
     }
     let said = run.arg(text(&folder.path(file))).in_folder(folder.0.path()).ok();
     assert!(!said.contains("failed") && !said.contains("rror"), "{said}");
@@ -230,7 +230,6 @@ fn every_format_with_a_chain_comes_in() {
     require!("qemu");
     for format in ["vmdk", "qed", "qcow"] {
         let folder = Folder::new();
-        let backing_format = if format == "vmdk" { String::new() } else { format!("-F {format}") };
         sh(&folder, &format!("qemu-img create -q -f {format} base.{format} 8M"));
         io(&folder, format, &format!("base.{format}"), &["write -P 1 1M 3M".to_owned()]);
         // To make one, qemu-img wants to hear the format of what is below; a VMDK has no room for it.
@@ -300,8 +299,6 @@ fn a_chain_that_is_broken_or_cannot_be_levels_is_refused_and_leaves_nothing() {
         "qemu-img create -q -f qcow2 -b noise -F qcow2 -u noisy.qcow2 4M",
         "qemu-img create -q -f qcow2 -o data_file=hidden data.qcow2 4M",
         "qemu-img create -q -f qcow2 -b data.qcow2 -F qcow2 over.qcow2 4M",
-        // A format that is not said, as older programs left it: the length of the header extension becomes that of nothing.
-        "cp good.qcow2 silent.qcow2; qemu-img rebase -q -u -f qcow2 -b base.raw -F '' silent.qcow2 || true",
         "head -c 65536 /dev/urandom > noise",
     ] {
         sh(&folder, line);
@@ -401,7 +398,7 @@ fn an_interrupted_import_leaves_nothing_and_a_killed_one_is_no_image_and_goes_wi
             if signal == Signal::KILL {
                 let left: Vec<String> = folder.names().into_iter().filter(|n| !names.contains(n)).collect();
                 assert_eq!(left, [".vm.new"]);
-                assert!(!folder.ok(&["list", "."]).contains("vm"));
+                assert!(!folder.ok(&["list", "."]).lines().any(|line| line.starts_with("vm")));
             } else {
                 assert_eq!(folder.names(), names, "{signal:?} in level {files}");
             }
