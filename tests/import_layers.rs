@@ -101,7 +101,9 @@ fn snapshots(folder: &Folder, image: &str) -> Vec<String> {
     let said = folder.ok(&["snapshot", "list", image, "--json"]);
     let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
     let lines = said["snapshots"].as_array().or_else(|| said.as_array()).expect("a list");
-    lines.iter().map(|line| line["name"].as_str().expect("a name").to_owned()).collect()
+    let names = lines.iter().map(|line| line["name"].as_str().expect("a name").to_owned());
+    // The disk itself has none.
+    names.filter(|name| !name.is_empty()).collect()
 }
 
 /// A raw file, a qcow2 over it, one over that, and the disk: each larger than the one below, and odd in size.
@@ -226,9 +228,9 @@ fn an_import_works_as_any_image_and_its_snapshots_can_be_merged() {
 }
 
 #[test]
-fn every_format_with_a_chain_comes_in() {
+fn chains_of_vmdk_and_qed_come_in() {
     require!("qemu");
-    for format in ["vmdk", "qed", "qcow"] {
+    for format in ["vmdk", "qed"] {
         let folder = Folder::new();
         sh(&folder, &format!("qemu-img create -q -f {format} base.{format} 8M"));
         io(&folder, format, &format!("base.{format}"), &["write -P 1 1M 3M".to_owned()]);
@@ -292,7 +294,7 @@ fn a_chain_that_is_broken_or_cannot_be_levels_is_refused_and_leaves_nothing() {
         "qemu-img create -q -f qcow2 -b noise -F qcow2 -u noisy.qcow2 4M",
         "qemu-img create -q -f qcow2 -o data_file=hidden data.qcow2 4M",
         "qemu-img create -q -f qcow2 -b data.qcow2 -F qcow2 over.qcow2 4M",
-        "head -c 65536 /dev/urandom > noise",
+        "head -c 65536 /dev/urandom > noise; qemu-img create -q -f qcow -b base.raw -F raw old.qcow",
     ] {
         sh(&folder, line);
     }
@@ -306,6 +308,7 @@ fn a_chain_that_is_broken_or_cannot_be_levels_is_refused_and_leaves_nothing() {
     let said = refused("small.qcow2");
     assert!(said.contains("disk of 2097152 bytes") && said.contains("can grow, not shrink"), "{said}");
     assert!(folder.fails(3, &["import", "--layers", "circle.qcow2", "vm"]).contains("on itself"));
+    assert!(refused("old.qcow").contains("cannot say of which format the file base.raw is"));
     assert!(refused("far.qcow2").contains("which is no file here"));
     assert!(refused("noisy.qcow2").contains("noise"));
     assert!(refused("over.qcow2").contains("names the file hidden"));

@@ -97,8 +97,17 @@ fn below(link: &Link) -> Result<Option<(PathBuf, String)>> {
     }
     let format = match &backing.format {
         Some(format) => format.clone(),
-        // Its parents are of its own sort.
-        None if link.format == "vmdk" => link.format.clone(),
+        // A VMDK's parents are of its own sort; a QED says where what is below is raw.
+        None if ["vmdk", "qed"].contains(&link.format.as_str()) => link.format.clone(),
+        // It has no room for that.
+        None if link.format == "qcow" => {
+            let what = format!(
+                "cannot say of which format the file {} is on which it stands; take the disk alone (--with-backing \
+                 without --layers)",
+                backing.name
+            );
+            return refuse(Kind::Unsupported, what);
+        }
         // The guest of a raw disk writes its first bytes: what those look like must not decide which files are read.
         None => {
             let what = format!(
