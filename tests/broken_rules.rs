@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crash::campaign::{Campaign, layers, one_file};
 use crash::folder::{Op, clone_and_merge, enumerate};
+use crash::images;
 use crash::world::Host;
 use ploopfs::rules::{Broken, Rule};
 
@@ -107,6 +108,14 @@ fn r8_a_descriptor_that_names_a_new_file_before_it_is_synced_is_caught() {
 fn r8_a_step_that_goes_on_before_the_folder_is_synced_is_caught() {
     let scratch = common::memory_dir();
     found(Rule::R8, |_| enumerate(scratch.path(), &[Op::DeleteOldest], 1).map(drop));
+}
+
+#[test]
+fn r8_a_file_that_goes_before_its_image_is_durably_gone_is_caught() {
+    let scratch = common::memory_dir();
+    let remove = [images::Op::Remove(images::Which::Layered)];
+    let what = found(Rule::R8, |_| images::enumerate(scratch.path(), &remove, 1).map(drop));
+    assert!(what.contains("a holds"), "{what}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Power cuts during operations over several files (R8), on a real folder whose names are recorded with its files: after
 //! any step, with any of the unsynced names and contents lost, the image opens with the old state or the new one, every
-//! snapshot that must be there is, an interrupted merge can be finished, and no file is left over.
+//! snapshot that must be there is, an interrupted merge can be finished, and no file is left over. Likewise for images that
+//! get another name or are removed.
 #![cfg(feature = "break-rules")]
 
 mod common;
@@ -10,6 +11,7 @@ mod crash;
 use std::time::Instant;
 
 use crash::folder::{OPS, clone_and_merge, enumerate};
+use crash::images;
 
 #[test]
 fn every_power_cut_of_every_short_history_of_a_folder_leaves_the_disk_and_its_snapshots() {
@@ -18,6 +20,19 @@ fn every_power_cut_of_every_short_history_of_a_folder_leaves_the_disk_and_its_sn
     match enumerate(scratch.path(), &OPS, longest) {
         Ok((histories, states)) => println!(
             "CRASH STATES {states} of {histories} histories over a folder in {} s",
+            began.elapsed().as_secs()
+        ),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn every_power_cut_while_images_are_renamed_or_removed_leaves_each_of_them_whole_or_gone_and_nothing_else() {
+    let (scratch, began) = (common::memory_dir(), Instant::now());
+    let longest = if common::long() { 4 } else { 3 };
+    match images::enumerate(scratch.path(), &images::OPS, longest) {
+        Ok((histories, states)) => println!(
+            "CRASH STATES {states} of {histories} histories over an images folder in {} s",
             began.elapsed().as_secs()
         ),
         Err(e) => panic!("{e}"),

@@ -255,7 +255,7 @@ fn same_content(a: &Path, b: &Path) {
     }
 }
 
-/// What `cp` does where it copies with copy_file_range (of files with holes: coreutils 9.2 and newer).
+/// What `cp` does where it copies with copy_file_range (coreutils 9.1: files without holes alone).
 #[track_caller]
 fn copy(from: &Path, to: &Path) {
     let source = File::open(from).expect("the source");

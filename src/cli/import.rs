@@ -4,11 +4,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, clone, out, size, source};
+use crate::cli::{Outcome, clone, out, restore, size, source};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::has_magic;
 use crate::image::create::{Draft, Plan};
 use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::layers::{self, Link};
 use crate::transfer::{import, qemu};
 
 /// Arguments of `import`.
@@ -23,12 +24,20 @@ pub struct Args {
     /// What FILE is [default: as its name ends, else raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<Format>,
-    /// Cluster size: a power of two from 32K to 64M [default: 1M]
+    /// Cluster size: a power of two from 32K to 64M [default: 1M; with --layers that of the chain, mostly 64K]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     cluster: Option<u64>,
     /// Read the files, too, that FILE names: of which it is an overlay, or that hold its data. Only if you trust it
     #[arg(long)]
     with_backing: bool,
+    /// Keep the files on which FILE stands (its backing chain) as snapshots, and read them. Only if you trust it
+    ///
+    /// Each file of the chain becomes one level, which holds what that file allocates; FILE itself is the live disk.
+    /// A snapshot is called like the file that holds its state, without .qcow2, .raw and the like; what a name cannot
+    /// have becomes "-", and of two alike the upper one gets a number: vm1, vm1-2. Snapshots inside of a qcow2 file are
+    /// not taken along.
+    #[arg(long)]
+    layers: bool,
     #[command(flatten)]
     pace: Pace,
 }
@@ -47,6 +56,10 @@ enum Format {
     Vpc,
     /// VirtualBox's
     Vdi,
+    /// QEMU's before qcow2
+    Qcow,
+    /// QEMU's, of a short time
+    Qed,
 }
 
 impl Format {
@@ -59,6 +72,8 @@ impl Format {
             Format::Vhdx => "vhdx",
             Format::Vpc => "vpc",
             Format::Vdi => "vdi",
+            Format::Qcow => "qcow",
+            Format::Qed => "qed",
         }
     }
 
@@ -70,6 +85,8 @@ impl Format {
             Some("vhdx") => Format::Vhdx,
             Some("vhd" | "vpc") => Format::Vpc,
             Some("vdi") => Format::Vdi,
+            Some("qcow") => Format::Qcow,
+            Some("qed") => Format::Qed,
             _ => Format::Raw,
         }
     }
@@ -83,7 +100,16 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.format.is_none() && format == Format::Raw {
         not_another(&flat)?;
     }
-    let bytes = if format == Format::Raw { flat.size() } else { other_size(&args, format)? };
+    let chain = match format {
+        Format::Raw => Vec::new(),
+        _ if args.layers => layers::chain(&args.file, format.as_str(), args.with_backing)?,
+        _ => vec![alone(&args, format)?],
+    };
+    let notes = notes(&args, &chain);
+    if chain.len() > 1 {
+        return layered(args, chain, to, notes);
+    }
+    let bytes = chain.first().map_or(flat.size(), |link| link.info.size);
     if bytes == 0 {
         return Err(Error::at(Kind::Unsupported, &args.file, "is empty: there is no disk in it").into());
     }
@@ -97,22 +123,62 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         draft.finish()
     })?;
-    source::show(&created.path)?;
-    let path = out::printable(&created.path.to_string_lossy());
-    out::text(&format!("created {path}, {}\n", size::human(created.size)))?;
+    say(&created.path, created.size, notes)
+}
+
+/// With the files on which it stands as snapshots.
+fn layered(args: Args, chain: Vec<Link>, to: PathBuf, mut notes: Vec<String>) -> anyhow::Result<Outcome> {
+    let to = restore::folder_name(to);
+    if to.extension().is_some_and(|suffix| suffix == "raw") {
+        let what = "a raw image has no snapshots; give a name without .raw, or leave --layers out";
+        return Err(Error::at(Kind::Invalid, &to, what).into());
+    }
+    let names = layers::names(&chain);
+    let list = names.iter().zip(&chain).map(|(name, link)| format!("\n  {name}  {}", link.path.display()));
+    notes.insert(0, format!("snapshots, the oldest first:{}", list.collect::<String>()));
+    let (path, cluster) = (to.clone(), args.cluster.unwrap_or_else(|| layers::cluster(&chain)));
+    let size = work::watched(&args.file, args.pace, move |progress| {
+        layers::import(&chain, &names, cluster, &to, progress)
+    })?;
+    say(&path, size, notes)
+}
+
+/// Makes it shown, and says what was made.
+fn say(path: &Path, bytes: u64, notes: Vec<String>) -> anyhow::Result<Outcome> {
+    source::show(path)?;
+    let mut text = format!("created {}, {}\n", out::printable(&path.to_string_lossy()), size::human(bytes));
+    for line in notes.iter().flat_map(|note| note.split('\n')) {
+        text += &out::printable(line);
+        text.push('\n');
+    }
+    out::text(&text)?;
     Ok(Outcome::Done)
 }
 
-fn other_size(args: &Args, format: Format) -> Result<u64> {
+/// What a person should know, beyond what was made.
+fn notes(args: &Args, chain: &[Link]) -> Vec<String> {
+    let mut notes = Vec::new();
+    if args.layers && chain.len() < 2 {
+        notes.push(format!("no snapshots: {} stands on no other file", args.file.display()));
+    }
+    for link in chain.iter().filter(|link| !link.info.snapshots.is_empty()) {
+        let names = link.info.snapshots.join(", ");
+        notes.push(format!("not taken along: the snapshots inside of {}: {names}", link.path.display()));
+    }
+    notes
+}
+
+fn alone(args: &Args, format: Format) -> Result<Link> {
     let info = qemu::info(&args.file, format.as_str())?;
-    if let Some(other) = info.other.filter(|_| !args.with_backing) {
+    if let Some(other) = info.other().filter(|_| !args.with_backing) {
+        let layers = if info.backing.is_some() { "; --layers keeps it as a snapshot" } else { "" };
         let what = format!(
-            "names the file {}, and is not whole without it; --with-backing reads that, too, if you trust it",
-            out::printable(&other)
+            "names the file {other}, and is not whole without it; --with-backing reads that, too, if you trust \
+             it{layers}"
         );
         return Err(Error::at(Kind::NotPermitted, &args.file, what));
     }
-    Ok(info.size)
+    Ok(Link { path: args.file.clone(), format: format.as_str().to_owned(), info })
 }
 
 /// What is about to be taken for plain bytes must not look like something else: cloud images are qcow2 and end in .img.

@@ -145,11 +145,12 @@ pub enum Command {
     /// the newest one then, and the disk stands on it. Any other image is refused. Nothing can be seen of it before the whole
     /// stream was read and every checksum was right; if it is cut off or damaged (exit status 3), all is as before.
     Restore(restore::Args),
-    /// Make an image from a raw file, a block device, or a qcow2, VMDK, VHDX, VHD or VDI file
+    /// Make an image from a raw file, a block device, or a qcow2, VMDK, VHDX, VHD, VDI or QED file
     ///
-    /// Holes and zeroes take no space. Formats other than raw are read by the program qemu-img, which must be installed. A
-    /// file that names others (an overlay's base, a file with the data) is refused without --with-backing: whoever wrote it
-    /// chose which files of this machine would be read. The image appears whole, or not at all; nothing is ever replaced.
+    /// Holes and zeroes take no space. Formats other than raw are read by the programs qemu-img and, for --layers, qemu-nbd,
+    /// which must be installed. A file that names others (an overlay's base, a file with the data) is refused without
+    /// --with-backing or --layers: whoever wrote it chose which files of this machine would be read. The image appears
+    /// whole, or not at all; nothing is ever replaced.
     Import(import::Args),
     /// Write an image or a snapshot to a new raw or qcow2 file
     ///

@@ -108,7 +108,7 @@ fn existing(image: &Path, head: &Head) -> Result<PathBuf> {
 }
 
 /// An image with a snapshot is a folder, whatever suffix was given out of habit.
-fn folder_name(path: PathBuf) -> PathBuf {
+pub fn folder_name(path: PathBuf) -> PathBuf {
     match path.extension() {
         Some(suffix) if suffix == "hds" || suffix == "hdd" => path.with_extension(""),
         _ => path,

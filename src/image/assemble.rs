@@ -1,8 +1,8 @@
-//! A layered image that is put together out of nothing: a snapshot's file, filled by the caller, and an empty top.
+//! A layered image that is put together out of nothing: its files, filled by the caller, become a chain.
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -29,6 +29,8 @@ pub struct Assembly {
     building: OsString,
     to: PathBuf,
     name: String,
+    /// Those made so far, the base first.
+    files: Vec<(String, Header)>,
     done: bool,
 }
 
@@ -45,41 +47,67 @@ impl Assembly {
         let around = File::open(&parent).map_err(|e| Error::io(&e, &parent, "cannot open the folder"))?;
         let building = OsString::from(format!(".{name}.new"));
         let folder = new_folder(around.as_fd(), &building, &parent.join(&building))?;
-        Ok(Assembly { around, parent, folder, building, to: to.to_owned(), name, done: false })
+        Ok(Assembly {
+            around,
+            parent,
+            folder,
+            building,
+            to: to.to_owned(),
+            name,
+            files: Vec::new(),
+            done: false,
+        })
     }
 
-    /// Makes the snapshot's file, empty.
-    pub fn base(&self, header: &Header) -> Result<Level> {
-        let (shown, name) = (self.parent.join(&self.building), format!("{}.hds", self.name));
+    /// Makes one more file on top of those that are there, empty and durable.
+    pub fn delta(&mut self, header: &Header) -> Result<Level> {
+        let shown = self.parent.join(&self.building);
+        let name = match self.files.is_empty() {
+            true => format!("{}.hds", self.name),
+            false => format!("{}.hds.{}", self.name, Guid::random()),
+        };
         let file = create_delta(self.folder.as_fd(), &shown, &name, header, &ours())?;
-        Ok(Level { file: Arc::new(file), path: shown.join(name), layout: Layout::Ploop(*header) })
+        let path = shown.join(&name);
+        self.files.push((name, *header));
+        Ok(Level { file: Arc::new(file), path, layout: Layout::Ploop(*header) })
     }
 
-    /// Makes it an image, once the snapshot's file is durable:
+    /// A short path under which other programs can put something into the folder on its way. What they put there must be
+    /// gone before [`finish`](Self::finish).
+    pub fn open_path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.folder.as_raw_fd()).into()
+    }
+
+    /// Makes it an image, once every file is durable. The last file is the live top, each of the others a snapshot:
+    /// `snapshots` has the identity and the name of each.
     ///
-    /// 1. an empty top beside it, synced; 2. the labels, then the descriptor, synced; 3. the folder synced; 4. renamed to
-    ///    its name, which must be free; 5. the folder around it synced.
+    /// 1. the labels, then the descriptor, synced; 2. the folder synced; 3. renamed to its name, which must be free; 4. the
+    ///    folder around it synced.
     ///
-    /// Until 4 there is no image. 4 before 3: a power cut could leave an image without a file.
-    pub fn finish(mut self, guid: Guid, label: Option<&str>, header: &Header) -> Result<()> {
+    /// Until 3 there is no image. 3 before 2: a power cut could leave an image without a file.
+    pub fn finish(mut self, snapshots: &[(Guid, Option<String>)]) -> Result<()> {
         let built = self.parent.join(&self.building);
         let dir = self.folder.as_fd();
+        let invalid = |what: String| Error::at(Kind::Invalid, &self.to, what);
         // 1.
-        let top = format!("{}.hds.{}", self.name, Guid::random());
-        create_delta(dir, &built, &top, header, &ours())?;
-        // 2.
-        let base = format!("{}.hds", self.name);
-        let mut descriptor = Descriptor::new(header.disk_sectors, header.cluster_sectors, &base, false);
-        descriptor
-            .add_snapshot(guid, &top)
-            .map_err(|bad| Error::at(Kind::Invalid, &self.to, bad.to_string()))?;
+        let ([(base, bottom), above @ ..], Some((_, top))) = (&self.files[..], self.files.last()) else {
+            return Err(invalid("an image has a file at least".into()));
+        };
+        if snapshots.len() != above.len() {
+            return Err(invalid("every file but the last is a snapshot".into()));
+        }
+        let mut descriptor = Descriptor::new(bottom.disk_sectors, bottom.cluster_sectors, base, false);
         let mut labels = Labels::default();
-        labels.set(guid, label.map(str::to_owned));
+        for ((guid, label), (file, _)) in snapshots.iter().zip(above) {
+            descriptor.add_snapshot(*guid, file).map_err(|bad| invalid(bad.to_string()))?;
+            labels.set(*guid, label.clone());
+        }
+        descriptor.set_size(top.disk_sectors);
         write_beside(dir, &built, LABELS_NAME, &labels.to_bytes())?;
         write_beside(dir, &built, DESCRIPTOR, &descriptor.to_xml())?;
-        // 3.
+        // 2.
         sync_folder(dir, &built)?;
-        // 4.
+        // 3.
         rename_new(self.around.as_fd(), &self.building, self.name.as_ref()).map_err(|e| match e {
             Errno::EXIST | Errno::NOTEMPTY => {
                 Error::at(Kind::Exists, &self.to, "has just been made by another")
@@ -87,7 +115,7 @@ impl Assembly {
             e => Error::io(&e.into(), &self.to, "cannot give the image its name"),
         })?;
         self.done = true;
-        // 5.
+        // 4.
         sync_folder(self.around.as_fd(), &self.parent)
     }
 }

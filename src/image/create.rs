@@ -28,6 +28,14 @@ pub const MIN_CLUSTER: u64 = 32 << 10;
 /// Largest cluster in bytes that the ploop tool takes.
 pub const MAX_CLUSTER: u64 = 64 << 20;
 
+/// Whether new images may have this cluster size in bytes; if not, why.
+pub fn check_cluster(cluster: u64) -> std::result::Result<(), String> {
+    if cluster.is_power_of_two() && (MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster) {
+        return Ok(());
+    }
+    Err(format!("the cluster size must be a power of two from 32K to 64M, not {cluster}"))
+}
+
 /// What to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -287,11 +295,7 @@ impl Shape {
             }
             ImageKind::Ploop => {
                 let cluster = plan.cluster.unwrap_or(DEFAULT_CLUSTER);
-                if !cluster.is_power_of_two() || !(MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster) {
-                    return Err(format!(
-                        "the cluster size must be a power of two from 32K to 64M, not {cluster}"
-                    ));
-                }
+                check_cluster(cluster)?;
                 let size = plan.size.checked_next_multiple_of(cluster).ok_or_else(too_large)?;
                 let mut header = Header::new(Version::V2, size, cluster)
                     .map_err(|BadField { reason, .. }| format!("the size is too large: {reason}"))?;

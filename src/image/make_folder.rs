@@ -18,6 +18,7 @@ use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
+use crate::rules::{Step, step};
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
 /// caller holds the image's lock. `path` is the images folder, for messages.
@@ -157,13 +158,15 @@ pub(super) fn remove_abandoned(
     if retry_on_intr(|| flock(&folder, FlockOperation::NonBlockingLockExclusive)).is_err() {
         return Ok(false);
     }
-    // The deltas are named after the image; what write_beside leaves begins with a dot.
+    // The deltas are named after the image; what write_beside leaves, and the socket of an import, begins with a dot.
     let ours = [name.as_bytes(), DESCRIPTOR.as_bytes(), LABELS_NAME.as_bytes(), b"."];
     for entry in rustix::fs::Dir::read_from(&folder)? {
         let entry = entry?;
         let file = entry.file_name().to_bytes();
-        let is_file = rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
+        let is_file =
+            rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| {
+                [FileType::RegularFile, FileType::Socket].contains(&FileType::from_raw_mode(stat.st_mode))
+            });
         if file != b"." && file != b".." && !(is_file && ours.iter().any(|start| file.starts_with(start))) {
             return Ok(false);
         }
@@ -190,12 +193,16 @@ pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Re
             unlink(folder.as_fd(), name)?;
         }
     }
-    // Last: by it a folder that a crash left half-empty is known for an image's.
+    // Last, and after all others for certain: by it a folder that a crash left half-empty is known for an image's.
+    retry_on_intr(|| rustix::fs::fsync(&folder))?;
+    step(Step::FolderSynced(Path::new(name)));
     match unlink(folder.as_fd(), DESCRIPTOR.as_ref()) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?;
+    step(Step::Names);
+    Ok(())
 }
 
 /// Renames; fails where `to` exists. An empty folder there is replaced by hosts that know no better.

@@ -15,6 +15,7 @@ use crate::image::labels::LABELS_NAME;
 use crate::image::make_folder::{remove_abandoned, remove_folder};
 use crate::image::paths;
 use crate::image::store::{Store, sync_folder, unlink};
+use crate::rules::{Rule, Step, broken, step};
 
 /// Behind the dot-name of a layered image's folder that is being removed.
 const REMOVED: &[u8] = b".removed";
@@ -81,6 +82,7 @@ pub fn rename(images: BorrowedFd<'_>, path: &Path, file: &OsStr, name: &OsStr, n
         Errno::EXIST | Errno::NOTEMPTY => Error::at(Kind::Exists, path.join(&to), "is in the way"),
         e => Error::io(&e.into(), &shown, "cannot rename"),
     })?;
+    step(Step::Names);
     sync_folder(images, path) // 2
 }
 
@@ -111,7 +113,10 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
     let gone = OsString::from_vec([b".", file.as_bytes(), REMOVED].concat());
     remove_folder(images, &gone).map_err(cannot)?;
     rustix::fs::renameat(images, file, images, &gone).map_err(|e| cannot(e.into()))?; // 1
-    sync_folder(images, path)?; // 2
+    step(Step::Names);
+    if !broken(Rule::R8) {
+        sync_folder(images, path)?; // 2
+    }
     remove_folder(images, &gone).map_err(cannot) // 3
 }
 

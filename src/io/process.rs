@@ -8,8 +8,9 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::thread::{Builder, JoinHandle};
 
+use rustix::fs::Mode;
 use rustix::mm::MlockAllFlags;
-use rustix::process::{Resource, Rlimit};
+use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Error, Kind};
@@ -116,6 +117,24 @@ pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate
 pub fn name_this_thread(name: &str) -> io::Result<()> {
     let name = std::ffi::CString::new(name)?;
     Ok(rustix::thread::set_name(&name)?)
+}
+
+/// The program that `command` starts is killed when the calling thread ends, however that comes about, and what it makes
+/// is its owner's alone.
+pub fn ends_with_this_thread(command: &mut Command) -> &mut Command {
+    let parent = rustix::process::getpid();
+    // SAFETY: between fork and exec only system calls are made, nothing is allocated and no lock is taken.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::umask(Mode::RWXG | Mode::RWXO);
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            // It may have ended before that.
+            match rustix::process::getppid() == Some(parent) {
+                true => Ok(()),
+                false => Err(io::Error::from(io::ErrorKind::Interrupted)),
+            }
+        })
+    }
 }
 
 /// A command that starts this program again as a daemon: a session of its own, the root folder, nothing on

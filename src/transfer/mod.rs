@@ -5,6 +5,8 @@ pub mod backup;
 pub mod disk;
 pub mod export;
 pub mod import;
+pub mod layers;
+pub mod nbd;
 pub mod pieces;
 pub mod qemu;
 pub mod restore;
@@ -18,7 +20,11 @@ use crate::vdisk::{Engine, Image, OnFull, Options};
 /// Opens `levels` for writing into the top, which nobody else sees yet. Where the host is full, writes fail at once:
 /// somebody waits for this command.
 fn writer(name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
-    let options = Options { on_full: OnFull::Error, ..Options::default() };
+    let mut options = Options { on_full: OnFull::Error, ..Options::default() };
+    if let Some(geometry) = levels.last().and_then(Level::geometry) {
+        // A disk that is smaller than a step needs no more.
+        options.extend = options.extend.min(geometry.disk.next_multiple_of(geometry.cluster));
+    }
     let engine = Engine::new(options, Box::new(|event| log::debug!("{event}")));
     let image = Image::open(&engine, name, levels)?;
     image.make_writable()?;

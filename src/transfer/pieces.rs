@@ -11,7 +11,7 @@ use crate::progress::Progress;
 
 /// Threads that copy: one waits for the host while another compares and checksums; more than the host's queue of a disk
 /// wants would only compete with its other users.
-const HANDS: usize = 4;
+pub(super) const HANDS: usize = 4;
 
 /// A part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,16 +1,18 @@
 //! Formats of other programs, by the `qemu-img` program: the reader of qcow2, VMDK, VHDX, VHD and VDI that is tested most
 //! and repaired first, in its own process, where what it makes of a hostile file harms nobody here.
 
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
+use crate::io::process::ends_with_this_thread;
 use crate::progress::Progress;
 
 const PROGRAM: &str = "qemu-img";
@@ -18,12 +20,29 @@ const PROGRAM: &str = "qemu-img";
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What `qemu-img info` says of a file.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Info {
     /// Disk size in bytes.
     pub size: u64,
-    /// Another file that it names, and without which it is not whole.
-    pub other: Option<String>,
+    /// The least that it maps on its own, in bytes; None: no such unit.
+    pub cluster: Option<u64>,
+    /// The file below it.
+    pub backing: Option<Backing>,
+    /// Another file that holds its data, and without which it is not whole.
+    pub data: Option<String>,
+    /// The names of the snapshots in it.
+    pub snapshots: Vec<String>,
+}
+
+/// The file below another, as that names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// Its name as it is written there.
+    pub name: String,
+    /// Where it is.
+    pub path: String,
+    /// Its format; None: the file does not say.
+    pub format: Option<String>,
 }
 
 impl Info {
@@ -34,10 +53,27 @@ impl Info {
         // A VMDK names its own file among its extents.
         let extents = data["extents"].as_array().into_iter().flatten();
         let mut extents = extents.filter_map(|extent| text(&extent["filename"]));
-        let other = text(&said["backing-filename"])
-            .or_else(|| text(&data["data-file"]))
-            .or_else(|| extents.find(|name| Path::new(name) != path));
-        Some(Info { size: said["virtual-size"].as_u64()?, other })
+        let other = text(&data["data-file"]).or_else(|| extents.find(|name| Path::new(name) != path));
+        let backing = text(&said["backing-filename"]).map(|name| Backing {
+            path: text(&said["full-backing-filename"]).unwrap_or_else(|| name.clone()),
+            format: text(&said["backing-filename-format"]),
+            name,
+        });
+        // Extended entries map by the 32nd part of a cluster.
+        let parts = if data["extended-l2"].as_bool() == Some(true) { 32 } else { 1 };
+        let snapshots = said["snapshots"].as_array().into_iter().flatten();
+        Some(Info {
+            size: said["virtual-size"].as_u64()?,
+            cluster: said["cluster-size"].as_u64().map(|cluster| cluster / parts),
+            backing,
+            data: other,
+            snapshots: snapshots.filter_map(|snapshot| text(&snapshot["name"])).collect(),
+        })
+    }
+
+    /// Any other file that it names, and without which it is not whole.
+    pub fn other(&self) -> Option<&str> {
+        self.backing.as_ref().map(|backing| &*backing.name).or(self.data.as_deref())
     }
 }
 
@@ -46,13 +82,59 @@ pub fn info(file: &Path, format: &str) -> Result<Info> {
     let mut command = Command::new(PROGRAM);
     let path = absolute(file)?;
     command.args(["info", "--output=json", "-f", format]).arg(&path).stdin(Stdio::null());
-    let done = command.output().map_err(|e| cannot_run(&e))?;
+    let done = command.output().map_err(|e| cannot_run(PROGRAM, &e))?;
     if !done.status.success() {
-        return Err(refused(file, &done.stderr));
+        return Err(refused(PROGRAM, file, &done.stderr));
     }
     let said = serde_json::from_slice(&done.stdout).unwrap_or_default();
-    Info::of(&said, &path)
-        .ok_or_else(|| Error::at(Kind::Io, file, "qemu-img info says nothing that is understood"))
+    Info::of(&said, &path).ok_or_else(|| not_understood(file, "info"))
+}
+
+/// A range of a disk that its file allocates; what lies in the files below it is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins, in bytes.
+    pub begin: u64,
+    /// Where it ends, in bytes.
+    pub end: u64,
+    /// It reads as zero, and nothing need be read for it.
+    pub zero: bool,
+}
+
+/// One range as `qemu-img map` prints it. Programs older than 6.1 do not say `present`.
+#[derive(Deserialize)]
+struct Mapped {
+    start: u64,
+    length: u64,
+    depth: u32,
+    #[serde(default = "yes")]
+    present: bool,
+    zero: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What `file` itself allocates, ascending; neighbours of one sort are one.
+pub fn map(file: &Path, format: &str, progress: &Progress) -> Result<Vec<Extent>> {
+    let mut command = Command::new(PROGRAM);
+    command.args(["map", "--output=json", "-f", format]).arg(absolute(file)?);
+    let read = |stdout: ChildStdout| serde_json::from_reader::<_, Vec<Mapped>>(BufReader::new(stdout));
+    let ranges = run(&mut command, file, progress, read, || ())?;
+    ranges.map(|ranges| own(&ranges)).map_err(|_| not_understood(file, "map"))
+}
+
+fn own(ranges: &[Mapped]) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    for range in ranges.iter().filter(|range| range.depth == 0 && range.present) {
+        let end = range.start.saturating_add(range.length);
+        match extents.last_mut() {
+            Some(last) if last.end == range.start && last.zero == range.zero => last.end = end,
+            _ => extents.push(Extent { begin: range.start, end, zero: range.zero }),
+        }
+    }
+    extents
 }
 
 /// Converts a file of one format into one of another; each is format and path. `size` of the disk in bytes.
@@ -66,60 +148,68 @@ pub fn convert(
     progress.set_total(size);
     let mut command = Command::new(PROGRAM);
     command.args(["convert", "-p"]).args(options).args(["-f", from.0, "-O", to.0]);
-    command
-        .arg(absolute(from.1)?)
-        .arg(to.1)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    // A Ctrl-C of the terminal is for us; we end it.
-    command.process_group(0);
-    let mut child = command.spawn().map_err(|e| cannot_run(&e))?;
-    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let percent = AtomicU64::new(0);
-    let (status, said) = std::thread::scope(|scope| {
-        scope.spawn(|| follow(stdout, &percent));
-        let said = scope.spawn(|| {
-            let mut said = Vec::new();
-            // What it could not say is missing in a message, no more.
-            let _ = stderr.map(|mut stderr| stderr.read_to_end(&mut said));
-            said
-        });
-        let status = wait(&mut child, &percent, size, progress);
-        (status, said.join().unwrap_or_default())
-    });
-    if status?.success() { Ok(()) } else { Err(refused(from.1, &said)) }
-}
-
-/// Waits for its end; ends it when the work is cancelled.
-fn wait(
-    child: &mut Child,
-    percent: &AtomicU64,
-    size: u64,
-    progress: &Progress,
-) -> Result<std::process::ExitStatus> {
-    let lost = |e: io::Error| Error::new(Kind::Io, format!("cannot wait for qemu-img: {e}"));
-    let mut shown = 0;
-    loop {
-        if let Some(status) = child.try_wait().map_err(lost)? {
-            return Ok(status);
-        }
-        if let Err(cancelled) = progress.check() {
-            // It may just have ended.
-            let _ = child.kill();
-            child.wait().map_err(lost)?;
-            return Err(cancelled);
-        }
+    command.arg(absolute(from.1)?).arg(to.1);
+    let (percent, mut shown) = (AtomicU64::new(0), 0);
+    let look = || {
         let done = size / 100 * percent.load(Ordering::Relaxed);
         progress.skip(done.saturating_sub(shown));
         shown = done.max(shown);
-        std::thread::sleep(LOOK);
-    }
+    };
+    run(&mut command, from.1, progress, |stdout| follow(stdout, &percent), look)
+}
+
+/// Runs `command` to its end, with `read` on what it prints and `look` now and then; ends it when the work is cancelled.
+/// `file` is for messages.
+fn run<T: Send>(
+    command: &mut Command,
+    file: &Path,
+    progress: &Progress,
+    read: impl FnOnce(ChildStdout) -> T + Send,
+    mut look: impl FnMut(),
+) -> Result<T> {
+    let lost = |e: io::Error| Error::new(Kind::Io, format!("cannot wait for {PROGRAM}: {e}"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = ours(command).spawn().map_err(|e| cannot_run(PROGRAM, &e))?;
+    let pipes = (child.stdout.take(), child.stderr.take());
+    std::thread::scope(|scope| {
+        let (stdout, stderr) = pipes;
+        let read = scope.spawn(|| stdout.map(read));
+        let said = scope.spawn(|| stderr.map(said).unwrap_or_default());
+        let status = loop {
+            if let Some(status) = child.try_wait().map_err(lost)? {
+                break status;
+            }
+            if let Err(cancelled) = progress.check() {
+                // It may just have ended.
+                let _ = child.kill();
+                child.wait().map_err(lost)?;
+                return Err(cancelled);
+            }
+            look();
+            std::thread::sleep(LOOK);
+        };
+        let (read, said) = (read.join().ok().flatten(), said.join().unwrap_or_default());
+        match read {
+            Some(read) if status.success() => Ok(read),
+            _ => Err(refused(PROGRAM, file, &said)),
+        }
+    })
+}
+
+/// A Ctrl-C of the terminal is for us, and we end the program; it does not outlive us either.
+pub(super) fn ours(command: &mut Command) -> &mut Command {
+    ends_with_this_thread(command).process_group(0)
+}
+
+/// All that it says; what cannot be read is missing in a message, no more.
+pub(super) fn said(mut stderr: impl Read) -> Vec<u8> {
+    let mut said = Vec::new();
+    let _ = stderr.read_to_end(&mut said);
+    said
 }
 
 /// Reads `    (12.34/100%)` after `    (12.34/100%)`.
-fn follow(stdout: Option<impl Read>, percent: &AtomicU64) {
-    let Some(mut stdout) = stdout else { return };
+fn follow(mut stdout: impl Read, percent: &AtomicU64) {
     let (mut buf, mut text) = ([0; 256], Vec::new());
     while let Ok(n @ 1..) = stdout.read(&mut buf) {
         text.extend_from_slice(&buf[..n]);
@@ -133,25 +223,32 @@ fn follow(stdout: Option<impl Read>, percent: &AtomicU64) {
 }
 
 /// With a slash in front no part of a name is taken for a protocol or an option.
-fn absolute(file: &Path) -> Result<PathBuf> {
+pub(super) fn absolute(file: &Path) -> Result<PathBuf> {
     std::path::absolute(file).map_err(|e| Error::io(&e, file, "cannot open"))
 }
 
-fn cannot_run(e: &io::Error) -> Error {
+pub(super) fn cannot_run(program: &str, e: &io::Error) -> Error {
     if e.kind() == io::ErrorKind::NotFound {
-        let what = "the program qemu-img is not installed, which reads and writes all formats but raw (Debian: apt-get \
-                    install qemu-utils)";
+        let what = format!(
+            "the program {program} is not installed, which reads and writes all formats but raw (Debian: apt-get install \
+             qemu-utils)"
+        );
         return Error::new(Kind::Unsupported, what);
     }
-    Error::io(e, PROGRAM, "cannot run the program")
+    Error::io(e, program, "cannot run the program")
 }
 
-fn refused(file: &Path, stderr: &[u8]) -> Error {
+pub(super) fn refused(program: &str, file: &Path, stderr: &[u8]) -> Error {
     let said = String::from_utf8_lossy(stderr);
-    let said = said.trim().strip_prefix("qemu-img: ").unwrap_or(said.trim());
+    let said = said.trim();
+    let said = said.strip_prefix(&format!("{program}: ")).unwrap_or(said);
     // A hostile name must not fill the screen.
     let said: String = said.chars().take(500).collect();
-    Error::at(Kind::Io, file, format!("qemu-img failed: {said}"))
+    Error::at(Kind::Io, file, format!("{program} failed: {said}"))
+}
+
+fn not_understood(file: &Path, asked: &str) -> Error {
+    Error::at(Kind::Io, file, format!("{PROGRAM} {asked} says nothing that is understood"))
 }
 
 #[cfg(test)]
@@ -170,13 +267,14 @@ mod tests {
             }
         }
         let percent = AtomicU64::new(0);
-        follow(Some(Bits(b"    (0.00/100%)\r    (41.66/100%)\r    (7")), &percent);
+        follow(Bits(b"    (0.00/100%)\r    (41.66/100%)\r    (7"), &percent);
         assert_eq!(percent.load(Ordering::Relaxed), 41);
     }
 
     #[test]
     fn every_other_file_that_a_file_names_is_seen() {
-        let other = |said: Value| Info::of(&said, Path::new("/d/own")).expect("a size").other;
+        let other =
+            |said: Value| Info::of(&said, Path::new("/d/own")).expect("a size").other().map(str::to_owned);
         let size = 1 << 20;
         let extents = |name: &str| serde_json::json!({"virtual-size": size, "format-specific": {"data": {"extents": [{"filename": name}]}}});
         assert_eq!(other(serde_json::json!({"virtual-size": size})), None);
@@ -189,8 +287,39 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_stands_on_another_is_read_with_its_clusters_and_its_snapshots() {
+        let said = serde_json::json!({
+            "virtual-size": 1 << 20, "cluster-size": 65536, "backing-filename": "b", "full-backing-filename": "/d/b",
+            "backing-filename-format": "raw", "snapshots": [{"name": "one"}, {"name": "two"}],
+            "format-specific": {"data": {"extended-l2": true}},
+        });
+        let backing = Backing { name: "b".into(), path: "/d/b".into(), format: Some("raw".into()) };
+        let expected = Info {
+            size: 1 << 20,
+            cluster: Some(2048),
+            backing: Some(backing),
+            data: None,
+            snapshots: vec!["one".into(), "two".into()],
+        };
+        assert_eq!(Info::of(&said, Path::new("/d/own")), Some(expected));
+    }
+
+    #[test]
+    fn only_what_the_file_itself_allocates_is_in_its_map_and_neighbours_are_one() {
+        let said = r#"[
+            {"start": 0, "length": 10, "depth": 0, "present": true, "zero": false, "data": true, "offset": 7},
+            {"start": 10, "length": 10, "depth": 0, "present": true, "zero": false, "data": true, "compressed": true},
+            {"start": 20, "length": 10, "depth": 0, "zero": true, "data": false},
+            {"start": 30, "length": 10, "depth": 1, "present": true, "zero": false, "data": true},
+            {"start": 40, "length": 10, "depth": 0, "present": false, "zero": true, "data": false}]"#;
+        let ranges: Vec<Mapped> = serde_json::from_str(said).expect("as qemu-img prints it");
+        let extent = |begin, end, zero| Extent { begin, end, zero };
+        assert_eq!(own(&ranges), [extent(0, 20, false), extent(20, 30, true)]);
+    }
+
+    #[test]
     fn a_missing_program_is_named_with_what_to_install() {
-        let e = cannot_run(&io::Error::from(io::ErrorKind::NotFound));
+        let e = cannot_run(PROGRAM, &io::Error::from(io::ErrorKind::NotFound));
         assert!(e.kind() == Kind::Unsupported && e.to_string().contains("qemu-utils"), "{e}");
     }
 }

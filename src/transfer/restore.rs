@@ -15,6 +15,7 @@ use crate::image::create::{DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER};
 use crate::image::diff;
 use crate::image::labels::Labels;
 use crate::image::layers::{Direct, Layers, header_above};
+use crate::image::level::Level;
 use crate::image::paths::image_folder;
 use crate::io::real::Access;
 use crate::progress::Progress;
@@ -129,25 +130,34 @@ impl Stream {
     }
 
     /// Makes the image `to`, a folder: 1. the snapshot's file in a dot-folder, filled; 2. the stream's end is read, so that
-    /// everything is known to be right; 3. the file durable; 4. the rest, and the name ([`Assembly::finish`]).
+    /// everything is known to be right; 3. the file durable; 4. an empty top beside it, durable; 5. the rest, and the name
+    /// ([`Assembly::finish`]).
     ///
-    /// 4 before 2 could show a disk of which the end is missing.
+    /// 5 before 2 could show a disk of which the end is missing.
     pub fn make_image(mut self, to: &Path, progress: &Progress) -> Result<Head> {
         let size = whole_sectors(self.head.size);
         let fits = |cluster: u64| cluster.is_power_of_two() && (MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster);
         let cluster = if fits(self.head.cluster) { self.head.cluster } else { DEFAULT_CLUSTER };
         let header = Header::new(Version::V2, size, cluster)
             .map_err(|bad| Error::at(Kind::Unsupported, to, bad.to_string()))?;
-        let new = Assembly::begin(to)?;
-        let image = writer(&self.head.image, vec![new.base(&header)?])?;
+        let mut new = Assembly::begin(to)?;
+        let image = writer(&self.head.image, vec![new.delta(&header)?])?;
         filled(&image, |image| self.pour(image, progress))?;
         let label = Some(&*self.head.name).filter(|name| Labels::default().check(name).is_ok());
-        new.finish(self.head.guid, label, &header)?;
+        new.delta(&header)?;
+        new.finish(&[(self.head.guid, label.map(str::to_owned))])?;
         Ok(self.head)
     }
 
-    /// Applies it on the layered image in `folder`, whose newest snapshot must be its base and whose disk must not have
-    /// changed since. Returns what a person should know.
+    /// Applies it on the layered image in `folder`: [`apply_on`](Self::apply_on).
+    pub fn apply(self, folder: &Path, progress: &Progress) -> Result<(Head, Option<String>)> {
+        let opener = Arc::new(Direct(Access::Widest));
+        let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
+        self.apply_on(&layers, &chain, progress)
+    }
+
+    /// Applies it on an image that nobody else has open, `chain` being its live chain. Its newest snapshot must be the
+    /// stream's base, and its disk must not have changed since. Returns what a person should know.
     ///
     /// 1. a new delta above the base, noted, filled; 2. the stream's end is read; 3. that delta durable; 4. an empty top,
     ///    noted, durable; 5. the label; 6. the descriptor, in which the new delta is a snapshot on the base and the new top
@@ -155,14 +165,19 @@ impl Stream {
     ///
     /// Before 6 the image is as it was, and the next open removes what was noted. 6 before 2 or 3 could show a snapshot that
     /// is not all there; 7 before 6 could leave a descriptor that names a missing file.
-    pub fn apply(mut self, folder: &Path, progress: &Progress) -> Result<(Head, Option<String>)> {
-        let opener = Arc::new(Direct(Access::Widest));
-        let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
+    pub fn apply_on(
+        mut self,
+        layers: &Arc<Layers>,
+        chain: &[Level],
+        progress: &Progress,
+    ) -> Result<(Head, Option<String>)> {
+        let folder = layers.store().path().to_owned();
+        let folder = folder.as_path();
         if !layers.writable() {
             return Err(Error::at(Kind::ReadOnly, folder, "the image cannot be written"));
         }
         let _alone = layers.begin_operation()?;
-        let base = self.base(&layers, folder)?;
+        let base = self.base(layers, folder)?;
         if !chain.last().map_or(Ok(false), diff::is_empty)? {
             let why = format!(
                 "the disk was written since its snapshot {base}, and would lose that; go back first: ploopfs snapshot \
@@ -173,7 +188,7 @@ impl Stream {
         }
         layers.store().redo_unsynced()?;
         let mut made = Vec::new();
-        let result = self.put_above(&layers, &mut made, progress);
+        let result = self.put_above(layers, &mut made, progress);
         if result.is_err() {
             // Noted: what cannot be removed now goes at the next open.
             let named = |file: &String| layers.store().descriptor().names(file);

@@ -74,7 +74,7 @@ fn missing(need: &str) -> Option<String> {
             let refused = strict.handle_access(AccessFs::Refer).err();
             return refused.map(|error| format!("this kernel has no Landlock that would do: {error}"));
         }
-        "qemu" => &["qemu-img", "qemu-io"],
+        "qemu" => &["qemu-img", "qemu-io", "qemu-nbd"],
         "package" => &["cargo-deb", "dpkg", "dpkg-deb", "man"],
         "guest" => &["qemu-system-x86_64", "busybox", "mke2fs", "modprobe", "ldd", "gzip"],
         "ploop" => &["ploop"],

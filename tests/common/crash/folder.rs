@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use ploopfs::format::descriptor::Descriptor;
 use ploopfs::format::header::{Header, Version};
+use ploopfs::image::diff;
 use ploopfs::image::layers::{Direct, Layers, Opened, Opener};
 use ploopfs::image::switch::switch;
 use ploopfs::io::real::Access;
@@ -20,8 +21,9 @@ use ploopfs::vdisk::live::{Work, carry_out};
 use ploopfs::vdisk::{Engine, Image, Level};
 
 use super::campaign::Live;
-use super::judge::{engine, sound};
-use super::power::{Change, Keep, Rng, SECTOR, Unsynced, collapse, read_stamp};
+use super::judge::{engine, sound, values};
+use super::power::{Change, Keep, Rng, SECTOR, Unsynced, collapse};
+use super::restored;
 use super::world::{Host, Record, World, empty, lock};
 
 const XML: &str = "DiskDescriptor.xml";
@@ -157,11 +159,21 @@ pub enum Op {
     /// Back to the newest snapshot.
     Switch,
     Grow,
+    /// An incremental backup is restored above the newest snapshot, where the disk did not change since.
+    Restore,
 }
 
 /// All of them.
-pub const OPS: [Op; 7] =
-    [Op::Write, Op::Fsync, Op::Snapshot, Op::DeleteOldest, Op::DeleteNewest, Op::Switch, Op::Grow];
+pub const OPS: [Op; 8] = [
+    Op::Write,
+    Op::Fsync,
+    Op::Snapshot,
+    Op::DeleteOldest,
+    Op::DeleteNewest,
+    Op::Switch,
+    Op::Grow,
+    Op::Restore,
+];
 
 /// An image of a site while a history runs on it.
 struct Run {
@@ -287,7 +299,37 @@ impl Run {
                 drop(world);
                 self.open()
             }
+            Op::Restore => self.restore(),
         }
+    }
+
+    fn restore(&mut self) -> Result<(), String> {
+        let Some(base) = self.label(true) else { return Ok(()) };
+        self.close()?;
+        let (layers, levels) = self.layers()?;
+        let top = levels.last().ok_or("no top")?;
+        if diff::is_empty(top).map_err(|e| e.to_string())? {
+            self.stamp += 1;
+            let label = format!("s{}", self.stamp);
+            let guid = layers.store().find_snapshot(&base).map_err(|e| e.to_string())?;
+            let now = {
+                let mut world = lock(&self.site.record.world);
+                let mut now = world.folder.snapshots[&base].0.clone();
+                restored::change(&mut now, self.stamp);
+                for (i, values) in world.allowed.iter_mut().enumerate() {
+                    values.push(now.get(i).copied().unwrap_or(0));
+                }
+                world.folder.snapshots.insert(label.clone(), (now.clone(), false));
+                now
+            };
+            let stream = restored::stream(guid, &label, now.len() as u64 * 512, self.stamp);
+            restored::apply(stream, &layers, &levels)?;
+            self.must(&label, true);
+            let mut world = lock(&self.site.record.world);
+            world.allowed = now.into_iter().map(|value| vec![value]).collect();
+        }
+        drop((levels, layers));
+        self.open()
     }
 
     /// Closes it, all of it durable; what is there now.
@@ -342,16 +384,6 @@ fn judge(engine: &Arc<Engine>, path: &Path, world: &World) -> Result<(), String>
         .into_iter()
         .find(|(name, _)| name.starts_with("vm.hds") && !layers.store().descriptor().names(name));
     left.map_or(Ok(()), |(name, _)| Err(format!("{name} is left over")))
-}
-
-fn values(image: &Arc<Image>, allowed: impl Fn(usize, u32) -> bool) -> Result<(), String> {
-    let data = image.read_at(0, image.size() as usize).map_err(|e| format!("cannot be read: {e}"))?;
-    for (sector, bytes) in data.chunks(SECTOR).enumerate() {
-        if !read_stamp(bytes).is_some_and(|value| allowed(sector, value)) {
-            return Err(format!("sector {sector} holds {:?}", read_stamp(bytes)));
-        }
-    }
-    Ok(())
 }
 
 /// What a cut may leave of names and contents: the names one by one, each with nothing and with any of the content.

@@ -103,3 +103,14 @@ pub fn sound(bytes: &[u8]) -> Result<(), String> {
     }
     Err(format!("not in use, but {} bytes long instead of {end}", bytes.len()))
 }
+
+/// Every sector of the disk holds what `allowed` says of it.
+pub fn values(image: &Arc<Image>, allowed: impl Fn(usize, u32) -> bool) -> Result<(), String> {
+    let data = image.read_at(0, image.size() as usize).map_err(|e| format!("cannot be read: {e}"))?;
+    for (sector, bytes) in data.chunks(SECTOR).enumerate() {
+        if !read_stamp(bytes).is_some_and(|value| allowed(sector, value)) {
+            return Err(format!("sector {sector} holds {:?}", read_stamp(bytes)));
+        }
+    }
+    Ok(())
+}

@@ -5,8 +5,12 @@
 pub mod campaign;
 #[cfg(feature = "break-rules")]
 pub mod folder;
+#[cfg(feature = "break-rules")]
+pub mod images;
 pub mod judge;
 pub mod power;
+#[cfg(feature = "break-rules")]
+pub mod restored;
 pub mod tracked;
 pub mod watched;
 pub mod world;
