@@ -88,7 +88,8 @@ fn r6_an_fsync_that_joins_a_running_round_is_caught() {
     // Syncs that take a while, so that an fsync meets a round that runs.
     let host = Host { sync_takes: Duration::from_micros(300), ..one_file().host };
     let what = found_by(Rule::R6, &Campaign { host, ..one_file() });
-    assert!(what.contains("sector"), "{what}");
+    // A lost entry; where the close lost it, the file is longer than its BAT says.
+    assert!(what.contains("sector") || what.contains("bytes long instead of"), "{what}");
 }
 
 #[test]
