@@ -1,4 +1,4 @@
-//! The SQLite loop: one history, in which host operation N fails, for N = 1, 2, ... until nothing fails any more.
+//! The SQLite loop: a history, in which host operation N fails, for N = 1, 2, ... until nothing fails any more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -47,6 +47,38 @@ const HISTORY: [Op; 19] = [
     Op::Write(160, 24, 10), // for the close to save
 ];
 
+/// The histories: with PLOOPFS_LONG=1 ten of them, nine by chance.
+fn histories() -> Vec<Vec<Op>> {
+    let long = std::env::var("PLOOPFS_LONG").is_ok_and(|n| n != "0");
+    let by_chance = (1..if long { 10 } else { 1 }).map(by_chance);
+    std::iter::once(HISTORY.to_vec()).chain(by_chance).collect()
+}
+
+/// As long as the one above, and with something left for the close to save.
+fn by_chance(seed: u64) -> Vec<Op> {
+    let mut state = seed;
+    // Knuth's MMIX: the upper bits are good enough to pick by.
+    let mut below = move |n: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % n
+    };
+    let mut history = Vec::new();
+    for number in 1..HISTORY.len() as u32 {
+        let at = below(SECTORS);
+        let n = 1 + below((SECTORS - at).min(40));
+        history.push(match below(10) {
+            0..4 => Op::Write(at, n, number),
+            4 => Op::Write(at, n, 0),
+            5 => Op::Durable(at, n, number),
+            6 | 7 => Op::Discard(at, n),
+            8 => Op::Flush,
+            _ => Op::Read(at, n),
+        });
+    }
+    history.push(Op::Write(below(SECTORS - 8), 8, HISTORY.len() as u32));
+    history
+}
+
 /// For every sector, what it may hold: now, and on the file (any value since the last sync that worked).
 struct Model {
     now: Vec<Vec<u32>>,
@@ -77,14 +109,14 @@ impl Model {
 }
 
 /// One run; returns how many faults were injected.
-fn run(spec: &str, options: Options) -> u64 {
+fn run(history: &[Op], spec: &str, options: Options) -> u64 {
     let forever = spec.ends_with("forever");
     let Ok(rig) = Rig::open(empty_file(CLUSTERS), spec, options) else {
         return 1; // The fault met the opening, which said so.
     };
     let zeroes = vec![vec![0]; SECTORS as usize];
     let mut model = Model { now: zeroes.clone(), file: zeroes };
-    for op in HISTORY {
+    for &op in history {
         match op {
             Op::Write(at, n, value) | Op::Durable(at, n, value) => {
                 let durable = matches!(op, Op::Durable(..));
@@ -149,7 +181,7 @@ fn failed(rig: &Rig) -> u64 {
 }
 
 /// Runs `fault` with N in place of `#` for N = 1, 2, ...
-fn every_n(fault: &str, options: &Options) -> u64 {
+fn every_n(number: usize, history: &[Op], fault: &str, options: &Options) -> u64 {
     let total = AtomicU64::new(0);
     let mut n = 1;
     loop {
@@ -157,8 +189,9 @@ fn every_n(fault: &str, options: &Options) -> u64 {
             let runs: Vec<_> = (n..n + AT_ONCE)
                 .map(|n| {
                     let (spec, options) = (fault.replace('#', &n.to_string()), options.clone());
-                    let thread = std::thread::Builder::new().name(format!("{spec} {:?}", options.on_full));
-                    thread.spawn_scoped(scope, move || run(&spec, options)).expect("a thread")
+                    let name = format!("history {number}, {spec} {:?}", options.on_full);
+                    let thread = std::thread::Builder::new().name(name);
+                    thread.spawn_scoped(scope, move || run(history, &spec, options)).expect("a thread")
                 })
                 .collect();
             let faults: Vec<u64> = runs.into_iter().map(|r| r.join().expect("no run fails")).collect();
@@ -173,7 +206,10 @@ fn every_n(fault: &str, options: &Options) -> u64 {
 }
 
 fn all(faults: &[&str], options: &Options) {
-    let count: u64 = faults.iter().map(|fault| every_n(fault, options)).sum();
+    let mut count = 0;
+    for (number, history) in histories().iter().enumerate() {
+        count += faults.iter().map(|fault| every_n(number, history, fault, options)).sum::<u64>();
+    }
     println!("FAULTS {count}");
 }
 
