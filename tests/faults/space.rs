@@ -80,7 +80,9 @@ fn a_write_without_space_is_parked_everything_else_goes_on_and_it_ends_when_spac
             _ => None,
         })
         .collect();
-    assert_eq!(written, places, "in the order in which they came");
+    // One tries whether there is space; where that works, the others run side by side.
+    assert_eq!((written.len(), written.first()), (3, places.first()), "the first that came, then the others");
+    assert!(places.iter().all(|place| written.contains(place)), "{written:x?}, {places:x?}");
     assert_eq!((count(&rig, is_full), count(&rig, is_space)), (1, 1));
     assert_eq!((rig.image.mode(), rig.image.stats().queued), (Mode::Write, 0));
     rig.close();
