@@ -68,7 +68,14 @@ fn write_through_loop(device: &Loop) -> common::Finished {
 fn first_bytes_are_right(file: &File, clusters: u64) {
     for cluster in 0..clusters {
         let data = read_at(file, cluster * MIB, MIB as usize).expect("a read");
-        assert!(data == vec![cluster as u8 + 1; MIB as usize], "cluster {cluster} is not what was written");
+        let wrong = |byte: &u8| *byte != cluster as u8 + 1;
+        let first = data.iter().position(wrong);
+        let last = data.iter().rposition(wrong);
+        assert!(
+            first.is_none(),
+            "cluster {cluster} is not what was written: {first:?} to {last:?}, {:?}",
+            first.map(|at| data[at])
+        );
     }
 }
 

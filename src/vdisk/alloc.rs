@@ -179,6 +179,17 @@ impl Allocator {
         }
     }
 
+    /// Takes a file cluster where that makes no work due: for the fast path, which has nowhere to wait.
+    pub fn take_in_hand(&self) -> Option<u64> {
+        let mut s = lock(&self.state);
+        let room = s.clean.len() + (s.durable - s.next);
+        let scrub_is_due = s.clean.is_empty() && !s.stale.is_empty();
+        if scrub_is_due || s.pace < s.step || room <= s.step.div_ceil(2) {
+            return None;
+        }
+        s.ready()
+    }
+
     /// Takes a file cluster if one is ready; starts nothing.
     pub fn take_ready(&self) -> Option<u64> {
         lock(&self.state).ready()
@@ -431,6 +442,24 @@ mod tests {
             alloc.extended(to);
         }
         assert_eq!(made, [1, 2, 4, 4]);
+    }
+
+    #[test]
+    fn the_fast_path_takes_a_cluster_only_while_nothing_is_due() {
+        let alloc = Allocator::new(0, 1000, 4, Bits::default());
+        assert_eq!(alloc.take_in_hand(), None, "the first extension is due");
+        alloc.take((), job, |_| ());
+        alloc.extended(4);
+        assert_eq!(
+            (alloc.take_in_hand(), alloc.take_in_hand(), alloc.take_in_hand()),
+            (Some(0), Some(1), None)
+        );
+        let mut dues = Vec::new();
+        assert_eq!(alloc.take((), job, |due| dues.push(due)), Alloc::Got(2, ()));
+        assert_eq!(dues, [Due::Extend], "the queued path starts the next one");
+        alloc.extended(8);
+        alloc.give_back(0);
+        assert_eq!(alloc.take_in_hand(), None, "a scrub is due");
     }
 
     #[test]

@@ -1,6 +1,8 @@
-//! The fast path: what ends on the submitter's (transport) thread. It never waits, never allocates, and takes no
-//! lock but the page's (for the look-up) and the cluster's. None means: use the queued path, nothing was answered.
+//! The fast path: what ends on the submitter's (transport) thread. It never waits, allocates no memory, and takes no
+//! lock but the page's (for the look-up), the cluster's, and for a first write the allocator's. None means: use the queued
+//! path, nothing was answered.
 
+use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::gate::Inside;
 use super::locks::Mode;
@@ -55,8 +57,9 @@ impl Image {
         true
     }
 
-    /// Writes in place on the caller's thread: clusters that the top maps, and zeroes to holes. Only while the
-    /// host file is unlikely to make us wait: below the bound of unsynced data, and no punch or extension running.
+    /// Writes on the caller's thread: to clusters that the top maps, zeroes to holes, and for the first time to one
+    /// cluster that no level maps. Only while the host file is unlikely to make us wait: below the bound of unsynced
+    /// data, and no punch or extension running.
     pub fn try_write(self: &Arc<Self>, offset: u64, data: &[u8]) -> Option<Result<()>> {
         if let Err(e) = self.check_range(offset, data.len() as u64) {
             return Some(Err(e));
@@ -76,7 +79,9 @@ impl Image {
         }
         let inside = self.gate.enter(1)?;
         // Again: outside the gate it may have been another.
-        let result = self.write_windows(&self.stack(), offset, data);
+        let stack = self.stack();
+        let written = self.write_windows(&stack, offset, data);
+        let result = written.or_else(|| self.write_first(&stack, offset, data));
         self.leave_written(inside, data.len(), &result);
         result
     }
@@ -130,6 +135,56 @@ impl Image {
             }
             done += len;
         }
+        Some(Ok(()))
+    }
+
+    /// The first write to a cluster that no level maps, where everything it needs is at hand. The order is that of
+    /// `write`; what is missing, or being worked on by somebody, sends it there.
+    fn write_first(self: &Arc<Self>, stack: &Stack, offset: u64, data: &[u8]) -> Option<Result<()>> {
+        let cluster = offset / self.cluster;
+        let bat = stack.bat.as_ref()?;
+        let one = (offset + data.len() as u64 - 1) / self.cluster == cluster;
+        if !one
+            || self.engine.budget.dirty_full()
+            || !matches!(bat.lookup(cluster), Lookup::Found(Place::None))
+        {
+            return None;
+        }
+        let _alone = Alone::lock(self, cluster)?;
+        // 1. Again, under the lock.
+        match bat.lookup_to_allocate(cluster, stack.top_index()) {
+            Lookup::Found(Place::None) => {}
+            Lookup::Found(Place::At { level, .. }) if level != stack.top_index() => {
+                bat.unpin(cluster);
+                return None;
+            }
+            _ => return None,
+        }
+        // 2.
+        let alloc = stack.allocator();
+        let Some(file_cluster) = alloc.take_in_hand() else {
+            bat.unpin(cluster);
+            return None;
+        };
+        // 3. Nothing lies below.
+        let top = stack.top();
+        let position = stack.geometry.cluster_position(file_cluster) + offset % self.cluster;
+        self.changes_at(offset, data.len() as u64);
+        let written = write_full(&*top.file, data, position);
+        // Counted also when it failed: part of it may be there, and must be synced.
+        self.touched(data.len() as u64);
+        if let Err(e) = written {
+            bat.unpin(cluster);
+            alloc.give_back(file_cluster);
+            let failed = || Error::io(&e, &top.path, format!("cannot write at byte {position}"));
+            // Full: the queued path does it again, and parks it.
+            return (!is_full(&e)).then(|| Err(failed()));
+        }
+        // 4.
+        if bat.set(cluster, stack.top_index(), stack.geometry.cluster_position(file_cluster)) {
+            self.bat_is_dirty();
+        }
+        // 5. The lock goes with `_alone`.
         Some(Ok(()))
     }
 
@@ -236,6 +291,26 @@ impl Drop for Window<'_> {
         for i in 0..self.count {
             self.image.unlock(self.first + i as u64, Mode::Shared);
         }
+    }
+}
+
+/// One cluster, locked exclusively.
+struct Alone<'a> {
+    image: &'a Arc<Image>,
+    cluster: u64,
+}
+
+impl<'a> Alone<'a> {
+    /// None: somebody is at work on it.
+    fn lock(image: &'a Arc<Image>, cluster: u64) -> Option<Alone<'a>> {
+        // Not then_some: what that made for nothing would give back somebody else's lock.
+        image.locks.try_lock(cluster, Mode::Exclusive).then(|| Alone { image, cluster })
+    }
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.image.unlock(self.cluster, Mode::Exclusive);
     }
 }
 

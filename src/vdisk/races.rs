@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::live::snapshot::TopPlan;
+use super::locks::Mode as LockMode;
 use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::{Kind, Result};
 use crate::format::header::{FLAG_EMPTY, Header, Version};
@@ -91,6 +92,19 @@ fn after_a_close_a_thaw_opens_nothing() {
     assert!(b.image.write_at(0, &[8; 512]).is_err());
     assert!(b.image.try_write(0, &[8; 512]).is_none_or(|r| r.is_err()));
     assert!(b.file.to_bytes() == closed);
+}
+
+#[test]
+fn a_first_write_that_finds_its_cluster_locked_leaves_the_lock_to_its_holder() {
+    let b = bench(&engine(Options::default()), "");
+    b.image.write_at(0, &[1; 512]).expect("marked and extended");
+    assert!(b.image.locks.try_lock(3, LockMode::Exclusive));
+    assert!(b.image.try_write(3 * CLUSTER, &[1; 512]).is_none());
+    assert!(!b.image.locks.try_lock(3, LockMode::Shared), "it is still held");
+    b.image.unlock(3, LockMode::Exclusive);
+    assert!(matches!(b.image.try_write(3 * CLUSTER, &[1; 512]), Some(Ok(()))), "all it needs is at hand");
+    assert!(b.image.read_at(3 * CLUSTER, 512).expect("read").iter().all(|byte| *byte == 1));
+    b.image.close().expect("closes");
 }
 
 #[test]
