@@ -1,7 +1,7 @@
 //! Which file clusters of the top are free, and which of them may be handed out (R2, R3, R4).
 //!
-//! - **R2** A BAT entry never points past the end of the file: the file is extended, durably, ahead of need, and the further
-//!   the faster space is taken.
+//! - **R2** A BAT entry never points past the end of the file: the file is extended ahead of need. That is durable before any
+//!   entry that relies on it: a round syncs the file, and so its length, before it writes the entries (`flush`, step 2).
 //! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
 //!   (the free tail is cut off then, not trusted) and was never handed out in this process, or since the file was cut off
 //!   there, durably (`live::compact`). All other free space,
@@ -19,10 +19,6 @@ use crate::vdisk::runner::Job;
 
 /// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
 const SCRUB_BATCH: usize = 256;
-
-/// The longest step, in first steps: 1 GiB of sparse file by default. With clusters of 1 MiB the first one, of 64 MiB, is
-/// used up by 64 small writes, in about the time of its sync.
-const LONGEST: u64 = 16;
 
 /// What an allocation got.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,7 +57,7 @@ pub struct Cut {
     /// The file ends before this file cluster.
     pub end: u64,
     next: u64,
-    durable: u64,
+    file_end: u64,
 }
 
 /// The allocator of one image's top.
@@ -73,16 +69,12 @@ pub struct Allocator {
 struct State {
     /// First file cluster that was never handed out and holds nothing.
     next: u64,
-    /// File clusters before this one lie inside the file, durably (R2).
-    durable: u64,
+    /// File clusters before this one lie inside the file (R2).
+    end: u64,
     /// File clusters the format can address.
     limit: u64,
-    /// Clusters per extension step; twice as many after one, not the first, that somebody had to wait for.
+    /// Clusters per extension step.
     step: u64,
-    /// At most so many.
-    longest: u64,
-    /// It was extended before: whoever writes first always waits.
-    extended: bool,
     clean: Bits,
     stale: Bits,
     /// File clusters before this one are out of circulation: the BAT grows over them.
@@ -99,7 +91,7 @@ struct State {
 impl State {
     fn ready(&mut self) -> Option<u64> {
         self.clean.take_lowest().or_else(|| {
-            let fresh = self.next < self.durable;
+            let fresh = self.next < self.end;
             self.next += u64::from(fresh);
             fresh.then(|| self.next - 1)
         })
@@ -132,11 +124,9 @@ impl Allocator {
     pub fn new(next: u64, limit: u64, step: u64, stale: Bits) -> Allocator {
         let state = State {
             next,
-            durable: next,
+            end: next,
             limit,
             step: step.max(1),
-            longest: step.max(1).saturating_mul(LONGEST),
-            extended: false,
             clean: Bits::default(),
             stale,
             reserved: 0,
@@ -155,9 +145,9 @@ impl Allocator {
         let mut s = lock(&self.state);
         let got = s.ready();
         // Ahead of need: half a step in hand while the next is being made.
-        let room = s.clean.len() + (s.durable - s.next);
+        let room = s.clean.len() + (s.end - s.next);
         let wanted = if s.pace < s.step { got.is_none() } else { room < s.step.div_ceil(2) };
-        if wanted && s.durable < s.limit && !s.extending && !s.exhausted {
+        if wanted && s.end < s.limit && !s.extending && !s.exhausted {
             s.extending = true;
             due(Due::Extend);
         }
@@ -182,7 +172,7 @@ impl Allocator {
     /// Takes a file cluster where that makes no work due: for the fast path, which has nowhere to wait.
     pub fn take_in_hand(&self) -> Option<u64> {
         let mut s = lock(&self.state);
-        let room = s.clean.len() + (s.durable - s.next);
+        let room = s.clean.len() + (s.end - s.next);
         let scrub_is_due = s.clean.is_empty() && !s.stale.is_empty();
         if scrub_is_due || s.pace < s.step || room <= s.step.div_ceil(2) {
             return None;
@@ -223,10 +213,10 @@ impl Allocator {
         if s.extending || s.scrubbing {
             return None;
         }
-        let cut = Cut { end: s.used_end(), next: s.next, durable: s.durable };
+        let cut = Cut { end: s.used_end(), next: s.next, file_end: s.end };
         s.clean.remove_from(cut.end);
         s.stale.remove_from(cut.end);
-        (s.next, s.durable) = (cut.end, cut.end);
+        (s.next, s.end) = (cut.end, cut.end);
         (s.extending, s.scrubbing) = (true, true);
         Some(cut)
     }
@@ -239,7 +229,7 @@ impl Allocator {
         if !done {
             (cut.end..cut.next).for_each(|cluster| s.put(cluster, false));
             // A failed cut has left the file as it was, or ended the image.
-            (s.next, s.durable) = (cut.next, cut.durable);
+            (s.next, s.end) = (cut.next, cut.file_end);
         }
         std::mem::take(&mut s.waiting)
     }
@@ -252,7 +242,7 @@ impl Allocator {
         s.stale.remove_below(count);
         s.reserved = s.reserved.max(count);
         s.next = s.next.max(count);
-        s.durable = s.durable.max(s.next);
+        s.end = s.end.max(s.next);
     }
 
     /// The same space, counted from a first data block that has moved up by `reserved` clusters. Nobody waits here.
@@ -260,11 +250,9 @@ impl Allocator {
         let s = lock(&self.state);
         let state = State {
             next: s.next - reserved,
-            durable: s.durable - reserved,
+            end: s.end - reserved,
             limit,
             step: s.step,
-            longest: s.longest,
-            extended: s.extended,
             clean: s.clean.moved_down(reserved),
             stale: s.stale.moved_down(reserved),
             reserved: 0,
@@ -306,23 +294,16 @@ impl Allocator {
     /// The extension to make: from and to, in file clusters. Only after [`Due::Extend`].
     pub fn extension(&self) -> (u64, u64) {
         let s = lock(&self.state);
-        (s.durable, (s.durable + s.pace).min(s.limit))
+        (s.end, (s.end + s.pace).min(s.limit))
     }
 
-    /// The extension is durable up to `to`. Returns who waited.
+    /// The file reaches up to `to`. Returns who waited.
     pub fn extended(&self, to: u64) -> Vec<Job> {
         let mut s = lock(&self.state);
         s.extending = false;
-        s.durable = s.durable.max(to);
-        let waiting = std::mem::take(&mut s.waiting);
-        if s.pace < s.step {
-            s.pace = (2 * s.pace).min(s.step);
-        } else if s.extended && !waiting.is_empty() {
-            s.step = (2 * s.step).min(s.longest);
-            s.pace = s.step;
-        }
-        s.extended = true;
-        waiting
+        s.end = s.end.max(to);
+        s.pace = (2 * s.pace).min(s.step);
+        std::mem::take(&mut s.waiting)
     }
 
     /// The extension failed. True: try again at once with one cluster. False: those returned must find out for
@@ -389,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_handed_out_before_the_extension_is_durable() {
+    fn nothing_is_handed_out_before_the_file_is_extended() {
         let alloc = Allocator::new(3, 1000, 64, Bits::default());
         let mut dues = Vec::new();
         assert_eq!(alloc.take((), job, |d| dues.push(d)), Alloc::Wait);
@@ -460,22 +441,6 @@ mod tests {
         alloc.extended(8);
         alloc.give_back(0);
         assert_eq!(alloc.take_in_hand(), None, "a scrub is due");
-    }
-
-    #[test]
-    fn an_extension_that_somebody_waited_for_doubles_the_next_one_up_to_a_limit() {
-        let alloc = Allocator::new(0, 1000, 2, Bits::default());
-        let mut made = Vec::new();
-        for _ in 0..7 {
-            while let Alloc::Got(..) = alloc.take((), job, |_| ()) {}
-            let (from, to) = alloc.extension();
-            made.push(to - from);
-            assert_eq!(alloc.extended(to).len(), 1);
-        }
-        assert_eq!(made, [2, 2, 4, 8, 16, 32, 32], "for the first somebody always waits");
-        alloc.take((), job, |_| ());
-        let (from, to) = alloc.extension();
-        assert!(alloc.extended(to).is_empty() && to - from == 32, "nobody waited");
     }
 
     #[test]

@@ -46,10 +46,11 @@ impl Image {
 
     /// Extends the file:
     /// 1. ftruncate, sparse;
-    /// 2. fdatasync: the length is durable;
-    /// 3. only then the allocator hands out what lies inside.
+    /// 2. only then the allocator hands out what lies inside.
     ///
-    /// 3 before 2 could leave a durable BAT entry that points behind the end of the file (R2).
+    /// 2 before 1 could leave a durable BAT entry that points behind the end of the file (R2). The length is not synced here:
+    /// an entry is set after 2, and the round that writes it first syncs the file (`flush`), which makes what came before
+    /// durable, the length too. A sync of its own would write out the guest's data of all that time, again and again.
     fn extend(self: &Arc<Self>) {
         let stack = self.stack();
         let alloc = stack.allocator();
@@ -60,11 +61,7 @@ impl Image {
             let longer = if to > from && !broken(Rule::R2) { stack.top().file.set_len(end) } else { Ok(()) }; // 1
             self.host_busy.fetch_sub(1, Ordering::SeqCst);
             let waiting = match longer {
-                Ok(()) => {
-                    // 2; a failed sync has made the image read-only, which those who wait find out.
-                    let durable = if self.sync_data(&stack).is_ok() { to } else { from };
-                    alloc.extended(durable) // 3
-                }
+                Ok(()) => alloc.extended(to), // 2
                 Err(e) => {
                     log::debug!("{}: cannot extend to {end} bytes: {e}", stack.top().path.display());
                     match alloc.extension_failed() {

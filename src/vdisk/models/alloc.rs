@@ -1,4 +1,4 @@
-//! The allocator: no cluster twice, none outside the durable file, none with old content, and nobody waits for ever.
+//! The allocator: no cluster twice, none outside the file, none with old content, and nobody waits for ever.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -16,8 +16,8 @@ const RESERVED: u64 = 2;
 
 /// The host's side, in types that are no steps of the model.
 struct Truth {
-    /// The durable length in clusters.
-    durable: u64,
+    /// The file's length in clusters.
+    end: u64,
     used: HashSet<u64>,
     /// Not known to be zero.
     stale: HashSet<u64>,
@@ -37,7 +37,7 @@ impl Rig {
     fn new() -> Arc<Rig> {
         let mut stale = Bits::default();
         (0..2).for_each(|n| assert!(stale.insert(n)));
-        let truth = Truth { durable: 2, used: HashSet::new(), stale: (0..2).collect(), reserved: 0 };
+        let truth = Truth { end: 2, used: HashSet::new(), stale: (0..2).collect(), reserved: 0 };
         Arc::new(Rig {
             alloc: Allocator::new(2, LIMIT, 2, stale),
             truth: Mutex::new(truth),
@@ -57,7 +57,7 @@ impl Rig {
                 assert!(from <= to && to <= LIMIT);
                 thread::yield_now();
                 let mut truth = self.truth();
-                truth.durable = truth.durable.max(to);
+                truth.end = truth.end.max(to);
                 drop(truth);
                 self.alloc.extended(to)
             }
@@ -87,7 +87,7 @@ impl Rig {
             if let Alloc::Got(n, _) = taken {
                 let mut truth = self.truth();
                 assert!(truth.used.insert(n), "cluster {n} is handed out twice");
-                assert!(n < truth.durable, "cluster {n} lies behind the durable end {}", truth.durable);
+                assert!(n < truth.end, "cluster {n} lies behind the end {}", truth.end);
                 assert!(!truth.stale.contains(&n), "cluster {n} holds old data");
                 assert!(n >= reserved, "cluster {n} is reserved");
             }
