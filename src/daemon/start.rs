@@ -23,6 +23,7 @@ use crate::fuse::session::{self, Transport};
 use crate::fuse::uring;
 use crate::io::lock::FolderLock;
 use crate::io::process;
+use crate::io::reads::Reads;
 use crate::tree::{MountInfo, Sandbox, Tree};
 use crate::vdisk::Engine;
 
@@ -69,6 +70,11 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
 
     let link = Arc::new(Link::new());
     let engine = Engine::new(settings.engine(), link.listener());
+    match Reads::new() {
+        Ok(reads) => engine.queue_reads(reads),
+        // Forbidden (kernel.io_uring_disabled), or too old a kernel.
+        Err(e) => ::log::info!("no io_uring for reads that wait for a disk ({e}): threads wait instead"),
+    }
     let note = settings.mountpoint().display().to_string();
     // A folder that cannot be written holds no lock; what stands for it under /run does.
     let outside =

@@ -16,20 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::IntoBytes;
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use super::pages::{PAGE, Page, grow};
 use super::real::RealFile;
 
 /// Alignment where the host does not tell: the largest that disks have.
-const ALIGN: usize = 4096;
+const ALIGN: usize = PAGE;
 /// Most that is copied at once: a request's own limit (FUSE.md 7.2), and a block on either side.
 const BOUNCE: usize = (1 << 20) + 2 * ALIGN;
-
-/// Memory that any host can read into directly.
-#[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C, align(4096))]
-struct Page([u8; ALIGN]);
 
 thread_local! {
     /// Grows to the largest request that this thread has copied, [`BOUNCE`] at most.
@@ -39,8 +35,7 @@ thread_local! {
 /// Calls `work` with `len` bytes of aligned memory.
 fn with_memory<T>(len: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
     MEMORY.with_borrow_mut(|pages| {
-        let missing = len.div_ceil(ALIGN).saturating_sub(pages.len());
-        pages.extend(std::iter::repeat_with(Page::new_zeroed).take(missing));
+        grow(pages, len);
         work(&mut pages.as_mut_slice().as_mut_bytes()[..len])
     })
 }
@@ -238,6 +233,10 @@ impl HostFile for DirectFile {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.file.descriptor()
+    }
+
+    fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        (self.usable() && self.is_whole(offset, len)).then(|| self.direct.as_fd())
     }
 }
 

@@ -16,6 +16,13 @@ pub trait HostFile: Send + Sync + fmt::Debug {
     /// Only called where [`HostTraits::nowait_reads`] is set.
     fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
+    /// The descriptor on which a read of `len` bytes at byte `offset` into page-aligned memory may be queued
+    /// ([`reads`](super::reads)); None where only [`read_at`](Self::read_at) will do.
+    fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        let _ = (offset, len);
+        None
+    }
+
     /// Writes up to `data.len()` bytes at byte `offset`. May be short, never 0 for non-empty data without an error.
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize>;
 

@@ -53,6 +53,9 @@ impl HostFile for Poison {
     fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at_nowait(buf, offset)
     }
+    fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        self.file.queued_read(offset, len)
+    }
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
         self.check()?;
         self.file.write_at(data, offset)

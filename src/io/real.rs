@@ -267,6 +267,11 @@ impl HostFile for RealFile {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
+
+    fn queued_read(&self, _: u64, _: usize) -> Option<BorrowedFd<'_>> {
+        // What is in memory is read at once.
+        (!self.traits.never_blocks).then(|| self.file.as_fd())
+    }
 }
 
 #[cfg(test)]

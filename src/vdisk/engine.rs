@@ -1,11 +1,13 @@
 //! What all live images of one process share: thread pools, clock, the BAT cache's budget, settings, events.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::bat::cache::Budget;
 use super::clock::Clock;
 use super::runner::{Job, Pool};
+use crate::io::reads::Reads;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
 
 /// What to do when the host is full (DESIGN.md 6).
@@ -33,9 +35,8 @@ pub struct Options {
     pub full_timeout: Option<Duration>,
     /// Percent of free host space below which the low-water event is raised; 0 = never.
     pub low_water: u8,
-    /// How far a delta is extended at a time, in bytes: sparse, so it costs nothing. A durable step per 64 MiB of
-    /// first writes keeps the syncs rare, and a crash leaves little to cut off; where they come faster than a step is
-    /// made durable, it grows, sixteenfold at most.
+    /// How far a delta is extended at a time, in bytes: sparse, so it costs nothing. A step per 64 MiB of first writes is
+    /// rare, and a crash leaves little to cut off.
     pub extend: u64,
     /// How many background requests the connection has: bounds what may be parked.
     pub background: usize,
@@ -125,6 +126,8 @@ pub struct Engine {
     dirty_waiters: Mutex<Vec<(u64, CleanWaiter)>>,
     listener: Listener,
     next_id: AtomicU64,
+    /// For reads that wait for a disk; without it runners wait.
+    reads: OnceLock<Reads>,
 }
 
 impl Engine {
@@ -142,8 +145,19 @@ impl Engine {
             dirty_waiters: Mutex::default(),
             listener,
             next_id: AtomicU64::new(1),
+            reads: OnceLock::new(),
             options,
         })
+    }
+
+    /// From now on small reads that must wait for a disk go through `reads` instead of runners.
+    pub fn queue_reads(&self, reads: Reads) {
+        // A second one would be no better than the first.
+        let _ = self.reads.set(reads);
+    }
+
+    pub(super) fn reads(&self) -> Option<&Reads> {
+        self.reads.get()
     }
 
     /// Runs `job` on a thread that may block: opens, closes, seeks.

@@ -19,10 +19,10 @@ use crate::sync::{Arc, Ordering};
 const WINDOW: usize = 40;
 
 /// Neighbouring pios that are one system call.
-struct Run {
-    place: Place,
+pub(super) struct Run {
+    pub(super) place: Place,
     /// Bytes.
-    len: u64,
+    pub(super) len: u64,
 }
 
 impl Image {
@@ -217,7 +217,7 @@ fn read_run(stack: &Stack, run: &Run, buf: &mut [u8]) -> bool {
 }
 
 /// Some neighbouring clusters of a request, locked shared and looked up.
-struct Window<'a> {
+pub(super) struct Window<'a> {
     image: &'a Arc<Image>,
     first: u64,
     count: usize,
@@ -230,7 +230,7 @@ struct Window<'a> {
 
 impl<'a> Window<'a> {
     /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way.
-    fn lock(image: &'a Arc<Image>, stack: &Stack, offset: u64, len: u64) -> Option<Window<'a>> {
+    pub(super) fn lock(image: &'a Arc<Image>, stack: &Stack, offset: u64, len: u64) -> Option<Window<'a>> {
         let first = offset / image.cluster;
         let start = offset - first * image.cluster;
         let count = ((start + len - 1) / image.cluster + 1).min(WINDOW as u64) as usize;
@@ -255,7 +255,7 @@ impl<'a> Window<'a> {
     }
 
     /// Calls `each(offset in the window, run)` for runs of neighbours until one is refused.
-    fn all(&self, mut each: impl FnMut(usize, &Run) -> bool) -> bool {
+    pub(super) fn all(&self, mut each: impl FnMut(usize, &Run) -> bool) -> bool {
         let cluster = self.image.cluster;
         let (mut i, mut at) = (0, 0);
         while i < self.count {
@@ -283,6 +283,13 @@ impl<'a> Window<'a> {
             at += run.len;
         }
         true
+    }
+}
+
+impl Window<'_> {
+    /// The clusters, first and count, whose locks the caller gives back from now on.
+    pub(super) fn keep(mut self) -> (u64, usize) {
+        (self.first, std::mem::take(&mut self.count))
     }
 }
 

@@ -27,6 +27,7 @@ mod mark;
 #[cfg(all(test, feature = "shuttle"))]
 mod models;
 mod pio;
+mod queued;
 #[cfg(test)]
 mod races;
 mod ranges;
@@ -279,7 +280,7 @@ impl Image {
         if len == 0 {
             return reply(Ok(Bytes::new()));
         }
-        pio::submit_read(self, offset, len, reply);
+        queued::read(self, offset, len, reply);
     }
 
     /// Writes; `durable` = O_DSYNC. A range that passes the disk's end is `Kind::NoSpace`, and nothing is written.

@@ -7,8 +7,8 @@
 //! That the list is whole: it was made from traces of the tests, then filled up by sort, so that a libc that prefers
 //! another call of the same sort finds it. Whoever may read, write, map and wait does not gain power by doing it with
 //! another call. Calls that take a path and look at nothing that Landlock restricts (chmod, chown, xattr, utime) are
-//! left out, and so is making an io_uring, which would go around this list. The uring transport may enter the rings that
-//! it made before; what these carry out is bound when they are made (see fuse/uring/ring).
+//! left out, and so is making an io_uring, which would go around this list. The rings that were made before may be entered;
+//! what they carry out is bound when they are made (see io/reads and fuse/uring/ring).
 
 use std::collections::BTreeMap;
 
@@ -76,6 +76,7 @@ const FREE: &[c_long] = &[
     libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
     libc::SYS_pipe2,
+    libc::SYS_io_uring_enter,
     libc::SYS_inotify_init1,
     libc::SYS_inotify_add_watch,
     libc::SYS_inotify_rm_watch,
@@ -156,10 +157,6 @@ const OLDER: &[c_long] = &[];
 /// thread's own descriptor), FIONBIO and FIOCLEX (flags of a descriptor).
 const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451];
 
-/// What the uring transport needs beside: to submit to its rings and wait on them, and (limited below) to bind its
-/// threads to CPUs.
-const RINGS: &[c_long] = &[libc::SYS_io_uring_enter];
-
 /// The filter for this machine, this process and this transport.
 pub fn filter(transport: Transport) -> anyhow::Result<BpfProgram> {
     let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
@@ -196,14 +193,11 @@ fn rules(transport: Transport) -> Result<BTreeMap<i64, Vec<SeccompRule>>, Backen
         // abort() signals its own process.
         (libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?),
     ];
-    let rings: &[c_long] = if transport == Transport::Uring {
-        // The calling thread only.
+    if transport == Transport::Uring {
+        // Its threads are bound to CPUs, each by itself.
         limited.push((libc::SYS_sched_setaffinity, one_of(0, &[0])?));
-        RINGS
-    } else {
-        &[]
-    };
-    let free = FREE.iter().chain(OLDER).chain(rings).map(|call| (*call, Vec::new()));
+    }
+    let free = FREE.iter().chain(OLDER).map(|call| (*call, Vec::new()));
     Ok(free.chain(limited).collect())
 }
 
@@ -259,11 +253,10 @@ mod tests {
     }
 
     #[test]
-    fn rings_are_entered_by_the_transport_that_has_them_only() {
+    fn threads_are_bound_to_cpus_by_the_transport_that_needs_it_only() {
         let uring = rules(Transport::Uring).expect("a sound list");
         let fuse = rules(Transport::Fuse).expect("a sound list");
-        for call in [libc::SYS_io_uring_enter, libc::SYS_sched_setaffinity] {
-            assert!(uring.contains_key(&call) && !fuse.contains_key(&call), "{call}");
-        }
+        let call = libc::SYS_sched_setaffinity;
+        assert!(uring.contains_key(&call) && !fuse.contains_key(&call));
     }
 }

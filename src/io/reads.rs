@@ -1,0 +1,373 @@
+//! Reads that wait for a disk without a thread each: an io_uring, and one thread that submits to it and collects.
+//!
+//! A thread that blocks in a read costs two changes of threads besides the read itself. Here, what comes while the thread
+//! is at work goes to the disk in one call with its neighbours, and what the disk has finished is taken in one as well.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use bytes::Bytes;
+use io_uring::register::Restriction;
+use io_uring::{IoUring, opcode, types::Fd};
+use rustix::event::EventfdFlags;
+
+use super::file::HostFile;
+use super::pages::Pages;
+
+/// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
+const DEPTH: u32 = 256;
+
+/// Marks the completion of the read of [`Shared::wake`]; reads are marked by their slot.
+const WAKE: u64 = u64::MAX;
+
+/// What is called once with the bytes, from the collecting thread: it must not block. None: something was in the way, an
+/// error or the file's end among it; read in the ordinary way, which finds out.
+pub type Done = Box<dyn FnOnce(Option<Bytes>) + Send>;
+
+/// A read to be done. The file must have agreed to it ([`HostFile::queued_read`]).
+pub struct Read {
+    /// Where from.
+    pub file: Arc<dyn HostFile>,
+    /// First byte in the file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+    /// What is called.
+    pub done: Done,
+}
+
+/// The queue of one process. Its thread comes with the first read; it goes with the queue, when the disk has answered.
+pub struct Reads {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Protects what waits, and who must be woken. A leaf: nothing else is locked under it.
+    state: Mutex<State>,
+    /// Written to wake the thread.
+    wake: OwnedFd,
+}
+
+struct State {
+    /// Until the thread has it.
+    ring: Option<IoUring>,
+    waiting: VecDeque<Read>,
+    /// The thread waits in the kernel and does not see what comes: it must be woken, once.
+    asleep: bool,
+    ended: bool,
+    /// No thread could be started, or its ring failed.
+    broken: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // Fails only when the counter is full, and then the thread is being woken already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// From now on everything is read in the ordinary way.
+    fn give_up(&self) {
+        let mut state = self.lock();
+        state.broken = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        waiting.into_iter().for_each(|read| (read.done)(None));
+    }
+}
+
+impl Reads {
+    /// Makes the ring, and starts no thread. What can be submitted to it is bound to reads, so that it is no way around the
+    /// list of system calls of the sandbox. An error where the system has none (or forbids it).
+    pub fn new() -> io::Result<Reads> {
+        // COOP_TASKRUN: completions wait for the thread, which is on its way to them, instead of interrupting it.
+        let ring = IoUring::builder().setup_r_disabled().setup_coop_taskrun().build(DEPTH + 1)?;
+        let submitter = ring.submitter();
+        submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::Read::CODE)])?;
+        submitter.register_enable_rings()?;
+        // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
+        let state =
+            State { ring: Some(ring), waiting: VecDeque::new(), asleep: false, ended: false, broken: false };
+        Ok(Reads { shared: Arc::new(Shared { state: Mutex::new(state), wake }) })
+    }
+
+    /// Queues `read`. Never blocks.
+    pub fn submit(&self, read: Read) {
+        let mut state = self.shared.lock();
+        if state.broken {
+            drop(state);
+            return (read.done)(None);
+        }
+        state.waiting.push_back(read);
+        let ring = state.ring.take();
+        let wake = std::mem::take(&mut state.asleep);
+        drop(state);
+        if let Some(ring) = ring {
+            self.start(ring);
+        } else if wake {
+            self.shared.wake();
+        }
+    }
+
+    fn start(&self, ring: IoUring) {
+        let collector = Collector::new(ring, Arc::clone(&self.shared));
+        let thread = thread::Builder::new().name("ploopfs/disk".into());
+        if let Err(e) = thread.spawn(move || collector.run()) {
+            log::error!("cannot start the thread that reads: {e}");
+            self.shared.give_up();
+        }
+    }
+}
+
+impl Drop for Reads {
+    fn drop(&mut self) {
+        self.shared.lock().ended = true;
+        self.shared.wake();
+    }
+}
+
+/// A read that the kernel has, and the memory that it reads into.
+struct Under {
+    read: Read,
+    memory: Pages,
+}
+
+/// The thread.
+struct Collector {
+    ring: IoUring,
+    shared: Arc<Shared>,
+    /// By mark. The kernel writes to the memory in them until it completes them.
+    slots: Vec<Option<Under>>,
+    free: Vec<u32>,
+    /// Where the kernel puts what it reads from `wake`.
+    woken: Box<u64>,
+    /// The kernel is reading `wake`.
+    watching: bool,
+    finished: Vec<(u64, i32)>,
+}
+
+impl Collector {
+    fn new(ring: IoUring, shared: Arc<Shared>) -> Collector {
+        Collector {
+            ring,
+            shared,
+            slots: (0..DEPTH).map(|_| None).collect(),
+            free: (0..DEPTH).rev().collect(),
+            woken: Box::new(0),
+            watching: false,
+            finished: Vec::with_capacity(DEPTH as usize + 1),
+        }
+    }
+
+    /// Until the queue has ended and the kernel has nothing of ours.
+    fn run(mut self) {
+        while self.take() {
+            if let Err(e) = self.wait() {
+                log::error!("the ring that reads has failed: {e}; reading without it");
+                return self.fail();
+            }
+            self.finish();
+        }
+    }
+
+    /// Gives the kernel what waits. False: the end.
+    fn take(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut state = shared.lock();
+        state.asleep = false;
+        if state.ended && state.waiting.is_empty() {
+            return self.watching || self.free.len() < self.slots.len();
+        }
+        // Not after the end, which wakes once: a watch that begins behind it would wait for ever.
+        if !self.watching && !state.ended {
+            self.watch();
+        }
+        while !state.waiting.is_empty() {
+            let Some(slot) = self.free.pop() else { break };
+            let Some(read) = state.waiting.pop_front() else { break };
+            self.push(slot, read);
+        }
+        // Looked at under the lock: what comes from here on sees it, and wakes.
+        state.asleep = state.waiting.is_empty();
+        true
+    }
+
+    fn watch(&mut self) {
+        let place: *mut u64 = &raw mut *self.woken;
+        let entry =
+            opcode::Read::new(Fd(self.shared.wake.as_raw_fd()), place.cast(), 8).build().user_data(WAKE);
+        // SAFETY: `woken` and `wake` live as long as the collector, which goes after this read has completed (`take`), or
+        // never (`fail`).
+        self.watching = unsafe { self.ring.submission().push(&entry) }.is_ok();
+    }
+
+    fn push(&mut self, slot: u32, read: Read) {
+        let mut memory = Pages::zeroed(read.len);
+        let (place, len) = (memory.as_mut().as_mut_ptr(), read.len as u32);
+        let Some(fd) = read.file.queued_read(read.offset, read.len).map(|fd| Fd(fd.as_raw_fd())) else {
+            self.free.push(slot);
+            return call(read.done, None);
+        };
+        let entry = opcode::Read::new(fd, place, len).offset(read.offset).build().user_data(slot.into());
+        self.slots[slot as usize] = Some(Under { read, memory });
+        // SAFETY: memory and file are in the slot, which is emptied when the read has completed (`finish`), or never
+        // (`fail`).
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            // A place for each slot and one for `wake`: never full, but nothing depends on it.
+            self.free.push(slot);
+            if let Some(under) = self.slots[slot as usize].take() {
+                call(under.read.done, None);
+            }
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        match self.ring.submit_and_wait(1) {
+            Ok(_) => Ok(()),
+            // They pass by themselves. EBUSY: completions wait to be taken first.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Hands out what the kernel has completed.
+    fn finish(&mut self) {
+        let mut finished = std::mem::take(&mut self.finished);
+        finished.extend(self.ring.completion().map(|done| (done.user_data(), done.result())));
+        for (mark, result) in finished.drain(..) {
+            if mark == WAKE {
+                self.watching = false;
+                continue;
+            }
+            let slot = usize::try_from(mark).ok().and_then(|mark| self.slots.get_mut(mark));
+            let Some(Under { read, memory }) = slot.and_then(Option::take) else {
+                log::error!("bug: the kernel completed read {mark}, which it does not have");
+                continue;
+            };
+            self.free.push(mark as u32);
+            let whole = usize::try_from(result).is_ok_and(|n| n == read.len);
+            call(read.done, whole.then(|| Bytes::from_owner(memory)));
+        }
+        self.finished = finished;
+    }
+
+    /// The kernel may still write to what it was given: that memory is never freed.
+    fn fail(mut self) {
+        self.shared.give_up();
+        for slot in &mut self.slots {
+            if let Some(Under { read, memory }) = slot.take() {
+                std::mem::forget((read.file, memory));
+                call(read.done, None);
+            }
+        }
+        std::mem::forget(self);
+    }
+}
+
+/// A panic costs one request, not the thread that all of them need.
+fn call(done: Done, data: Option<Bytes>) {
+    if catch_unwind(AssertUnwindSafe(|| done(data))).is_err() {
+        log::error!("bug: the answer to a read panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::file::write_full;
+    use crate::io::real::{Access, RealFile};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// As long as anything here may take on a loaded machine.
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// In /var/tmp: reads in memory are never queued.
+    fn file(len: u64) -> (tempfile::TempDir, Arc<dyn HostFile>) {
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a folder");
+        let path = dir.path().join("delta.hds");
+        std::fs::File::create(&path).expect("created");
+        let file = RealFile::open(&path, Access::ReadWrite).expect("opens");
+        for page in 0..len.div_ceil(4096) {
+            let n = (len - page * 4096).min(4096) as usize;
+            write_full(&file, &vec![page as u8; n], page * 4096).expect("written");
+        }
+        (dir, Arc::new(file))
+    }
+
+    fn queue() -> Option<Reads> {
+        match Reads::new() {
+            Ok(reads) => Some(reads),
+            Err(e) => {
+                println!("SKIPPED queued reads: this system has no io_uring: {e}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn more_reads_than_fit_at_a_time_all_come_back_with_their_bytes() {
+        let (Some(reads), (_dir, file)) = (queue(), file(1 << 20)) else { return };
+        file.sync_all().expect("synced");
+        file.drop_cache().expect("dropped");
+        let (tx, rx) = mpsc::channel();
+        for n in 0..4 * u64::from(DEPTH) {
+            let (tx, page) = (tx.clone(), n % 256);
+            let done = Box::new(move |data: Option<Bytes>| tx.send((page, data)).expect("the test waits"));
+            reads.submit(Read { file: file.clone(), offset: page * 4096, len: 4096, done });
+        }
+        for _ in 0..4 * DEPTH {
+            let (page, data) = rx.recv_timeout(LONG).expect("an answer");
+            assert!(data.expect("read").iter().all(|byte| u64::from(*byte) == page));
+        }
+    }
+
+    #[test]
+    fn a_read_across_the_end_of_the_file_is_given_back() {
+        let (Some(reads), (_dir, file)) = (queue(), file(6000)) else { return };
+        let (tx, rx) = mpsc::channel();
+        let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
+        reads.submit(Read { file, offset: 4096, len: 4096, done });
+        assert!(!rx.recv_timeout(LONG).expect("an answer"));
+    }
+
+    #[test]
+    fn a_queue_that_ends_answers_what_it_has_and_its_thread_goes() {
+        let (Some(reads), (_dir, file)) = (queue(), file(1 << 20)) else { return };
+        let shared = Arc::downgrade(&reads.shared);
+        let (tx, rx) = mpsc::channel();
+        for page in 0..256 {
+            let tx = tx.clone();
+            let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
+            reads.submit(Read { file: file.clone(), offset: page * 4096, len: 4096, done });
+        }
+        drop(reads);
+        for _ in 0..256 {
+            assert!(rx.recv_timeout(LONG).expect("an answer"));
+        }
+        let deadline = std::time::Instant::now() + LONG;
+        while shared.upgrade().is_some() {
+            assert!(std::time::Instant::now() < deadline, "the thread ends");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn an_answer_that_panics_costs_no_other_one() {
+        let (Some(reads), (_dir, file)) = (queue(), file(4096)) else { return };
+        let panics = Box::new(|_: Option<Bytes>| panic!("on purpose"));
+        reads.submit(Read { file: file.clone(), offset: 0, len: 4096, done: panics });
+        let (tx, rx) = mpsc::channel();
+        let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
+        reads.submit(Read { file, offset: 0, len: 4096, done });
+        assert!(rx.recv_timeout(LONG).expect("an answer"));
+    }
+}

@@ -1,0 +1,197 @@
+//! Small reads that wait for the disk: they hold the gate and their clusters, and no thread.
+//!
+//! The order is that of a read pio: (1) inside the gate, (2) the clusters locked shared, (3) look-up, (4) the read, (5) let go
+//! of both, (6) the answer. 5 before 4 would let a copy on write, a discard or a freeze change what is being read.
+//! Whatever does not fit (a missing BAT page, a locked cluster, holes, several places) is a runner's, and so is what failed.
+
+use bytes::Bytes;
+
+use super::bat::page::Place;
+use super::fast::Window;
+use super::gate::Inside;
+use super::locks::Mode;
+use super::pio;
+use super::{Image, Reply};
+use crate::io::file::HostFile;
+use crate::io::reads::Read;
+use crate::sync::Arc;
+
+/// Longest read in bytes that is queued: what is longer is copied from the page cache by several threads at a time, where
+/// here one would do it alone.
+const LONGEST: usize = 64 << 10;
+
+/// Reads; the range lies inside the disk and is not empty. For any thread.
+pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
+    let Some((reads, plan)) = image.engine.reads().zip(Plan::new(image, offset, len)) else {
+        return pio::submit_read(image, offset, len, reply);
+    };
+    let (file, position) = (Arc::clone(&plan.file), plan.position);
+    let done = move |data: Option<Bytes>| {
+        let image = Arc::clone(&plan.held.image);
+        drop(plan); // 5
+        match data {
+            Some(data) => {
+                image.count_read(len);
+                reply(Ok(data));
+            }
+            None => pio::submit_read(&image, offset, len, reply),
+        }
+    };
+    reads.submit(Read { file, offset: position, len, done: Box::new(done) });
+}
+
+/// Where the bytes are, and what keeps them there.
+struct Plan {
+    file: Arc<dyn HostFile>,
+    /// Byte in the file.
+    position: u64,
+    held: Held,
+}
+
+impl Plan {
+    fn new(image: &Arc<Image>, offset: u64, len: usize) -> Option<Plan> {
+        if len > LONGEST {
+            return None;
+        }
+        let mut held = Held { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
+        held.inside.as_ref()?;
+        let stack = image.stack();
+        let window = Window::lock(image, &stack, offset, len as u64)?; // 2
+        let mut found = None;
+        window.all(|_, run| {
+            found = Some((run.place, run.len)); // 3
+            false
+        });
+        let Some((Place::At { level, position }, run)) = found else { return None };
+        let file = &stack.level(level).file;
+        if run < len as u64 || file.queued_read(position, len).is_none() {
+            return None;
+        }
+        (held.first, held.count) = window.keep();
+        Some(Plan { file: Arc::clone(file), position, held })
+    }
+}
+
+/// Locked clusters, and a place inside the gate; given back on drop.
+struct Held {
+    image: Arc<Image>,
+    inside: Option<Inside>,
+    first: u64,
+    count: usize,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for cluster in self.first..self.first + self.count as u64 {
+            self.image.unlock(cluster, Mode::Shared);
+        }
+        if let Some(inside) = self.inside.take() {
+            self.image.gate.leave(inside);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::reads::Reads;
+    use crate::io::real::{Access, RealFile};
+    use crate::vdisk::{Engine, Layout, Level, Options};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(60);
+    const PAGE: usize = 4096;
+
+    struct Bench {
+        _dir: tempfile::TempDir,
+        file: Arc<dyn HostFile>,
+        engine: Arc<Engine>,
+        image: Arc<Image>,
+    }
+
+    /// A raw image of 1 MiB on a disk (reads in memory are never queued), each page full of its number.
+    fn bench() -> Option<Bench> {
+        let reads = match Reads::new() {
+            Ok(reads) => reads,
+            Err(e) => {
+                println!("SKIPPED queued reads: this system has no io_uring: {e}");
+                return None;
+            }
+        };
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a folder");
+        let path = dir.path().join("disk.raw");
+        let bytes: Vec<u8> = (0..256 * PAGE).map(|at| (at / PAGE) as u8).collect();
+        std::fs::write(&path, bytes).expect("written");
+        let file: Arc<dyn HostFile> = Arc::new(RealFile::open(&path, Access::ReadWrite).expect("opens"));
+        let engine = Engine::new(Options::default(), Box::new(|_| ()));
+        engine.queue_reads(reads);
+        let level = Level { file: file.clone(), path, layout: Layout::Raw };
+        let image = Image::open(&engine, "disk", vec![level]).expect("opens");
+        Some(Bench { _dir: dir, file, engine, image })
+    }
+
+    impl Bench {
+        fn later(&self, offset: u64, len: usize) -> mpsc::Receiver<Bytes> {
+            let (tell, answer) = mpsc::channel();
+            read(&self.image, offset, len, Box::new(move |r| tell.send(r.expect("read")).expect("awaited")));
+            answer
+        }
+
+        /// Nothing that is queued comes back until the sender is used or dropped.
+        fn hold(&self) -> mpsc::Sender<()> {
+            let (release, held) = mpsc::channel();
+            let (tell, holding) = mpsc::channel();
+            let done = Box::new(move |_: Option<Bytes>| {
+                tell.send(()).expect("awaited");
+                let _ = held.recv();
+            });
+            let reads = self.engine.reads().expect("it has them");
+            reads.submit(Read { file: self.file.clone(), offset: 0, len: PAGE, done });
+            holding.recv_timeout(LONG).expect("it holds");
+            release
+        }
+    }
+
+    #[test]
+    fn a_queued_read_holds_its_cluster_and_the_gate_until_it_is_answered() {
+        let Some(b) = bench() else { return };
+        let release = b.hold();
+        let answer = b.later(5 * PAGE as u64, PAGE);
+        assert!(!b.image.locks.try_lock(0, Mode::Exclusive), "nobody changes what is being read");
+        assert!(b.image.locks.try_lock(0, Mode::Shared), "others may read it");
+        b.image.unlock(0, Mode::Shared);
+        assert_eq!(b.image.gate.inside(), 1, "a freeze waits for it");
+        drop(release);
+        assert!(answer.recv_timeout(LONG).expect("an answer").iter().all(|byte| *byte == 5));
+        assert!(b.image.locks.try_lock(0, Mode::Exclusive), "it is let go before the answer");
+        b.image.unlock(0, Mode::Exclusive);
+        assert_eq!(b.image.gate.inside(), 0);
+        b.image.close().expect("closes");
+    }
+
+    #[test]
+    fn a_queued_read_that_failed_is_done_again_by_a_runner() {
+        let Some(b) = bench() else { return };
+        let release = b.hold();
+        let answer = b.later(200 * PAGE as u64, PAGE);
+        b.file.set_len(100 * PAGE as u64).expect("cut");
+        drop(release);
+        assert!(
+            answer.recv_timeout(LONG).expect("an answer").iter().all(|byte| *byte == 0),
+            "behind its end"
+        );
+        b.image.close().expect("closes");
+    }
+
+    #[test]
+    fn a_read_of_a_locked_cluster_waits_for_the_lock_and_then_for_the_disk() {
+        let Some(b) = bench() else { return };
+        assert!(b.image.locks.try_lock(0, Mode::Exclusive));
+        let answer = b.later(0, PAGE);
+        assert!(answer.try_recv().is_err());
+        b.image.unlock(0, Mode::Exclusive);
+        assert_eq!(answer.recv_timeout(LONG).expect("an answer").len(), PAGE);
+        b.image.close().expect("closes");
+    }
+}
