@@ -288,7 +288,7 @@ mod tests {
         disk.faults.set_full(true);
         let e = disk.image.defrag(&Progress::new()).expect_err("no space");
         assert_eq!(e.kind(), Kind::NoSpace, "{e}");
-        assert!(e.to_string().contains("memory") && e.to_string().contains("free"), "{e}");
+        assert!(e.to_string().contains("memory") && e.to_string().contains("Free 32768 bytes"), "{e}");
         disk.faults.set_full(false);
         disk.holds_what_it_should();
         disk.write(5 * CLUSTER, 4096);
