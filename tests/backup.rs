@@ -248,6 +248,33 @@ fn every_byte_of_an_incremental_backup_flipped_once_leaves_its_image_as_it_was()
     assert!(folder.content("copy@a") == folder.content("src@a"));
 }
 
+/// The disk got the size of the backup, and lost what lies behind.
+#[test]
+fn an_incremental_backup_leaves_a_disk_that_has_grown_since_as_large_as_it_is() {
+    require!("fuse");
+    let folder = Folder::new();
+    folder.ok(&["create", "vm", "--size", "4M"]);
+    for name in ["a", "b"] {
+        folder.ok(&["snapshot", "create", "vm", name]);
+    }
+    folder.ok(&["backup", "vm@a", "-o", "full"]);
+    folder.ok(&["backup", "vm@b", "--since", "a", "-o", "inc"]);
+    folder.ok(&["restore", "full", "copy"]);
+    folder.ok(&["resize", "copy", "9M"]);
+    folder.ok(&["restore", "inc", "copy"]);
+    let size = |image: &str| -> u64 {
+        let value: Value = serde_json::from_str(&folder.ok(&["info", image, "--json"])).expect("JSON");
+        value["size"].as_u64().expect("bytes")
+    };
+    assert_eq!((size("copy"), size("copy@b"), size("copy@a")), (9 << 20, 4 << 20, 4 << 20));
+    folder.ok(&["check", "copy"]);
+    let mut mount = Mount::over(folder.0.path(), &[]);
+    let file = File::options().write(true).open(mount.flat("copy")).expect("open");
+    file.write_all_at(&[7; 512], 8 << 20).expect("behind the old end");
+    drop(file);
+    mount.umount();
+}
+
 #[test]
 fn a_backup_goes_on_its_base_alone() {
     require!("fuse");

@@ -10,11 +10,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crash::campaign::{Campaign, layers, one_file};
+use crash::campaign::{Campaign, Live, layers, one_file};
 use crash::folder::{Op, clone_and_merge, enumerate};
 use crash::images;
-use crash::world::Host;
+use crash::judge::{engine, judge_world};
+use crash::power::Rng;
+use crash::world::{Host, Record, World, empty};
+use ploopfs::format::header::{Header, Version};
 use ploopfs::rules::{Broken, Rule};
+use ploopfs::vdisk::Image;
 
 /// The switch is the process's: one rule at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -76,6 +80,37 @@ fn r3_a_bat_written_before_its_data_is_synced_is_caught() {
 fn r4_a_freed_cluster_that_is_reused_at_once_is_caught() {
     let what = found_by(Rule::R4, &one_file());
     assert!(what.contains("sector"), "{what}");
+}
+
+/// Every power cut of a defragmentation of a file that was written from back to front.
+fn cuts_of_a_defrag() -> Result<(), String> {
+    let engine = engine(1000, 2 * 4096);
+    let header = Header::new(Version::V2, 40 * 4096, 4096).expect("a legal size");
+    let world = World::new(vec![empty(header, false)], vec![vec![0]; 40 * 8]);
+    let record = Record::new(world, Host { every: 1, ..Host::default() });
+    let image = Image::open(&engine, "crash", record.levels()).map_err(|e| e.to_string())?;
+    let live = Live { record: &record, image: &image };
+    let done = image.make_writable().and_then(|()| {
+        (0..12).rev().try_for_each(|n| live.write(8 * n, 8, 1 + n as u32, false))?;
+        live.flush()?;
+        record.take_cuts();
+        live.defrag()?;
+        image.close()
+    });
+    done.map_err(|e| e.to_string())?;
+    let mut rng = Rng(1);
+    for cut in record.take_cuts() {
+        for _ in 0..4 {
+            judge_world(&engine, &cut, &cut.left(&mut rng))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn r4_a_place_that_a_defragmentation_fills_before_its_round_is_caught() {
+    let what = found(Rule::R4, |_| cuts_of_a_defrag());
+    assert!(what.contains("sector") || what.contains("as another does"), "{what}");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! `ploopfs compact`, offline and live: the file becomes shorter, and the disk stays what it was.
+//! `ploopfs compact`, offline and live: the file becomes shorter (with `--defrag` also in order), and the disk stays what it
+//! was.
 
 mod common;
 
@@ -242,6 +243,136 @@ fn a_kill_in_the_middle_loses_nothing() {
     assert_eq!(len(&file), 17 * MIB);
 }
 
+/// Clusters of the disk that [`scatter`] writes; several rounds of 64 MiB move.
+const SCATTERED: u64 = 200;
+
+fn is_written(cluster: u64) -> bool {
+    !cluster.is_multiple_of(7)
+}
+
+/// First writes far from the order of the disk, with gaps on it and in the file.
+fn scatter(file: &File) {
+    for cluster in (0..SCATTERED).map(|n| n * 73 % SCATTERED) {
+        file.write_all_at(&block(cluster), cluster * MIB + 8192).expect("a write");
+    }
+    file.sync_all().expect("a sync");
+    (0..SCATTERED).filter(|n| !is_written(*n)).for_each(|n| discard(file, n * MIB, MIB));
+    file.sync_all().expect("a sync");
+}
+
+#[track_caller]
+fn is_scattered(file: &File) {
+    for cluster in 0..SCATTERED {
+        let wanted = if is_written(cluster) { block(cluster) } else { vec![0; 4096] };
+        assert_eq!(read_at(file, cluster * MIB + 8192, 4096).expect("a read"), wanted, "cluster {cluster}");
+    }
+}
+
+fn pieces(delta: &Path) -> u64 {
+    let info = json(&Run::ploopfs().args(["info", "--json"]).arg(delta).ok());
+    info["levels"][0]["pieces"].as_u64().expect("a number")
+}
+
+#[test]
+fn a_scattered_file_is_put_in_order_as_a_dry_run_says_and_a_second_time_nothing_moves() {
+    require!("fuse", "qemu");
+    let mut mount = Mount::new(&["--create", "vm1=256M"]);
+    scatter(&mount.open("vm1"));
+    mount.umount();
+    let (file, used) = (mount.delta("vm1"), (0..SCATTERED).filter(|n| is_written(*n)).count() as u64);
+    let before = (fs::read(&file).expect("the file"), fs::metadata(&file).expect("stat").mtime_nsec());
+    let said = json(&Run::ploopfs().args(["compact", "--defrag", "--dry-run", "--json"]).arg(&file).ok());
+    let after = (fs::read(&file).expect("the file"), fs::metadata(&file).expect("stat").mtime_nsec());
+    assert!(before == after, "a dry run changed the file");
+    let gain = &said["defrag"];
+    assert_eq!(gain["pieces"].as_u64(), Some(pieces(&file)), "as info counts them: {said}");
+    assert!(gain["pieces"].as_u64().expect("a number") > used / 2, "{said}");
+    assert_eq!((gain["pieces_after"].as_u64(), gain["spare"].as_u64()), (Some(1), Some(64 * MIB)), "{said}");
+    let text_said = Run::ploopfs().args(["compact", "--defrag"]).arg(&file).ok();
+    let lines: Vec<&str> = text_said.lines().collect();
+    assert!(lines[0].contains("would be in 1; needs 64 MiB of free space meanwhile"), "{text_said}");
+    assert!(lines.len() == 2 && lines[1].contains("is now in 1;"), "{text_said}");
+    let moved = format!("{} clusters moved", said["moved_clusters"]);
+    assert!(lines[1].contains(&moved), "{text_said}");
+    assert_eq!((pieces(&file), len(&file)), (1, (1 + used) * MIB));
+    ok("qemu-img", &["check", "-q", "-f", "parallels", text(&file)]);
+    mount.start();
+    is_scattered(&mount.open("vm1"));
+    mount.umount();
+    let again = json(&Run::ploopfs().args(["compact", "--defrag", "--json"]).arg(&file).ok());
+    assert_eq!((again["moved_clusters"].as_u64(), again["defrag"]["pieces"].as_u64()), (Some(0), Some(1)));
+}
+
+#[test]
+fn a_live_disk_is_put_in_order_under_load() {
+    require!("fuse", "qemu");
+    let mut mount = Mount::new(&["--create", "vm1=256M"]);
+    let file = mount.open("vm1");
+    scatter(&file);
+    let end = AtomicBool::new(false);
+    let image = mount.flat("vm1");
+    let rounds = std::thread::scope(|scope| {
+        // One writer in clusters that move, and one that allocates and discards.
+        let writer = scope.spawn(|| {
+            let mut rounds = 0_u64;
+            while !end.load(Ordering::Relaxed) {
+                rounds += 1;
+                for cluster in (0..SCATTERED).filter(|n| is_written(*n)).step_by(9) {
+                    file.write_all_at(&rounds.to_le_bytes(), cluster * MIB).expect("a write");
+                    file.write_all_at(&[7; 512], (SCATTERED + cluster % 40) * MIB).expect("a write");
+                    assert_eq!(read_at(&file, cluster * MIB, 8).expect("a read"), rounds.to_le_bytes());
+                }
+                discard(&file, SCATTERED * MIB, 40 * MIB);
+            }
+            rounds
+        });
+        let said = json(&Run::ploopfs().args(["compact", "--defrag", "--json"]).arg(&image).ok());
+        let gain = |field: &str| said["defrag"][field].as_u64().expect("a number");
+        assert!(gain("pieces_after") * 2 < gain("pieces"), "{said}");
+        end.store(true, Ordering::Relaxed);
+        writer.join().expect("the writer")
+    });
+    is_scattered(&file);
+    for cluster in (0..SCATTERED).filter(|n| is_written(*n)).step_by(9) {
+        assert_eq!(read_at(&file, cluster * MIB, 8).expect("a read"), rounds.to_le_bytes());
+    }
+    let said = json(&Run::ploopfs().args(["compact", "--defrag", "--json"]).arg(&image).ok());
+    assert_eq!(said["defrag"]["pieces_after"].as_u64(), Some(1), "{said}");
+    is_scattered(&file);
+    drop(file);
+    mount.umount();
+    assert_eq!(pieces(&mount.delta("vm1")), 1);
+    ok("qemu-img", &["check", "-q", "-f", "parallels", text(&mount.delta("vm1"))]);
+    mount.start();
+    is_scattered(&mount.open("vm1"));
+}
+
+#[test]
+fn a_kill_while_clusters_are_put_in_order_loses_nothing() {
+    require!("fuse", "qemu");
+    let mut mount = Mount::new(&["--create", "vm1=256M"]);
+    scatter(&mount.open("vm1"));
+    mount.umount();
+    let file = mount.delta("vm1");
+    for wait in [100, 300, 700] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ploopfs"))
+            .args(["compact", "--defrag", "--rate", "100M"])
+            .arg(&file)
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("starts");
+        std::thread::sleep(Duration::from_millis(wait));
+        child.kill().expect("our own child");
+        child.wait().expect("it ends");
+        mount.start();
+        is_scattered(&mount.open("vm1"));
+        mount.umount();
+    }
+    Run::ploopfs().args(["compact", "--defrag"]).arg(&file).ok();
+    ok("qemu-img", &["check", "-q", "-f", "parallels", text(&file)]);
+    assert_eq!(pieces(&file), 1);
+}
+
 #[test]
 fn what_cannot_be_compacted_is_an_error_and_stays_untouched() {
     let folder = temp_dir();
@@ -251,7 +382,7 @@ fn what_cannot_be_compacted_is_an_error_and_stays_untouched() {
     fs::write(path("short.hds"), "WithouFreSpacExt").expect("a file");
     fs::create_dir(path("folder")).expect("a folder");
     for name in ["plain.raw", "empty.hds", "short.hds", "folder", "missing"] {
-        for more in [&[][..], &["--dry-run"]] {
+        for more in [&[][..], &["--dry-run"], &["--defrag"], &["--defrag", "--dry-run"]] {
             let done = Run::ploopfs().arg("compact").args(more).arg(path(name)).run();
             assert!(!done.success() && !done.stderr.is_empty(), "{name}: {done}");
             assert!(!done.stderr.contains("panicked"), "{name}: {done}");
@@ -261,5 +392,6 @@ fn what_cannot_be_compacted_is_an_error_and_stays_untouched() {
     assert_eq!(len(&path("empty.hds")), 0);
     let done = Run::ploopfs().args(["compact", "--no-such-option", "x"]).run();
     assert_eq!(done.code(), Some(2), "{done}");
-    assert!(Run::ploopfs().args(["compact", "--help"]).ok().contains("--dry-run"));
+    let help = Run::ploopfs().args(["compact", "--help"]).ok();
+    assert!(help.contains("--dry-run") && help.contains("snapshots stay as they are"), "{help}");
 }

@@ -54,10 +54,11 @@ enum Op {
     Merge,
     Grow,
     Compact,
+    Defrag,
     Reopen,
 }
 
-const OPS: [Op; 12] = [
+const OPS: [Op; 13] = [
     Op::InPlace,
     Op::Allocate,
     Op::Overwrite,
@@ -69,6 +70,7 @@ const OPS: [Op; 12] = [
     Op::Merge,
     Op::Grow,
     Op::Compact,
+    Op::Defrag,
     Op::Reopen,
 ];
 
@@ -111,6 +113,7 @@ impl Run {
             Op::Merge => live.merge(),
             Op::Grow => live.grow(self.image.size() + 4 * CLUSTER),
             Op::Compact => live.compact(),
+            Op::Defrag => live.defrag(),
             Op::Reopen => {
                 self.close()?;
                 self.image = open(&self.engine, &self.record)?;
@@ -142,7 +145,7 @@ fn open(engine: &Arc<Engine>, record: &Arc<Record>) -> Result<Arc<Image>, String
 }
 
 /// A fresh image; one with data and a free cluster; a chain of two, the top with data and a free cluster; a chain of
-/// three, its middle one hiding data with a hole.
+/// three, its middle one hiding data with a hole; one with data in an order that takes several rounds to put right.
 fn starts(engine: &Arc<Engine>) -> Result<Vec<(&'static str, World)>, String> {
     let header = Header::new(Version::V2, DISK as u64 * 512, CLUSTER).expect("a legal size");
     let fresh = World::new(vec![empty(header, false)], vec![vec![0]; DISK]);
@@ -168,7 +171,13 @@ fn starts(engine: &Arc<Engine>) -> Result<Vec<(&'static str, World)>, String> {
     run.write(2, 1).map_err(failed)?;
     run.write(7, 1).map_err(failed)?;
     let three = run.world()?;
-    Ok(vec![("fresh", fresh), ("one level", one), ("two levels", two), ("three levels", three)])
+    let mut run = Run::open(engine, &fresh, 0)?;
+    for cluster in [3, 6, 1, 0, 7, 2, 5, 4] {
+        run.write(2 * cluster, 2).map_err(failed)?;
+    }
+    let mixed = run.world()?;
+    let chains = [("fresh", fresh), ("one level", one), ("two levels", two), ("three levels", three)];
+    Ok(chains.into_iter().chain([("mixed", mixed)]).collect())
 }
 
 /// Every sequence of 1 to `longest` operations.

@@ -1,4 +1,4 @@
-//! Live operations against a plain vector: snapshots, merges in both directions, growing and compaction, while submitters write,
+//! Live operations against a plain vector: snapshots, merges in both directions, growing, compaction and defragmentation, while submitters write,
 //! read and discard; reopened at random. Every snapshot still has what the disk had when it was taken.
 
 mod common;
@@ -50,6 +50,7 @@ enum Live {
     Merge { up: bool },
     Grow { sectors: u64 },
     Compact,
+    Defrag,
 }
 
 fn live() -> impl Strategy<Value = Live> {
@@ -57,7 +58,8 @@ fn live() -> impl Strategy<Value = Live> {
         3 => Just(Live::Snapshot),
         3 => any::<bool>().prop_map(|up| Live::Merge { up }),
         1 => (1..3000u64).prop_map(|sectors| Live::Grow { sectors }),
-        3 => Just(Live::Compact),
+        2 => Just(Live::Compact),
+        2 => Just(Live::Defrag),
     ]
 }
 
@@ -97,13 +99,16 @@ fn carry_out(image: &Arc<Image>, chain: &Chain, what: &Live) -> bool {
             image.pull_out(&progress, take_out).expect("a merge");
         }
         Live::Merge { .. } => {}
-        Live::Compact
+        Live::Compact | Live::Defrag
             if matches!(
                 level(chain.lock().expect("no panic").last().expect("a top")).layout,
                 Layout::Raw
             ) => {}
         Live::Compact => {
             image.compact(&progress).expect("a compaction");
+        }
+        Live::Defrag => {
+            image.defrag(&progress).expect("a defragmentation");
         }
         Live::Grow { sectors } => {
             let size = image.size() + sectors * SECTOR;

@@ -141,11 +141,14 @@ fn to_json(path: &Path, changes: &Changes) -> serde_json::Value {
 fn to_text(changes: &Changes) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
+    let all = size::human(changes.size);
+    if let (Some(uuid), []) = (&changes.uuid, &changes.ranges[..]) {
+        return format!("nothing of {all} has changed since {}\n", out::printable(uuid));
+    }
     let _ = writeln!(text, "{:>20} {:>20}", "START", "LENGTH");
     for (start, length) in &changes.ranges {
         let _ = writeln!(text, "{start:>20} {length:>20}");
     }
-    let all = size::human(changes.size);
     let _ = match &changes.uuid {
         Some(uuid) => {
             let part = size::human(bytes(changes));
@@ -176,6 +179,12 @@ mod tests {
         let lost =
             Changes { uuid: None, reason: Some("lost".into()), ranges: vec![(0, 10 << 20)], ..tracked() };
         assert!(to_text(&lost).ends_with("all of 10 MiB count as changed: lost\n"), "{}", to_text(&lost));
+    }
+
+    #[test]
+    fn where_nothing_has_changed_one_sentence_says_so_and_no_table_begins() {
+        let none = Changes { ranges: Vec::new(), ..tracked() };
+        assert_eq!(to_text(&none), "nothing of 10 MiB has changed since a-b\n");
     }
 
     #[test]

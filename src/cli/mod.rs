@@ -198,6 +198,10 @@ pub enum Command {
     /// Also while the disk is in use. Clusters of zeroes are freed, free space inside the file is punched, and clusters from
     /// the end of the file move into free places in front. Only the live disk's own file: what snapshots keep stays. Ctrl-C
     /// ends it at any time, and what is done until then stays done. What it gains is said before it begins.
+    ///
+    /// --defrag also puts the clusters in the order of the disk: a file that grew as the guest first wrote here and there is
+    /// read from front to back again. Most clusters that lie elsewhere are copied once, a few twice; the host needs 64 MiB of
+    /// free space meanwhile. A second time nothing moves. Files of snapshots stay as they are.
     Compact(compact::Args),
     /// Dump, restore and pack the metadata of an image: its header and its map
     Meta(meta::Args),

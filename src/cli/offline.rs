@@ -36,7 +36,7 @@ pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> 
             image.make_writable()?;
             work.on_disk(image, progress).unwrap_or_else(|| Ok(Done::default()))
         }),
-        Work::Compact { dry_run } => {
+        Work::Compact { dry_run, .. } => {
             let access = if *dry_run { Access::ReadOnly } else { Access::ReadWrite };
             single_file(path, access, |image| {
                 if !dry_run {
@@ -61,7 +61,7 @@ pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> 
 
 /// The end of the work and of the image is the same as in [`single_file`]; the locks are those of `layers`.
 fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
-    let looks = matches!(work, Work::Compact { dry_run: true });
+    let looks = matches!(work, Work::Compact { dry_run: true, .. });
     let opener = Arc::new(Direct(if looks { Access::ReadOnly } else { Access::Widest }));
     let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
     if let Work::Switch { snapshot } = work {

@@ -11,10 +11,10 @@ use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR, Version};
 use crate::format::stream::{Decoder, Head, PREAMBLE_BYTES, RECORD_BYTES, Tag};
 use crate::image::assemble::Assembly;
-use crate::image::create::{DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER};
+use crate::image::create::{DEFAULT_CLUSTER, check_cluster};
 use crate::image::diff;
 use crate::image::labels::Labels;
-use crate::image::layers::{Direct, Layers, header_above};
+use crate::image::layers::{Direct, Layers, disk_size, header_above};
 use crate::image::level::Level;
 use crate::image::paths::image_folder;
 use crate::io::real::Access;
@@ -136,8 +136,7 @@ impl Stream {
     /// 5 before 2 could show a disk of which the end is missing.
     pub fn make_image(mut self, to: &Path, progress: &Progress) -> Result<Head> {
         let size = whole_sectors(self.head.size);
-        let fits = |cluster: u64| cluster.is_power_of_two() && (MIN_CLUSTER..=MAX_CLUSTER).contains(&cluster);
-        let cluster = if fits(self.head.cluster) { self.head.cluster } else { DEFAULT_CLUSTER };
+        let cluster = check_cluster(self.head.cluster).map_or(DEFAULT_CLUSTER, |()| self.head.cluster);
         let header = Header::new(Version::V2, size, cluster)
             .map_err(|bad| Error::at(Kind::Unsupported, to, bad.to_string()))?;
         let mut new = Assembly::begin(to)?;
@@ -188,7 +187,8 @@ impl Stream {
         }
         layers.store().redo_unsynced()?;
         let mut made = Vec::new();
-        let result = self.put_above(layers, &mut made, progress);
+        let disk = disk_size(chain, layers.store().descriptor());
+        let result = self.put_above(layers, disk, &mut made, progress);
         if result.is_err() {
             // Noted: what cannot be removed now goes at the next open.
             let named = |file: &String| layers.store().descriptor().names(file);
@@ -223,9 +223,11 @@ impl Stream {
         ))
     }
 
+    /// `disk`: bytes of the disk as it is, which may have grown since its newest snapshot. It stays as large.
     fn put_above(
         &mut self,
         layers: &Arc<Layers>,
+        disk: u64,
         made: &mut Vec<String>,
         progress: &Progress,
     ) -> Result<Option<String>> {
@@ -235,6 +237,7 @@ impl Stream {
         let mut levels = layers.chain(head.base)?;
         let size = whole_sectors(head.size).max(diff::size(&levels)?);
         let header = header_above(&levels, &descriptor, size)?;
+        let top_header = header_above(&levels, &descriptor, size.max(disk))?;
         // 1.
         let (file, level) = layers.add_delta(&header)?;
         made.push(file.clone());
@@ -243,7 +246,7 @@ impl Stream {
         let image = writer(&head.image, levels)?;
         filled(&image, |image| self.pour(image, progress))?;
         // 4.
-        let (top, _) = layers.add_delta(&header)?;
+        let (top, _) = layers.add_delta(&top_header)?;
         made.push(top.clone());
         // 5.
         let mut store = layers.store();
@@ -254,7 +257,7 @@ impl Stream {
         next.set_file(next.top, &file)
             .and_then(|()| next.add_snapshot(head.guid, &top))
             .map_err(|bad| Error::at(Kind::Damaged, store.path(), bad.to_string()))?;
-        next.set_size(header.disk_sectors);
+        next.set_size(top_header.disk_sectors);
         store.replace(next)?.durable()?;
         drop(store);
         // 7.

@@ -10,7 +10,7 @@
 //!
 //! So free space has three states here: *fresh* (behind `next`, never handed out), *stale* (free, content
 //! unknown: must be scrubbed) and *clean* (punched, durable, its old entry durably gone). Only fresh space inside
-//! the durable length and clean space is handed out; whoever finds neither waits for an extension or a scrub.
+//! the file and clean space is handed out; whoever finds neither waits for an extension or a scrub.
 
 pub use super::bits::Bits;
 use crate::rules::{Rule, broken};
@@ -60,6 +60,22 @@ pub struct Cut {
     file_end: u64,
 }
 
+/// Ends a [`hold`](Allocator::hold) when dropped.
+pub struct Held<'a>(&'a Allocator);
+
+impl Held<'_> {
+    /// Holds on to the file clusters before `end` only.
+    pub fn only_before(&self, end: u64) {
+        lock(&self.0.state).held = end;
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.only_before(0);
+    }
+}
+
 /// The allocator of one image's top.
 pub struct Allocator {
     /// Protects everything below. Taken on allocation and release only; a leaf.
@@ -79,6 +95,8 @@ struct State {
     stale: Bits,
     /// File clusters before this one are out of circulation: the BAT grows over them.
     reserved: u64,
+    /// Free file clusters before this one are kept for clusters that move there ([`Allocator::hold`]).
+    held: u64,
     extending: bool,
     scrubbing: bool,
     /// Clusters of the next extension: `step`, but after a failure one (K6), and twice as many with each that works.
@@ -90,11 +108,28 @@ struct State {
 
 impl State {
     fn ready(&mut self) -> Option<u64> {
-        self.clean.take_lowest().or_else(|| {
+        self.ready_from(self.held).or_else(|| {
+            // A guest's write goes before the order of the file.
+            if self.can_extend() { None } else { self.clean.take_lowest() }
+        })
+    }
+
+    fn ready_from(&mut self, from: u64) -> Option<u64> {
+        self.clean.take_from(from).or_else(|| {
             let fresh = self.next < self.end;
             self.next += u64::from(fresh);
             fresh.then(|| self.next - 1)
         })
+    }
+
+    fn can_extend(&self) -> bool {
+        self.end < self.limit && !self.exhausted
+    }
+
+    /// Clusters that may be handed out at once. What is held is no room.
+    fn room(&self) -> u64 {
+        let clean = if self.held == 0 { self.clean.len() } else { 0 };
+        clean + (self.end - self.next)
     }
 
     fn used_end(&self) -> u64 {
@@ -130,6 +165,7 @@ impl Allocator {
             clean: Bits::default(),
             stale,
             reserved: 0,
+            held: 0,
             extending: false,
             scrubbing: false,
             pace: step.max(1),
@@ -141,17 +177,37 @@ impl Allocator {
 
     /// Takes a file cluster. On [`Alloc::Wait`] `job(token)` is kept and run later; else the token comes back.
     /// `due` is called with work to start.
-    pub fn take<T>(&self, token: T, job: impl FnOnce(T) -> Job, mut due: impl FnMut(Due)) -> Alloc<T> {
+    pub fn take<T>(&self, token: T, job: impl FnOnce(T) -> Job, due: impl FnMut(Due)) -> Alloc<T> {
+        self.take_with(State::ready, token, job, due)
+    }
+
+    /// The same, of the file clusters from `from` on, whatever is held.
+    pub fn take_from<T>(
+        &self,
+        from: u64,
+        token: T,
+        job: impl FnOnce(T) -> Job,
+        due: impl FnMut(Due),
+    ) -> Alloc<T> {
+        self.take_with(|s| s.ready_from(from), token, job, due)
+    }
+
+    fn take_with<T>(
+        &self,
+        ready: impl FnOnce(&mut State) -> Option<u64>,
+        token: T,
+        job: impl FnOnce(T) -> Job,
+        mut due: impl FnMut(Due),
+    ) -> Alloc<T> {
         let mut s = lock(&self.state);
-        let got = s.ready();
+        let got = ready(&mut s);
         // Ahead of need: half a step in hand while the next is being made.
-        let room = s.clean.len() + (s.end - s.next);
-        let wanted = if s.pace < s.step { got.is_none() } else { room < s.step.div_ceil(2) };
-        if wanted && s.end < s.limit && !s.extending && !s.exhausted {
+        let wanted = got.is_none() || s.pace >= s.step && s.room() < s.step.div_ceil(2);
+        if wanted && s.can_extend() && !s.extending {
             s.extending = true;
             due(Due::Extend);
         }
-        if s.clean.is_empty() && !s.stale.is_empty() && !s.scrubbing && !s.exhausted {
+        if (got.is_none() || s.clean.is_empty()) && !s.stale.is_empty() && !s.scrubbing && !s.exhausted {
             s.scrubbing = true;
             due(Due::Scrub);
         }
@@ -172,9 +228,8 @@ impl Allocator {
     /// Takes a file cluster where that makes no work due: for the fast path, which has nowhere to wait.
     pub fn take_in_hand(&self) -> Option<u64> {
         let mut s = lock(&self.state);
-        let room = s.clean.len() + (s.end - s.next);
         let scrub_is_due = s.clean.is_empty() && !s.stale.is_empty();
-        if scrub_is_due || s.pace < s.step || room <= s.step.div_ceil(2) {
+        if scrub_is_due || s.pace < s.step || s.room() <= s.step.div_ceil(2) {
             return None;
         }
         s.ready()
@@ -183,6 +238,24 @@ impl Allocator {
     /// Takes a file cluster if one is ready; starts nothing.
     pub fn take_ready(&self) -> Option<u64> {
         lock(&self.state).ready()
+    }
+
+    /// Takes a file cluster from `from` on if one is ready, whatever is held; starts nothing.
+    pub fn take_ready_from(&self, from: u64) -> Option<u64> {
+        lock(&self.state).ready_from(from)
+    }
+
+    /// Takes this file cluster if it is clean; starts nothing.
+    pub fn take_this(&self, cluster: u64) -> Option<u64> {
+        lock(&self.state).clean.remove(cluster).then_some(cluster)
+    }
+
+    /// Keeps all free file clusters for [`take_this`](Self::take_this), as long as others can be had by extending the
+    /// file, until the guard is dropped. One at a time.
+    pub fn hold(&self) -> Held<'_> {
+        let held = Held(self);
+        held.only_before(u64::MAX);
+        held
     }
 
     /// Takes the lowest clean file cluster if it lies before `before`; starts nothing.
@@ -256,6 +329,7 @@ impl Allocator {
             clean: s.clean.moved_down(reserved),
             stale: s.stale.moved_down(reserved),
             reserved: 0,
+            held: 0,
             extending: false,
             scrubbing: false,
             pace: s.pace,
@@ -498,6 +572,28 @@ mod tests {
             (alloc.take_before(5), alloc.take_before(5), alloc.take_before(7)),
             (Some(3), None, Some(6))
         );
+    }
+
+    #[test]
+    fn what_is_held_is_handed_out_by_name_and_to_guests_only_when_the_file_cannot_grow() {
+        let alloc = Allocator::new(9, 20, 4, Bits::default());
+        alloc.freed(&[3, 6], true);
+        let held = alloc.hold();
+        held.only_before(5);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(6, ()), "behind what is held");
+        assert_eq!((alloc.take_this(3), alloc.take_this(3), alloc.take_this(4)), (Some(3), None, None));
+        alloc.put_back(3);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
+        alloc.extended(alloc.extension().1);
+        assert_eq!((alloc.take_ready(), alloc.take_ready_from(5)), (Some(9), Some(10)));
+        alloc.take((), job, |_| ());
+        assert!(alloc.extension_failed().0 && !alloc.extension_failed().0);
+        let got: Vec<_> = std::iter::from_fn(|| alloc.take_ready()).collect();
+        assert_eq!(got.last(), Some(&3), "{got:?}");
+        alloc.put_back(3);
+        drop(held);
+        alloc.retry();
+        assert_eq!(alloc.take_ready(), Some(3), "nothing is held any more");
     }
 
     #[test]

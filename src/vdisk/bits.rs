@@ -43,6 +43,31 @@ impl Bits {
         None
     }
 
+    /// Removes and returns the lowest of those from `n` on.
+    pub fn take_from(&mut self, n: u64) -> Option<u64> {
+        let first = usize::try_from(n / 64).unwrap_or(usize::MAX).max(self.from);
+        for at in first..self.words.len() {
+            let below = if at as u64 == n / 64 { n % 64 } else { 0 };
+            let word = self.words[at] & (u64::MAX << below);
+            if word != 0 {
+                let member = at as u64 * 64 + u64::from(word.trailing_zeros());
+                self.remove(member);
+                return Some(member);
+            }
+        }
+        None
+    }
+
+    /// Takes out `n`; false when it was not there.
+    pub fn remove(&mut self, n: u64) -> bool {
+        let there = self.contains(n);
+        if there {
+            self.words[(n / 64) as usize] &= !(1 << (n % 64));
+            self.count -= 1;
+        }
+        there
+    }
+
     /// Every member, lowest first.
     pub fn iter(&self) -> impl Iterator<Item = u64> {
         self.words.iter().enumerate().flat_map(|(i, word)| {

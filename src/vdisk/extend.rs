@@ -16,16 +16,36 @@ impl Image {
     pub(super) fn take_cluster<T>(
         self: &Arc<Self>,
         stack: &Stack,
-        mut places: [Option<Inside>; 2],
+        places: [Option<Inside>; 2],
         token: T,
         job: impl FnOnce(T) -> Job,
     ) -> Alloc<T> {
-        let due = |due| {
+        self.with_places(places, |due| stack.allocator().take(token, job, due))
+    }
+
+    /// The same, of the file clusters from `from` on.
+    pub(super) fn take_cluster_from<T>(
+        self: &Arc<Self>,
+        stack: &Stack,
+        from: u64,
+        places: [Option<Inside>; 2],
+        token: T,
+        job: impl FnOnce(T) -> Job,
+    ) -> Alloc<T> {
+        self.with_places(places, |due| stack.allocator().take_from(from, token, job, due))
+    }
+
+    fn with_places<T>(
+        self: &Arc<Self>,
+        mut places: [Option<Inside>; 2],
+        take: impl FnOnce(&mut dyn FnMut(Due)) -> Alloc<T>,
+    ) -> Alloc<T> {
+        let mut due = |due| {
             if let Some(inside) = places.iter_mut().find_map(Option::take) {
                 self.start_due(due, inside);
             }
         };
-        let taken = stack.allocator().take(token, job, due);
+        let taken = take(&mut due);
         places.into_iter().flatten().for_each(|inside| self.gate.leave(inside));
         taken
     }

@@ -1,5 +1,6 @@
-//! The SQLite loop over live operations: one history of writes, snapshots, merges both ways and growth, in which host
-//! operation N fails, whichever file of the chain it meets, for N = 1, 2, ... until nothing fails any more.
+//! The SQLite loop over live operations: one history of writes, snapshots, merges both ways, growth and
+//! defragmentation, in which host operation N fails, whichever file of the chain it meets, for N = 1, 2, ... until
+//! nothing fails any more.
 
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
@@ -41,10 +42,12 @@ enum Op {
     Up,
     /// The top into the level below it.
     Flip,
+    /// Compacts the top, and puts its clusters in order.
+    Defrag,
 }
 
 /// Eight sectors are a cluster.
-const HISTORY: [Op; 23] = [
+const HISTORY: [Op; 24] = [
     Op::Write(0, 100, 1),
     Op::Flush,
     Op::Snapshot,
@@ -64,6 +67,7 @@ const HISTORY: [Op; 23] = [
     Op::Snapshot,
     Op::Discard(0, 24),
     Op::Write(90, 30, 8),
+    Op::Defrag,
     Op::Up,
     Op::Write(20, 2, 9),
     Op::Flush,
@@ -218,6 +222,7 @@ fn run(spec: &str, options: Options) -> u64 {
             }
             Op::Up | Op::Flip if chain.depth() < 2 => {}
             Op::Up => drop(chain.pull_out(&image)),
+            Op::Defrag => drop(image.defrag(&Progress::new())),
             Op::Flip => {
                 if image.merge_direction(true).is_ok_and(|d| d == Direction::Flip) {
                     // From its first step on, what is below is no snapshot of its own any more.

@@ -26,9 +26,10 @@ use crate::io::file::read_full;
 use crate::progress::Progress;
 use crate::sync::{Arc, Ordering, thread};
 use crate::vdisk::Image;
-use crate::vdisk::alloc::{Bits, Scrubbing};
+use crate::vdisk::alloc::{Allocator, Bits, Scrubbing};
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
+use crate::vdisk::live::order::{Order, Pieces};
 use crate::vdisk::locks::Mode;
 use crate::vdisk::stack::Stack;
 use crate::vdisk::zero::is_zero;
@@ -57,8 +58,11 @@ pub struct Gain {
     pub allocated_after: u64,
     /// Clusters of zeroes that are freed, or become holes.
     pub zero_clusters: u64,
-    /// Clusters that move.
+    /// Moves of clusters; putting them in order may move one twice.
     pub moved_clusters: u64,
+    /// Where they are put in order: what comes of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub defrag: Option<Pieces>,
 }
 
 /// What a look at the whole image found.
@@ -70,11 +74,12 @@ struct Survey {
 
 /// What came of one cluster.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Moved {
-    Yes,
+pub(super) enum Moved {
+    /// To this file cluster.
+    To(u64),
     /// It has been moved or discarded since.
     NotThere,
-    /// No free place lies before it.
+    /// There is no such free place.
     NoPlace,
 }
 
@@ -82,20 +87,39 @@ impl Image {
     /// What [`compact`](Self::compact) would gain. Changes nothing. Blocks; not for runners or transport threads.
     pub fn compact_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
         let _alone = self.begin_operation()?;
-        Ok(self.survey(progress)?.gain)
+        Ok(self.survey(progress, None)?.gain)
+    }
+
+    /// What [`defrag`](Self::defrag) would gain. Changes nothing. Blocks, too.
+    pub fn defrag_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
+        let _alone = self.begin_operation()?;
+        Ok(self.survey(progress, Some(Order::default()))?.gain)
     }
 
     /// Frees zero clusters, moves clusters from the end of the file to its front, and makes it shorter. Returns what that
     /// has gained. Blocks; not for runners or transport threads.
     pub fn compact(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
+        self.compact_or_defrag(progress, false)
+    }
+
+    /// The same, and puts the live disk's clusters in the order of the disk, without gaps (`live::defrag`).
+    pub fn defrag(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
+        self.compact_or_defrag(progress, true)
+    }
+
+    fn compact_or_defrag(self: &Arc<Self>, progress: &Progress, defrag: bool) -> Result<Gain> {
         let _alone = self.begin_operation()?;
-        let survey = self.survey(progress)?;
+        let survey = self.survey(progress, defrag.then(Order::default))?;
         self.mark_and_wait()?;
         let work = (survey.zero.len() as u64 + survey.gain.moved_clusters) * self.cluster;
         progress.set_total(progress.so_far().0 + work);
         let mut gain = Gain { zero_clusters: 0, moved_clusters: 0, ..survey.gain };
         let done = self
             .free_zeroes(&survey.zero, progress, &mut gain.zero_clusters)
+            // What lies in the tail has its place in front, too: it moves there at once, not twice.
+            .and_then(
+                |()| if defrag { self.put_in_order(progress, &mut gain.moved_clusters) } else { Ok(()) },
+            )
             .and_then(|()| self.move_tail(progress, &mut gain.moved_clusters));
         // What was done until a cancel is not lost, either.
         let cut = match &done {
@@ -104,6 +128,9 @@ impl Image {
         };
         done.and(cut)?;
         (gain.length_after, gain.allocated_after) = self.own_file()?;
+        if let Some(pieces) = &mut gain.defrag {
+            pieces.pieces_after = self.order(progress)?.pieces;
+        }
         Ok(gain)
     }
 
@@ -115,7 +142,7 @@ impl Image {
         Ok((status.len, status.blocks * 512))
     }
 
-    fn stopped(&self, progress: &Progress) -> Result<()> {
+    pub(super) fn stopped(&self, progress: &Progress) -> Result<()> {
         if self.closing.load(Ordering::SeqCst) {
             return Err(self.closed_error());
         }
@@ -123,8 +150,8 @@ impl Image {
     }
 
     /// Looks at every cluster that the top maps. Without locks: what changes meanwhile is looked at again before anything
-    /// is done with it.
-    fn survey(self: &Arc<Self>, progress: &Progress) -> Result<Survey> {
+    /// is done with it. `stays`: collects what stays, to be put in order.
+    fn survey(self: &Arc<Self>, progress: &Progress, mut stays: Option<Order>) -> Result<Survey> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         if stack.bat.is_none() {
             let why = "is raw: there is nothing to move in it (`fallocate --dig-holes` frees its zeroes)";
@@ -132,24 +159,28 @@ impl Image {
         }
         let (length, allocated) = self.own_file()?;
         let (mut used, mut own, mut zero, mut freed) = (Bits::default(), 0, Vec::new(), 0);
+        let mut before = Order::default();
         let clusters = stack.geometry.clusters();
         let mut first = 0;
         while first < clusters {
             self.stopped(progress)?;
             for (cluster, position, hides) in self.own_clusters(&stack, first, clusters)? {
                 let len = self.cluster_len(cluster);
+                let file_cluster = stack.geometry.file_cluster(position);
                 let data = data_bytes(&stack, position, len)?;
-                if data > 0 && !self.reads_zero(&stack, position, len)? {
-                    used.insert(stack.geometry.file_cluster(position));
+                let is_zero = data == 0 || self.reads_zero(&stack, position, len)?;
+                before.count(file_cluster);
+                if !is_zero || hides {
+                    used.insert(file_cluster);
                     own += 1;
-                    continue;
+                    if let Some(stays) = &mut stays {
+                        stays.push(cluster, file_cluster);
+                    }
                 }
-                if hides {
-                    used.insert(stack.geometry.file_cluster(position));
-                    own += 1;
+                if is_zero && hides {
                     freed += data;
                 }
-                if !hides || data > 0 {
+                if is_zero && (!hides || data > 0) {
                     zero.push(cluster);
                 }
             }
@@ -160,7 +191,13 @@ impl Image {
         for free in (0..end.min(stack.geometry.file_clusters())).filter(|n| !used.contains(*n)) {
             freed += data_bytes(&stack, stack.geometry.cluster_position(free), self.cluster)?;
         }
-        let moved_clusters = used.iter().filter(|n| *n >= own).count() as u64;
+        let (moved_clusters, defrag) = match stays {
+            None => (used.iter().filter(|n| *n >= own).count() as u64, None),
+            Some(stays) => {
+                let (moves, pieces) = stays.rehearse(self.at_a_time(), self.cluster, before.pieces);
+                (moves, Some(pieces))
+            }
+        };
         let gain = Gain {
             length,
             length_after: stack.geometry.cluster_position(own).min(length),
@@ -168,13 +205,14 @@ impl Image {
             allocated_after: allocated.saturating_sub(freed),
             zero_clusters: zero.len() as u64,
             moved_clusters,
+            defrag,
         };
         Ok(Survey { gain, zero })
     }
 
     /// The clusters in the page of `first` that the top maps, from there on: guest cluster, position, and whether it hides
     /// data of a lower level.
-    fn own_clusters(
+    pub(super) fn own_clusters(
         self: &Arc<Self>,
         stack: &Stack,
         first: u64,
@@ -279,8 +317,9 @@ impl Image {
             let before = *moved;
             for (position, cluster) in tail {
                 self.stopped(progress)?;
-                match self.move_down(cluster, position)? {
-                    Moved::Yes => *moved += 1,
+                let old = stack.geometry.file_cluster(position);
+                match self.move_to(cluster, position, &|alloc| alloc.take_before(old))? {
+                    Moved::To(_) => *moved += 1,
                     Moved::NotThere => continue,
                     Moved::NoPlace => break,
                 }
@@ -316,12 +355,18 @@ impl Image {
         Ok(tail)
     }
 
-    fn move_down(self: &Arc<Self>, cluster: u64, from: u64) -> Result<Moved> {
+    /// Moves `cluster`, if it lies at byte `from`, to the file cluster that `place` takes.
+    pub(super) fn move_to(
+        self: &Arc<Self>,
+        cluster: u64,
+        from: u64,
+        place: &dyn Fn(&Allocator) -> Option<u64>,
+    ) -> Result<Moved> {
         loop {
             let _inside = self.enter_and_wait()?;
             self.lock_and_wait(cluster);
             let stack = self.stack();
-            let moved = self.move_down_locked(&stack, cluster, from);
+            let moved = self.move_locked_to(&stack, cluster, from, place);
             self.unlock(cluster, Mode::Exclusive);
             match moved? {
                 Some(moved) => return Ok(moved),
@@ -331,13 +376,19 @@ impl Image {
     }
 
     /// Steps 1 to 3. None: the page is missing.
-    fn move_down_locked(self: &Arc<Self>, stack: &Stack, cluster: u64, from: u64) -> Result<Option<Moved>> {
+    fn move_locked_to(
+        self: &Arc<Self>,
+        stack: &Stack,
+        cluster: u64,
+        from: u64,
+        place: &dyn Fn(&Allocator) -> Option<u64>,
+    ) -> Result<Option<Moved>> {
         let (Some(bat), top) = (&stack.bat, stack.top_index()) else { return Ok(Some(Moved::NotThere)) };
         if !bat.pin(cluster) {
             return Ok(None); // 1
         }
         let moved = if bat.lookup(cluster) == Lookup::Found(Place::At { level: top, position: from }) {
-            self.move_to_free(stack, cluster, from)
+            self.move_pinned_to(stack, cluster, from, place)
         } else {
             Ok(Moved::NotThere)
         };
@@ -345,12 +396,18 @@ impl Image {
         moved.map(Some)
     }
 
-    fn move_to_free(self: &Arc<Self>, stack: &Stack, cluster: u64, from: u64) -> Result<Moved> {
+    fn move_pinned_to(
+        self: &Arc<Self>,
+        stack: &Stack,
+        cluster: u64,
+        from: u64,
+        place: &dyn Fn(&Allocator) -> Option<u64>,
+    ) -> Result<Moved> {
         let (Some(bat), top, alloc) = (&stack.bat, stack.top_index(), stack.allocator()) else {
             return Ok(Moved::NotThere);
         };
         let old = stack.geometry.file_cluster(from);
-        let Some(free) = alloc.take_before(old) else { return Ok(Moved::NoPlace) };
+        let Some(free) = place(alloc) else { return Ok(Moved::NoPlace) };
         let to = stack.geometry.cluster_position(free);
         if let Err(e) = self.copy_cluster(stack, (top, from), to, self.cluster, 0..0) {
             alloc.give_back(free);
@@ -360,11 +417,11 @@ impl Image {
         if bat.relocate(cluster, top, to, &alloc.unmapped(old..old + 1)) {
             self.bat_is_dirty(); // 3
         }
-        Ok(Moved::Yes)
+        Ok(Moved::To(free))
     }
 
     /// As many changes as fit into one round.
-    fn flush_if_much(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn flush_if_much(self: &Arc<Self>) -> Result<()> {
         if self.flusher.is_over_bound() || self.engine.budget.dirty_full() {
             self.flush_now()
         } else {
@@ -373,7 +430,7 @@ impl Image {
     }
 
     /// Punches all free space of unknown content.
-    fn scrub_all(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn scrub_all(self: &Arc<Self>) -> Result<()> {
         loop {
             let inside = self.enter_and_wait()?;
             match self.stack().allocator().begin_scrub() {

@@ -2,11 +2,13 @@
 //! thaw, clean up (R8, R9).
 
 pub mod compact;
+mod defrag;
 #[cfg(test)]
 mod failures;
 pub mod freeze;
 mod grow;
 pub mod merge;
+pub mod order;
 mod pull;
 pub mod snapshot;
 mod work;
@@ -62,6 +64,9 @@ pub enum Work {
     Compact {
         /// Only say what that would gain.
         dry_run: bool,
+        /// Put what stays in the order of the disk.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        defrag: bool,
     },
     /// Begin to track which parts of the disk change.
     Track {
@@ -82,8 +87,15 @@ impl Work {
     pub fn on_disk(&self, image: &Arc<Image>, progress: &Progress) -> Option<Result<Done>> {
         let gained = |gain| Done { gain: Some(gain), ..Done::default() };
         match self {
-            Work::Compact { dry_run: true } => Some(image.compact_gain(progress).map(gained)),
-            Work::Compact { dry_run: false } => Some(image.compact(progress).map(gained)),
+            Work::Compact { dry_run, defrag } => {
+                let gain = match (dry_run, defrag) {
+                    (true, true) => image.defrag_gain(progress),
+                    (true, false) => image.compact_gain(progress),
+                    (false, true) => image.defrag(progress),
+                    (false, false) => image.compact(progress),
+                };
+                Some(gain.map(gained))
+            }
             Work::Track { granularity } => {
                 let named = |guid| Done { name: Some(uuid_text(guid)), ..Done::default() };
                 Some(image.start_tracking(*granularity).map(named))

@@ -140,6 +140,11 @@ impl Image {
 
     /// Waits until a file cluster can be had, or says that there is no space.
     pub(in crate::vdisk) fn wait_for_ready_space(self: &Arc<Self>) -> Result<()> {
+        self.wait_for_ready_space_from(0)
+    }
+
+    /// The same, of the file clusters from `from` on.
+    pub(in crate::vdisk) fn wait_for_ready_space_from(self: &Arc<Self>, from: u64) -> Result<()> {
         wait_for(|reply: crate::vdisk::Reply<()>| {
             let Ok(visit) = self.enter_and_wait() else {
                 return reply(Err(self.closed_error()));
@@ -147,7 +152,7 @@ impl Image {
             let stack = self.stack();
             let places = [visit.companion(), visit.companion()];
             let ready = |reply: crate::vdisk::Reply<()>| -> Job { Box::new(move || reply(Ok(()))) };
-            match self.take_cluster(&stack, places, reply, ready) {
+            match self.take_cluster_from(&stack, from, places, reply, ready) {
                 Alloc::Wait => {}
                 Alloc::Full(reply) => {
                     // The next attempt asks the host again.

@@ -166,7 +166,8 @@ fn history(
             }
             5..8 => live.discard(at, n),
             8..10 => live.flush(),
-            10..12 => live.compact(),
+            10 => live.compact(),
+            11 => live.defrag(),
             12..14 => live.snapshot(),
             14..16 => live.merge(),
             _ => live.grow(image.size() + rng.below(200) * CLUSTER),
@@ -291,6 +292,11 @@ impl Live<'_> {
     /// Frees zero clusters and makes the top shorter.
     pub fn compact(&self) -> ploopfs::Result<()> {
         self.image.compact(&Progress::new()).map(drop)
+    }
+
+    /// The same, and puts its clusters in order.
+    pub fn defrag(&self) -> ploopfs::Result<()> {
+        self.image.defrag(&Progress::new()).map(drop)
     }
 
     /// Makes the disk `size` bytes long, or a little longer.

@@ -1,0 +1,357 @@
+//! The order of a file's clusters, and the moves that make it the order of the disk: numbers only, no I/O.
+//!
+//! The i-th cluster of the disk that has a place (its *rank* is i) belongs at file cluster i. A move copies, and a place
+//! that was left is free only after a round (R4). So the moves come in rounds: each fills places that were free when it
+//! began. A filled place frees the one where its cluster lay, which the next round fills, and so on: of a long chain of
+//! clusters that lie in each other's places, each moves once, to where it stays. Where no place is free, one cluster
+//! moves behind the end to begin a chain; so many at once, evenly over the file, that every round has enough to do.
+//! (A window filled from front to back would have to empty itself first, and so move nearly every cluster twice.)
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// Nobody lies at this place, or nobody knows where this rank lies. The format has fewer clusters, and one fewer
+/// than [`TAKEN`].
+const NONE: u32 = u32::MAX;
+/// Somebody lies at this place who is not part of the plan, and stays.
+const TAKEN: u32 = u32::MAX - 1;
+
+/// What putting the clusters in order gains, or has gained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pieces {
+    /// Pieces before: how often the disk, read from front to back, jumps in the file, and once for the beginning.
+    pub pieces: u64,
+    /// And after.
+    pub pieces_after: u64,
+    /// Bytes that the host must have free meanwhile: the clusters of one round have two places.
+    pub spare: u64,
+}
+
+/// Where the clusters of a disk lie, in the order of the disk.
+#[derive(Default)]
+pub(super) struct Order {
+    /// By rank.
+    clusters: Vec<u32>,
+    /// By rank.
+    places: Vec<u32>,
+    /// Pieces so far.
+    pub pieces: u64,
+    /// Where the piece goes on.
+    next: Option<u64>,
+}
+
+/// One move of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// Which cluster.
+    pub rank: usize,
+    /// To this free place; None: to any behind the last that belongs to somebody.
+    pub to: Option<u64>,
+}
+
+/// The moves that are left.
+pub(super) struct Plan {
+    /// By rank: where it lies.
+    places: Vec<u32>,
+    /// By place: which rank lies there.
+    at: Vec<u32>,
+    /// Places to fill: nobody lies there, and whose it is lies elsewhere.
+    free: VecDeque<u32>,
+    /// Places in which another lay than whose it is, when that was last looked at.
+    misplaced: Vec<u32>,
+    /// The rest of each part of `misplaced`.
+    parts: Vec<Range<usize>>,
+    /// Moves in a round.
+    at_a_time: usize,
+}
+
+/// The format has fewer clusters than 32 bits can count.
+fn small(n: u64) -> u32 {
+    u32::try_from(n).unwrap_or(NONE)
+}
+
+impl Order {
+    /// The next cluster of the disk lies at this file cluster; for the count of the pieces alone.
+    pub fn count(&mut self, place: u64) {
+        self.pieces += u64::from(self.next != Some(place));
+        self.next = Some(place + 1);
+    }
+
+    /// The next one to put in order.
+    pub fn push(&mut self, cluster: u64, place: u64) {
+        self.count(place);
+        self.clusters.push(small(cluster));
+        self.places.push(small(place));
+    }
+
+    /// Clusters to put in order.
+    pub fn len(&self) -> u64 {
+        self.clusters.len() as u64
+    }
+
+    /// The plan for it, and which cluster has which rank.
+    pub fn plan(self, at_a_time: usize) -> (Plan, Vec<u32>) {
+        (Plan::new(self.places, at_a_time), self.clusters)
+    }
+
+    /// What it would come to, with clusters of `cluster` bytes: how many moves, and the gain over `pieces` pieces.
+    pub fn rehearse(self, at_a_time: usize, cluster: u64, pieces: u64) -> (u64, Pieces) {
+        let behind = self.len();
+        let (mut plan, _) = self.plan(at_a_time);
+        let (mut moves, mut most) = (0, 0);
+        loop {
+            let round = plan.next_round();
+            if round.is_empty() {
+                break;
+            }
+            moves += round.len() as u64;
+            most = most.max(round.len() as u64);
+            round.iter().for_each(|step| plan.moved(step.rank, step.to.unwrap_or(behind)));
+        }
+        (moves, Pieces { pieces, pieces_after: u64::from(behind > 0), spare: most * cluster })
+    }
+}
+
+impl Plan {
+    fn new(places: Vec<u32>, at_a_time: usize) -> Plan {
+        let mut at = vec![NONE; places.len()];
+        for (rank, place) in places.iter().enumerate() {
+            if let Some(at) = at.get_mut(*place as usize) {
+                *at = rank as u32;
+            }
+        }
+        let free = (0..at.len()).filter(|place| at[*place] == NONE).map(|place| place as u32).collect();
+        Plan { places, at, free, misplaced: Vec::new(), parts: Vec::new(), at_a_time: at_a_time.max(1) }
+    }
+
+    /// Where `rank` lies.
+    pub fn place(&self, rank: usize) -> u64 {
+        self.places[rank].into()
+    }
+
+    /// The moves of the next round, none of which needs another; empty: all is in order. What came of each is said before
+    /// the next round, and by then the places that were left are free.
+    pub fn next_round(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        while steps.len() < self.at_a_time
+            && let Some(place) = self.free.pop_front()
+        {
+            let wanted = place as usize;
+            if self.at[wanted] == NONE && self.places[wanted] != NONE {
+                steps.push(Step { rank: wanted, to: Some(place.into()) });
+            }
+        }
+        // Half a round still costs a round's syncs; to begin new chains each time one ends would be moves for nothing.
+        if steps.len() <= self.at_a_time / 2 {
+            self.make_room(self.at_a_time - steps.len(), &mut steps);
+        }
+        steps
+    }
+
+    /// Begins `count` chains, evenly over what is misplaced: side by side, they would soon end in each other.
+    fn make_room(&mut self, count: usize, steps: &mut Vec<Step>) {
+        let enough = steps.len() + count;
+        let begun = steps.len();
+        while steps.len() == begun {
+            if self.parts.iter().all(|part| part.is_empty()) {
+                self.misplaced =
+                    (0..self.at.len() as u32).filter(|place| self.is_misplaced(*place)).collect();
+                if self.misplaced.is_empty() {
+                    return;
+                }
+                let (len, each) = (self.misplaced.len(), self.misplaced.len().div_ceil(self.at_a_time));
+                self.parts = (0..len).step_by(each).map(|from| from..len.min(from + each)).collect();
+            }
+            for part in 0..self.parts.len() {
+                while steps.len() < enough
+                    && let Some(i) = self.parts[part].next()
+                {
+                    let place = self.misplaced[i];
+                    if self.is_misplaced(place) {
+                        steps.push(Step { rank: self.at[place as usize] as usize, to: None });
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// True when the one at this place must leave it, and has no free place to go to.
+    fn is_misplaced(&self, place: u32) -> bool {
+        let rank = self.at[place as usize];
+        rank < TAKEN && rank != place && self.places[place as usize] != NONE && self.at[rank as usize] != NONE
+    }
+
+    /// `rank` lies at `to` now.
+    pub fn moved(&mut self, rank: usize, to: u64) {
+        let from = std::mem::replace(&mut self.places[rank], small(to));
+        if let Some(at) = self.at.get_mut(to as usize) {
+            *at = rank as u32;
+        }
+        self.left(from);
+    }
+
+    /// `rank` is not where it was: the guest has discarded it.
+    pub fn gone(&mut self, rank: usize) {
+        let from = std::mem::replace(&mut self.places[rank], NONE);
+        self.left(from);
+    }
+
+    /// The place `to` cannot be had: somebody else has it.
+    pub fn taken(&mut self, to: u64) {
+        self.at[to as usize] = TAKEN;
+    }
+
+    fn left(&mut self, place: u32) {
+        let Some(at) = self.at.get_mut(place as usize) else { return };
+        *at = NONE;
+        if self.places[place as usize] != NONE {
+            self.free.push_back(place);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Carries the plan out on a file: every step finds its place free since the last round. Returns moves and rounds.
+    fn carry_out(places: &[u64], at_a_time: usize) -> (u64, u64) {
+        let n = places.len() as u64;
+        let mut order = Order::default();
+        places.iter().enumerate().for_each(|(i, place)| order.push(3 * i as u64, *place));
+        let (mut plan, clusters) = order.plan(at_a_time);
+        assert!(clusters.iter().enumerate().all(|(rank, cluster)| *cluster as usize == 3 * rank));
+        let mut used: BTreeSet<u64> = places.iter().copied().collect();
+        let outside = |used: &BTreeSet<u64>| used.range(n..).count();
+        let most = outside(&used).max(at_a_time);
+        let (mut moves, mut rounds) = (0, 0);
+        loop {
+            let round = plan.next_round();
+            if round.is_empty() {
+                break;
+            }
+            assert!(round.len() <= at_a_time);
+            let mut left = Vec::new();
+            for step in round {
+                let behind = || (n..).find(|place| !used.contains(place)).expect("endless");
+                let to = step.to.unwrap_or_else(behind);
+                left.push(plan.place(step.rank));
+                assert!(used.insert(to), "{step:?}: the place is not free");
+                plan.moved(step.rank, to);
+                moves += 1;
+            }
+            left.iter().for_each(|place| assert!(used.remove(place)));
+            assert!(outside(&used) <= most, "no more is outside at a time");
+            rounds += 1;
+        }
+        assert!((0..n).all(|rank| plan.place(rank as usize) == rank), "all is in order");
+        assert!(used.into_iter().eq(0..n));
+        (moves, rounds)
+    }
+
+    fn shuffled(len: u64, range: u64) -> impl Strategy<Value = Vec<u64>> {
+        Just((0..range).collect::<Vec<_>>()).prop_shuffle().prop_map(move |mut all| {
+            all.truncate(len as usize);
+            all
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn every_order_with_and_without_gaps_becomes_the_disk_s_in_at_most_two_moves_a_cluster(
+            (places, n) in (1..200u64, 0..50u64)
+                .prop_flat_map(|(n, gaps)| (shuffled(n, n + gaps), Just(n))),
+            at_a_time in 1..80usize,
+        ) {
+            let (moves, _) = carry_out(&places, at_a_time);
+            prop_assert!(moves <= 2 * n);
+        }
+    }
+
+    #[test]
+    fn what_is_in_order_is_not_moved() {
+        assert_eq!(carry_out(&[], 4), (0, 0));
+        assert_eq!(carry_out(&(0..100).collect::<Vec<_>>(), 4), (0, 0));
+    }
+
+    #[test]
+    fn a_long_chain_moves_each_cluster_once_and_a_few_twice() {
+        // The first cluster was written last.
+        let n = 10_000;
+        let places: Vec<u64> = (0..n).map(|i| if i == 0 { n - 1 } else { i - 1 }).collect();
+        let (moves, rounds) = carry_out(&places, 64);
+        assert!(moves <= n + 64 && rounds <= n / 64 + 3, "{moves} moves in {rounds} rounds");
+    }
+
+    #[test]
+    fn a_random_order_takes_little_more_than_one_move_for_each_cluster() {
+        let n = 10_000;
+        let mut places: Vec<u64> = (0..n).collect();
+        let mut random = 1u64;
+        for i in (1..places.len()).rev() {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            places.swap(i, (random >> 33) as usize % (i + 1));
+        }
+        let (moves, rounds) = carry_out(&places, 64);
+        assert!(moves <= n + n / 20 && rounds <= n / 40, "{moves} moves in {rounds} rounds");
+        let pairs: Vec<u64> = (0..n).map(|i| i ^ 1).collect();
+        let (moves, rounds) = carry_out(&pairs, 64);
+        assert!(moves == n * 3 / 2 && rounds <= 2 * n / 64, "{moves} moves in {rounds} rounds");
+    }
+
+    #[test]
+    fn a_rehearsal_counts_the_same_moves_and_changes_nothing() {
+        let places = [7, 3, 9, 0, 1];
+        let mut order = Order::default();
+        places.iter().for_each(|place| order.push(0, *place));
+        assert_eq!(order.pieces, 4);
+        let (moves, gain) = order.rehearse(2, 1000, 4);
+        assert_eq!(moves, carry_out(&places, 2).0);
+        assert_eq!(gain, Pieces { pieces: 4, pieces_after: 1, spare: 2000 });
+        assert_eq!(Order::default().rehearse(2, 1000, 0), (0, Pieces::default()));
+    }
+
+    #[test]
+    fn clusters_that_go_and_places_that_are_taken_leave_the_rest_in_order() {
+        for at_a_time in 1..6 {
+            let mut order = Order::default();
+            let n = 12;
+            (0..n).for_each(|i| order.push(i, (5 * i + 3) % n));
+            let (mut plan, _) = order.plan(at_a_time);
+            let (mut steps, mut gone, mut taken) = (0, None, None);
+            loop {
+                let round = plan.next_round();
+                if round.is_empty() {
+                    break;
+                }
+                for step in round {
+                    steps += 1;
+                    assert!(steps < 100, "it comes to an end");
+                    match step.to {
+                        _ if steps == 2 => {
+                            gone = Some(step.rank);
+                            plan.gone(step.rank);
+                        }
+                        Some(place) if taken.is_none() => {
+                            taken = Some(place);
+                            plan.taken(place);
+                        }
+                        to => plan.moved(step.rank, to.unwrap_or(n)),
+                    }
+                }
+            }
+            for rank in (0..n as usize).filter(|rank| gone != Some(*rank) && taken != Some(*rank as u64)) {
+                assert_eq!(plan.place(rank), rank as u64);
+            }
+        }
+    }
+}
