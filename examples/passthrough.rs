@@ -234,7 +234,7 @@ impl FileSystem for Files {
                     open[handle] = Some(file.clone());
                     open
                 });
-                done(Ok(Opened { handle: handle as Handle, direct: true }));
+                done(Ok(Opened { handle: handle as Handle, direct: true, backing: None }));
             }
             Err(e) => done(Err(errno(&e))),
         }

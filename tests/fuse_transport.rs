@@ -80,7 +80,7 @@ impl FileSystem for Probe {
         Err(Errno(libc::EPERM))
     }
     fn open(&self, _: Caller, ino: Ino, _: OpenFlags, done: Done<Opened>) {
-        thread::spawn(move || done(Ok(Opened { handle: ino, direct: true })));
+        thread::spawn(move || done(Ok(Opened { handle: ino, direct: true, backing: None })));
     }
     fn release(&self, _: Handle) {}
     fn read_now(&self, _: Handle, offset: u64, buf: &mut [u8]) -> Now<usize> {

@@ -85,6 +85,16 @@ pub struct Args {
     /// nobody uses, and `cp vm1.img vm2.img` makes a clone. Without this each of them is refused (EPERM).
     #[arg(long)]
     manage: bool,
+    /// Let the kernel read and write raw images in the daemon's place (FUSE passthrough: Linux 6.9, root)
+    ///
+    /// Reads, writes and mappings of an image NAME.raw then go straight to its file on the host and cost what they cost
+    /// there; fsync, discards and the like still come to the daemon. All other images are served as ever, and so is a raw
+    /// one where the kernel or the host cannot do it (the log says why). While such an image is open, snapshots, clones,
+    /// backups and changes of size of it are refused, since nobody could stop its writes: close it first, or mount without
+    /// this. Not counted by `top` and the metrics, not held back when the host is full (--on-full), and a write behind the
+    /// disk's end makes it longer, as on the host. Not together with --cache direct.
+    #[arg(long)]
+    passthrough: bool,
     /// Do not confine the daemon
     ///
     /// Once the mount works, the daemon gives up what a file server never needs: it opens files below the images folder
@@ -244,6 +254,11 @@ fn first_line(e: &clap::Error) -> String {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let args = with_options(args, std::env::args_os())?;
+    if args.passthrough && args.cache == Cache::Direct {
+        let why = "with --passthrough whoever opens a raw image decides what the host caches (O_DIRECT), and --cache direct \
+                   cannot hold; leave one of them out";
+        return Err(Error::new(Kind::Invalid, why).into());
+    }
     if args.transport == Transport::Uring {
         // The daemon asks again; here before anything is made.
         uring::available()?;
@@ -372,6 +387,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         allow_outside: args.allow_outside,
         direct: args.cache == Cache::Direct,
         manage: args.manage,
+        passthrough: args.passthrough,
         sandbox: !args.no_sandbox,
         transport: args.transport.into(),
         threads: args.threads.map_or(cpus.clamp(THREADS.0, THREADS.1), usize::from),

@@ -33,6 +33,8 @@ pub struct Borders<'a> {
     pub anywhere: bool,
     /// How requests arrive.
     pub transport: Transport,
+    /// Host files are registered with the kernel, for passthrough.
+    pub passthrough: bool,
 }
 
 /// Confines this process for good. To be called while it has one thread. Returns what is active, and one sentence for
@@ -55,7 +57,7 @@ pub fn enter(borders: Borders<'_>) -> (Sandbox, Vec<String>) {
         active.landlock =
             part(restrict_files(borders), "the daemon can open files outside of the images folder");
     }
-    active.seccomp = part(restrict_calls(borders.transport), "the daemon can make any system call");
+    active.seccomp = part(restrict_calls(borders), "the daemon can make any system call");
     (active, missing)
 }
 
@@ -104,8 +106,10 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), String> {
     }
 }
 
-fn restrict_calls(transport: Transport) -> Result<(), String> {
-    let attempt = || -> anyhow::Result<()> { Ok(seccompiler::apply_filter(&calls::filter(transport)?)?) };
+fn restrict_calls(borders: Borders<'_>) -> Result<(), String> {
+    let attempt = || -> anyhow::Result<()> {
+        Ok(seccompiler::apply_filter(&calls::filter(borders.transport, borders.passthrough)?)?)
+    };
     attempt().map_err(|e| format!("seccomp was refused ({e})"))
 }
 
@@ -139,8 +143,13 @@ mod tests {
         if let Some(folder) = std::env::var_os(ALONE) {
             let folder = std::path::PathBuf::from(folder);
             let own = File::open(&folder).expect("the folder");
-            let (active, missing) =
-                enter(Borders { images: &folder, own: own.as_fd(), anywhere, transport: Transport::Fuse });
+            let (active, missing) = enter(Borders {
+                images: &folder,
+                own: own.as_fd(),
+                anywhere,
+                transport: Transport::Fuse,
+                passthrough: false,
+            });
             if missing.is_empty() {
                 return Some((folder, active));
             }

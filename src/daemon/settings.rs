@@ -40,6 +40,8 @@ pub struct Settings {
     pub direct: bool,
     /// Names and sizes of images may be changed through the mount.
     pub manage: bool,
+    /// The kernel reads and writes raw images in our place, where it can.
+    pub passthrough: bool,
     /// The daemon confines itself.
     pub sandbox: bool,
     /// How requests arrive.

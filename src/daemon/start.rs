@@ -104,6 +104,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
             read_only: settings.read_only,
             fs_name: settings.images.clone(),
             max_background: BACKGROUND,
+            passthrough: settings.passthrough,
         },
     )?;
 
@@ -115,11 +116,21 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
             "not running as root: only this user can see the mount, and no loop device can use it".into(),
         );
     }
+    if settings.passthrough {
+        match session.passes_through() {
+            true if root => folder.pass_through(),
+            true => notes.push("passthrough: only root has it; raw images are served as others are".into()),
+            false => {
+                let why = "this kernel has none (Linux 6.9 with CONFIG_FUSE_PASSTHROUGH has)";
+                notes.push(format!("passthrough: {why}; raw images are served as others are"));
+            }
+        }
+    }
 
     let active = if settings.sandbox {
-        let (own, anywhere) = (place.as_fd(), settings.allow_outside);
+        let (own, anywhere, passthrough) = (place.as_fd(), settings.allow_outside, settings.passthrough);
         let (active, missing) =
-            sandbox::enter(Borders { images: settings.images(), own, anywhere, transport });
+            sandbox::enter(Borders { images: settings.images(), own, anywhere, transport, passthrough });
         notes.extend(missing);
         active
     } else {

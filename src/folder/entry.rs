@@ -20,6 +20,7 @@ use super::views::Views;
 use super::{locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::layers::Layers;
+use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::vdisk::{Image, Mode, Stats};
 
@@ -57,6 +58,15 @@ pub struct Entry {
     pub(super) layers: Mutex<Leased<Layers>>,
     /// Protects which snapshots are looked at, and which are about to go. A leaf.
     pub(super) views: Mutex<Views>,
+}
+
+/// Who opens an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    /// The mount: what is open may be passed through.
+    Kernel,
+    /// An operation of ours.
+    Us,
 }
 
 #[derive(Default)]
@@ -200,6 +210,8 @@ impl Entry {
         let host = last.status;
         drop(last);
         let (size, written) = match &*live {
+            // Whoever writes past us makes it longer, too.
+            Some(live) if live.image.may_be_passed() => (live.image.size().max(host.len), None),
             Some(live) => (live.image.size(), live.image.last_write()),
             None => (self.size.load(Ordering::Acquire), None),
         };
@@ -260,12 +272,21 @@ impl Entry {
 
     /// Opens it; `done` is called from a thread of the engine. An open waits for a close that is under way.
     pub fn open_later(self: &Arc<Self>, write: bool, done: OpenDone) {
+        self.open_by(By::Us, write, done);
+    }
+
+    /// The same for an open of the kernel, which may take over reads and writes: see [`OpenImage::backing`].
+    pub fn open_for_kernel(self: &Arc<Self>, write: bool, done: OpenDone) {
+        self.open_by(By::Kernel, write, done);
+    }
+
+    fn open_by(self: &Arc<Self>, by: By, write: bool, done: OpenDone) {
         if !self.hold() {
             return done(Err(Error::at(Kind::NotFound, self.path(), "is no longer in the folder")));
         }
         let entry = self.clone();
         self.strand.submit(Box::new(move || {
-            let result = entry.acquire(write);
+            let result = entry.acquire(by, write);
             if result.is_err() {
                 entry.let_go();
             }
@@ -273,19 +294,25 @@ impl Entry {
         }));
     }
 
-    fn acquire(self: &Arc<Self>, write: bool) -> Result<OpenImage> {
+    fn acquire(self: &Arc<Self>, by: By, write: bool) -> Result<OpenImage> {
         if self.shared.refusing.load(Ordering::Acquire) {
             return Err(Error::at(Kind::Busy, self.path(), "the mount is ending and opens nothing more"));
         }
         let mut count = locked(&self.count);
+        let first = count.openers() == 0;
         let result = count.acquire(&**self, write);
         self.publish(&count);
         if let Some(damage) = count.damage() {
             locked(&self.last).trouble = Some(damage.to_string());
         }
         let (live, ticket) = result?;
-        let never_blocks = live.never_blocks;
-        Ok(OpenImage { entry: self.clone(), held: Some((live.image.clone(), ticket)), write, never_blocks })
+        // All have it open in one way, from the first to the last (see io::backing).
+        if by == By::Kernel && first {
+            self.offer_passthrough(&live);
+        }
+        let (image, never_blocks) = (live.image.clone(), live.never_blocks);
+        let backing = image.backing().filter(|_| by == By::Kernel).cloned();
+        Ok(OpenImage { entry: self.clone(), held: Some((image, ticket)), write, never_blocks, backing })
     }
 
     fn publish(&self, count: &Counted<Arc<Live>>) {
@@ -328,6 +355,9 @@ impl Entry {
         let entry = self.clone();
         self.strand.submit(Box::new(move || {
             let mut count = locked(&entry.count);
+            if let Some(live) = entry.live.load_full() {
+                entry.leave_to_kernel(&live);
+            }
             let result = count.close(&*entry);
             entry.publish(&count);
             drop(count);
@@ -355,6 +385,7 @@ pub struct OpenImage {
     held: Option<(Arc<Image>, Ticket)>,
     write: bool,
     never_blocks: bool,
+    backing: Option<Arc<Backing>>,
 }
 
 impl OpenImage {
@@ -367,6 +398,13 @@ impl OpenImage {
     /// The image's place in the folder.
     pub fn entry(&self) -> &Arc<Entry> {
         &self.entry
+    }
+
+    /// The host file that the kernel may read and write in our place: the same for everybody for whom the kernel has the
+    /// image open. None: the image is not raw, passthrough is not wanted or not to be had, or somebody else (an operation)
+    /// had it open first.
+    pub fn backing(&self) -> Option<&Arc<Backing>> {
+        self.backing.as_ref()
     }
 
     /// True when it was opened for writing.

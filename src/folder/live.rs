@@ -126,7 +126,10 @@ impl Stage for Entry {
     fn close(&self, live: Arc<Live>) -> Result<()> {
         let status = live.image.host_status();
         let result = live.image.close();
-        self.size.store(live.image.size(), Ordering::Release);
+        let passed = live.image.backing().is_some_and(|backing| backing.end());
+        // Passed through, it is as long as its users made it.
+        let len = status.as_ref().map_or(0, |status| if passed { status.len } else { 0 });
+        self.size.store(live.image.size().max(len), Ordering::Release);
         if let Ok(status) = status {
             locked(&self.last).status = status;
         }

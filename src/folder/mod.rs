@@ -14,6 +14,7 @@ mod live;
 mod manage;
 mod names;
 mod origin;
+mod passed;
 mod place;
 mod scan;
 mod set;

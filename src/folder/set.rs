@@ -60,6 +60,10 @@ pub(super) struct Shared {
     pub(super) allow_outside: bool,
     /// No image is opened any more.
     pub(super) refusing: AtomicBool,
+    /// The kernel may read and write raw images in our place.
+    pub(super) passthrough: AtomicBool,
+    /// It was said that it does not.
+    pub(super) passthrough_told: Arc<AtomicBool>,
 }
 
 /// One image of the folder, as `list` shows it.
@@ -125,6 +129,8 @@ impl Folder {
             read_only: options.read_only,
             allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),
+            passthrough: AtomicBool::new(false),
+            passthrough_told: Arc::default(),
         });
         let folder = Arc::new_cyclic(|own| Folder {
             own: own.clone(),

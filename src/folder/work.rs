@@ -26,6 +26,7 @@ impl Folder {
             return entry.switch(snapshot);
         }
         let open = self.open_image(name, true)?;
+        entry.check_passthrough(work)?;
         let done = self.work_on(&open, work, progress);
         entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
         done

@@ -6,9 +6,12 @@
 //! answer from whichever thread finished. Everything else that may block takes a [`Done`].
 
 use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+
+use crate::io::backing::Backing;
 
 /// An errno of the host, as the kernel is told. Never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,12 +108,16 @@ impl OpenFlags {
 }
 
 /// What a transport tells the kernel about an opened file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Opened {
     /// The handle for later operations.
     pub handle: Handle,
     /// Bypass the page cache, with parallel writes and no FLUSH (images); else cached (not for images).
     pub direct: bool,
+    /// The host file that the kernel is to read and write in our place, if it takes it; else it is served as `direct` says.
+    /// The same for every open of an inode, from its first to its last close. Only in the answer of an open, and only
+    /// where [`Session::passes_through`](crate::fuse::session::Session::passes_through) said yes.
+    pub backing: Option<Arc<Backing>>,
 }
 
 /// One name of a folder.

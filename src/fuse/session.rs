@@ -23,6 +23,8 @@ pub struct Settings {
     /// How many asynchronous requests the kernel may have outstanding, over all images of the mount: the true
     /// queue depth of loop devices and libaio. The kernel holds ordinary users to fs/fuse's max_user_bgreq.
     pub max_background: u16,
+    /// Agree with the kernel on passthrough, where it has it: see [`Session::passes_through`].
+    pub passthrough: bool,
 }
 
 impl Default for Settings {
@@ -35,6 +37,7 @@ impl Default for Settings {
             fs_name: "ploopfs".into(),
             // 256 for each of 16 busy loop devices.
             max_background: 4096,
+            passthrough: false,
         }
     }
 }
@@ -109,6 +112,15 @@ impl Session {
         match &self.0 {
             Of::Fuse(session) => session.notifier(),
             Of::Uring(session) => session.notifier(),
+        }
+    }
+
+    /// True when passthrough was asked for and the kernel has it: answers to OPEN may then name a host file
+    /// ([`Opened::backing`](crate::fuse::ops::Opened::backing)).
+    pub fn passes_through(&self) -> bool {
+        match &self.0 {
+            Of::Fuse(session) => session.passes_through(),
+            Of::Uring(session) => session.passes_through(),
         }
     }
 

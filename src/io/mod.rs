@@ -1,6 +1,7 @@
 //! The host: files, locks, loop devices and process settings. `unsafe` and raw system calls live here
 //! (and in `fuse/uring`), behind safe functions.
 
+pub mod backing;
 pub mod descriptor_lock;
 pub mod direct;
 #[cfg(any(test, feature = "faults"))]

@@ -109,6 +109,11 @@ impl Tree {
             if flags.raw & libc::O_EXCL != 0 {
                 return done(Err(Errno(libc::EEXIST)));
             }
+            // The answer of a create has no place for passthrough, which all opens of an image have in common: the kernel
+            // looks again, and opens what is there.
+            if self.folder.get(id).is_some_and(|entry| entry.can_be_passed()) {
+                return done(Err(Errno(libc::ESTALE)));
+            }
             let attr = self.attr(Node::Image(id));
             let opened = move |answer: Answer<Opened>| done(answer.and_then(|opened| Ok((attr?, opened))));
             return self.open_image(id, flags, Box::new(opened));
@@ -328,10 +333,14 @@ impl Tree {
         });
     }
 
-    /// Makes the clone, and opens it for the handle. False: the host can neither share nor link the files.
+    /// Makes the clone, and opens it for the handle. False: the host can neither share nor link the files, or the source is
+    /// passed through.
     fn clone_to(&self, unborn: &Arc<Unborn>, disk: Disk, handle: Handle) -> Result<bool> {
         let source =
             self.folder.get(disk.0).ok_or_else(|| Error::new(Kind::NotFound, "the source is gone"))?;
+        if source.may_be_passed() {
+            return Ok(false);
+        }
         match self.folder.clone_image(unborn.id, &source, disk.1.clone()) {
             Err(e) if e.kind() == Kind::Unsupported => return Ok(false),
             other => other?,

@@ -24,7 +24,8 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use crate::folder::{Entry, Folder, Snapshot};
+use crate::error::Result;
+use crate::folder::{Entry, Folder, OpenImage, Snapshot};
 use crate::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
@@ -147,6 +148,27 @@ impl Tree {
         }
     }
 
+    /// A write that the kernel passed through may have made the disk longer: `again` is called once we know. Else gives
+    /// `done` back.
+    fn catch_up<T: Send + 'static>(
+        &self,
+        handle: Handle,
+        done: Done<T>,
+        again: impl FnOnce(&Tree, Done<T>) + Send + 'static,
+    ) -> Option<Done<T>> {
+        let borrowed = self.borrow(handle);
+        let open = borrowed.as_ref().and_then(Borrowed::get).and_then(OpenFile::image);
+        let Some((image, entry)) = open.filter(|(image, _)| image.may_be_passed()) else { return Some(done) };
+        let longer = image.host_status().is_ok_and(|status| status.len > image.size());
+        let (Some(tree), true) = (self.own.upgrade(), longer) else { return Some(done) };
+        let (image, path) = (image.clone(), entry.path());
+        self.engine.blocking(Box::new(move || match image.follow_file() {
+            Ok(()) => again(&tree, done),
+            Err(e) => done(Err(tree.trouble.errno(&e, &path, "follow the length of the file"))),
+        }));
+        None
+    }
+
     /// Why `change` is refused; None: it is nothing. Times are taken and forgotten, so that `cp -p` and `touch`
     /// go on: what is shown is the last write (DESIGN.md 2).
     fn refusal(change: &SetAttr, size: u64) -> Option<Errno> {
@@ -164,14 +186,15 @@ impl Tree {
             Err(errno) => return done(Err(errno)),
         };
         let (handles, trouble, path) = (self.handles.clone(), self.trouble.clone(), entry.path());
-        let opened = move |result| {
+        let opened = move |result: Result<OpenImage>| {
             let open = match result {
                 Ok(open) => open,
                 Err(e) => return done(Err(trouble.errno(&e, &path, "open"))),
             };
-            done(keep(&handles, OpenFile::Image(open)));
+            let backing = open.backing().cloned();
+            done(keep(&handles, OpenFile::Image(open)).map(|kept| Opened { backing, ..kept }));
         };
-        entry.open_later(flags.writes(), Box::new(opened));
+        entry.open_for_kernel(flags.writes(), Box::new(opened));
     }
 }
 
@@ -179,7 +202,7 @@ impl Tree {
 /// file has no length to go by.
 fn keep(handles: &Handles<OpenFile>, open: OpenFile) -> Answer<Opened> {
     let handle = handles.insert(open).ok_or(Errno(libc::ENFILE))?;
-    Ok(Opened { handle, direct: true })
+    Ok(Opened { handle, direct: true, backing: None })
 }
 
 impl FileSystem for Tree {
@@ -375,6 +398,8 @@ impl FileSystem for Tree {
     fn fallocate(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>) {
         let again = move |tree: &Tree, done| tree.fallocate(handle, offset, len, mode, done);
         let Some(done) = self.adopt(handle, done, again) else { return };
+        let again = move |tree: &Tree, done| tree.fallocate(handle, offset, len, mode, done);
+        let Some(done) = self.catch_up(handle, done, again) else { return };
         self.with(handle, done, |open, done| match open {
             OpenFile::Unborn(unborn) if unborn.image().is_none() => {
                 self.allocate_unborn(unborn, offset.checked_add(len), mode, done);
@@ -386,6 +411,8 @@ impl FileSystem for Tree {
     fn lseek(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>) {
         let again = move |tree: &Tree, done| tree.lseek(handle, offset, whence, done);
         let Some(done) = self.adopt(handle, done, again) else { return };
+        let again = move |tree: &Tree, done| tree.lseek(handle, offset, whence, done);
+        let Some(done) = self.catch_up(handle, done, again) else { return };
         self.with(handle, done, |open, done| {
             open.lseek(&self.trouble, &self.engine, offset, whence, done);
         });

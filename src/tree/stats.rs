@@ -61,6 +61,9 @@ pub struct Image {
     pub mode: String,
     /// Open handles.
     pub openers: u32,
+    /// The kernel may be reading and writing it in our place (`mount --passthrough`): what it does there is not counted.
+    #[serde(default)]
+    pub passthrough: bool,
     /// Free space of the host is below the low-water mark.
     pub low_water: bool,
     /// BAT pages that are not durable yet.
@@ -104,6 +107,7 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
         Image {
             mode: entry.mode().to_owned(),
             openers: entry.openers(),
+            passthrough: entry.may_be_passed(),
             low_water: stats.as_ref().is_some_and(|s| s.low),
             dirty_pages: count(|s| s.dirty_pages),
             queued: count(|s| s.queued),

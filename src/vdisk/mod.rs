@@ -48,6 +48,7 @@ use bytes::Bytes;
 
 use crate::error::{Error, Kind, Result};
 pub use crate::image::level::{Layout, Level};
+use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::sync::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, mpsc,
@@ -170,6 +171,8 @@ pub struct Image {
     flushes: AtomicU64,
     /// Nanoseconds since 1970; 0 = never.
     last_write: AtomicU64,
+    /// The file that the kernel may read and write in our place.
+    backing: std::sync::OnceLock<std::sync::Arc<Backing>>,
 }
 
 impl Image {
@@ -232,6 +235,7 @@ impl Image {
             discards: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
             last_write: AtomicU64::new(0),
+            backing: std::sync::OnceLock::new(),
         }))
     }
 
@@ -345,6 +349,22 @@ impl Image {
         let top = stack.top().file.status()?;
         let below = stack.top_down().skip(1).filter_map(|(_, level)| level.file.status().ok());
         Ok(HostStatus { blocks: top.blocks + below.map(|status| status.blocks).sum::<u64>(), ..top })
+    }
+
+    /// From here on the kernel may read and write the file of this raw image in our place. Nothing that is counted or
+    /// remembered of writes is the whole truth then: a sync always syncs, and the disk is as long as the file.
+    pub fn pass_through(&self, backing: std::sync::Arc<Backing>) {
+        let _ = self.backing.set(backing);
+    }
+
+    /// The file that the kernel may read and write in our place.
+    pub fn backing(&self) -> Option<&std::sync::Arc<Backing>> {
+        self.backing.get()
+    }
+
+    /// True while reads and writes may go past us.
+    pub fn may_be_passed(&self) -> bool {
+        self.backing.get().is_some_and(|backing| backing.may_pass())
     }
 
     /// Time of the last write through us.

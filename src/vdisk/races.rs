@@ -272,3 +272,31 @@ fn a_file_of_eight_exbibytes_takes_no_memory_for_its_length() {
     let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");
     image.make_writable().expect("an empty BAT is sound");
 }
+
+/// A raw image whose first sync fails.
+fn raw_that_cannot_sync() -> Arc<Image> {
+    let plan = Arc::new("fail=sync:1:EIO".parse::<Plan>().expect("a plan"));
+    let memory = Arc::new(MemoryFile::from_bytes(&[0; 1 << 20]));
+    let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(memory, plan));
+    let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Raw };
+    let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");
+    image.make_writable().expect("raw");
+    image
+}
+
+#[test]
+fn a_sync_of_a_file_that_the_kernel_may_write_syncs_it_though_nothing_was_written_through_us() {
+    let image = raw_that_cannot_sync();
+    image.flush_now().expect("nothing to sync");
+    let memory = std::sync::Arc::new(MemoryFile::new());
+    let backing = crate::io::backing::Backing::new(memory, "memory".into(), std::sync::Arc::default());
+    let backing = std::sync::Arc::new(backing);
+    image.pass_through(backing.clone());
+    assert_eq!(image.flush_now().expect_err("the host was asked").kind(), Kind::Io);
+
+    // Where the kernel did not take it, nothing has changed.
+    let image = raw_that_cannot_sync();
+    assert!(backing.register(|_| Ok(std::sync::Arc::new(()))).is_none(), "memory has no descriptor");
+    image.pass_through(backing);
+    image.flush_now().expect("nothing to sync");
+}

@@ -61,6 +61,22 @@ fn missing(need: &str) -> Option<String> {
             let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
             return open.err().map(|error| format!("/dev/fuse cannot be opened: {error}"));
         }
+        "passthrough" => {
+            if !rustix::process::geteuid().is_root() {
+                return Some("FUSE passthrough needs root".to_owned());
+            }
+            let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+            let release = release.trim();
+            let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+            let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+            let old = version < (6, 9);
+            return old.then(|| format!("Linux {release} has no FUSE passthrough (6.9 has)"));
+        }
+        "overlay" => {
+            let known = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+            let has = known.lines().any(|line| line.ends_with("\toverlay"));
+            return (!has).then(|| "this kernel has no overlay file system".to_owned());
+        }
         "loop" => {
             if !rustix::process::geteuid().is_root() {
                 return Some("loop devices need root".to_owned());

@@ -20,6 +20,7 @@ use seccompiler::{
 };
 
 use crate::fuse::session::Transport;
+use crate::io::backing;
 
 /// Allowed whatever the arguments are.
 const FREE: &[c_long] = &[
@@ -157,14 +158,17 @@ const OLDER: &[c_long] = &[];
 /// thread's own descriptor), FIONBIO and FIOCLEX (flags of a descriptor).
 const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451];
 
-/// The filter for this machine, this process and this transport.
-pub fn filter(transport: Transport) -> anyhow::Result<BpfProgram> {
+/// With passthrough: a host file is registered with the mount, and given back.
+const PASSING: &[u32] = &[backing::OPEN_REQUEST, backing::CLOSE_REQUEST];
+
+/// The filter for this machine, this process and this transport, with passthrough or without.
+pub fn filter(transport: Transport, passthrough: bool) -> anyhow::Result<BpfProgram> {
     let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
     let refusal = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    Ok(SeccompFilter::new(rules(transport)?, refusal, SeccompAction::Allow, arch)?.try_into()?)
+    Ok(SeccompFilter::new(rules(transport, passthrough)?, refusal, SeccompAction::Allow, arch)?.try_into()?)
 }
 
-fn rules(transport: Transport) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+fn rules(transport: Transport, passthrough: bool) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let argument = |index: u8, operator: SeccompCmpOp, value: u64| {
         SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value)
     };
@@ -175,7 +179,8 @@ fn rules(transport: Transport) -> Result<BTreeMap<i64, Vec<SeccompRule>>, Backen
     let bits = |index: u8, mask: u64, value: u64| -> Result<Vec<SeccompRule>, BackendError> {
         Ok(vec![SeccompRule::new(vec![argument(index, SeccompCmpOp::MaskedEq(mask), value)?])?])
     };
-    let requests: Vec<u64> = REQUESTS.iter().map(|request| u64::from(*request)).collect();
+    let passing = if passthrough { PASSING } else { &[] };
+    let requests: Vec<u64> = REQUESTS.iter().chain(passing).map(|request| u64::from(*request)).collect();
     let (thread, execute) = (libc::CLONE_THREAD as u64, libc::PROT_EXEC as u64);
     let no_pointer = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
     let mut limited = vec![
@@ -207,7 +212,7 @@ mod tests {
 
     #[test]
     fn nothing_that_starts_mounts_traces_loads_or_goes_around_the_list_is_on_it() {
-        let rules = rules(Transport::Uring).expect("a sound list");
+        let rules = rules(Transport::Uring, false).expect("a sound list");
         let never = [
             libc::SYS_execve,
             libc::SYS_execveat,
@@ -254,8 +259,8 @@ mod tests {
 
     #[test]
     fn threads_are_bound_to_cpus_by_the_transport_that_needs_it_only() {
-        let uring = rules(Transport::Uring).expect("a sound list");
-        let fuse = rules(Transport::Fuse).expect("a sound list");
+        let uring = rules(Transport::Uring, false).expect("a sound list");
+        let fuse = rules(Transport::Fuse, false).expect("a sound list");
         let call = libc::SYS_sched_setaffinity;
         assert!(uring.contains_key(&call) && !fuse.contains_key(&call));
     }

@@ -5,6 +5,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -23,6 +24,7 @@ use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
 use crate::fuse::listing::Listings;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
+use crate::io::backing::STACK_DEPTH;
 
 /// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
 const WANTED: [(InitFlags, &str); 5] = [
@@ -38,6 +40,8 @@ pub(super) struct Bridge {
     pub(super) lanes: Arc<Lanes>,
     pub(super) listings: Listings,
     pub(super) max_background: u16,
+    /// Some where passthrough is wanted; true once the kernel has agreed.
+    pub(super) passthrough: Option<Arc<AtomicBool>>,
 }
 
 /// Where a write is carried out.
@@ -128,6 +132,10 @@ impl fuser::Filesystem for Bridge {
             if let Some(nearest) = refused {
                 log::warn!("{what} is out of range; the nearest that works is {nearest}");
             }
+        }
+        if let Some(agreed) = &self.passthrough {
+            let offered = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok();
+            agreed.store(offered && config.set_max_stack_depth(STACK_DEPTH).is_ok(), Ordering::Release);
         }
         Ok(())
     }

@@ -12,6 +12,9 @@ pub(super) const IMAGE_OPEN: FopenFlags = FopenFlags::FOPEN_DIRECT_IO
     .union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES)
     .union(FopenFlags::FOPEN_NOFLUSH);
 
+/// Images that the kernel passes through; FOPEN_DIRECT_IO would bring reads and writes back to us.
+pub(super) const PASSED_OPEN: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
+
 pub(super) fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
 }

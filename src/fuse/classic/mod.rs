@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuser::{INodeNo, SessionACL};
 
@@ -31,6 +32,7 @@ pub struct Session {
     notifier: Notifier,
     notifications: notify::Pending,
     mountpoint: PathBuf,
+    passes_through: bool,
 }
 
 /// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::run`].
@@ -42,11 +44,13 @@ pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) ->
     let connection = mount::mount(&mountpoint, &options)?;
 
     let lanes = Arc::new(Lanes::new(settings.threads));
+    let passthrough = settings.passthrough.then(Arc::<AtomicBool>::default);
     let bridge = Bridge {
         fs: fs.clone(),
         lanes: lanes.clone(),
         listings: Listings::default(),
         max_background: settings.max_background,
+        passthrough: passthrough.clone(),
     };
     // A descriptor handed over, not a mount: fuser then never unmounts (see fuse/mount).
     let mut config = fuser::Config::default();
@@ -60,7 +64,8 @@ pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) ->
         Error::io(&e, &mountpoint, "the handshake with the kernel failed")
     })?;
     let (notifier, notifications) = notify::queue(Box::new(Kernel(fuser.notifier())));
-    Ok(Session { fuser, fs, lanes, notifier, notifications, mountpoint })
+    let passes_through = passthrough.is_some_and(|agreed| agreed.load(Ordering::Acquire));
+    Ok(Session { fuser, fs, lanes, notifier, notifications, mountpoint, passes_through })
 }
 
 /// Cloning needs /dev/fuse itself, which an ordinary user may not be able to open; threads then share one
@@ -79,7 +84,7 @@ impl Session {
     /// Serves on the session's threads until the connection has ended (ENODEV: unmounted, and the last file
     /// closed; or aborted), then tells the file system. Opens /dev/fuse once per thread: a sandbox must allow it.
     pub fn run(self) -> Result<()> {
-        let Session { fuser, fs, lanes, notifier: _, notifications, mountpoint } = self;
+        let Session { fuser, fs, lanes, notifier: _, notifications, mountpoint, passes_through: _ } = self;
         let sending = notifications.start()?;
         let served = fuser.run();
         // The sink holds a descriptor of the connection: it goes first, so that a failed `run` leaves a dead mount
@@ -98,6 +103,11 @@ impl Session {
     /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
     pub fn notifier(&self) -> Notifier {
         self.notifier.clone()
+    }
+
+    /// See [`fuse::session::Session::passes_through`](crate::fuse::session::Session::passes_through).
+    pub fn passes_through(&self) -> bool {
+        self.passes_through
     }
 
     /// The absolute path of the mount point, as it was before the mount.

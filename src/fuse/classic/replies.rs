@@ -1,10 +1,15 @@
 //! Answers of the file system as fuser's replies.
 
-use fuser::{FileHandle, FopenFlags, ReplyAttr, ReplyCreate, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr};
+use std::sync::Arc;
 
-use super::convert::{GENERATION, IMAGE_OPEN, attr, errno};
+use fuser::{
+    BackingId, FileHandle, FopenFlags, ReplyAttr, ReplyCreate, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr,
+};
+
+use super::convert::{GENERATION, IMAGE_OPEN, PASSED_OPEN, attr, errno};
 use crate::fuse::TTL;
 use crate::fuse::ops::{self, Answer, Attr};
+use crate::io::backing::Registration;
 
 pub(super) fn answer_empty(reply: ReplyEmpty, answer: Answer<()>) {
     match answer {
@@ -31,7 +36,18 @@ pub(super) fn answer_written(reply: ReplyWrite, answer: Answer<usize>) {
 pub(super) fn answer_opened(reply: ReplyOpen, answer: Answer<ops::Opened>) {
     match answer {
         Ok(o) => {
-            reply.opened(FileHandle(o.handle), if o.direct { IMAGE_OPEN } else { FopenFlags::empty() });
+            let passed = o.backing.as_ref().and_then(|backing| {
+                backing.register(|file| reply.open_backing(file).map(|id| Arc::new(id) as Registration))
+            });
+            match passed.as_ref().and_then(|registration| registration.downcast_ref::<BackingId>()) {
+                Some(id) => reply.opened_passthrough(FileHandle(o.handle), PASSED_OPEN, id),
+                None => {
+                    reply.opened(
+                        FileHandle(o.handle),
+                        if o.direct { IMAGE_OPEN } else { FopenFlags::empty() },
+                    );
+                }
+            }
         }
         Err(e) => reply.error(errno(e)),
     }

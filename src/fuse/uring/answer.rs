@@ -13,6 +13,9 @@ use crate::fuse::{NAME_MAX, TTL};
 /// own), no FLUSH at close, parallel writes.
 const IMAGE_OPEN: u32 = 1 | 1 << 5 | 1 << 6;
 
+/// FOPEN_NOFLUSH, FOPEN_PASSTHROUGH; FOPEN_DIRECT_IO would bring reads and writes back to us.
+const PASSED_OPEN: u32 = 1 << 5 | 1 << 7;
+
 /// In front of every answer.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
@@ -170,8 +173,13 @@ fn known(nodeid: u64, a: &Attr) -> EntryOut {
 }
 
 /// The answer of OPEN.
-pub(super) fn opened(o: Opened) -> OpenOut {
+pub(super) fn opened(o: &Opened) -> OpenOut {
     OpenOut { handle: o.handle, open_flags: if o.direct { IMAGE_OPEN } else { 0 }, backing: 0 }
+}
+
+/// The answer of OPEN of a file that the kernel passes through to this registration.
+pub(super) fn passed(o: &Opened, backing: i32) -> OpenOut {
+    OpenOut { handle: o.handle, open_flags: PASSED_OPEN, backing }
 }
 
 #[derive(IntoBytes, Immutable)]
@@ -183,7 +191,7 @@ pub(super) struct CreateOut {
 
 /// The answer of CREATE.
 pub(super) fn created((a, o): (Attr, Opened)) -> CreateOut {
-    CreateOut { entry: entry(&a), open: opened(o) }
+    CreateOut { entry: entry(&a), open: opened(&o) }
 }
 
 #[derive(IntoBytes, Immutable)]

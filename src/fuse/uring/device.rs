@@ -3,9 +3,9 @@
 
 use std::ffi::OsStr;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -14,6 +14,7 @@ use super::serve::{Exchange, Server, Thread};
 use super::wire::{self, Parts};
 use crate::fuse::ops::{Answer, Errno, Ino};
 use crate::fuse::{MAX_WRITE, congestion, notify};
+use crate::io::backing::{self, STACK_DEPTH};
 
 /// The version of the protocol whose structures we use: the first with rings.
 const MAJOR: u32 = 7;
@@ -26,6 +27,8 @@ const MAX_PAGES: u64 = 1 << 22;
 /// The second half of the bits is valid.
 const INIT_EXT: u64 = 1 << 30;
 const OVER_IO_URING: u64 = 1 << 41;
+/// FUSE_PASSTHROUGH: answers to OPEN may name a host file.
+const PASSTHROUGH: u64 = 1 << 37;
 
 /// What is asked of the kernel beyond these (FUSE.md 7.2), and what is lost where it refuses.
 const WANTED: [(u64, &str, &str); 5] = [
@@ -92,6 +95,24 @@ struct InvalEntry {
 /// The connection to the kernel.
 pub(super) struct Device(OwnedFd);
 
+/// A host file that is registered for passthrough.
+pub(super) struct Registered {
+    device: Weak<Device>,
+    /// As answers to OPEN name it.
+    pub(super) id: i32,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // The connection takes its registrations with it.
+        if let Some(device) = self.device.upgrade()
+            && let Err(e) = backing::close(device.0.as_fd(), self.id)
+        {
+            log::warn!("the kernel did not give a file back that it passed through: {e}");
+        }
+    }
+}
+
 impl AsRawFd for Device {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
@@ -99,13 +120,20 @@ impl AsRawFd for Device {
 }
 
 impl Device {
+    /// Registers a host file for passthrough.
+    pub(super) fn register(self: &Arc<Self>, file: BorrowedFd<'_>) -> io::Result<Registered> {
+        let id = backing::open(self.0.as_fd(), file)?;
+        Ok(Registered { device: Arc::downgrade(self), id })
+    }
+
     /// A connection as mounting made it.
     pub(super) fn new(connection: OwnedFd) -> Device {
         Device(connection)
     }
 
-    /// Answers the kernel's INIT. Afterwards the kernel waits until every queue has an entry.
-    pub(super) fn handshake(&self, max_background: u16) -> io::Result<()> {
+    /// Answers the kernel's INIT. Afterwards the kernel waits until every queue has an entry. True: `passthrough` was asked
+    /// for and is to be had.
+    pub(super) fn handshake(&self, max_background: u16, passthrough: bool) -> io::Result<bool> {
         let mut buffer = vec![0; MESSAGE];
         loop {
             let message = self.read(&mut buffer)?;
@@ -123,8 +151,9 @@ impl Device {
                 self.write(header.unique, 0, &[answer_of_init(&InitOut::version()).as_slice()])?;
                 continue;
             }
-            let answer = accept(&offer, max_background)?;
-            return self.write(header.unique, 0, &[answer_of_init(&answer).as_slice()]);
+            let answer = accept(&offer, max_background, passthrough)?;
+            self.write(header.unique, 0, &[answer_of_init(&answer).as_slice()])?;
+            return Ok(answer.max_stack_depth > 0);
         }
     }
 
@@ -191,7 +220,7 @@ fn answer_of_init(out: &InitOut) -> Vec<u8> {
 }
 
 /// What we take of a kernel's offer; it must have rings.
-fn accept(offer: &InitIn, max_background: u16) -> io::Result<InitOut> {
+fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<InitOut> {
     let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
     if offer.major < MAJOR || offered & INIT_EXT == 0 || offered & OVER_IO_URING == 0 {
         return Err(io::Error::other(format!(
@@ -206,6 +235,10 @@ fn accept(offer: &InitIn, max_background: u16) -> io::Result<InitOut> {
         }
         flags |= flag & offered;
     }
+    let passes = passthrough && offered & PASSTHROUGH != 0;
+    if passes {
+        flags |= PASSTHROUGH;
+    }
     Ok(InitOut {
         minor: MINOR.min(offer.minor),
         max_readahead: offer.max_readahead,
@@ -216,6 +249,7 @@ fn accept(offer: &InitIn, max_background: u16) -> io::Result<InitOut> {
         max_write: MAX_WRITE,
         // Entries have room for MAX_WRITE bytes, and the kernel counts their room in pages too.
         max_pages: (MAX_WRITE as usize / rustix::param::page_size()) as u16,
+        max_stack_depth: if passes { STACK_DEPTH } else { 0 },
         ..InitOut::version()
     })
 }
@@ -290,14 +324,14 @@ mod tests {
 
     #[test]
     fn a_kernel_without_rings_is_refused() {
-        assert!(accept(&offer(!OVER_IO_URING), 16).is_err());
-        assert!(accept(&offer(!INIT_EXT), 16).is_err());
-        assert!(accept(&offer(u64::MAX), 16).is_ok());
+        assert!(accept(&offer(!OVER_IO_URING), 16, false).is_err());
+        assert!(accept(&offer(!INIT_EXT), 16, false).is_err());
+        assert!(accept(&offer(u64::MAX), 16, false).is_ok());
     }
 
     #[test]
     fn nothing_is_accepted_that_was_not_offered_but_what_every_kernel_has() {
-        let out = accept(&offer(INIT_EXT | OVER_IO_URING | 1 << 15), 100).expect("rings");
+        let out = accept(&offer(INIT_EXT | OVER_IO_URING | 1 << 15), 100, false).expect("rings");
         let flags = u64::from(out.flags) | u64::from(out.flags2) << 32;
         assert_eq!(flags, ASYNC_READ | BIG_WRITES | MAX_PAGES | INIT_EXT | OVER_IO_URING | 1 << 15);
         assert_eq!((out.minor, out.max_background, out.congestion_threshold), (42, 100, 75));

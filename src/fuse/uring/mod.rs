@@ -43,6 +43,7 @@ pub(super) struct Session {
     notifier: Notifier,
     notifications: notify::Pending,
     mountpoint: PathBuf,
+    passes_through: bool,
 }
 
 /// Whether this transport can be had here; if not, why, and what would help.
@@ -84,7 +85,7 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
     let (allow_other, read_only) = (settings.allow_other, settings.read_only);
     let options = mount::Options { source: settings.fs_name.clone(), allow_other, read_only };
     let device = Arc::new(Device::new(mount::mount(&mountpoint, &options)?));
-    device.handshake(settings.max_background).map_err(|e| {
+    let passes_through = device.handshake(settings.max_background, settings.passthrough).map_err(|e| {
         if let Err(left) = unmount(&mountpoint, true) {
             log::error!("{left}");
         }
@@ -92,8 +93,8 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
     })?;
     let (notifier, notifications) = notify::queue(Box::new(Kernel(device.clone())));
     let helpers = settings.threads;
-    let server = Arc::new(Server::new(fs, helpers));
-    Ok(Session { device, rings, server, helpers, notifier, notifications, mountpoint })
+    let server = Arc::new(Server::new(fs, helpers, Some(device.clone())));
+    Ok(Session { device, rings, server, helpers, notifier, notifications, mountpoint, passes_through })
 }
 
 impl Session {
@@ -103,7 +104,7 @@ impl Session {
     /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system
     /// hears of it, because no operation may follow.
     pub(super) fn run(self) -> Result<()> {
-        let Session { device, rings, server, helpers, notifier: _, notifications, mountpoint } = self;
+        let Session { device, rings, server, helpers, notifications, mountpoint, .. } = self;
         let sending = notifications.start()?;
         let helpers = Helpers::start(&server, helpers)?;
         // Nothing is sent through it: it is over when every thread has dropped its end.
@@ -128,6 +129,11 @@ impl Session {
     /// See [`fuse::session::Session::notifier`](crate::fuse::session::Session::notifier).
     pub(super) fn notifier(&self) -> Notifier {
         self.notifier.clone()
+    }
+
+    /// See [`fuse::session::Session::passes_through`](crate::fuse::session::Session::passes_through).
+    pub(super) fn passes_through(&self) -> bool {
+        self.passes_through
     }
 
     /// The absolute path of the mount point, as it was before the mount.

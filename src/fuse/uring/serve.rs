@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::answer::{self, Names};
+use super::answer::{self, Names, OpenOut};
+use super::device::{Device, Registered};
 use super::wire::{self, Operation, Parts, Request};
 use crate::fuse::lanes::{Inside, Lanes};
 use crate::fuse::listing::Listings;
-use crate::fuse::ops::{Answer, Caller, Done, Errno, FileSystem, Handle, Ino, Name, Now, OpenFlags};
+use crate::fuse::ops::{Answer, Caller, Done, Errno, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened};
 use crate::fuse::{text_of, unknown};
+use crate::io::backing::Registration;
 
 /// A request and the place of its answer.
 pub(super) trait Exchange: Send + Sized + 'static {
@@ -102,6 +104,19 @@ pub(super) struct Server {
     lanes: Lanes,
     /// The connection has ended: nothing reaches the file system any more.
     closed: AtomicBool,
+    /// Where host files are registered for passthrough. None in tests.
+    device: Option<Arc<Device>>,
+}
+
+/// The answer of OPEN: passed through where that is wanted and the kernel takes the file.
+fn opened(device: Option<&Arc<Device>>, o: &Opened) -> OpenOut {
+    let passed = o.backing.as_ref().zip(device).and_then(|(backing, device)| {
+        backing.register(|file| device.register(file).map(|registered| Arc::new(registered) as Registration))
+    });
+    match passed.as_ref().and_then(|registration| registration.downcast_ref::<Registered>()) {
+        Some(registered) => answer::passed(o, registered.id),
+        None => answer::opened(o),
+    }
 }
 
 /// On which sort of thread a request is served.
@@ -123,12 +138,13 @@ enum Place<'a> {
 
 impl Server {
     /// `helpers`: how many threads may wait in writes.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize) -> Server {
+    pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize, device: Option<Arc<Device>>) -> Server {
         Server {
             fs,
             listings: Listings::default(),
             lanes: Lanes::new(helpers),
             closed: AtomicBool::new(false),
+            device,
         }
     }
 
@@ -232,7 +248,9 @@ impl Server {
                 reply.sized(names.map(list), size);
             }
             Operation::Open { flags } => {
-                let done = Box::new(move |answer| reply.fields(answer, answer::opened));
+                let device = self.device.clone();
+                let done =
+                    Box::new(move |answer| reply.fields(answer, |o: Opened| opened(device.as_ref(), &o)));
                 self.fs.open(caller, ino, OpenFlags { raw: flags }, done);
             }
             Operation::Read { handle, offset, size } => self.read(reply, handle, offset, size as usize),
@@ -262,7 +280,7 @@ impl Server {
             Operation::OpenDir => {
                 let handle = self.listings.open();
                 reply.fields(Ok(handle), |handle| {
-                    answer::opened(crate::fuse::ops::Opened { handle, direct: false })
+                    answer::opened(&Opened { handle, direct: false, backing: None })
                 });
             }
             Operation::ReadDir { handle, offset, size, plus } => {
@@ -358,7 +376,7 @@ struct Portion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuse::ops::{Attr, FileKind, Opened, SetAttr, Space, Whence};
+    use crate::fuse::ops::{Attr, FileKind, SetAttr, Space, Whence};
     use std::sync::Mutex;
     use std::time::SystemTime;
 
@@ -394,7 +412,7 @@ mod tests {
             Ok(())
         }
         fn open(&self, _: Caller, ino: Ino, _: OpenFlags, done: Done<Opened>) {
-            done(Ok(Opened { handle: ino, direct: true }));
+            done(Ok(Opened { handle: ino, direct: true, backing: None }));
         }
         fn release(&self, _: Handle) {}
         fn read_now(&self, _: Handle, _: u64, buf: &mut [u8]) -> Now<usize> {
@@ -465,7 +483,7 @@ mod tests {
 
     #[test]
     fn any_rubbish_is_answered_exactly_once() {
-        let server = Server::new(Arc::new(Anything), 1);
+        let server = Server::new(Arc::new(Anything), 1, None);
         let mut state = 88_172_645_463_325_252_u64;
         let mut next = || {
             state ^= state << 13;
@@ -488,7 +506,7 @@ mod tests {
 
     #[test]
     fn a_panic_and_a_lost_answer_are_eio() {
-        let server = Server::new(Arc::new(Anything), 1);
+        let server = Server::new(Arc::new(Anything), 1, None);
         assert_eq!(answers(&server, 3, 666, &[0; 16], &[]), [Err(Errno(libc::EIO))], "GETATTR");
         assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Ok(104)], "GETATTR");
         assert_eq!(answers(&server, 20, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))], "FSYNC");
@@ -496,7 +514,7 @@ mod tests {
 
     #[test]
     fn a_read_larger_than_the_room_is_refused() {
-        let server = Server::new(Arc::new(Anything), 1);
+        let server = Server::new(Arc::new(Anything), 1, None);
         let mut read = [0; 40];
         read[16..20].copy_from_slice(&4096u32.to_ne_bytes());
         assert_eq!(answers(&server, 15, 5, &read, &[]), [Ok(4096)]);
@@ -506,7 +524,7 @@ mod tests {
 
     #[test]
     fn after_the_end_nothing_reaches_the_file_system() {
-        let server = Server::new(Arc::new(Anything), 1);
+        let server = Server::new(Arc::new(Anything), 1, None);
         server.close();
         assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))]);
     }

@@ -97,6 +97,22 @@ impl Image {
         Ok(size)
     }
 
+    /// A write behind the end of a raw disk that the kernel passes through makes the file longer, and nobody is asked: the
+    /// disk is as long as that from now on. Blocks; not for runners or transport threads.
+    pub fn follow_file(self: &Arc<Self>) -> Result<()> {
+        let _alone = lock(&self.operation);
+        if self.closing.load(Ordering::SeqCst) {
+            return Err(self.closed_error());
+        }
+        let stack = arc_swap::Guard::into_inner(self.stack());
+        let len = self.host_status().map_err(|e| Error::io(&e, self.path(), "cannot look at the file"))?.len;
+        if stack.bat.is_none() && len > self.size() {
+            let frozen = self.freeze_durably()?;
+            self.swap(&frozen, stack.grown_raw(len));
+        }
+        Ok(())
+    }
+
     /// Step 2: moves every cluster of the top that lies before byte `first` of its file.
     fn move_out(self: &Arc<Self>, stack: &Stack, first: u64, progress: &Progress) -> Result<()> {
         let top = stack.top();
