@@ -73,7 +73,8 @@ fn r2_an_entry_that_is_ahead_of_the_file_s_end_is_caught() {
 #[test]
 fn r3_a_bat_written_before_its_data_is_synced_is_caught() {
     let what = found_by(Rule::R3, &layers());
-    assert!(what.contains("sector"), "{what}");
+    // The sync that is left out also makes the file's length durable.
+    assert!(what.contains("sector") || what.contains("the file ends at"), "{what}");
 }
 
 #[test]

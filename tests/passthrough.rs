@@ -144,8 +144,12 @@ fn every_fsync_syncs_the_file_of_the_host_though_the_daemon_saw_no_write() {
         .stderr(Stdio::null())
         .spawn()
         .expect("strace");
-    let status = || fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let traced = until(SOON, || status().lines().any(|l| l.starts_with("TracerPid:") && !l.ends_with("\t0")));
+    // All threads: who is not traced yet may start one that never is.
+    let status = |task: &Path| fs::read_to_string(task.join("status")).unwrap_or_default();
+    let is_traced =
+        |task: &Path| status(task).lines().any(|l| l.starts_with("TracerPid:") && !l.ends_with("\t0"));
+    let tasks = || fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten();
+    let traced = until(SOON, || tasks().all(|task| is_traced(&task.path())));
     for block in 0..3 {
         file.write_all_at(&pattern(4096, block), block * MIB).expect("written");
         file.sync_data().expect("synced");
