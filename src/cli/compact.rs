@@ -57,7 +57,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             return Err(Error::at(Kind::Unsupported, &path, why).into());
         }
         if !args.json {
-            out::text(&format!("{name}: {}\n", to_text(&gain, dry_run)))?;
+            out::text(&to_text(&name, &gain, dry_run))?;
         }
     }
     if args.json {
@@ -66,23 +66,24 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn to_text(gain: &Gain, dry_run: bool) -> String {
-    let (would, clusters) = if dry_run { ("would become ", "to free") } else { ("is now ", "freed") };
-    let moved = if dry_run { "to move" } else { "moved" };
+/// As `info` says things: a line each.
+fn to_text(name: &str, gain: &Gain, dry_run: bool) -> String {
+    let (title, freed, moved, needed) = if dry_run {
+        ("what it would gain", "to free", "to move", "needed")
+    } else {
+        ("what it has gained", "freed", "moved", "was needed")
+    };
+    let then = |before: u64, after: u64| format!("{} -> {}", size::human(before), size::human(after));
     let mut text = format!(
-        "the file, {} long with {} allocated, {would}{} long with {}; {} zero clusters {clusters}, {} clusters {moved}",
-        size::human(gain.length),
-        size::human(gain.allocated),
-        size::human(gain.length_after),
-        size::human(gain.allocated_after),
+        "{name}, {title}:\n  file length: {}\n  allocated:   {}\n  zeroes:      {} clusters {freed}\n  moves:       {} clusters {moved}\n",
+        then(gain.length, gain.length_after),
+        then(gain.allocated, gain.allocated_after),
         gain.zero_clusters,
         gain.moved_clusters,
     );
     if let Some(Pieces { pieces, pieces_after, spare }) = gain.defrag {
-        let (is, needs) = if dry_run { ("would be", "needs") } else { ("is now", "needed") };
-        let spare = size::human(spare);
-        text +=
-            &format!("; in {pieces} pieces, {is} in {pieces_after}; {needs} {spare} of free space meanwhile");
+        text += &format!("  pieces:      {pieces} -> {pieces_after}\n");
+        text += &format!("  free space:  {} {needed} meanwhile\n", size::human(spare));
     }
     text
 }
