@@ -30,21 +30,14 @@ impl Bits {
 
     /// Removes and returns the lowest.
     pub fn take_lowest(&mut self) -> Option<u64> {
-        while self.from < self.words.len() {
-            let word = self.words[self.from];
-            if word != 0 {
-                let bit = word.trailing_zeros();
-                self.words[self.from] = word & (word - 1);
-                self.count -= 1;
-                return Some(self.from as u64 * 64 + u64::from(bit));
-            }
-            self.from += 1;
-        }
-        None
+        self.take_from(0)
     }
 
     /// Removes and returns the lowest of those from `n` on.
     pub fn take_from(&mut self, n: u64) -> Option<u64> {
+        while self.words.get(self.from) == Some(&0) {
+            self.from += 1;
+        }
         let first = usize::try_from(n / 64).unwrap_or(usize::MAX).max(self.from);
         for at in first..self.words.len() {
             let below = if at as u64 == n / 64 { n % 64 } else { 0 };
@@ -108,5 +101,20 @@ impl Bits {
     /// True for the empty set.
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_emptied_from_the_front_is_not_searched_again() {
+        let mut bits = Bits::default();
+        (0..640).for_each(|n| assert!(bits.insert(n)));
+        assert!((0..640).all(|n| bits.take_from(0) == Some(n)));
+        assert_eq!((bits.take_from(0), bits.from), (None, 10));
+        bits.insert(70);
+        assert_eq!((bits.take_from(71), bits.take_from(0)), (None, Some(70)));
     }
 }
