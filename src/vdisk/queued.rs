@@ -22,13 +22,13 @@ const LONGEST: usize = 64 << 10;
 
 /// Reads; the range lies inside the disk and is not empty. For any thread.
 pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
-    let Some((reads, plan)) = image.engine.reads().zip(Plan::new(image, offset, len)) else {
+    let planned = image.engine.reads().and_then(|reads| Some((reads, plan(image, offset, len)?)));
+    let Some((reads, (file, position, held))) = planned else {
         return pio::submit_read(image, offset, len, reply);
     };
-    let (file, position) = (Arc::clone(&plan.file), plan.position);
     let done = move |data: Option<Bytes>| {
-        let image = Arc::clone(&plan.held.image);
-        drop(plan); // 5
+        let image = Arc::clone(&held.image);
+        drop(held); // 5
         match data {
             Some(data) => {
                 image.count_read(len);
@@ -40,36 +40,27 @@ pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
     reads.submit(Read { file, offset: position, len, done: Box::new(done) });
 }
 
-/// Where the bytes are, and what keeps them there.
-struct Plan {
-    file: Arc<dyn HostFile>,
-    /// Byte in the file.
-    position: u64,
-    held: Held,
-}
-
-impl Plan {
-    fn new(image: &Arc<Image>, offset: u64, len: usize) -> Option<Plan> {
-        if len > LONGEST {
-            return None;
-        }
-        let mut held = Held { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
-        held.inside.as_ref()?;
-        let stack = image.stack();
-        let window = Window::lock(image, &stack, offset, len as u64)?; // 2
-        let mut found = None;
-        window.all(|_, run| {
-            found = Some((run.place, run.len)); // 3
-            false
-        });
-        let Some((Place::At { level, position }, run)) = found else { return None };
-        let file = &stack.level(level).file;
-        if run < len as u64 || file.queued_read(position, len).is_none() {
-            return None;
-        }
-        (held.first, held.count) = window.keep();
-        Some(Plan { file: Arc::clone(file), position, held })
+/// Where the bytes are (file, and byte in it), and what keeps them there.
+fn plan(image: &Arc<Image>, offset: u64, len: usize) -> Option<(Arc<dyn HostFile>, u64, Held)> {
+    if len > LONGEST {
+        return None;
     }
+    let mut held = Held { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
+    held.inside.as_ref()?;
+    let stack = image.stack();
+    let window = Window::lock(image, &stack, offset, len as u64)?; // 2
+    let mut found = None;
+    window.all(|_, run| {
+        found = Some((run.place, run.len)); // 3
+        false
+    });
+    let Some((Place::At { level, position }, run)) = found else { return None };
+    let file = &stack.level(level).file;
+    if run < len as u64 || file.queued_read(position, len).is_none() {
+        return None;
+    }
+    (held.first, held.count) = window.keep();
+    Some((Arc::clone(file), position, held))
 }
 
 /// Locked clusters, and a place inside the gate; given back on drop.
