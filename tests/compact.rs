@@ -220,21 +220,28 @@ fn ctrl_c_ends_it_and_what_was_done_stays() {
     assert_eq!(len(&file), 17 * MIB, "the next one goes on");
 }
 
+/// Begins to compact `file`, and kills that after `wait` milliseconds.
+#[track_caller]
+fn kill_compact(options: &[&str], file: &Path, wait: u64) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ploopfs"))
+        .arg("compact")
+        .args(options)
+        .arg(file)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("starts");
+    std::thread::sleep(Duration::from_millis(wait));
+    child.kill().expect("our own child");
+    child.wait().expect("it ends");
+}
+
 #[test]
 fn a_kill_in_the_middle_loses_nothing() {
     require!("fuse", "qemu");
     let mut mount = with_holes();
     let file = mount.delta("vm1");
     for wait in [100, 400, 900] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ploopfs"))
-            .args(["compact", "--rate", "8M"])
-            .arg(&file)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("starts");
-        std::thread::sleep(Duration::from_millis(wait));
-        child.kill().expect("our own child");
-        child.wait().expect("it ends");
+        kill_compact(&["--rate", "8M"], &file, wait);
         mount.start();
         same_as_before(&mount.open("vm1"));
         mount.umount();
@@ -359,15 +366,7 @@ fn a_kill_while_clusters_are_put_in_order_loses_nothing() {
     mount.umount();
     let file = mount.delta("vm1");
     for wait in [100, 300, 700] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ploopfs"))
-            .args(["compact", "--defrag", "--rate", "100M"])
-            .arg(&file)
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("starts");
-        std::thread::sleep(Duration::from_millis(wait));
-        child.kill().expect("our own child");
-        child.wait().expect("it ends");
+        kill_compact(&["--defrag", "--rate", "100M"], &file, wait);
         mount.start();
         is_scattered(&mount.open("vm1"));
         mount.umount();

@@ -47,7 +47,7 @@ fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
     answer
 }
 
-fn until(mut holds: impl FnMut() -> bool) {
+pub(super) fn until(mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + LONG;
     while !holds() {
         assert!(Instant::now() < deadline, "it never came");

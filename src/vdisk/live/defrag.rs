@@ -125,7 +125,6 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
-    use std::time::{Duration, Instant};
 
     use crate::error::Kind;
     use crate::format::header::{Header, Version};
@@ -134,12 +133,12 @@ mod tests {
     use crate::io::memory::MemoryFile;
     use crate::progress::Progress;
     use crate::sync::Arc;
+    use crate::vdisk::races::until;
     use crate::vdisk::{Engine, Image, Layout, Level, OnFull, Options};
 
     /// Two blocks: one of them may be all zero, and is then not copied.
     const CLUSTER: u64 = 8192;
     const CLUSTERS: u64 = 300;
-    const LONG: Duration = Duration::from_secs(20);
 
     struct Disk {
         file: Arc<MemoryFile>,
@@ -216,14 +215,6 @@ mod tests {
             let n = places.len() as u64;
             assert!(places.iter().copied().eq(0..n), "{places:?}");
             assert_eq!(self.file.to_bytes().len() as u64, self.header.geometry().cluster_position(n));
-        }
-    }
-
-    fn until(mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + LONG;
-        while !holds() {
-            assert!(Instant::now() < deadline, "it never came");
-            std::thread::yield_now();
         }
     }
 
