@@ -66,3 +66,33 @@ fn a_host_in_memory_is_served_all_the_same() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], 4000).expect("written");
     assert_eq!(common::read_at(&file, 4000, 5000).expect("read"), [7; 5000]);
 }
+
+/// Names of the threads of a mount's daemon.
+fn threads(mount: &Mount) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", mount.pid())).expect("it runs");
+    let name = |task: std::io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(task.ok()?.path().join("comm")).ok().map(|name| name.trim().to_owned())
+    };
+    tasks.filter_map(name).collect()
+}
+
+#[test]
+fn on_rings_of_its_own_the_transport_reads_from_the_disk_without_another_thread() {
+    require!("fuse", "fio", "uring");
+    let _turn = heavy();
+    let folder = temp_dir();
+    for cache in ["page", "direct"] {
+        let images = folder.path().join(cache);
+        let mut mount =
+            Mount::over(&images, &["--create", "vm1=128M", "--cache", cache, "--transport", "uring"]);
+        fio(&mount.flat("vm1"), "4k-4k").args(["--rw=randwrite", "--do_verify=0"]).ok();
+        let delta = mount.delta("vm1");
+        // As good as a restart of the host.
+        ok("sync", &[text(&delta)]);
+        ok("dd", &[&format!("if={}", delta.display()), "iflag=nocache", "count=0", "status=none"]);
+        assert!(cached(&delta) < 1 << 20, "{cache}: {} bytes of the delta are cached", cached(&delta));
+        fio(&mount.flat("vm1"), "4k-4k").args(["--rw=randwrite", "--verify_only=1"]).ok();
+        assert!(!threads(&mount).iter().any(|name| name == "ploopfs/disk"), "{:?}", threads(&mount));
+        mount.umount();
+    }
+}

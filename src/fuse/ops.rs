@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use crate::io::backing::Backing;
+use crate::io::planned::Planned;
 
 /// An errno of the host, as the kernel is told. Never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,6 +228,12 @@ pub trait FileSystem: Send + Sync + 'static {
     fn release(&self, handle: Handle);
     /// Reads on the transport thread. `Done(Ok(n))`: `buf[..n]` holds the answer.
     fn read_now(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Now<usize>;
+    /// Where the bytes of a read lie that [`read_now`](Self::read_now) would have to wait for, for a transport that can read
+    /// by itself without a thread. None: [`read_later`](Self::read_later). Never waits.
+    fn plan_read(&self, handle: Handle, offset: u64, len: usize) -> Option<Planned> {
+        let _ = (handle, offset, len);
+        None
+    }
     /// Reads; answers from any thread.
     fn read_later(&self, handle: Handle, offset: u64, len: usize, done: Done<Bytes>);
     /// Writes on the transport thread. `flags` are the open flags of the request (O_DSYNC, O_SYNC).

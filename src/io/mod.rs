@@ -14,6 +14,7 @@ pub mod loopdev;
 pub mod memory;
 pub mod new_file;
 mod pages;
+pub mod planned;
 pub mod poison;
 pub mod process;
 pub mod reads;

@@ -15,8 +15,8 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types::Fd};
 use rustix::event::EventfdFlags;
 
-use super::file::HostFile;
 use super::pages::Pages;
+use super::planned::Planned;
 
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
@@ -28,16 +28,22 @@ const WAKE: u64 = u64::MAX;
 /// error or the file's end among it; read in the ordinary way, which finds out.
 pub type Done = Box<dyn FnOnce(Option<Bytes>) + Send>;
 
-/// A read to be done. The file must have agreed to it ([`HostFile::queued_read`]).
+/// A read to be done.
 pub struct Read {
-    /// Where from.
-    pub file: Arc<dyn HostFile>,
-    /// First byte in the file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: usize,
+    /// Where from. It ends before `done` is called.
+    pub planned: Planned,
     /// What is called.
     pub done: Done,
+}
+
+impl Read {
+    /// A panic costs one request, not the thread that all of them need.
+    fn over(self, data: Option<Bytes>) {
+        self.planned.end(data.is_some());
+        if catch_unwind(AssertUnwindSafe(|| (self.done)(data))).is_err() {
+            log::error!("bug: the answer to a read panicked");
+        }
+    }
 }
 
 /// The queue of one process. Its thread comes with the first read; it goes with the queue, when the disk has answered.
@@ -79,7 +85,7 @@ impl Shared {
         state.broken = true;
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
-        waiting.into_iter().for_each(|read| (read.done)(None));
+        waiting.into_iter().for_each(|read| read.over(None));
     }
 }
 
@@ -104,7 +110,7 @@ impl Reads {
         let mut state = self.shared.lock();
         if state.broken {
             drop(state);
-            return (read.done)(None);
+            return read.over(None);
         }
         state.waiting.push_back(read);
         let ring = state.ring.take();
@@ -210,13 +216,14 @@ impl Collector {
     }
 
     fn push(&mut self, slot: u32, read: Read) {
-        let mut memory = Pages::zeroed(read.len);
-        let (place, len) = (memory.as_mut().as_mut_ptr(), read.len as u32);
-        let Some(fd) = read.file.queued_read(read.offset, read.len).map(|fd| Fd(fd.as_raw_fd())) else {
+        let mut memory = Pages::zeroed(read.planned.len());
+        let (place, len) = (memory.as_mut().as_mut_ptr(), read.planned.len() as u32);
+        let Some(fd) = read.planned.descriptor().map(|fd| Fd(fd.as_raw_fd())) else {
             self.free.push(slot);
-            return call(read.done, None);
+            return read.over(None);
         };
-        let entry = opcode::Read::new(fd, place, len).offset(read.offset).build().user_data(slot.into());
+        let entry =
+            opcode::Read::new(fd, place, len).offset(read.planned.offset()).build().user_data(slot.into());
         self.slots[slot as usize] = Some(Under { read, memory });
         // SAFETY: memory and file are in the slot, which is emptied when the read has completed (`finish`), or never
         // (`fail`).
@@ -224,7 +231,7 @@ impl Collector {
             // A place for each slot and one for `wake`: never full, but nothing depends on it.
             self.free.push(slot);
             if let Some(under) = self.slots[slot as usize].take() {
-                call(under.read.done, None);
+                under.read.over(None);
             }
         }
     }
@@ -253,8 +260,8 @@ impl Collector {
                 continue;
             };
             self.free.push(mark as u32);
-            let whole = usize::try_from(result).is_ok_and(|n| n == read.len);
-            call(read.done, whole.then(|| Bytes::from_owner(memory)));
+            let whole = usize::try_from(result).is_ok_and(|n| n == read.planned.len());
+            read.over(whole.then(|| Bytes::from_owner(memory)));
         }
         self.finished = finished;
     }
@@ -264,25 +271,18 @@ impl Collector {
         self.shared.give_up();
         for slot in &mut self.slots {
             if let Some(Under { read, memory }) = slot.take() {
-                std::mem::forget((read.file, memory));
-                call(read.done, None);
+                std::mem::forget((read.planned.file(), memory));
+                read.over(None);
             }
         }
         std::mem::forget(self);
     }
 }
 
-/// A panic costs one request, not the thread that all of them need.
-fn call(done: Done, data: Option<Bytes>) {
-    if catch_unwind(AssertUnwindSafe(|| done(data))).is_err() {
-        log::error!("bug: the answer to a read panicked");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::file::write_full;
+    use crate::io::file::{HostFile, write_full};
     use crate::io::real::{Access, RealFile};
     use std::sync::mpsc;
     use std::time::Duration;
@@ -313,6 +313,11 @@ mod tests {
         }
     }
 
+    fn read(file: &Arc<dyn HostFile>, offset: u64, len: usize, done: Done) -> Read {
+        let planned = Planned::new(file.clone(), offset, len, |_| ()).expect("the disk of a test");
+        Read { planned, done }
+    }
+
     #[test]
     fn more_reads_than_fit_at_a_time_all_come_back_with_their_bytes() {
         let (Some(reads), (_dir, file)) = (queue(), file(1 << 20)) else { return };
@@ -322,7 +327,7 @@ mod tests {
         for n in 0..4 * u64::from(DEPTH) {
             let (tx, page) = (tx.clone(), n % 256);
             let done = Box::new(move |data: Option<Bytes>| tx.send((page, data)).expect("the test waits"));
-            reads.submit(Read { file: file.clone(), offset: page * 4096, len: 4096, done });
+            reads.submit(read(&file, page * 4096, 4096, done));
         }
         for _ in 0..4 * DEPTH {
             let (page, data) = rx.recv_timeout(LONG).expect("an answer");
@@ -335,7 +340,7 @@ mod tests {
         let (Some(reads), (_dir, file)) = (queue(), file(6000)) else { return };
         let (tx, rx) = mpsc::channel();
         let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
-        reads.submit(Read { file, offset: 4096, len: 4096, done });
+        reads.submit(read(&file, 4096, 4096, done));
         assert!(!rx.recv_timeout(LONG).expect("an answer"));
     }
 
@@ -347,7 +352,7 @@ mod tests {
         for page in 0..256 {
             let tx = tx.clone();
             let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
-            reads.submit(Read { file: file.clone(), offset: page * 4096, len: 4096, done });
+            reads.submit(read(&file, page * 4096, 4096, done));
         }
         drop(reads);
         for _ in 0..256 {
@@ -364,10 +369,10 @@ mod tests {
     fn an_answer_that_panics_costs_no_other_one() {
         let (Some(reads), (_dir, file)) = (queue(), file(4096)) else { return };
         let panics = Box::new(|_: Option<Bytes>| panic!("on purpose"));
-        reads.submit(Read { file: file.clone(), offset: 0, len: 4096, done: panics });
+        reads.submit(read(&file, 0, 4096, panics));
         let (tx, rx) = mpsc::channel();
         let done = Box::new(move |data: Option<Bytes>| tx.send(data.is_some()).expect("the test waits"));
-        reads.submit(Read { file, offset: 0, len: 4096, done });
+        reads.submit(read(&file, 0, 4096, done));
         assert!(rx.recv_timeout(LONG).expect("an answer"));
     }
 }

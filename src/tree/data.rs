@@ -11,6 +11,7 @@ use super::trouble::Trouble;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, OpenImage, OpenSnapshot};
 use crate::fuse::ops::{Answer, Done, Errno, Now, OpenFlags, Whence};
+use crate::io::planned::Planned;
 use crate::vdisk::latency::Op;
 use crate::vdisk::{Engine, Image, Reply};
 
@@ -123,6 +124,18 @@ impl OpenFile {
             }
             None => done(Ok(self.text(offset, len))),
         }
+    }
+
+    /// See [`FileSystem::plan_read`](crate::fuse::ops::FileSystem::plan_read).
+    pub fn plan_read(&self, offset: u64, len: usize) -> Option<Planned> {
+        let (image, _) = self.image()?;
+        let (noted, began) = (image.clone(), Instant::now());
+        image.plan_read(offset, len, move |whole| {
+            // What could not be read is read again, and noted then.
+            if whole {
+                noted.latencies().note(Op::Read, began.elapsed());
+            }
+        })
     }
 
     /// An image that may be written through this handle, and where `len` bytes at `offset` lie inside.

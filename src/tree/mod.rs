@@ -30,6 +30,7 @@ use crate::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
 };
+use crate::io::planned::Planned;
 use crate::vdisk::Engine;
 use attrs::Owner;
 use data::OpenFile;
@@ -360,6 +361,11 @@ impl FileSystem for Tree {
             Some(open) => open.read_now(&self.trouble, offset, buf),
             None => Now::Done(Err(BAD_HANDLE)),
         }
+    }
+
+    fn plan_read(&self, handle: Handle, offset: u64, len: usize) -> Option<Planned> {
+        let borrowed = self.borrow(handle);
+        borrowed.as_ref().and_then(Borrowed::get)?.plan_read(offset, len)
     }
 
     fn read_later(&self, handle: Handle, offset: u64, len: usize, done: Done<Bytes>) {

@@ -50,6 +50,7 @@ use crate::error::{Error, Kind, Result};
 pub use crate::image::level::{Layout, Level};
 use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
+use crate::io::planned::Planned;
 use crate::sync::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, mpsc,
     thread_shard,
@@ -285,6 +286,18 @@ impl Image {
             return reply(Ok(Bytes::new()));
         }
         queued::read(self, offset, len, reply);
+    }
+
+    /// A read for whoever carries it out without a thread of ours (see [`Planned`]); `end` hears of its end. None: use
+    /// [`read`](Self::read). Clipped at the disk's end.
+    pub fn plan_read(
+        self: &Arc<Self>,
+        offset: u64,
+        len: usize,
+        end: impl FnOnce(bool) + Send + 'static,
+    ) -> Option<Planned> {
+        let len = (len as u64).min(self.size().saturating_sub(offset)) as usize;
+        if len == 0 { None } else { queued::plan(self, offset, len, end) }
     }
 
     /// Writes; `durable` = O_DSYNC. A range that passes the disk's end is `Kind::NoSpace`, and nothing is written.

@@ -1,4 +1,5 @@
-//! Small reads that wait for the disk: they hold the gate and their clusters, and no thread.
+//! Small reads that wait for the disk: they hold the gate and their clusters, and no thread. A transport with a ring of its
+//! own carries them out itself ([`plan`]); for others there is the engine's ([`read`]).
 //!
 //! The order is that of a read pio: (1) inside the gate, (2) the clusters locked shared, (3) look-up, (4) the read, (5) let go
 //! of both, (6) the answer. 5 before 4 would let a copy on write, a discard or a freeze change what is being read.
@@ -12,7 +13,7 @@ use super::gate::Inside;
 use super::locks::Mode;
 use super::pio;
 use super::{Image, Reply};
-use crate::io::file::HostFile;
+use crate::io::planned::Planned;
 use crate::io::reads::Read;
 use crate::sync::Arc;
 
@@ -22,26 +23,26 @@ const LONGEST: usize = 64 << 10;
 
 /// Reads; the range lies inside the disk and is not empty. For any thread.
 pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
-    let planned = image.engine.reads().and_then(|reads| Some((reads, plan(image, offset, len)?)));
-    let Some((reads, (file, position, held))) = planned else {
+    let planned = image.engine.reads().and_then(|reads| Some((reads, plan(image, offset, len, |_| ())?)));
+    let Some((reads, planned)) = planned else {
         return pio::submit_read(image, offset, len, reply);
     };
-    let done = move |data: Option<Bytes>| {
-        let image = Arc::clone(&held.image);
-        drop(held); // 5
-        match data {
-            Some(data) => {
-                image.count_read(len);
-                reply(Ok(data));
-            }
-            None => pio::submit_read(&image, offset, len, reply),
-        }
+    let image = Arc::clone(image);
+    let done = move |data: Option<Bytes>| match data {
+        Some(data) => reply(Ok(data)), // 6
+        None => pio::submit_read(&image, offset, len, reply),
     };
-    reads.submit(Read { file, offset: position, len, done: Box::new(done) });
+    reads.submit(Read { planned, done: Box::new(done) }); // 4
 }
 
-/// Where the bytes are (file, and byte in it), and what keeps them there.
-fn plan(image: &Arc<Image>, offset: u64, len: usize) -> Option<(Arc<dyn HostFile>, u64, Held)> {
+/// Where the bytes of a read are, the range as for [`read`]; `end` is called when the clusters were let go, with true when
+/// all of them were read. None: it is a runner's. For any thread; never waits.
+pub fn plan(
+    image: &Arc<Image>,
+    offset: u64,
+    len: usize,
+    end: impl FnOnce(bool) + Send + 'static,
+) -> Option<Planned> {
     if len > LONGEST {
         return None;
     }
@@ -60,7 +61,13 @@ fn plan(image: &Arc<Image>, offset: u64, len: usize) -> Option<(Arc<dyn HostFile
         return None;
     }
     (held.first, held.count) = window.keep();
-    Some((Arc::clone(file), position, held))
+    Planned::new(Arc::clone(file), position, len, move |whole| {
+        if whole {
+            held.image.count_read(len);
+        }
+        drop(held); // 5
+        end(whole);
+    })
 }
 
 /// Locked clusters, and a place inside the gate; given back on drop.
@@ -85,6 +92,7 @@ impl Drop for Held {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::file::HostFile;
     use crate::io::reads::Reads;
     use crate::io::real::{Access, RealFile};
     use crate::vdisk::{Engine, Layout, Level, Options};
@@ -138,7 +146,8 @@ mod tests {
                 let _ = held.recv();
             });
             let reads = self.engine.reads().expect("it has them");
-            reads.submit(Read { file: self.file.clone(), offset: 0, len: PAGE, done });
+            let planned = Planned::new(self.file.clone(), 0, PAGE, |_| ()).expect("the disk of a test");
+            reads.submit(Read { planned, done });
             holding.recv_timeout(LONG).expect("it holds");
             release
         }

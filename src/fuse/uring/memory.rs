@@ -2,13 +2,15 @@
 //!
 //! An entry belongs to the kernel from its submission to its completion, and to us from there to the next submission.
 //! The time between is a [`Held`]: there is never more than one for an entry, and only through it is the memory
-//! looked at.
+//! looked at. The submission may be made through any ring; the next request of the entry then comes out of that one.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
 use std::slice;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::EventfdFlags;
@@ -16,10 +18,12 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use zerocopy::IntoBytes;
 
 use super::answer::{self, OutHeader};
+use super::ring::Queue;
 use super::serve::Exchange;
 use super::wire::{self, Parts};
 use crate::fuse::MAX_WRITE;
 use crate::fuse::ops::{Answer, Errno};
+use crate::io::planned::Planned;
 
 /// Room for a payload in bytes; REGISTER fails with less than the largest request.
 pub(super) const PAYLOAD: usize = MAX_WRITE as usize;
@@ -35,14 +39,72 @@ const PAYLOAD_SIZE: usize = 272;
 const STEP: usize = 512;
 const PAGE: usize = 4096;
 
+/// Names an entry of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Which of the session's [`Entries`] it belongs to.
+    pub(super) home: u32,
+    pub(super) index: u32,
+}
+
+impl Place {
+    /// As submissions are marked with it.
+    pub(super) fn mark(self) -> u64 {
+        u64::from(self.home) << 32 | u64::from(self.index)
+    }
+
+    /// The place that a submission was marked with; it may be none that there is.
+    pub(super) fn marked(mark: u64) -> Place {
+        Place { home: (mark >> 32) as u32, index: mark as u32 }
+    }
+}
+
+/// An answer that lies in the memory of its entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answered {
+    pub(super) place: Place,
+    /// What the kernel wants to hear with it, to know which request it is.
+    pub(super) commit_id: u64,
+}
+
+/// A read that a ring carries out: into the payload of its entry.
+pub(super) struct Filling {
+    pub(super) held: Held,
+    pub(super) planned: Planned,
+}
+
+/// How many reads this thread's ring has still to be given.
+pub(super) fn to_fill() -> usize {
+    TO_FILL.with_borrow(Vec::len)
+}
+
+/// Who has an entry.
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+enum Owner {
+    /// Nobody yet, or nobody any more: its queue has ended.
+    Nobody,
+    /// The kernel, until it completes.
+    Kernel,
+    /// We, until we answer.
+    We,
+}
+
 /// The entries of one ring, and the way back to its thread.
 pub(super) struct Entries {
     /// Headers, one more than entries (the last is for [`wake_place`](Entries::wake_place)), then payloads.
     base: NonNull<u8>,
     len: usize,
-    count: u32,
+    /// See [`Place`].
+    home: u32,
+    /// The kernel's queue and the [`Owner`], by index.
+    entries: Vec<(u16, AtomicU8)>,
+    /// Entries that have an owner.
+    live: AtomicUsize,
+    /// The thread of this ring serves requests just now.
+    busy: AtomicBool,
     /// Answered by other threads, and not yet handed to the kernel. A leaf: no lock is taken under it.
-    answered: Mutex<Vec<u32>>,
+    answered: Mutex<Vec<Answered>>,
     wake: OwnedFd,
 }
 
@@ -55,14 +117,36 @@ unsafe impl Sync for Entries {}
 thread_local! {
     /// The ring whose thread this is, as an address for comparison only.
     static OWN: Cell<*const Entries> = const { Cell::new(ptr::null()) };
-    /// Answered by the ring's own thread: no lock, no waking.
-    static ANSWERED_HERE: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    /// Whether this thread's ring takes the answers to the requests of all rings just now.
+    static ALL: Cell<bool> = const { Cell::new(false) };
+    /// Answered by the thread whose ring takes it: no lock, no waking.
+    static ANSWERED_HERE: RefCell<Vec<Answered>> = const { RefCell::new(Vec::new()) };
+    /// To be read by this thread's ring.
+    static TO_FILL: RefCell<Vec<Filling>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `serve`; requests of any ring that it answers on this thread go to the kernel through this thread's ring, and
+/// their entries stay with it.
+pub(super) fn answering_here(serve: impl FnOnce()) {
+    struct Until;
+    impl Drop for Until {
+        fn drop(&mut self) {
+            ALL.set(false);
+        }
+    }
+    let _until = Until;
+    ALL.set(true);
+    serve();
 }
 
 impl Entries {
-    /// Memory for `count` entries; taken from the system as far as it is used.
-    pub(super) fn new(count: u32) -> io::Result<Entries> {
-        let len = headers(count) + count as usize * PAYLOAD;
+    /// Memory for the entries of `queues`, as number `home` of the session; taken from the system as far as it is used.
+    pub(super) fn new(home: u32, queues: &[Queue]) -> io::Result<Entries> {
+        let entries: Vec<_> = queues
+            .iter()
+            .flat_map(|queue| (0..queue.depth).map(|_| (queue.id, AtomicU8::new(Owner::Nobody as u8))))
+            .collect();
+        let len = headers(entries.len() as u32) + entries.len() * PAYLOAD;
         let (access, kind) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: a new mapping at a place of the kernel's choice touches no memory that is in use.
         let base = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, access, kind)? };
@@ -72,12 +156,83 @@ impl Entries {
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        Ok(Entries { base, len, count, answered: Mutex::default(), wake })
+        let (live, busy, answered) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
+        Ok(Entries { base, len, home, entries, live, busy, answered, wake })
     }
 
     /// How many there are.
     pub(super) fn count(&self) -> u32 {
-        self.count
+        self.entries.len() as u32
+    }
+
+    /// The name of an entry.
+    pub(super) fn place(&self, index: u32) -> Place {
+        Place { home: self.home, index }
+    }
+
+    /// The kernel's queue that an entry is for.
+    pub(super) fn queue(&self, index: u32) -> u16 {
+        self.entries[index as usize].0
+    }
+
+    /// True from the first entry that the kernel was given until the last one came back for good.
+    pub(super) fn are_live(&self) -> bool {
+        self.live.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether the thread of this ring serves requests just now; only a hint to others.
+    pub(super) fn set_busy(&self, busy: bool) {
+        self.busy.store(busy, Ordering::Relaxed);
+    }
+
+    /// See [`set_busy`](Self::set_busy).
+    pub(super) fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed)
+    }
+
+    /// The kernel is given an entry for the first time.
+    pub(super) fn begins(&self, index: u32) {
+        if self.pass(index, Owner::Nobody, Owner::Kernel) {
+            self.live.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes over an entry from the kernel. None: it did not have it.
+    ///
+    /// # Safety
+    /// The kernel has completed a submission of this entry, and this is the first call since then.
+    pub(super) unsafe fn came(self: &Arc<Self>, index: u32) -> Option<Held> {
+        self.pass(index, Owner::Kernel, Owner::We).then(|| Held {
+            entries: self.clone(),
+            index,
+            failed: false,
+        })
+    }
+
+    /// True when an entry is ours.
+    pub(super) fn is_ours(&self, index: u32) -> bool {
+        self.entries.get(index as usize).is_some_and(|e| e.1.load(Ordering::Acquire) == Owner::We as u8)
+    }
+
+    /// The kernel gets an entry that is ours back.
+    pub(super) fn goes(&self, index: u32) {
+        self.pass(index, Owner::We, Owner::Kernel);
+    }
+
+    /// The kernel does not want an entry any more. False: it did not have it.
+    pub(super) fn ends(&self, index: u32) -> bool {
+        let ended = self.pass(index, Owner::Kernel, Owner::Nobody);
+        if ended && self.live.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // Whoever saw it may be another ring's thread.
+            self.call();
+        }
+        ended
+    }
+
+    /// Acquire and release: what the last owner did with the entry comes before what the next one does.
+    fn pass(&self, index: u32, from: Owner, to: Owner) -> bool {
+        let Some((_, owner)) = self.entries.get(index as usize) else { return false };
+        owner.compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     /// What becomes readable when another thread has answered.
@@ -87,7 +242,7 @@ impl Entries {
 
     /// Where the kernel may put the 8 bytes of [`wake`](Entries::wake); nobody else looks at them.
     pub(super) fn wake_place(&self) -> *mut u8 {
-        self.header(self.count)
+        self.header(self.count())
     }
 
     /// For the kernel: header and payload of an entry.
@@ -99,13 +254,13 @@ impl Entries {
     }
 
     fn header(&self, index: u32) -> *mut u8 {
-        assert!(index <= self.count, "no such entry");
+        assert!(index <= self.count(), "no such entry");
         self.base.as_ptr().wrapping_add(index as usize * STEP)
     }
 
     fn payload(&self, index: u32) -> *mut u8 {
-        assert!(index < self.count, "no such entry");
-        self.base.as_ptr().wrapping_add(headers(self.count) + index as usize * PAYLOAD)
+        assert!(index < self.count(), "no such entry");
+        self.base.as_ptr().wrapping_add(headers(self.count()) + index as usize * PAYLOAD)
     }
 
     /// Says that the calling thread is the ring's.
@@ -114,25 +269,30 @@ impl Entries {
     }
 
     /// Moves what was answered since the last time to `out`. To be called by the ring's thread.
-    pub(super) fn take_answered(&self, out: &mut Vec<u32>) {
-        ANSWERED_HERE.with_borrow_mut(|here| out.append(here));
-        out.append(&mut self.answered());
+    pub(super) fn take_answered(&self, out: &mut VecDeque<Answered>) {
+        ANSWERED_HERE.with_borrow_mut(|here| out.extend(here.drain(..)));
+        out.extend(self.answered().drain(..));
     }
 
-    fn answered(&self) -> MutexGuard<'_, Vec<u32>> {
+    /// Moves the reads that this thread's ring is to carry out to `out`.
+    pub(super) fn take_fillings(out: &mut VecDeque<Filling>) {
+        TO_FILL.with_borrow_mut(|here| out.extend(here.drain(..)));
+    }
+
+    fn answered(&self) -> MutexGuard<'_, Vec<Answered>> {
         // No panic can happen between two changes of the list.
         self.answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An answer is in the memory of `index`: to the kernel with it.
-    fn answer(&self, index: u32) {
-        if ptr::eq(OWN.get(), self) {
-            ANSWERED_HERE.with_borrow_mut(|here| here.push(index));
+    /// An answer is in the memory of an entry: to the kernel with it.
+    fn answer(&self, answer: Answered) {
+        if ALL.get() || ptr::eq(OWN.get(), self) {
+            ANSWERED_HERE.with_borrow_mut(|here| here.push(answer));
             return;
         }
         let first = {
             let mut answered = self.answered();
-            answered.push(index);
+            answered.push(answer);
             answered.len() == 1
         };
         // Else whoever was first has called, and the ring's thread has not come yet.
@@ -165,18 +325,11 @@ fn headers(count: u32) -> usize {
 pub(super) struct Held {
     entries: Arc<Entries>,
     index: u32,
+    /// Its read failed on the ring: elsewhere it is found out why.
+    failed: bool,
 }
 
 impl Held {
-    /// Takes over an entry from the kernel.
-    ///
-    /// # Safety
-    /// The kernel has completed the submission of this entry, and since then neither a `Held` was made of it nor was it
-    /// submitted.
-    pub(super) unsafe fn new(entries: Arc<Entries>, index: u32) -> Held {
-        Held { entries, index }
-    }
-
     fn header(&self) -> &[u8] {
         // SAFETY: HEADER bytes of the mapping that are ours until we are sent (see the module); they change through
         // `&mut self` only.
@@ -198,6 +351,21 @@ impl Held {
         unsafe { slice::from_raw_parts_mut(self.entries.payload(self.index), PAYLOAD) }
     }
 
+    /// Which entry of its home this is.
+    pub(super) fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Where the kernel may put `len` bytes of an answer, as long as this is neither sent nor dropped.
+    pub(super) fn place(&mut self, len: usize) -> Option<*mut u8> {
+        self.room(len).map(<[u8]>::as_mut_ptr)
+    }
+
+    /// The ring could not read it.
+    pub(super) fn fail(&mut self) {
+        self.failed = true;
+    }
+
     /// What the kernel wants to hear with the answer, to know which request it is.
     fn number<const N: usize>(&self, at: usize) -> [u8; N] {
         *self.header()[at..].first_chunk().expect("both numbers lie inside of the header")
@@ -213,16 +381,6 @@ impl Held {
     }
 }
 
-/// The number by which the kernel finds the request of an answered entry.
-///
-/// # Safety
-/// The entry was answered and not yet submitted: its `Held` is gone, and the kernel does not have it.
-pub(super) unsafe fn commit_id(entries: &Arc<Entries>, index: u32) -> u64 {
-    // SAFETY: the caller's word; it is ours for the time of this call.
-    let held = unsafe { Held::new(entries.clone(), index) };
-    u64::from_ne_bytes(held.number(COMMIT_ID))
-}
-
 impl Exchange for Held {
     fn parts(&self) -> Parts<'_> {
         let header = self.header();
@@ -236,6 +394,14 @@ impl Exchange for Held {
         self.payload_mut().get_mut(..len)
     }
 
+    fn can_fill(&self) -> bool {
+        !self.failed && ptr::eq(OWN.get(), &raw const *self.entries)
+    }
+
+    fn fill(self, planned: Planned) {
+        TO_FILL.with_borrow_mut(|here| here.push(Filling { held: self, planned }));
+    }
+
     fn send(mut self, outcome: Answer<usize>) {
         let unique = wire::header(self.header()).map_or(0, |h| h.unique);
         let (len, error) = match outcome {
@@ -245,7 +411,9 @@ impl Exchange for Held {
         let out = OutHeader { len: answer::HEADER as u32 + len, error, unique };
         self.header_mut()[..answer::HEADER].copy_from_slice(out.as_bytes());
         self.header_mut()[PAYLOAD_SIZE..PAYLOAD_SIZE + 4].copy_from_slice(&len.to_ne_bytes());
-        self.entries.answer(self.index);
+        let place = self.entries.place(self.index);
+        let answered = Answered { place, commit_id: u64::from_ne_bytes(self.number(COMMIT_ID)) };
+        self.entries.answer(answered);
     }
 
     fn forget(self) {
@@ -258,14 +426,21 @@ impl Exchange for Held {
 mod tests {
     use super::*;
 
+    fn entries(depth: u32) -> Arc<Entries> {
+        Arc::new(Entries::new(7, &[Queue { id: 3, depth }]).expect("memory"))
+    }
+
+    /// As if the kernel had just completed it.
     fn held(entries: &Arc<Entries>, index: u32) -> Held {
-        // SAFETY: no kernel knows these entries, and each test takes an index once.
-        unsafe { Held::new(entries.clone(), index) }
+        entries.begins(index);
+        entries.goes(index);
+        // SAFETY: no kernel knows these entries, and no test holds an index twice.
+        unsafe { entries.came(index) }.expect("the kernel had it")
     }
 
     #[test]
     fn a_payload_size_beyond_the_room_is_no_payload() {
-        let entries = Arc::new(Entries::new(2).expect("memory"));
+        let entries = entries(2);
         let mut held = held(&entries, 1);
         held.pretend(&[1; 40], &[2; 128], b"abcd", 4);
         assert_eq!(held.parts().payload, b"abcd");
@@ -277,7 +452,7 @@ mod tests {
 
     #[test]
     fn an_answer_from_another_thread_wakes_the_rings_thread_and_one_of_its_own_does_not() {
-        let entries = Arc::new(Entries::new(3).expect("memory"));
+        let entries = entries(3);
         entries.adopt_thread();
         held(&entries, 0).send(Ok(0));
         let others = entries.clone();
@@ -289,17 +464,54 @@ mod tests {
         let mut count = [0; 8];
         rustix::io::read(entries.wake(), &mut count).expect("called");
         assert_eq!(u64::from_ne_bytes(count), 1, "once for both");
-        let mut answered = Vec::new();
+        let mut answered = VecDeque::new();
         entries.take_answered(&mut answered);
-        assert_eq!(answered, [0, 1, 2]);
+        let places = answered.iter().map(|a| a.place).collect::<Vec<_>>();
+        assert_eq!(places, [0, 1, 2].map(|index| Place { home: 7, index }));
         entries.take_answered(&mut answered);
         assert_eq!(answered.len(), 3, "each once");
         OWN.set(ptr::null());
     }
 
     #[test]
+    fn an_answer_given_for_all_rings_stays_on_the_thread_and_wakes_nobody() {
+        let (own, others) = (entries(1), entries(2));
+        own.adopt_thread();
+        answering_here(|| held(&others, 1).send(Ok(0)));
+        held(&others, 0).send(Ok(0));
+        let mut answered = VecDeque::new();
+        own.take_answered(&mut answered);
+        assert_eq!(answered.iter().map(|a| a.place.index).collect::<Vec<_>>(), [1]);
+        others.take_answered(&mut answered);
+        assert_eq!(answered.iter().map(|a| a.place.index).collect::<Vec<_>>(), [1, 0]);
+        OWN.set(ptr::null());
+    }
+
+    #[test]
+    fn an_entry_is_taken_over_once_and_the_last_that_ends_calls() {
+        let entries = entries(2);
+        assert!(!entries.are_live());
+        (0..2).for_each(|index| entries.begins(index));
+        // SAFETY: no kernel knows these entries; the second call takes nothing.
+        let (first, second) = unsafe { (entries.came(1), entries.came(1)) };
+        assert!(first.is_some() && second.is_none());
+        assert!(!entries.ends(1), "it is ours");
+        entries.goes(1);
+        assert!(entries.ends(0) && entries.are_live() && entries.ends(1) && !entries.are_live());
+        assert!(!entries.ends(2) && !entries.is_ours(2), "there is none");
+        let mut count = [0; 8];
+        rustix::io::read(entries.wake(), &mut count).expect("called");
+    }
+
+    #[test]
+    fn a_place_is_known_again_by_its_mark() {
+        let place = Place { home: 3, index: 1023 };
+        assert_eq!(Place::marked(place.mark()), place);
+    }
+
+    #[test]
     fn an_answer_carries_the_requests_number_its_errno_and_its_length() {
-        let entries = Arc::new(Entries::new(1).expect("memory"));
+        let entries = entries(1);
         let mut request = held(&entries, 0);
         let mut header = [0; 40];
         header[8..16].copy_from_slice(&77u64.to_ne_bytes());

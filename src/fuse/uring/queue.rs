@@ -1,34 +1,35 @@
-//! The threads: one for each ring, which never wait for anything but requests, and the helpers, to which they hand
-//! what takes long.
+//! The threads: one for each of the kernel's queues, which never waits for anything but requests, and the helpers, to
+//! which writes are handed that may wait for the host. Large requests are for the carriers (see `carriers`).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use rustix::thread::CpuSet;
 
+use super::affinity::Affinity;
+use super::carriers::{LARGE, Load};
 use super::device::Device;
-use super::memory::Held;
+use super::memory::{self, Held};
 use super::ring::Ring;
 use super::serve::{Exchange, Server, Thread};
 use super::wire;
 use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_thread;
 
-/// From this size on, in bytes, the copies of a request cost far more than a hand-over, and two threads that copy are
-/// faster than one: below the 512 KiB to which loop cuts, above the 128 KiB of read-ahead.
-const LARGE: u32 = 256 << 10;
-
 /// From this size on, in bytes, an answer is handed to the kernel before the next request is looked at: its reader
 /// should not wait for the rest of a batch.
 const PROMPT: u32 = 64 << 10;
 
-/// How long a ring's thread pauses after a failure that it knows no answer to.
-const PAUSE: Duration = Duration::from_millis(10);
+/// So many reads of a batch go to the disk at once: it should not stand idle until the batch is through, and each call to
+/// the disk costs as much as a request.
+const FILLS: usize = 4;
 
-fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
+/// How long a thread pauses after a failure of its ring that it knows no answer to.
+pub(super) const PAUSE: Duration = Duration::from_millis(10);
+
+pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |e| Error::new(Kind::Io, format!("cannot start the thread {what}: {e}"))
 }
 
@@ -37,7 +38,7 @@ enum Job {
     Stop,
 }
 
-/// Threads that carry out what would hold up a ring.
+/// Threads that may wait.
 pub(super) struct Helpers {
     threads: Vec<JoinHandle<()>>,
     bench: Bench,
@@ -47,8 +48,6 @@ pub(super) struct Helpers {
 #[derive(Clone)]
 pub(super) struct Bench {
     jobs: Sender<Job>,
-    /// Handed over and not yet carried out.
-    waiting: Arc<AtomicUsize>,
 }
 
 impl Helpers {
@@ -56,12 +55,11 @@ impl Helpers {
     pub(super) fn start(server: &Arc<Server>, count: usize) -> Result<Helpers> {
         // Unbounded, so that a ring's thread never waits; at most all entries of all rings.
         let (jobs, queue) = unbounded();
-        let bench = Bench { jobs, waiting: Arc::default() };
-        let mut helpers = Helpers { threads: Vec::new(), bench };
+        let mut helpers = Helpers { threads: Vec::new(), bench: Bench { jobs } };
         for number in 0..count {
-            let (server, queue, waiting) = (server.clone(), queue.clone(), helpers.bench.waiting.clone());
+            let (server, queue) = (server.clone(), queue.clone());
             let name = format!("ploopfs/t{number}");
-            let thread = spawn_thread(&name, move || help(&server, &queue, &waiting));
+            let thread = spawn_thread(&name, move || help(&server, &queue));
             helpers.threads.push(thread.map_err(failed(&name))?);
         }
         Ok(helpers)
@@ -85,20 +83,14 @@ impl Helpers {
     }
 }
 
-fn help(server: &Server, queue: &Receiver<Job>, waiting: &AtomicUsize) {
+fn help(server: &Server, queue: &Receiver<Job>) {
     while let Ok(Job::Serve(held)) = queue.recv() {
         server.serve(held, Thread::Helper);
-        waiting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Bench {
-    fn is_in_use(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
-    }
-
-    fn hand_over(&self, held: Held) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn hand_over(&self, held: Held) {
         if let Err(unsent) = self.jobs.send(Job::Serve(held))
             && let Job::Serve(held) = unsent.into_inner()
         {
@@ -114,8 +106,11 @@ pub(super) struct Worker {
     pub(super) server: Arc<Server>,
     pub(super) device: Arc<Device>,
     pub(super) bench: Bench,
-    /// The CPU to stay on; None: any.
+    pub(super) load: Arc<Load>,
+    /// The CPU whose requests these are; None: several.
     pub(super) cpu: Option<usize>,
+    /// All that it may run on.
+    pub(super) cpus: CpuSet,
     /// Dropped when this thread will not call the file system again.
     pub(super) at_work: Sender<()>,
 }
@@ -129,59 +124,53 @@ impl Worker {
     }
 
     fn run(self) {
-        let Worker { mut ring, server, device, bench, cpu, at_work } = self;
-        bind(cpu);
+        let Worker { mut ring, server, device, bench, load, cpu, cpus, at_work } = self;
+        let mut affinity = Affinity::new(cpu, &cpus);
         if let Err(e) = ring.register(device) {
             log::error!("cannot give a ring to the kernel: {e}");
         }
         let mut at_work = Some(at_work);
         let mut batch = Vec::new();
         let mut said = false;
-        while ring.is_live() {
+        while ring.entries().are_live() {
             if let Err(e) = ring.wait(&mut batch) {
                 if !std::mem::replace(&mut said, true) {
                     log::error!("a ring failed: {e}; trying again and again");
                 }
                 std::thread::sleep(PAUSE);
             }
+            ring.entries().set_busy(true);
+            affinity.saw(batch.len() + ring.fills(), || ring.others_are_busy());
             let mut left = batch.len();
             for held in batch.drain(..) {
                 left -= 1;
-                one(&mut ring, &server, &bench, held, left > 0);
+                one(&mut ring, &server, &bench, &load, held, left > 0);
             }
+            ring.entries().set_busy(false);
             if server.is_closed() {
                 at_work.take();
             }
         }
+        // It may have been the last: then they end too.
+        load.call();
     }
 }
 
-/// Stays on the CPU whose requests these are: they come with its caches warm.
-fn bind(cpu: Option<usize>) {
-    let Some(cpu) = cpu.filter(|cpu| *cpu < CpuSet::MAX_CPU) else { return };
-    let mut only = CpuSet::new();
-    only.set(cpu);
-    if let Err(e) = rustix::thread::sched_setaffinity(None, &only) {
-        // Outside of the CPUs that we may use, perhaps: it works from any.
-        log::debug!("cannot stay on CPU {cpu}: {e}");
-    }
-}
-
-/// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way, all
-/// of them, because the kernel's half of the copying (payloads in, answers out) is done by this thread alone, while the
-/// helpers do the file's half. A large one by itself is faster here.
-fn one(ring: &mut Ring, server: &Server, bench: &Bench, held: Held, more: bool) {
+/// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way. A
+/// large one by itself is faster here.
+fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
     if server.is_closed() {
         return server.serve(held, Thread::Transport);
     }
     let weight = wire::weight(held.parts());
-    let waits = weight.writes.is_some_and(|handle| server.writes_may_block(handle));
-    let side_by_side = weight.bytes >= LARGE && (more || bench.is_in_use());
-    if waits || side_by_side {
+    if weight.writes.is_some_and(|handle| server.writes_may_block(handle)) {
         return bench.hand_over(held);
     }
+    if weight.bytes >= LARGE && (more || load.is_under_way()) {
+        return load.put(held);
+    }
     server.serve(held, Thread::Transport);
-    if weight.bytes >= PROMPT
+    if (weight.bytes >= PROMPT || memory::to_fill() >= FILLS)
         && let Err(e) = ring.flush()
     {
         // It stays among the answers; the next wait tries again, and says so.

@@ -1,5 +1,7 @@
-//! One io_uring, through which the requests of one or more of the kernel's queues come and go.
+//! One io_uring, through which requests of the kernel's queues come and go: at first those of its own entries, and
+//! then also those of others that were answered through it.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -8,15 +10,18 @@ use io_uring::squeue::Entry128;
 use io_uring::{IoUring, cqueue, opcode, register::Restriction, types::Fd};
 
 use super::device::Device;
-use super::memory::{self, Entries, Held};
+use super::memory::{Answered, Entries, Filling, Held, Place};
+use super::serve::Exchange;
 
 /// fuse_uring_cmd: gives an entry to a queue.
 const REGISTER: u32 = 1;
-/// fuse_uring_cmd: answers a request, and waits for the next with the same entry.
+/// fuse_uring_cmd: answers a request, and waits for the next with the same entry, on the ring that says so.
 const COMMIT_AND_FETCH: u32 = 2;
 
-/// Marks the completion of the read of [`Entries::wake`]; entries are marked by their index.
+/// Marks the completion of the read of [`Entries::wake`]; entries are marked with their [`Place`].
 const WAKE: u64 = u64::MAX;
+/// Marks, with the index of its entry, a read that fills it.
+const FILL: u64 = 1 << 63;
 
 const _: () = assert!(size_of::<Entry128>() == 128, "the kernel's io_uring_sqe with IORING_SETUP_SQE128");
 
@@ -29,74 +34,96 @@ pub(super) struct Queue {
     pub(super) depth: u32,
 }
 
-/// Who has an entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owner {
-    /// The kernel, until it completes.
-    Kernel,
-    /// We, until we answer.
-    We,
-    /// Nobody any more: its queue has ended.
-    Nobody,
-}
+/// The entries of a session; each knows its number here as its home.
+type Homes = Arc<[Arc<Entries>]>;
+
+/// How many submissions a ring has room for that has no entries of its own; when they are full it submits.
+const ROOM: u32 = 64;
 
 /// A ring and its entries.
 pub(super) struct Ring {
-    // First, so that the ring is closed before its memory goes.
+    // First, so that the ring is closed before the memory of any entry goes.
     ring: IoUring<Entry128, cqueue::Entry>,
-    entries: Arc<Entries>,
-    /// Queue and owner by index of the entry.
-    owners: Vec<(u16, Owner)>,
-    /// Entries that have an owner.
-    live: usize,
-    answered: Vec<u32>,
+    own: Arc<Entries>,
+    homes: Homes,
+    answered: VecDeque<Answered>,
+    /// Reads that the kernel is to have.
+    to_fill: VecDeque<Filling>,
+    /// Reads that the kernel has, by index of their entry, which is our own.
+    filling: Vec<Option<Filling>>,
+    /// How many these are.
+    fills: usize,
+    /// Requests whose read the kernel was not even given.
+    refused: Vec<Held>,
     device: Option<Arc<Device>>,
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // Only after a panic. The kernel may still write to what it has: that memory is never freed.
+        self.filling.iter_mut().filter_map(Option::take).for_each(std::mem::forget);
+    }
+}
+
+/// Makes rings and their memory: one for each list of queues, and `more` that have none.
+pub(super) fn make(queues: &[&[Queue]], more: usize) -> io::Result<(Vec<Ring>, Vec<Ring>)> {
+    let homes = (0..).zip(queues).map(|(home, queues)| Entries::new(home, queues).map(Arc::new));
+    let homes: Homes = homes.collect::<io::Result<_>>()?;
+    let rings = homes.iter().map(|own| Ring::new(own.clone(), homes.clone())).collect::<io::Result<_>>()?;
+    let none = || Entries::new(u32::MAX, &[]).map(Arc::new);
+    let more = (0..more).map(|_| Ring::new(none()?, homes.clone())).collect::<io::Result<_>>()?;
+    Ok((rings, more))
+}
+
 impl Ring {
-    /// Makes the ring and its memory. What can be submitted to it is bound to the two operations that we use, so that
-    /// it is no way around the list of system calls of the sandbox.
-    pub(super) fn new(queues: &[Queue]) -> io::Result<Ring> {
-        let owners: Vec<(u16, Owner)> = queues
-            .iter()
-            .flat_map(|queue| std::iter::repeat_n((queue.id, Owner::Nobody), queue.depth as usize))
-            .collect();
-        let count = owners.len() as u32;
-        let ring = IoUring::builder().setup_r_disabled().build((count + 1).next_power_of_two())?;
+    /// What can be submitted to it is bound to the two operations that we use, so that it is no way around the list of
+    /// system calls of the sandbox.
+    fn new(own: Arc<Entries>, homes: Homes) -> io::Result<Ring> {
+        let room = (own.count() + 1).max(ROOM).next_power_of_two();
+        let ring = IoUring::builder().setup_r_disabled().build(room)?;
         let submitter = ring.submitter();
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::UringCmd80::CODE),
             Restriction::sqe_op(opcode::Read::CODE),
         ])?;
         submitter.register_enable_rings()?;
-        let entries = Arc::new(Entries::new(count)?);
-        Ok(Ring { ring, entries, owners, live: 0, answered: Vec::new(), device: None })
+        let filling = (0..own.count()).map(|_| None).collect();
+        let (answered, to_fill, refused) = (VecDeque::new(), VecDeque::new(), Vec::new());
+        Ok(Ring { ring, own, homes, answered, to_fill, filling, fills: 0, refused, device: None })
     }
 
-    /// The entries.
+    /// Its own entries.
     pub(super) fn entries(&self) -> &Arc<Entries> {
-        &self.entries
+        &self.own
     }
 
-    /// True until the last queue has ended and the last answer was sent.
-    pub(super) fn is_live(&self) -> bool {
-        self.live > 0
+    /// True while the thread of another ring with entries serves requests.
+    pub(super) fn others_are_busy(&self) -> bool {
+        self.homes.iter().any(|entries| !Arc::ptr_eq(entries, &self.own) && entries.is_busy())
     }
 
-    /// Gives every entry to its queue. To be called once, by the thread that then calls [`wait`](Self::wait): the kernel
-    /// copies requests in the context of the thread that submitted their entry.
+    /// How many reads the kernel has of it.
+    pub(super) fn fills(&self) -> usize {
+        self.fills
+    }
+
+    /// The entries of the session.
+    pub(super) fn homes(&self) -> &Homes {
+        &self.homes
+    }
+
+    /// Gives every entry of its own to its queue. To be called once, by the thread that then calls
+    /// [`wait`](Self::wait): the kernel copies requests in the context of the thread that submitted their entry.
     pub(super) fn register(&mut self, device: Arc<Device>) -> io::Result<()> {
         let fd = device.as_raw_fd();
         self.device = Some(device);
-        self.entries.adopt_thread();
+        self.own.adopt_thread();
         let places: Vec<[libc::iovec; 2]> =
-            (0..self.entries.count()).map(|index| self.entries.places(index)).collect();
+            (0..self.own.count()).map(|index| self.own.places(index)).collect();
         for (index, place) in (0u32..).zip(&places) {
-            let queue = self.owners[index as usize].0;
-            let command = command(fd, REGISTER, 0, queue, Some(place.as_ptr() as u64));
-            self.push(with_two_places(command).user_data(index.into()))?;
-            self.owners[index as usize].1 = Owner::Kernel;
-            self.live += 1;
+            let command = command(fd, REGISTER, 0, self.own.queue(index), Some(place.as_ptr() as u64));
+            self.push(with_two_places(command).user_data(self.own.place(index).mark()))?;
+            self.own.begins(index);
         }
         self.watch_wake()?;
         // The places are read now, in the call; afterwards `places` may go.
@@ -109,32 +136,14 @@ impl Ring {
     /// Hands over what was answered, waits for at least one request or call, and puts the requests into `batch`.
     pub(super) fn wait(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
         self.commit()?;
-        retry(self.ring.submit_and_wait(1))?;
-        let mut woken = false;
-        while let Some(done) = self.ring.completion().next() {
-            if done.user_data() == WAKE {
-                woken = true;
-                continue;
-            }
-            let owner = usize::try_from(done.user_data()).ok().and_then(|index| self.owners.get_mut(index));
-            let Some((queue, owner @ Owner::Kernel)) = owner else {
-                log::error!("the kernel completed entry {}, which it does not have", done.user_data());
-                continue;
-            };
-            if done.result() < 0 {
-                *owner = Owner::Nobody;
-                self.live -= 1;
-                report(*queue, -done.result());
-                continue;
-            }
-            *owner = Owner::We;
-            // SAFETY: the kernel had this entry and has completed it just now.
-            batch.push(unsafe { Held::new(self.entries.clone(), done.user_data() as u32) });
-        }
-        if woken {
-            self.watch_wake()?;
-        }
-        Ok(())
+        retry(self.ring.submit_and_wait(usize::from(self.refused.is_empty())))?;
+        self.collect(batch)
+    }
+
+    /// The same without waiting.
+    pub(super) fn look(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
+        self.flush()?;
+        self.collect(batch)
     }
 
     /// Hands over what was answered, without waiting.
@@ -143,41 +152,123 @@ impl Ring {
         retry(self.ring.submit())
     }
 
-    fn commit(&mut self) -> io::Result<()> {
-        let mut answered = std::mem::take(&mut self.answered);
-        self.entries.take_answered(&mut answered);
-        let fd = self.device.as_ref().map_or(-1, |device| device.as_raw_fd());
-        for index in answered.drain(..) {
-            let (queue, owner) = self.owners[index as usize];
-            if owner != Owner::We {
-                log::error!("bug: entry {index} was answered while {owner:?} had it");
+    fn collect(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
+        let mut woken = false;
+        batch.append(&mut self.refused);
+        while let Some(done) = self.ring.completion().next() {
+            if done.user_data() == WAKE {
+                woken = true;
                 continue;
             }
-            // SAFETY: it was ours and is answered; it is submitted below.
-            let id = unsafe { memory::commit_id(&self.entries, index) };
-            let command = command(fd, COMMIT_AND_FETCH, id, queue, None);
-            self.push(command.user_data(index.into()))?;
-            self.owners[index as usize].1 = Owner::Kernel;
+            if done.user_data() & FILL != 0 {
+                let index = done.user_data() & !FILL;
+                let read = usize::try_from(index).ok().and_then(|index| self.filling.get_mut(index));
+                match read.and_then(Option::take) {
+                    Some(read) => {
+                        self.fills -= 1;
+                        batch.extend(filled(read, done.result()));
+                    }
+                    None => {
+                        log::error!("the kernel completed the read of entry {index}, which it does not have")
+                    }
+                }
+                continue;
+            }
+            let Place { home, index } = Place::marked(done.user_data());
+            let known = self.homes.get(home as usize).is_some_and(|entries| {
+                if done.result() < 0 {
+                    let ended = entries.ends(index);
+                    if ended {
+                        report(entries.queue(index), -done.result());
+                    }
+                    return ended;
+                }
+                // SAFETY: the kernel has completed its submission just now, and each completion is seen once.
+                unsafe { entries.came(index) }.map(|held| batch.push(held)).is_some()
+            });
+            if !known {
+                log::error!("the kernel completed entry {home}.{index}, which it does not have");
+            }
         }
-        self.answered = answered;
+        if woken {
+            self.watch_wake()?;
+        }
         Ok(())
     }
 
+    fn commit(&mut self) -> io::Result<()> {
+        self.own.take_answered(&mut self.answered);
+        let fd = self.device.as_ref().map_or(-1, |device| device.as_raw_fd());
+        while let Some(&Answered { place, commit_id }) = self.answered.front() {
+            let Place { home, index } = place;
+            let ours = self.homes.get(home as usize).filter(|entries| entries.is_ours(index));
+            if let Some(queue) = ours.map(|entries| entries.queue(index)) {
+                let command = command(fd, COMMIT_AND_FETCH, commit_id, queue, None);
+                // What fails here stays among the answers.
+                self.push(command.user_data(place.mark()))?;
+                self.homes[home as usize].goes(index);
+            } else {
+                log::error!("bug: entry {home}.{index} was answered while we did not have it");
+            }
+            self.answered.pop_front();
+        }
+        Entries::take_fillings(&mut self.to_fill);
+        while let Some(filling) = self.to_fill.pop_front() {
+            self.fill(filling)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a read to the kernel. The order: (1) the read into the table, which keeps memory, file and clusters; (2) the
+    /// submission. 2 before 1 would let the kernel write to what may be gone.
+    fn fill(&mut self, mut filling: Filling) -> io::Result<()> {
+        let planned = &filling.planned;
+        let (offset, len) = (planned.offset(), planned.len());
+        let fd = planned.descriptor().map(|fd| Fd(fd.as_raw_fd()));
+        let (index, place) = (filling.held.index(), filling.held.place(len));
+        let slot = self.filling.get_mut(index as usize);
+        let (Some(fd), Some(place), Some(slot @ None)) = (fd, place, slot) else {
+            // Not readable this way any more: it comes again.
+            filling.held.fail();
+            filling.planned.end(false);
+            self.refused.push(filling.held);
+            return Ok(());
+        };
+        *slot = Some(filling); // 1
+        self.fills += 1;
+        let read = opcode::Read::new(fd, place, len as u32).offset(offset).build();
+        self.push(Entry128::from(read).user_data(FILL | u64::from(index))) // 2
+    }
+
     fn watch_wake(&mut self) -> io::Result<()> {
-        let place = self.entries.wake_place();
-        let read = opcode::Read::new(Fd(self.entries.wake().as_raw_fd()), place, 8).build();
+        let place = self.own.wake_place();
+        let read = opcode::Read::new(Fd(self.own.wake().as_raw_fd()), place, 8).build();
         self.push(Entry128::from(read).user_data(WAKE))
     }
 
     fn push(&mut self, entry: Entry128) -> io::Result<()> {
         // SAFETY: all that an entry points to (iovecs, headers, payloads, the place for `wake`) lives until it completes:
-        // the iovecs until it was submitted, the rest as long as `entries`, which goes after the ring.
+        // the iovecs until it was submitted, the rest as long as `own` and `homes`, which go after the ring.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // One place for each entry and one for `wake`: never full, but nothing depends on it.
+            // Seldom: there is room for all entries of its own and for `wake`.
             retry(self.ring.submit())?;
         }
         Ok(())
     }
+}
+
+/// A read is over: the answer is there, or the request comes again.
+fn filled(read: Filling, result: i32) -> Option<Held> {
+    let Filling { mut held, planned } = read;
+    let len = planned.len();
+    let whole = usize::try_from(result).is_ok_and(|n| n == len);
+    planned.end(whole);
+    if whole {
+        held.send(Ok(len));
+        return None;
+    }
+    held.fail();
+    Some(held)
 }
 
 /// A failure that passes by itself is none.
@@ -215,4 +306,110 @@ fn with_two_places(mut entry: Entry128) -> Entry128 {
     // bytes that may hold anything.
     unsafe { (&raw mut entry).cast::<u8>().add(24).cast::<u32>().write(2) };
     entry
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::file::HostFile;
+    use crate::io::planned::Planned;
+    use crate::io::real::{Access, RealFile};
+    use std::sync::mpsc;
+
+    const PAGE: usize = 4096;
+
+    /// A ring of two entries that no kernel knows, and a file on a disk, each page full of its number.
+    struct Bench {
+        ring: Ring,
+        file: Arc<dyn HostFile>,
+        _dir: tempfile::TempDir,
+    }
+
+    fn bench() -> Option<Bench> {
+        let mut rings = match make(&[&[Queue { id: 0, depth: 2 }]], 0) {
+            Ok((rings, _)) => rings,
+            Err(e) => {
+                println!("SKIPPED reads on a ring: this system has no io_uring: {e}");
+                return None;
+            }
+        };
+        // In /var/tmp: what is in memory is never read this way.
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a folder");
+        let path = dir.path().join("disk");
+        std::fs::write(&path, (0..16 * PAGE).map(|at| (at / PAGE) as u8).collect::<Vec<_>>())
+            .expect("written");
+        let file = Arc::new(RealFile::open(&path, Access::ReadWrite).expect("opens"));
+        let ring = rings.pop().expect("one was asked for");
+        ring.own.adopt_thread();
+        Some(Bench { ring, file, _dir: dir })
+    }
+
+    impl Bench {
+        /// As if the kernel had sent a request.
+        fn request(&self, index: u32) -> Held {
+            self.ring.own.begins(index);
+            // SAFETY: no kernel knows these entries, and no test takes one twice.
+            unsafe { self.ring.own.came(index) }.expect("it is the kernel's")
+        }
+
+        fn plan(&self, page: usize) -> (Planned, mpsc::Receiver<bool>) {
+            let (tell, ended) = mpsc::channel();
+            let at = (page * PAGE) as u64;
+            let plan =
+                Planned::new(self.file.clone(), at, PAGE, move |whole| tell.send(whole).expect("awaited"));
+            (plan.expect("a file on a disk"), ended)
+        }
+
+        /// Until the kernel has completed all reads: what comes again.
+        fn wait(&mut self) -> Vec<Held> {
+            let mut batch = Vec::new();
+            while self.ring.filling.iter().any(Option::is_some) {
+                self.ring.wait(&mut batch).expect("the ring works");
+            }
+            batch
+        }
+    }
+
+    #[test]
+    fn a_request_is_filled_from_the_file_and_then_answered() {
+        let Some(mut b) = bench() else { return };
+        let mut held = b.request(1);
+        let room = held.place(PAGE).expect("room");
+        assert!(held.can_fill());
+        let (plan, ended) = b.plan(5);
+        held.fill(plan);
+        b.ring.commit().expect("submitted");
+        assert!(ended.try_recv().is_err(), "the kernel has it: what it reads must stay where it is");
+        assert!(b.wait().is_empty());
+        assert!(ended.recv().expect("the end"));
+        // SAFETY: `room` is the payload of entry 1, which is answered and which no kernel has.
+        assert!(unsafe { std::slice::from_raw_parts(room, PAGE) }.iter().all(|byte| *byte == 5));
+        b.ring.own.take_answered(&mut b.ring.answered);
+        let answered = b.ring.answered.drain(..).map(|a| a.place.index).collect::<Vec<_>>();
+        assert_eq!(answered, [1]);
+    }
+
+    #[test]
+    fn a_request_whose_read_fails_comes_again_and_is_not_filled_twice() {
+        let Some(mut b) = bench() else { return };
+        let (plan, ended) = b.plan(12);
+        b.file.set_len(12 * PAGE as u64 + 100).expect("cut");
+        b.request(0).fill(plan);
+        b.ring.commit().expect("submitted");
+        let again = b.wait();
+        assert_eq!(
+            again.iter().map(|held| (held.index(), held.can_fill())).collect::<Vec<_>>(),
+            [(0, false)]
+        );
+        assert!(!ended.recv().expect("the end"), "not all of it was read");
+        b.ring.own.take_answered(&mut b.ring.answered);
+        assert!(b.ring.answered.is_empty());
+    }
+
+    #[test]
+    fn only_the_thread_of_an_entrys_home_fills_it() {
+        let Some(b) = bench() else { return };
+        let held = b.request(0);
+        std::thread::spawn(move || assert!(!held.can_fill())).join().expect("no other thread does");
+    }
 }

@@ -16,6 +16,7 @@ use crate::fuse::listing::Listings;
 use crate::fuse::ops::{Answer, Caller, Done, Errno, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened};
 use crate::fuse::{text_of, unknown};
 use crate::io::backing::Registration;
+use crate::io::planned::Planned;
 
 /// A request and the place of its answer.
 pub(super) trait Exchange: Send + Sized + 'static {
@@ -23,6 +24,16 @@ pub(super) trait Exchange: Send + Sized + 'static {
     fn parts(&self) -> Parts<'_>;
     /// Room for `len` bytes of an answer; None: there is not so much. The payload of the request may be lost.
     fn room(&mut self, len: usize) -> Option<&mut [u8]>;
+    /// True when [`fill`](Self::fill) works, on this thread.
+    fn can_fill(&self) -> bool {
+        false
+    }
+    /// Carries a read out and answers with its bytes; where it fails, the request comes again, and cannot be filled. Only
+    /// where [`can_fill`](Self::can_fill) says so.
+    fn fill(self, planned: Planned) {
+        planned.end(false);
+        self.send(Err(Errno(libc::EIO)));
+    }
     /// Answers: the first bytes of the room, so many, or an errno.
     fn send(self, outcome: Answer<usize>);
     /// Ends a request that has no answer.
@@ -50,6 +61,12 @@ impl<E: Exchange> Reply<E> {
     fn forget(mut self) {
         if let Some(exchange) = self.0.take() {
             exchange.forget();
+        }
+    }
+
+    fn fill(mut self, planned: Planned) {
+        if let Some(exchange) = self.0.take() {
+            exchange.fill(planned);
         }
     }
 
@@ -315,6 +332,11 @@ impl Server {
         match self.fs.read_now(handle, offset, room) {
             Now::Done(answer) => reply.send(answer.map(|n| n.min(len))),
             Now::Later => {
+                if reply.exchange().can_fill()
+                    && let Some(planned) = self.fs.plan_read(handle, offset, len)
+                {
+                    return reply.fill(planned);
+                }
                 let done: Done<Bytes> = Box::new(move |answer| reply.bytes(answer));
                 self.fs.read_later(handle, offset, len, done);
             }
