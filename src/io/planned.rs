@@ -35,7 +35,7 @@ impl Planned {
     }
 
     /// The file.
-    pub(super) fn file(&self) -> Arc<dyn HostFile> {
+    pub fn file(&self) -> Arc<dyn HostFile> {
         self.file.clone()
     }
 

@@ -6,12 +6,13 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::thread::{Builder, JoinHandle};
 
 use rustix::fs::Mode;
 use rustix::mm::MlockAllFlags;
 use rustix::process::{Resource, Rlimit, Signal};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, CpuSet};
 
 use crate::error::{Error, Kind};
 
@@ -105,6 +106,26 @@ pub fn spawn_thread<T: Send + 'static>(
 ) -> io::Result<JoinHandle<T>> {
     debug_assert!(name.len() <= MAX_THREAD_NAME, "'{name}' would be cut");
     Builder::new().name(name.to_owned()).spawn(body)
+}
+
+/// What this process could run on before any thread was bound.
+static CPUS: OnceLock<CpuSet> = OnceLock::new();
+
+/// The CPUs that this process may run on, for [`run_anywhere`]; to be called before a thread is bound to some of them.
+/// None: the kernel does not say, or has more than a [`CpuSet`] holds.
+pub fn note_cpus() -> Option<CpuSet> {
+    let cpus = rustix::thread::sched_getaffinity(None).ok()?;
+    Some(*CPUS.get_or_init(|| cpus))
+}
+
+/// Frees the calling thread from the CPU of the one that started it, which it would share with it for ever. Without
+/// [`note_cpus`] no thread is bound, and nothing happens.
+pub fn run_anywhere() {
+    if let Some(cpus) = CPUS.get()
+        && let Err(e) = rustix::thread::sched_setaffinity(None, cpus)
+    {
+        log::debug!("a thread stays on the CPU of another: {e}");
+    }
 }
 
 /// Starts a named thread that nobody waits for.

@@ -126,7 +126,10 @@ impl Reads {
     fn start(&self, ring: IoUring) {
         let collector = Collector::new(ring, Arc::clone(&self.shared));
         let thread = thread::Builder::new().name("ploopfs/disk".into());
-        if let Err(e) = thread.spawn(move || collector.run()) {
+        if let Err(e) = thread.spawn(move || {
+            super::process::run_anywhere();
+            collector.run();
+        }) {
             log::error!("cannot start the thread that reads: {e}");
             self.shared.give_up();
         }

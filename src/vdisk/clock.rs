@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 use std::time::Instant;
 
 use super::runner::Job;
+use crate::io::process;
 use crate::sync::{Arc, Condvar, Mutex, PoisonError, lock, thread};
 
 /// The timers of one engine; dropped with it, and the thread ends.
@@ -68,7 +69,10 @@ impl Clock {
         state.running = true;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        if let Err(e) = thread::Builder::new().name("ploopfs/clock".into()).spawn(move || shared.serve()) {
+        if let Err(e) = thread::Builder::new().name("ploopfs/clock".into()).spawn(move || {
+            process::run_anywhere();
+            shared.serve();
+        }) {
             log::error!("cannot start the clock thread: {e}; delayed BAT pages wait for the next fsync");
             lock(&self.shared.state).running = false;
         }

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+use crate::io::process;
 use crate::sync::{Arc, Condvar, Mutex, lock, thread};
 
 /// A piece of work. It may block on the host, never on work that another job of the same pool must do.
@@ -87,7 +88,10 @@ impl Pool {
     fn spawn(&self, number: usize) {
         let shared = Arc::clone(&self.shared);
         let name = format!("{}{}", self.shared.name, number % 1000);
-        if let Err(e) = thread::Builder::new().name(name).spawn(move || shared.serve()) {
+        if let Err(e) = thread::Builder::new().name(name).spawn(move || {
+            process::run_anywhere();
+            shared.serve();
+        }) {
             // The job stays queued for the threads that live; without any, the next submit tries again.
             log::error!("cannot start a thread {}: {e}", self.shared.name);
             lock(&self.shared.state).threads -= 1;

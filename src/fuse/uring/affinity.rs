@@ -17,8 +17,9 @@ const DEEP: u32 = 4;
 
 /// The rule, and what it has seen since it last decided.
 pub(super) struct Affinity {
-    /// The CPU of the queue, and all that we may use. None: nothing to choose.
-    sets: Option<(CpuSet, CpuSet)>,
+    /// The CPU of the queue, and all that we may use.
+    own: Option<CpuSet>,
+    all: Option<CpuSet>,
     bound: bool,
     batches: u32,
     requests: u32,
@@ -27,14 +28,14 @@ pub(super) struct Affinity {
 }
 
 impl Affinity {
-    /// For the calling thread, which is bound to `cpu`; None: it may run on `all` from now on and for ever.
-    pub(super) fn new(cpu: Option<usize>, all: &CpuSet) -> Affinity {
-        let sets = cpu.filter(|cpu| *cpu < CpuSet::MAX_CPU).map(|cpu| {
+    /// Binds the calling thread to `cpu`. None: it is left where it is, now and later. Without `all` it stays bound.
+    pub(super) fn new(cpu: Option<usize>, all: Option<CpuSet>) -> Affinity {
+        let own = cpu.filter(|cpu| *cpu < CpuSet::MAX_CPU).map(|cpu| {
             let mut own = CpuSet::new();
             own.set(cpu);
-            (own, *all)
+            own
         });
-        let mut affinity = Affinity { sets, bound: false, batches: 0, requests: 0, accompanied: 0 };
+        let mut affinity = Affinity { own, all, bound: false, batches: 0, requests: 0, accompanied: 0 };
         affinity.bind(true);
         affinity
     }
@@ -70,8 +71,9 @@ impl Affinity {
     }
 
     fn bind(&mut self, bound: bool) {
-        let Some((own, all)) = &self.sets else { return };
-        if let Err(e) = rustix::thread::sched_setaffinity(None, if bound { own } else { all }) {
+        let (Some(own), all) = (&self.own, &self.all) else { return };
+        let Some(cpus) = (if bound { Some(own) } else { all.as_ref() }) else { return };
+        if let Err(e) = rustix::thread::sched_setaffinity(None, cpus) {
             // Outside of the CPUs that we may use, perhaps: it works from any.
             log::debug!("cannot choose a queue's CPU: {e}");
         }
@@ -85,7 +87,7 @@ mod tests {
 
     /// Not on a CPU that a test could not have.
     fn affinity(bound: bool) -> Affinity {
-        Affinity { sets: None, bound, batches: 0, requests: 0, accompanied: 0 }
+        Affinity { own: None, all: None, bound, batches: 0, requests: 0, accompanied: 0 }
     }
 
     /// What is decided after `count` batches of `size` requests.

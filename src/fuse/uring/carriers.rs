@@ -42,13 +42,13 @@ struct Seat {
 impl Load {
     /// For carriers with these rings.
     pub(super) fn new(rings: &[Ring]) -> Load {
-        let seat = |ring: &Ring| Seat { entries: ring.entries().clone(), free: AtomicBool::new(false) };
+        Load::among(rings.iter().map(|ring| ring.entries().clone()))
+    }
+
+    fn among(carriers: impl Iterator<Item = Arc<Entries>>) -> Load {
+        let seats = carriers.map(|entries| Seat { entries, free: AtomicBool::new(false) }).collect();
         // Unbounded, so that a queue's thread never waits; at most all entries of all rings.
-        Load {
-            requests: unbounded(),
-            under_way: AtomicUsize::new(0),
-            seats: rings.iter().map(seat).collect(),
-        }
+        Load { requests: unbounded(), under_way: AtomicUsize::new(0), seats }
     }
 
     /// True while a carrier has something to do.
@@ -68,10 +68,7 @@ impl Load {
     /// Hands a request to the first carrier that is free, or to the first that will be.
     pub(super) fn put(&self, held: Held) {
         self.under_way.fetch_add(1, Ordering::Relaxed);
-        if let Err(unsent) = self.requests.0.send(held) {
-            // Both ends are ours, so that it is never closed; and a request that is lost would be worse than slow.
-            return drop(unsent);
-        }
+        self.requests.0.send(held).expect("both ends of the channel are ours");
         self.call_one();
     }
 
@@ -128,7 +125,11 @@ impl Carrier {
         while !server.is_closed() || ring.homes().iter().any(|entries| entries.are_live()) {
             let put = load.take(seat);
             let seen = if put.is_some() { ring.look(&mut batch) } else { ring.wait(&mut batch) };
-            seat.free.store(false, Ordering::Relaxed);
+            let called = !seat.free.swap(false, Ordering::Relaxed);
+            if called && put.is_none() && !batch.is_empty() {
+                // Called, and busy with its own: another may be free.
+                load.call_one();
+            }
             if let Err(e) = seen {
                 if !std::mem::replace(&mut said, true) {
                     log::error!("a carrier's ring failed: {e}; trying again and again");
@@ -155,7 +156,7 @@ impl Carrier {
 fn carry(ring: &mut Ring, server: &Server, held: Held) {
     answering_here(|| server.serve(held, Thread::Transport));
     if let Err(e) = ring.flush() {
-        // It stays among the answers; the next look tries again, and says so.
+        // It stays among the answers; it is tried again with the next, and said.
         log::debug!("cannot hand an answer over: {e}");
     }
 }
@@ -179,4 +180,54 @@ fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held,
     load.under_way.fetch_add(1, Ordering::Relaxed);
     carry(ring, server, held);
     load.under_way.fetch_sub(1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuse::uring::ring::Queue;
+
+    fn load(carriers: usize) -> Load {
+        Load::among((0..carriers).map(|_| Arc::new(Entries::new(u32::MAX, &[]).expect("memory"))))
+    }
+
+    fn requests(depth: u32) -> Vec<Held> {
+        let entries = Arc::new(Entries::new(0, &[Queue { id: 0, depth }]).expect("memory"));
+        (0..depth).for_each(|index| entries.begins(index));
+        // SAFETY: no kernel knows these entries, and each is taken once.
+        (0..depth).map(|index| unsafe { entries.came(index) }.expect("it is the kernel's")).collect()
+    }
+
+    /// True when the carrier was called; it then is no longer.
+    fn was_called(seat: &Seat) -> bool {
+        let wake = seat.entries.wake();
+        let mut ready = [rustix::event::PollFd::new(wake, rustix::event::PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let called = rustix::event::poll(&mut ready, Some(&now)).expect("polled") == 1;
+        if called {
+            rustix::io::read(wake, &mut [0; 8]).expect("called");
+        }
+        called
+    }
+
+    #[test]
+    fn a_request_calls_one_carrier_that_is_free_and_each_once() {
+        let load = load(2);
+        assert!(load.take(&load.seats[0]).is_none() && load.take(&load.seats[1]).is_none());
+        let calls = requests(3).into_iter().map(|held| {
+            load.put(held);
+            load.seats.iter().map(was_called).collect::<Vec<_>>()
+        });
+        assert_eq!(calls.collect::<Vec<_>>(), [[true, false], [false, true], [false, false]]);
+        assert!(load.is_under_way() && !load.has_free_seat());
+    }
+
+    #[test]
+    fn a_request_that_no_carrier_is_free_for_is_taken_by_the_next_that_looks() {
+        let load = load(1);
+        requests(1).into_iter().for_each(|held| load.put(held));
+        assert!(!was_called(&load.seats[0]), "it does not wait");
+        assert!(load.take(&load.seats[0]).is_some() && !load.has_free_seat());
+        assert!(load.take(&load.seats[0]).is_none() && load.has_free_seat());
+    }
 }

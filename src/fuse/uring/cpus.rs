@@ -16,7 +16,7 @@ const SPARE: u32 = 4;
 /// One ring.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// The CPU that its thread is bound to; None: any.
+    /// The CPU whose queue it has, and to which its thread may be bound (see `affinity`); None: several.
     pub(super) cpu: Option<usize>,
     /// The queues it serves.
     pub(super) queues: Vec<Queue>,

@@ -1,8 +1,8 @@
 //! The memory in which the kernel and we take turns: for each ring entry a header and a payload.
 //!
 //! An entry belongs to the kernel from its submission to its completion, and to us from there to the next submission.
-//! The time between is a [`Held`]: there is never more than one for an entry, and only through it is the memory
-//! looked at. The submission may be made through any ring; the next request of the entry then comes out of that one.
+//! The time between is a [`Held`]: there is never more than one for an entry through which its memory may be looked at
+//! (one that is being sent looks no more), and nothing else looks. The submission may be made through any ring; the next request of the entry then comes out of that one.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -311,7 +311,7 @@ impl Entries {
 
 impl Drop for Entries {
     fn drop(&mut self) {
-        // SAFETY: the mapping of `new`, whole; every `Held` and the ring keep this alive, so that none of them is left.
+        // SAFETY: the mapping of `new`, whole; every `Held` and all rings keep this alive, so that none of them is left.
         let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }

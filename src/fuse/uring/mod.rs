@@ -1,8 +1,10 @@
-//! The `uring` transport: FUSE over io_uring (Linux 6.14), one ring for each CPU, its thread bound to it, requests
-//! served on the thread that got them. What would hold a ring up goes to helpers (see `queue`), large requests to
-//! carriers, which have rings of their own, and, as in every transport, what takes longer to the runners of the file
-//! system. An answer may come from any thread; it is handed to the kernel by a ring's own (a carrier's, or that of the
-//! entry's home), because the next request of an entry is copied in the context of the thread that submitted it.
+//! The `uring` transport: FUSE over io_uring (Linux 6.14), one ring and thread for each CPU, requests served on the thread
+//! that got them, which stays on its CPU where that is best (see `affinity`). What would hold a ring up goes to helpers
+//! (see `queue`), large requests to carriers, which have rings of their own, small reads of the disk through the ring
+//! itself (`ring`), and, as in every transport, what takes longer to the runners of the file system.
+//!
+//! An answer may come from any thread; it is handed to the kernel by a ring's own (a carrier's, or that of the entry's
+//! home), because the next request of an entry is copied in the context of the thread that submitted it.
 //!
 //! /dev/fuse stays open beside the rings for what the kernel sends there only (see `device`).
 
@@ -34,6 +36,7 @@ use crate::fuse::mount::{self, DEVICE};
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::FileSystem;
 use crate::fuse::session::Settings;
+use crate::io::process;
 use crate::io::unmount::unmount;
 
 /// Whether the kernel's FUSE offers rings; the administrator's switch.
@@ -48,8 +51,8 @@ pub(super) struct Session {
     device: Arc<Device>,
     /// With the CPU whose requests they get.
     rings: Vec<(Option<usize>, Ring)>,
-    /// What the threads may run on.
-    cpus: CpuSet,
+    /// What the threads may run on, where it is known.
+    cpus: Option<CpuSet>,
     carriers: Vec<Ring>,
     server: Arc<Server>,
     helpers: usize,
@@ -89,7 +92,7 @@ fn no_ring(e: &io::Error) -> Error {
 /// let it later; starts no thread. Requests wait until [`Session::run`].
 pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
     available()?;
-    let cpus = rustix::thread::sched_getaffinity(None).map_err(|e| no_ring(&e.into()))?;
+    let cpus = process::note_cpus();
     let plans = cpus::plan();
     let queues: Vec<_> = plans.iter().map(|plan| &*plan.queues).collect();
     let (rings, carriers) =

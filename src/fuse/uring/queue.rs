@@ -109,8 +109,8 @@ pub(super) struct Worker {
     pub(super) load: Arc<Load>,
     /// The CPU whose requests these are; None: several.
     pub(super) cpu: Option<usize>,
-    /// All that it may run on.
-    pub(super) cpus: CpuSet,
+    /// All that it may run on, where that is known.
+    pub(super) cpus: Option<CpuSet>,
     /// Dropped when this thread will not call the file system again.
     pub(super) at_work: Sender<()>,
 }
@@ -125,7 +125,7 @@ impl Worker {
 
     fn run(self) {
         let Worker { mut ring, server, device, bench, load, cpu, cpus, at_work } = self;
-        let mut affinity = Affinity::new(cpu, &cpus);
+        let mut affinity = Affinity::new(cpu, cpus);
         if let Err(e) = ring.register(device) {
             log::error!("cannot give a ring to the kernel: {e}");
         }

@@ -53,6 +53,8 @@ pub(super) struct Ring {
     filling: Vec<Option<Filling>>,
     /// How many these are.
     fills: usize,
+    /// The kernel is reading `wake`.
+    watching: bool,
     /// Requests whose read the kernel was not even given.
     refused: Vec<Held>,
     device: Option<Arc<Device>>,
@@ -60,8 +62,12 @@ pub(super) struct Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // Only after a panic. The kernel may still write to what it has: that memory is never freed.
-        self.filling.iter_mut().filter_map(Option::take).for_each(std::mem::forget);
+        // Only after a panic. The kernel may still write to what it has: that memory is never freed, and nobody looks at
+        // it. The clusters are let go, or a freeze would wait for ever.
+        for Filling { held, planned } in self.filling.iter_mut().filter_map(Option::take) {
+            std::mem::forget((planned.file(), held));
+            planned.end(false);
+        }
     }
 }
 
@@ -89,7 +95,18 @@ impl Ring {
         submitter.register_enable_rings()?;
         let filling = (0..own.count()).map(|_| None).collect();
         let (answered, to_fill, refused) = (VecDeque::new(), VecDeque::new(), Vec::new());
-        Ok(Ring { ring, own, homes, answered, to_fill, filling, fills: 0, refused, device: None })
+        Ok(Ring {
+            ring,
+            own,
+            homes,
+            answered,
+            to_fill,
+            filling,
+            fills: 0,
+            watching: false,
+            refused,
+            device: None,
+        })
     }
 
     /// Its own entries.
@@ -125,7 +142,6 @@ impl Ring {
             self.push(with_two_places(command).user_data(self.own.place(index).mark()))?;
             self.own.begins(index);
         }
-        self.watch_wake()?;
         // The places are read now, in the call; afterwards `places` may go.
         while !self.ring.submission().is_empty() {
             retry(self.ring.submit())?;
@@ -153,11 +169,10 @@ impl Ring {
     }
 
     fn collect(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
-        let mut woken = false;
         batch.append(&mut self.refused);
         while let Some(done) = self.ring.completion().next() {
             if done.user_data() == WAKE {
-                woken = true;
+                self.watching = false;
                 continue;
             }
             if done.user_data() & FILL != 0 {
@@ -190,13 +205,14 @@ impl Ring {
                 log::error!("the kernel completed entry {home}.{index}, which it does not have");
             }
         }
-        if woken {
-            self.watch_wake()?;
-        }
         Ok(())
     }
 
     fn commit(&mut self) -> io::Result<()> {
+        if !self.watching {
+            self.watch_wake()?;
+            self.watching = true;
+        }
         self.own.take_answered(&mut self.answered);
         let fd = self.device.as_ref().map_or(-1, |device| device.as_raw_fd());
         while let Some(&Answered { place, commit_id }) = self.answered.front() {
@@ -237,7 +253,16 @@ impl Ring {
         *slot = Some(filling); // 1
         self.fills += 1;
         let read = opcode::Read::new(fd, place, len as u32).offset(offset).build();
-        self.push(Entry128::from(read).user_data(FILL | u64::from(index))) // 2
+        let pushed = self.push(Entry128::from(read).user_data(FILL | u64::from(index))); // 2
+        if pushed.is_err()
+            && let Some(Filling { mut held, planned }) = self.filling[index as usize].take()
+        {
+            self.fills -= 1;
+            held.fail();
+            planned.end(false);
+            self.refused.push(held);
+        }
+        pushed
     }
 
     fn watch_wake(&mut self) -> io::Result<()> {
@@ -373,8 +398,7 @@ mod tests {
     #[test]
     fn a_request_is_filled_from_the_file_and_then_answered() {
         let Some(mut b) = bench() else { return };
-        let mut held = b.request(1);
-        let room = held.place(PAGE).expect("room");
+        let held = b.request(1);
         assert!(held.can_fill());
         let (plan, ended) = b.plan(5);
         held.fill(plan);
@@ -382,7 +406,8 @@ mod tests {
         assert!(ended.try_recv().is_err(), "the kernel has it: what it reads must stay where it is");
         assert!(b.wait().is_empty());
         assert!(ended.recv().expect("the end"));
-        // SAFETY: `room` is the payload of entry 1, which is answered and which no kernel has.
+        let room = b.ring.own.places(1)[1].iov_base.cast::<u8>();
+        // SAFETY: the payload of entry 1, which is answered and which no kernel has.
         assert!(unsafe { std::slice::from_raw_parts(room, PAGE) }.iter().all(|byte| *byte == 5));
         b.ring.own.take_answered(&mut b.ring.answered);
         let answered = b.ring.answered.drain(..).map(|a| a.place.index).collect::<Vec<_>>();
