@@ -19,5 +19,6 @@ pub mod poison;
 pub mod process;
 pub mod reads;
 pub mod real;
+pub mod ring;
 pub mod share;
 pub mod unmount;

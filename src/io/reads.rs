@@ -11,12 +11,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use bytes::Bytes;
-use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, types::Fd};
 use rustix::event::EventfdFlags;
 
 use super::pages::Pages;
 use super::planned::Planned;
+use super::ring::{bound, passing};
 
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
@@ -94,10 +94,7 @@ impl Reads {
     /// list of system calls of the sandbox. An error where the system has none (or forbids it).
     pub fn new() -> io::Result<Reads> {
         // COOP_TASKRUN: completions wait for the thread, which is on its way to them, instead of interrupting it.
-        let ring = IoUring::builder().setup_r_disabled().setup_coop_taskrun().build(DEPTH + 1)?;
-        let submitter = ring.submitter();
-        submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::Read::CODE)])?;
-        submitter.register_enable_rings()?;
+        let ring = bound(IoUring::builder().setup_coop_taskrun(), DEPTH + 1, &[opcode::Read::CODE])?;
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
         let state =
@@ -240,12 +237,7 @@ impl Collector {
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        match self.ring.submit_and_wait(1) {
-            Ok(_) => Ok(()),
-            // They pass by themselves. EBUSY: completions wait to be taken first.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
-            Err(e) => Err(e),
-        }
+        passing(self.ring.submit_and_wait(1))
     }
 
     /// Hands out what the kernel has completed.

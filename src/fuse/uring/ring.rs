@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use io_uring::squeue::Entry128;
-use io_uring::{IoUring, cqueue, opcode, register::Restriction, types::Fd};
+use io_uring::{IoUring, cqueue, opcode, types::Fd};
 
 use super::device::Device;
 use super::memory::{Answered, Entries, Filling, Held, Place};
 use super::serve::Exchange;
+use crate::io::ring::{bound, passing};
 
 /// fuse_uring_cmd: gives an entry to a queue.
 const REGISTER: u32 = 1;
@@ -86,13 +87,7 @@ impl Ring {
     /// system calls of the sandbox.
     fn new(own: Arc<Entries>, homes: Homes) -> io::Result<Ring> {
         let room = (own.count() + 1).max(ROOM).next_power_of_two();
-        let ring = IoUring::builder().setup_r_disabled().build(room)?;
-        let submitter = ring.submitter();
-        submitter.register_restrictions(&mut [
-            Restriction::sqe_op(opcode::UringCmd80::CODE),
-            Restriction::sqe_op(opcode::Read::CODE),
-        ])?;
-        submitter.register_enable_rings()?;
+        let ring = bound(&mut IoUring::builder(), room, &[opcode::UringCmd80::CODE, opcode::Read::CODE])?;
         let filling = (0..own.count()).map(|_| None).collect();
         let (answered, to_fill, refused) = (VecDeque::new(), VecDeque::new(), Vec::new());
         Ok(Ring {
@@ -144,7 +139,7 @@ impl Ring {
         }
         // The places are read now, in the call; afterwards `places` may go.
         while !self.ring.submission().is_empty() {
-            retry(self.ring.submit())?;
+            passing(self.ring.submit())?;
         }
         Ok(())
     }
@@ -152,7 +147,7 @@ impl Ring {
     /// Hands over what was answered, waits for at least one request or call, and puts the requests into `batch`.
     pub(super) fn wait(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
         self.commit()?;
-        retry(self.ring.submit_and_wait(usize::from(self.refused.is_empty())))?;
+        passing(self.ring.submit_and_wait(usize::from(self.refused.is_empty())))?;
         self.collect(batch)
     }
 
@@ -165,7 +160,7 @@ impl Ring {
     /// Hands over what was answered, without waiting.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         self.commit()?;
-        retry(self.ring.submit())
+        passing(self.ring.submit())
     }
 
     fn collect(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
@@ -276,7 +271,7 @@ impl Ring {
         // the iovecs until it was submitted, the rest as long as `own` and `homes`, which go after the ring.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
             // Seldom: there is room for all entries of its own and for `wake`.
-            retry(self.ring.submit())?;
+            passing(self.ring.submit())?;
         }
         Ok(())
     }
@@ -294,16 +289,6 @@ fn filled(read: Filling, result: i32) -> Option<Held> {
     }
     held.fail();
     Some(held)
-}
-
-/// A failure that passes by itself is none.
-fn retry(result: io::Result<usize>) -> io::Result<()> {
-    match result {
-        Ok(_) => Ok(()),
-        // EBUSY: completions wait to be taken first.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
-        Err(e) => Err(e),
-    }
 }
 
 /// Why an entry does not come back. ENOTCONN, ECANCELED: the mount has ended.
