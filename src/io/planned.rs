@@ -54,6 +54,11 @@ impl Planned {
         self.len == 0
     }
 
+    /// True when `result`, that of a system call, says that all bytes were read.
+    pub fn is_filled_by(&self, result: i32) -> bool {
+        usize::try_from(result).is_ok_and(|n| n == self.len)
+    }
+
     /// The read is over; `whole`: all bytes are there. A panic of what is called costs nothing else.
     pub fn end(self, whole: bool) {
         if catch_unwind(AssertUnwindSafe(|| (self.end)(whole))).is_err() {

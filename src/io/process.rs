@@ -99,13 +99,16 @@ pub fn open_files_limit() -> Option<u64> {
     rustix::process::getrlimit(Resource::Nofile).current
 }
 
-/// Starts a thread. The name is at most [`MAX_THREAD_NAME`] bytes; what is longer is cut by the kernel.
+/// Starts a thread, which may run on any CPU, whoever starts it. The name is at most [`MAX_THREAD_NAME`] bytes; what is longer is cut by the kernel.
 pub fn spawn_thread<T: Send + 'static>(
     name: &str,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     debug_assert!(name.len() <= MAX_THREAD_NAME, "'{name}' would be cut");
-    Builder::new().name(name.to_owned()).spawn(body)
+    Builder::new().name(name.to_owned()).spawn(|| {
+        run_anywhere();
+        body()
+    })
 }
 
 /// What this process could run on before any thread was bound.

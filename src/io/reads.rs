@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use bytes::Bytes;
 use io_uring::{IoUring, opcode, types::Fd};
@@ -16,6 +15,7 @@ use rustix::event::EventfdFlags;
 
 use super::pages::Pages;
 use super::planned::Planned;
+use super::process::spawn_thread;
 use super::ring::{bound, passing};
 
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
@@ -122,11 +122,7 @@ impl Reads {
 
     fn start(&self, ring: IoUring) {
         let collector = Collector::new(ring, Arc::clone(&self.shared));
-        let thread = thread::Builder::new().name("ploopfs/disk".into());
-        if let Err(e) = thread.spawn(move || {
-            super::process::run_anywhere();
-            collector.run();
-        }) {
+        if let Err(e) = spawn_thread("ploopfs/disk", move || collector.run()) {
             log::error!("cannot start the thread that reads: {e}");
             self.shared.give_up();
         }
@@ -255,7 +251,7 @@ impl Collector {
                 continue;
             };
             self.free.push(mark as u32);
-            let whole = usize::try_from(result).is_ok_and(|n| n == read.planned.len());
+            let whole = read.planned.is_filled_by(result);
             read.over(whole.then(|| Bytes::from_owner(memory)));
         }
         self.finished = finished;
@@ -356,7 +352,7 @@ mod tests {
         let deadline = std::time::Instant::now() + LONG;
         while shared.upgrade().is_some() {
             assert!(std::time::Instant::now() < deadline, "the thread ends");
-            thread::yield_now();
+            std::thread::yield_now();
         }
     }
 

@@ -57,7 +57,7 @@ pub fn plan(
     });
     let Some((Place::At { level, position }, run)) = found else { return None };
     let file = &stack.level(level).file;
-    if run < len as u64 || file.queued_read(position, len).is_none() {
+    if run < len as u64 {
         return None;
     }
     (held.first, held.count) = window.keep();

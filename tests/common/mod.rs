@@ -61,11 +61,7 @@ fn missing(need: &str) -> Option<String> {
             let open = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
             return open.err().map(|error| format!("/dev/fuse cannot be opened: {error}"));
         }
-        "uring" => {
-            let switch = "/sys/module/fuse/parameters/enable_uring";
-            let on = std::fs::read_to_string(switch).is_ok_and(|state| state.trim() == "Y");
-            return (!on).then(|| format!("FUSE over io_uring is not switched on in {switch}"));
-        }
+        "uring" => return ploopfs::fuse::session::Transport::best().1.map(|why| why.to_string()),
         "passthrough" => {
             if !rustix::process::geteuid().is_root() {
                 return Some("FUSE passthrough needs root".to_owned());

@@ -71,9 +71,9 @@ impl Affinity {
     }
 
     fn bind(&mut self, bound: bool) {
-        let (Some(own), all) = (&self.own, &self.all) else { return };
-        let Some(cpus) = (if bound { Some(own) } else { all.as_ref() }) else { return };
-        if let Err(e) = rustix::thread::sched_setaffinity(None, cpus) {
+        let cpus = if bound { self.own } else { self.own.and(self.all) };
+        let Some(cpus) = cpus else { return };
+        if let Err(e) = rustix::thread::sched_setaffinity(None, &cpus) {
             // Outside of the CPUs that we may use, perhaps: it works from any.
             log::debug!("cannot choose a queue's CPU: {e}");
         }

@@ -13,10 +13,9 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::device::Device;
 use super::memory::{Entries, Held, answering_here};
-use super::queue::{Bench, PAUSE, failed};
+use super::queue::{Bench, failed, pause, sift};
 use super::ring::Ring;
-use super::serve::{Exchange, Server, Thread};
-use super::wire;
+use super::serve::{Server, Thread};
 use crate::error::Result;
 use crate::io::process::spawn_thread;
 
@@ -131,10 +130,7 @@ impl Carrier {
                 load.call_one();
             }
             if let Err(e) = seen {
-                if !std::mem::replace(&mut said, true) {
-                    log::error!("a carrier's ring failed: {e}; trying again and again");
-                }
-                std::thread::sleep(PAUSE);
+                pause(&e, &mut said);
             }
             if let Some(held) = put {
                 carry(&mut ring, &server, held);
@@ -155,22 +151,13 @@ impl Carrier {
 /// Serves a large request and answers it through this ring.
 fn carry(ring: &mut Ring, server: &Server, held: Held) {
     answering_here(|| server.serve(held, Thread::Transport));
-    if let Err(e) = ring.flush() {
-        // It stays among the answers; it is tried again with the next, and said.
-        log::debug!("cannot hand an answer over: {e}");
-    }
+    ring.prompt();
 }
 
 /// A request that came out of a carrier's own ring: with an entry that an earlier large one had.
 fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
-    if server.is_closed() {
-        return server.serve(held, Thread::Transport);
-    }
-    let weight = wire::weight(held.parts());
-    if weight.writes.is_some_and(|handle| server.writes_may_block(handle)) {
-        return bench.hand_over(held);
-    }
-    if weight.bytes < LARGE {
+    let Some((held, bytes)) = sift(server, bench, held) else { return };
+    if bytes < LARGE {
         return server.serve(held, Thread::Transport);
     }
     // With its payload in this CPU's caches it is better kept, unless somebody has nothing to do.

@@ -27,7 +27,7 @@ const PROMPT: u32 = 64 << 10;
 const FILLS: usize = 4;
 
 /// How long a thread pauses after a failure of its ring that it knows no answer to.
-pub(super) const PAUSE: Duration = Duration::from_millis(10);
+const PAUSE: Duration = Duration::from_millis(10);
 
 pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
     move |e| Error::new(Kind::Io, format!("cannot start the thread {what}: {e}"))
@@ -134,10 +134,7 @@ impl Worker {
         let mut said = false;
         while ring.entries().are_live() {
             if let Err(e) = ring.wait(&mut batch) {
-                if !std::mem::replace(&mut said, true) {
-                    log::error!("a ring failed: {e}; trying again and again");
-                }
-                std::thread::sleep(PAUSE);
+                pause(&e, &mut said);
             }
             ring.entries().set_busy(true);
             affinity.saw(batch.len() + ring.fills(), || ring.others_are_busy());
@@ -159,21 +156,35 @@ impl Worker {
 /// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way. A
 /// large one by itself is faster here.
 fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
-    if server.is_closed() {
-        return server.serve(held, Thread::Transport);
-    }
-    let weight = wire::weight(held.parts());
-    if weight.writes.is_some_and(|handle| server.writes_may_block(handle)) {
-        return bench.hand_over(held);
-    }
-    if weight.bytes >= LARGE && (more || load.is_under_way()) {
+    let Some((held, bytes)) = sift(server, bench, held) else { return };
+    if bytes >= LARGE && (more || load.is_under_way()) {
         return load.put(held);
     }
     server.serve(held, Thread::Transport);
-    if (weight.bytes >= PROMPT || memory::to_fill() >= FILLS)
-        && let Err(e) = ring.flush()
-    {
-        // It stays among the answers; the next wait tries again, and says so.
-        log::debug!("cannot hand an answer over: {e}");
+    if bytes >= PROMPT || memory::to_fill() >= FILLS {
+        ring.prompt();
     }
+}
+
+/// Sorts out what no ring's thread serves: what comes after the end, and writes that may wait, which go to the helpers.
+/// None: done; else the request again, and how many bytes it reads or writes.
+pub(super) fn sift(server: &Server, bench: &Bench, held: Held) -> Option<(Held, u32)> {
+    if server.is_closed() {
+        server.serve(held, Thread::Transport);
+        return None;
+    }
+    let weight = wire::weight(held.parts());
+    if weight.writes.is_some_and(|handle| server.writes_may_block(handle)) {
+        bench.hand_over(held);
+        return None;
+    }
+    Some((held, weight.bytes))
+}
+
+/// Lets some time pass after a failure of a ring that has no answer, and says so the first time.
+pub(super) fn pause(e: &std::io::Error, said: &mut bool) {
+    if !std::mem::replace(said, true) {
+        log::error!("a ring failed: {e}; trying again and again");
+    }
+    std::thread::sleep(PAUSE);
 }

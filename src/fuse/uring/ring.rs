@@ -158,9 +158,16 @@ impl Ring {
     }
 
     /// Hands over what was answered, without waiting.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    fn flush(&mut self) -> io::Result<()> {
         self.commit()?;
         passing(self.ring.submit())
+    }
+
+    /// Hands over what was answered now, because somebody waits. What fails stays; the next wait tries it again, and says so.
+    pub(super) fn prompt(&mut self) {
+        if let Err(e) = self.flush() {
+            log::debug!("cannot hand an answer over: {e}");
+        }
     }
 
     fn collect(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
@@ -240,9 +247,7 @@ impl Ring {
         let slot = self.filling.get_mut(index as usize);
         let (Some(fd), Some(place), Some(slot @ None)) = (fd, place, slot) else {
             // Not readable this way any more: it comes again.
-            filling.held.fail();
-            filling.planned.end(false);
-            self.refused.push(filling.held);
+            self.refused.push(again(filling));
             return Ok(());
         };
         *slot = Some(filling); // 1
@@ -250,12 +255,10 @@ impl Ring {
         let read = opcode::Read::new(fd, place, len as u32).offset(offset).build();
         let pushed = self.push(Entry128::from(read).user_data(FILL | u64::from(index))); // 2
         if pushed.is_err()
-            && let Some(Filling { mut held, planned }) = self.filling[index as usize].take()
+            && let Some(filling) = self.filling[index as usize].take()
         {
             self.fills -= 1;
-            held.fail();
-            planned.end(false);
-            self.refused.push(held);
+            self.refused.push(again(filling));
         }
         pushed
     }
@@ -279,16 +282,21 @@ impl Ring {
 
 /// A read is over: the answer is there, or the request comes again.
 fn filled(read: Filling, result: i32) -> Option<Held> {
-    let Filling { mut held, planned } = read;
-    let len = planned.len();
-    let whole = usize::try_from(result).is_ok_and(|n| n == len);
-    planned.end(whole);
-    if whole {
-        held.send(Ok(len));
-        return None;
+    if !read.planned.is_filled_by(result) {
+        return Some(again(read));
     }
+    let len = read.planned.len();
+    read.planned.end(true);
+    read.held.send(Ok(len));
+    None
+}
+
+/// What the ring could not read: the request, to be served in another way.
+fn again(filling: Filling) -> Held {
+    let Filling { mut held, planned } = filling;
     held.fail();
-    Some(held)
+    planned.end(false);
+    held
 }
 
 /// Why an entry does not come back. ENOTCONN, ECANCELED: the mount has ended.
