@@ -6,10 +6,11 @@
 //! through its own ring, both copies on one CPU, with warm caches. The entry stays with the carrier's ring, where the
 //! next request comes out that the kernel gives it; it goes home with the answer of a small one.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::Sender;
 
 use super::device::Device;
 use super::memory::{Entries, Held, answering_here};
@@ -25,29 +26,44 @@ pub(super) const LARGE: u32 = 256 << 10;
 
 /// What waits for a carrier, and which of them are free.
 pub(super) struct Load {
-    requests: (Sender<Held>, Receiver<Held>),
+    /// Protects both, so that no request waits beside a free carrier. A leaf: nothing else is locked under it, and nobody is
+    /// called.
+    state: Mutex<State>,
+    /// By which a carrier is called.
+    carriers: Vec<Arc<Entries>>,
     /// Large requests that wait for a carrier or that one has.
     under_way: AtomicUsize,
-    seats: Vec<Seat>,
 }
 
-struct Seat {
-    /// By which the carrier is called.
-    entries: Arc<Entries>,
-    /// It waits, and nobody has called it since.
-    free: AtomicBool,
+struct State {
+    requests: VecDeque<Held>,
+    /// By carrier: it waits, and nobody has called it since.
+    free: Vec<bool>,
+}
+
+impl State {
+    /// A carrier that is to be called; it is not free any more.
+    fn choose(&mut self) -> Option<usize> {
+        let chosen = self.free.iter().position(|free| *free)?;
+        self.free[chosen] = false;
+        Some(chosen)
+    }
 }
 
 impl Load {
     /// For carriers with these rings.
     pub(super) fn new(rings: &[Ring]) -> Load {
-        Load::among(rings.iter().map(|ring| ring.entries().clone()))
+        Load::among(rings.iter().map(|ring| ring.entries().clone()).collect())
     }
 
-    fn among(carriers: impl Iterator<Item = Arc<Entries>>) -> Load {
-        let seats = carriers.map(|entries| Seat { entries, free: AtomicBool::new(false) }).collect();
-        // Unbounded, so that a queue's thread never waits; at most all entries of all rings.
-        Load { requests: unbounded(), under_way: AtomicUsize::new(0), seats }
+    fn among(carriers: Vec<Arc<Entries>>) -> Load {
+        let state = State { requests: VecDeque::new(), free: vec![false; carriers.len()] };
+        Load { state: Mutex::new(state), carriers, under_way: AtomicUsize::new(0) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No panic can happen between two changes.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// True while a carrier has something to do.
@@ -55,41 +71,50 @@ impl Load {
         self.under_way.load(Ordering::Relaxed) > 0
     }
 
-    fn has_free_seat(&self) -> bool {
-        self.seats.iter().any(|seat| seat.free.load(Ordering::Relaxed))
+    fn has_free(&self) -> bool {
+        self.lock().free.contains(&true)
     }
 
     /// Calls all carriers: they look whether it is over.
     pub(super) fn call(&self) {
-        self.seats.iter().for_each(|seat| seat.entries.call());
+        self.carriers.iter().for_each(|entries| entries.call());
     }
 
     /// Hands a request to the first carrier that is free, or to the first that will be.
     pub(super) fn put(&self, held: Held) {
         self.under_way.fetch_add(1, Ordering::Relaxed);
-        self.requests.0.send(held).expect("both ends of the channel are ours");
-        self.call_one();
+        let chosen = {
+            let mut state = self.lock();
+            state.requests.push_back(held);
+            state.choose()
+        };
+        self.call_one(chosen);
     }
 
-    fn call_one(&self) {
-        // Put, then look who is free; a carrier says that it is free, then looks what was put (`take`). So one of the two
-        // sees the other.
-        fence(Ordering::SeqCst);
-        if let Some(seat) = self.seats.iter().find(|seat| seat.free.swap(false, Ordering::Relaxed)) {
-            seat.entries.call();
+    fn call_one(&self, chosen: Option<usize>) {
+        if let Some(carrier) = chosen {
+            self.carriers[carrier].call();
         }
     }
 
-    /// The next request. None: there is none, and the seat is free until it is told otherwise.
-    fn take(&self, seat: &Seat) -> Option<Held> {
-        if let Ok(held) = self.requests.1.try_recv() {
-            return Some(held);
-        }
-        seat.free.store(true, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        let held = self.requests.1.try_recv().ok()?;
-        seat.free.store(false, Ordering::Relaxed);
-        Some(held)
+    /// The next request. None: there is none, and the carrier is free until it [wakes](Self::woke).
+    fn take(&self, carrier: usize) -> Option<Held> {
+        let mut state = self.lock();
+        let held = state.requests.pop_front();
+        state.free[carrier] = held.is_none();
+        held
+    }
+
+    /// A carrier that was free has woken. If it was called and is `busy` with something else, another one may be free for
+    /// what it was called for.
+    fn woke(&self, carrier: usize, busy: bool) {
+        let chosen = {
+            let mut state = self.lock();
+            let called = !std::mem::replace(&mut state.free[carrier], false);
+            let needed = called && busy && !state.requests.is_empty();
+            needed.then(|| state.choose()).flatten()
+        };
+        self.call_one(chosen);
     }
 }
 
@@ -113,7 +138,6 @@ impl Carrier {
 
     fn run(self, number: usize) {
         let Carrier { mut ring, server, device, bench, load, at_work } = self;
-        let seat = &load.seats[number];
         if let Err(e) = ring.register(device) {
             log::error!("cannot start a carrier's ring: {e}");
         }
@@ -122,12 +146,10 @@ impl Carrier {
         let mut said = false;
         // Any entry may come out of any ring, so that all of them have to be back; before the end, none may be given yet.
         while !server.is_closed() || ring.homes().iter().any(|entries| entries.are_live()) {
-            let put = load.take(seat);
+            let put = load.take(number);
             let seen = if put.is_some() { ring.look(&mut batch) } else { ring.wait(&mut batch) };
-            let called = !seat.free.swap(false, Ordering::Relaxed);
-            if called && put.is_none() && !batch.is_empty() {
-                // Called, and busy with its own: another may be free.
-                load.call_one();
+            if put.is_none() {
+                load.woke(number, !batch.is_empty());
             }
             if let Err(e) = seen {
                 pause(&e, &mut said);
@@ -161,7 +183,7 @@ fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held,
         return server.serve(held, Thread::Transport);
     }
     // With its payload in this CPU's caches it is better kept, unless somebody has nothing to do.
-    if more && load.has_free_seat() {
+    if more && load.has_free() {
         return load.put(held);
     }
     load.under_way.fetch_add(1, Ordering::Relaxed);
@@ -175,7 +197,7 @@ mod tests {
     use crate::fuse::uring::ring::Queue;
 
     fn load(carriers: usize) -> Load {
-        Load::among((0..carriers).map(|_| Arc::new(Entries::new(u32::MAX, &[]).expect("memory"))))
+        Load::among((0..carriers).map(|_| Arc::new(Entries::new(u32::MAX, &[]).expect("memory"))).collect())
     }
 
     fn requests(depth: u32) -> Vec<Held> {
@@ -186,8 +208,8 @@ mod tests {
     }
 
     /// True when the carrier was called; it then is no longer.
-    fn was_called(seat: &Seat) -> bool {
-        let wake = seat.entries.wake();
+    fn was_called(carrier: &Arc<Entries>) -> bool {
+        let wake = carrier.wake();
         let mut ready = [rustix::event::PollFd::new(wake, rustix::event::PollFlags::IN)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let called = rustix::event::poll(&mut ready, Some(&now)).expect("polled") == 1;
@@ -200,21 +222,37 @@ mod tests {
     #[test]
     fn a_request_calls_one_carrier_that_is_free_and_each_once() {
         let load = load(2);
-        assert!(load.take(&load.seats[0]).is_none() && load.take(&load.seats[1]).is_none());
+        assert!(load.take(0).is_none() && load.take(1).is_none());
         let calls = requests(3).into_iter().map(|held| {
             load.put(held);
-            load.seats.iter().map(was_called).collect::<Vec<_>>()
+            load.carriers.iter().map(was_called).collect::<Vec<_>>()
         });
         assert_eq!(calls.collect::<Vec<_>>(), [[true, false], [false, true], [false, false]]);
-        assert!(load.is_under_way() && !load.has_free_seat());
+        assert!(load.is_under_way() && !load.has_free());
     }
 
     #[test]
     fn a_request_that_no_carrier_is_free_for_is_taken_by_the_next_that_looks() {
         let load = load(1);
         requests(1).into_iter().for_each(|held| load.put(held));
-        assert!(!was_called(&load.seats[0]), "it does not wait");
-        assert!(load.take(&load.seats[0]).is_some() && !load.has_free_seat());
-        assert!(load.take(&load.seats[0]).is_none() && load.has_free_seat());
+        assert!(!was_called(&load.carriers[0]), "it does not wait");
+        assert!(load.take(0).is_some() && !load.has_free());
+        assert!(load.take(0).is_none() && load.has_free());
+    }
+
+    #[test]
+    fn a_carrier_that_was_called_and_is_busy_calls_another_that_is_free() {
+        let load = load(2);
+        assert!(load.take(0).is_none());
+        let mut requests = requests(2).into_iter();
+        load.put(requests.next().expect("two"));
+        assert!(was_called(&load.carriers[0]) && load.take(1).is_some() && load.take(1).is_none());
+        load.woke(0, true);
+        assert!(!was_called(&load.carriers[1]), "nothing waits any more");
+        assert!(load.take(0).is_none());
+        load.put(requests.next().expect("two"));
+        assert!(was_called(&load.carriers[0]));
+        load.woke(0, true);
+        assert!(was_called(&load.carriers[1]), "the other one is free");
     }
 }
