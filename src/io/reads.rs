@@ -16,7 +16,7 @@ use rustix::event::EventfdFlags;
 use super::pages::Pages;
 use super::planned::Planned;
 use super::process::spawn_thread;
-use super::ring::{bound, passing};
+use super::ring::{begin, bound, passing};
 
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
@@ -95,6 +95,7 @@ impl Reads {
     pub fn new() -> io::Result<Reads> {
         // COOP_TASKRUN: completions wait for the thread, which is on its way to them, instead of interrupting it.
         let ring = bound(IoUring::builder().setup_coop_taskrun(), DEPTH + 1, &[opcode::Read::CODE])?;
+        begin(&ring)?;
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
         let state =

@@ -7,8 +7,8 @@
 //! That the list is whole: it was made from traces of the tests, then filled up by sort, so that a libc that prefers
 //! another call of the same sort finds it. Whoever may read, write, map and wait does not gain power by doing it with
 //! another call. Calls that take a path and look at nothing that Landlock restricts (chmod, chown, xattr, utime) are
-//! left out, and so is making an io_uring, which would go around this list. The rings that were made before may be entered;
-//! what they carry out is bound when they are made (see io/reads and fuse/uring/ring).
+//! left out, and so is making an io_uring, which would go around this list. The rings that were made before may be entered,
+//! and switched on by their threads; what they carry out is bound when they are made (see io/reads and fuse/uring/ring).
 
 use std::collections::BTreeMap;
 
@@ -161,6 +161,9 @@ const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451
 /// With passthrough: a host file is registered with the mount, and given back.
 const PASSING: &[u32] = &[backing::OPEN_REQUEST, backing::CLOSE_REQUEST];
 
+/// IORING_REGISTER_ENABLE_RINGS: switches on a ring that was made switched off, once.
+const ENABLE_RINGS: u64 = 12;
+
 /// The filter for this machine, this process and this transport, with passthrough or without.
 pub fn filter(transport: Transport, passthrough: bool) -> anyhow::Result<BpfProgram> {
     let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
@@ -201,6 +204,8 @@ fn rules(transport: Transport, passthrough: bool) -> Result<BTreeMap<i64, Vec<Se
     if transport == Transport::Uring {
         // Its threads are bound to CPUs, each by itself.
         limited.push((libc::SYS_sched_setaffinity, one_of(0, &[0])?));
+        // And so do they take their rings.
+        limited.push((libc::SYS_io_uring_register, one_of(1, &[ENABLE_RINGS])?));
     }
     let free = FREE.iter().chain(OLDER).map(|call| (*call, Vec::new()));
     Ok(free.chain(limited).collect())
@@ -212,7 +217,7 @@ mod tests {
 
     #[test]
     fn nothing_that_starts_mounts_traces_loads_or_goes_around_the_list_is_on_it() {
-        let rules = rules(Transport::Uring, false).expect("a sound list");
+        let rules = rules(Transport::Fuse, false).expect("a sound list");
         let never = [
             libc::SYS_execve,
             libc::SYS_execveat,
@@ -258,10 +263,12 @@ mod tests {
     }
 
     #[test]
-    fn threads_are_bound_to_cpus_by_the_transport_that_needs_it_only() {
+    fn the_uring_transport_has_two_calls_more_each_for_one_thing() {
         let uring = rules(Transport::Uring, false).expect("a sound list");
         let fuse = rules(Transport::Fuse, false).expect("a sound list");
-        let call = libc::SYS_sched_setaffinity;
-        assert!(uring.contains_key(&call) && !fuse.contains_key(&call));
+        let more: Vec<_> = uring.iter().filter(|(call, _)| !fuse.contains_key(call)).collect();
+        let calls: Vec<c_long> = more.iter().map(|(call, _)| **call).collect();
+        assert_eq!(calls, [libc::SYS_sched_setaffinity, libc::SYS_io_uring_register], "by number");
+        assert!(more.iter().all(|(_, rules)| rules.len() == 1), "bound by their arguments");
     }
 }

@@ -12,7 +12,7 @@ use io_uring::{IoUring, cqueue, opcode, types::Fd};
 use super::device::Device;
 use super::memory::{Answered, Entries, Filling, Held, Place};
 use super::serve::Exchange;
-use crate::io::ring::{bound, passing};
+use crate::io::ring::{begin, bound, look, passing};
 
 /// fuse_uring_cmd: gives an entry to a queue.
 const REGISTER: u32 = 1;
@@ -84,10 +84,14 @@ pub(super) fn make(queues: &[&[Queue]], more: usize) -> io::Result<(Vec<Ring>, V
 
 impl Ring {
     /// What can be submitted to it is bound to the two operations that we use, so that it is no way around the list of
-    /// system calls of the sandbox.
+    /// system calls of the sandbox. The kernel is to leave completions until its thread asks for them: otherwise each
+    /// request interrupts the thread, on its CPU by a call from another, in the middle of the one that it serves. Measured,
+    /// bare pass-through on 2 CPUs, 4k at QD32: 110k without, 295k with it.
     fn new(own: Arc<Entries>, homes: Homes) -> io::Result<Ring> {
         let room = (own.count() + 1).max(ROOM).next_power_of_two();
-        let ring = bound(&mut IoUring::builder(), room, &[opcode::UringCmd80::CODE, opcode::Read::CODE])?;
+        let mut builder = IoUring::builder();
+        builder.setup_single_issuer().setup_defer_taskrun();
+        let ring = bound(&mut builder, room, &[opcode::UringCmd80::CODE, opcode::Read::CODE])?;
         let filling = (0..own.count()).map(|_| None).collect();
         let (answered, to_fill, refused) = (VecDeque::new(), VecDeque::new(), Vec::new());
         Ok(Ring {
@@ -125,8 +129,10 @@ impl Ring {
     }
 
     /// Gives every entry of its own to its queue. To be called once, by the thread that then calls
-    /// [`wait`](Self::wait): the kernel copies requests in the context of the thread that submitted their entry.
+    /// [`wait`](Self::wait): the kernel copies requests in the context of the thread that submitted their entry, and no other
+    /// may submit to this ring.
     pub(super) fn register(&mut self, device: Arc<Device>) -> io::Result<()> {
+        begin(&self.ring)?;
         let fd = device.as_raw_fd();
         self.device = Some(device);
         self.own.adopt_thread();
@@ -153,7 +159,8 @@ impl Ring {
 
     /// The same without waiting.
     pub(super) fn look(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
-        self.flush()?;
+        self.commit()?;
+        look(&mut self.ring)?;
         self.collect(batch)
     }
 
@@ -358,6 +365,7 @@ mod tests {
             .expect("written");
         let file = Arc::new(RealFile::open(&path, Access::ReadWrite).expect("opens"));
         let ring = rings.pop().expect("one was asked for");
+        begin(&ring.ring).expect("a new ring");
         ring.own.adopt_thread();
         Some(Bench { ring, file, _dir: dir })
     }
