@@ -21,6 +21,11 @@ use super::ring::{begin, bound, passing};
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
 
+/// So many reads are answered before what has come meanwhile goes to the disk: who was answered asks for the next, and the
+/// disk should not stand idle until the last of many is answered. Cold 4k reads with O_DIRECT, QD32: 41k when all are answered
+/// first, 48k with 8, 49k with 4, 52k with 2, 53k with 1; through the page cache 2 to 4 gain a little, and 1 loses it.
+const PIECE: usize = 2;
+
 /// Marks the completion of the read of [`Shared::wake`]; reads are marked by their slot.
 const WAKE: u64 = u64::MAX;
 
@@ -143,6 +148,15 @@ struct Under {
     memory: Pages,
 }
 
+/// What the collecting thread does when it has taken what waits.
+#[derive(PartialEq, Eq)]
+enum Then {
+    /// Waits in the kernel, from where it is to be woken.
+    Sleep,
+    /// Looks again by itself.
+    GoOn,
+}
+
 /// The thread.
 struct Collector {
     ring: IoUring,
@@ -172,7 +186,7 @@ impl Collector {
 
     /// Until the queue has ended and the kernel has nothing of ours.
     fn run(mut self) {
-        while self.take() {
+        while self.take(Then::Sleep) {
             if let Err(e) = self.wait() {
                 log::error!("the ring that reads has failed: {e}; reading without it");
                 return self.fail();
@@ -181,8 +195,8 @@ impl Collector {
         }
     }
 
-    /// Gives the kernel what waits. False: the end.
-    fn take(&mut self) -> bool {
+    /// Gives the ring what waits. False: the end.
+    fn take(&mut self, then: Then) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut state = shared.lock();
         state.asleep = false;
@@ -199,7 +213,7 @@ impl Collector {
             self.push(slot, read);
         }
         // Looked at under the lock: what comes from here on sees it, and wakes.
-        state.asleep = state.waiting.is_empty();
+        state.asleep = then == Then::Sleep && state.waiting.is_empty();
         true
     }
 
@@ -237,11 +251,24 @@ impl Collector {
         passing(self.ring.submit_and_wait(1))
     }
 
+    /// Gives the kernel what the ring has. What fails stays there; [`wait`](Self::wait) tries it again, and says so.
+    fn submit(&mut self) {
+        if !self.ring.submission().is_empty()
+            && let Err(e) = passing(self.ring.submit())
+        {
+            log::debug!("cannot submit a read: {e}");
+        }
+    }
+
     /// Hands out what the kernel has completed.
     fn finish(&mut self) {
         let mut finished = std::mem::take(&mut self.finished);
         finished.extend(self.ring.completion().map(|done| (done.user_data(), done.result())));
-        for (mark, result) in finished.drain(..) {
+        for (number, (mark, result)) in finished.drain(..).enumerate() {
+            if number > 0 && number.is_multiple_of(PIECE) {
+                self.take(Then::GoOn);
+                self.submit();
+            }
             if mark == WAKE {
                 self.watching = false;
                 continue;
@@ -325,6 +352,33 @@ mod tests {
             let (page, data) = rx.recv_timeout(LONG).expect("an answer");
             assert!(data.expect("read").iter().all(|byte| u64::from(*byte) == page));
         }
+    }
+
+    #[test]
+    fn what_comes_while_many_are_answered_goes_to_the_disk_before_the_last_answer() {
+        let (Some(reads), (_dir, file)) = (queue(), file(16 * 4096)) else { return };
+        let reads = Arc::new(reads);
+        let (release, held) = mpsc::channel::<()>();
+        let (tell, told) = mpsc::channel();
+        let hold = tell.clone();
+        let done = Box::new(move |_: Option<Bytes>| {
+            hold.send(0).expect("the test waits");
+            let _ = held.recv();
+        });
+        reads.submit(read(&file, 0, 4096, done));
+        told.recv_timeout(LONG).expect("it holds");
+        // These are cached, and so complete together.
+        for n in 0..6 {
+            let (tell, its_file, queue) = (tell.clone(), file.clone(), reads.clone());
+            let done = Box::new(move |_: Option<Bytes>| match n {
+                0 => queue.submit(read(&its_file, 4096, 4096, Box::new(|_| ()))),
+                5 => tell.send(queue.shared.lock().waiting.len()).expect("the test waits"),
+                _ => {}
+            });
+            reads.submit(read(&file, 4096, 4096, done));
+        }
+        drop(release);
+        assert_eq!(told.recv_timeout(LONG).expect("an answer"), 0, "waiting while others are answered");
     }
 
     #[test]
