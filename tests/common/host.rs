@@ -27,6 +27,8 @@ pub fn memory_dir() -> TempDir {
 #[derive(Debug)]
 pub struct Loop {
     device: PathBuf,
+    /// See [`sequence`].
+    sequence: Option<u64>,
     attached: bool,
 }
 
@@ -44,7 +46,8 @@ impl Loop {
             let done = Run::new("losetup").args([mode, "-f", "--show", text(file)]).limit(60).run();
             if done.success() {
                 let device = PathBuf::from(done.stdout.trim());
-                let attached = Loop { device, attached: true };
+                let sequence = sequence(&device);
+                let attached = Loop { device, sequence, attached: true };
                 assert_eq!(attached.direct(), direct, "direct I/O of {}", attached.device.display());
                 return Ok(attached);
             }
@@ -80,13 +83,13 @@ impl Loop {
     #[track_caller]
     pub fn detach(mut self) {
         self.attached = false;
-        assert!(drop_loop(&self.device), "{} is still attached", self.device.display());
+        assert!(drop_loop(&self.device, self.sequence), "{} is still attached", self.device.display());
     }
 }
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        if self.attached && !drop_loop(&self.device) {
+        if self.attached && !drop_loop(&self.device, self.sequence) {
             eprintln!("left behind: loop device {}", self.device.display());
         }
     }
@@ -99,13 +102,23 @@ fn stable_pages(device: &Path) -> PathBuf {
         .join("queue/stable_writes")
 }
 
-/// Detaches a device; true once it has no file any more (losetup -d returns before that).
-pub fn drop_loop(device: &Path) -> bool {
+/// The kernel's number for what a device shows now; it changes with each file that is attached.
+pub fn sequence(device: &Path) -> Option<u64> {
+    let name = device.file_name().expect("/dev/loopN has a name");
+    std::fs::read_to_string(Path::new("/sys/block").join(name).join("diskseq")).ok()?.trim().parse().ok()
+}
+
+/// Detaches a device that has this [`sequence`]; true once it has no file any more (losetup -d returns before that), or
+/// another one: then it was detached already, and is somebody else's.
+pub fn drop_loop(device: &Path, its: Option<u64>) -> bool {
+    if sequence(device) != its {
+        return true;
+    }
     let _ = std::fs::write(stable_pages(device), "0");
     let _ = Run::new("losetup").args(["-d", text(device)]).limit(20).run();
     let name = device.file_name().expect("/dev/loopN has a name");
     let state = Path::new("/sys/block").join(name).join("loop");
-    until(Duration::from_secs(20), || !state.exists())
+    until(Duration::from_secs(20), || !state.exists() || sequence(device) != its)
 }
 
 /// The loop devices over files in `folder`.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::host::{drop_loop, loops_in, memory_dir, temp_dir};
+use super::host::{drop_loop, loops_in, memory_dir, sequence, temp_dir};
 use super::run::{Finished, Run, until};
 use super::text;
 
@@ -201,7 +201,7 @@ impl Mount {
     /// Ends the mount by any means, each bounded in time.
     fn clear(&mut self) {
         for device in loops_in(&self.point) {
-            drop_loop(&device);
+            drop_loop(&device, sequence(&device));
         }
         // A daemon that was killed leaves the unmount to its keeper.
         let gone = |mount: &Mount| !mount.is_mounted() && mount.processes().is_empty();
