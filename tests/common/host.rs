@@ -65,9 +65,7 @@ impl Loop {
 
     /// Whether the kernel says that direct I/O is on.
     pub fn direct(&self) -> bool {
-        let name = self.device.file_name().expect("/dev/loopN has a name");
-        let flag = Path::new("/sys/block").join(name).join("loop/dio");
-        std::fs::read_to_string(flag).is_ok_and(|text| text.trim() == "1")
+        std::fs::read_to_string(in_sysfs(&self.device, "loop/dio")).is_ok_and(|text| text.trim() == "1")
     }
 
     /// Makes its file systems hold writes to a page back while loop copies it, so that a sector is written whole or
@@ -95,17 +93,19 @@ impl Drop for Loop {
     }
 }
 
+/// What the kernel says of a device under this name.
+fn in_sysfs(device: &Path, what: &str) -> PathBuf {
+    Path::new("/sys/block").join(device.file_name().expect("/dev/loopN has a name")).join(what)
+}
+
 /// Where the kernel keeps whether pages under writeback stay as they are; it outlives the device's file.
 fn stable_pages(device: &Path) -> PathBuf {
-    Path::new("/sys/block")
-        .join(device.file_name().expect("/dev/loopN has a name"))
-        .join("queue/stable_writes")
+    in_sysfs(device, "queue/stable_writes")
 }
 
 /// The kernel's number for what a device shows now; it changes with each file that is attached.
 pub fn sequence(device: &Path) -> Option<u64> {
-    let name = device.file_name().expect("/dev/loopN has a name");
-    std::fs::read_to_string(Path::new("/sys/block").join(name).join("diskseq")).ok()?.trim().parse().ok()
+    std::fs::read_to_string(in_sysfs(device, "diskseq")).ok()?.trim().parse().ok()
 }
 
 /// Detaches a device that has this [`sequence`]; true once it has no file any more (losetup -d returns before that), or
@@ -116,8 +116,7 @@ pub fn drop_loop(device: &Path, its: Option<u64>) -> bool {
     }
     let _ = std::fs::write(stable_pages(device), "0");
     let _ = Run::new("losetup").args(["-d", text(device)]).limit(20).run();
-    let name = device.file_name().expect("/dev/loopN has a name");
-    let state = Path::new("/sys/block").join(name).join("loop");
+    let state = in_sysfs(device, "loop");
     until(Duration::from_secs(20), || !state.exists() || sequence(device) != its)
 }
 

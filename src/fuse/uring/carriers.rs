@@ -7,8 +7,8 @@
 //! next request comes out that the kernel gives it; it goes home with the answer of a small one.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::Sender;
 
@@ -19,6 +19,7 @@ use super::ring::Ring;
 use super::serve::{Server, Thread};
 use crate::error::Result;
 use crate::io::process::spawn_thread;
+use crate::sync::{Mutex, lock};
 
 /// From this size on, in bytes, the copies of a request cost far more than a hand-over, and two threads that copy are
 /// faster than one: below the 512 KiB to which loop cuts, above the 128 KiB of read-ahead.
@@ -61,18 +62,13 @@ impl Load {
         Load { state: Mutex::new(state), carriers, under_way: AtomicUsize::new(0) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No panic can happen between two changes.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// True while a carrier has something to do.
     pub(super) fn is_under_way(&self) -> bool {
         self.under_way.load(Ordering::Relaxed) > 0
     }
 
     fn has_free(&self) -> bool {
-        self.lock().free.contains(&true)
+        lock(&self.state).free.contains(&true)
     }
 
     /// Calls all carriers: they look whether it is over.
@@ -84,7 +80,7 @@ impl Load {
     pub(super) fn put(&self, held: Held) {
         self.under_way.fetch_add(1, Ordering::Relaxed);
         let chosen = {
-            let mut state = self.lock();
+            let mut state = lock(&self.state);
             state.requests.push_back(held);
             state.choose()
         };
@@ -99,7 +95,7 @@ impl Load {
 
     /// The next request. None: there is none, and the carrier is free until it [wakes](Self::woke).
     fn take(&self, carrier: usize) -> Option<Held> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         let held = state.requests.pop_front();
         state.free[carrier] = held.is_none();
         held
@@ -109,7 +105,7 @@ impl Load {
     /// what it was called for.
     fn woke(&self, carrier: usize, busy: bool) {
         let chosen = {
-            let mut state = self.lock();
+            let mut state = lock(&self.state);
             let called = !std::mem::replace(&mut state.free[carrier], false);
             let needed = called && busy && !state.requests.is_empty();
             needed.then(|| state.choose()).flatten()
