@@ -88,10 +88,21 @@ fn no_ring(e: &io::Error) -> Error {
     Error::new(Kind::Unsupported, format!("cannot make an io_uring: {}{hint}", crate::error::words(e)))
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Makes all rings and their memory, because a sandbox would not
+/// What serves requests from here on is run soon after it is woken: a submitter that still runs when its answer comes has
+/// not been put to sleep, and is not woken on another, idle CPU, which in a virtual machine costs more than the request.
+/// Measured with a slice of 100 us instead of 2.8 ms, on 2 CPUs: 4k QD1 reads 1.37, writes 1.45, loop QD32 1.18 and 1.10,
+/// QD4 0.9, all else 1.0 to 1.1. On /dev/fuse, whose threads are not bound to CPUs, QD1 falls to 0.65.
+fn soon() {
+    if let Err(e) = process::run_soon() {
+        log::debug!("threads run when their turn comes: {e}");
+    }
+}
+
+/// Mounts on `mountpoint` and answers the kernel's INIT. Begins what the threads of the session inherit, and makes all rings and their memory, because a sandbox would not
 /// let it later; starts no thread. Requests wait until [`Session::run`].
 pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
     available()?;
+    soon();
     let cpus = process::note_cpus();
     let plans = cpus::plan();
     let queues: Vec<_> = plans.iter().map(|plan| &*plan.queues).collect();
