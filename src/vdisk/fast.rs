@@ -18,6 +18,10 @@ use crate::sync::{Arc, Ordering};
 /// number of lock stripes, so that one request never meets itself.
 const WINDOW: usize = 40;
 
+/// Where the clusters of a [`Window`] are.
+pub(super) type Places = [Place; WINDOW];
+pub(super) const NOWHERE: Places = [Place::None; WINDOW];
+
 /// Neighbouring pios that are one system call.
 pub(super) struct Run {
     pub(super) place: Place,
@@ -42,10 +46,10 @@ impl Image {
     }
 
     fn read_windows(self: &Arc<Self>, stack: &Stack, offset: u64, buf: &mut [u8]) -> bool {
-        let mut done = 0;
+        let (mut done, mut places) = (0, NOWHERE);
         while done < buf.len() {
             let at = offset + done as u64;
-            let window = Window::lock(self, stack, at, (buf.len() - done) as u64);
+            let window = Window::lock(self, stack, at, (buf.len() - done) as u64, &mut places);
             let Some(window) = window else { return false };
             let len = window.len as usize;
             if !window.all(|at, run| read_run(stack, run, &mut buf[done + at..done + at + run.len as usize]))
@@ -94,11 +98,11 @@ impl Image {
     }
 
     fn write_windows(self: &Arc<Self>, stack: &Stack, offset: u64, data: &[u8]) -> Option<Result<()>> {
-        let mut done = 0;
+        let (mut done, mut places) = (0, NOWHERE);
         let mut failure = None;
         while done < data.len() {
             let at = offset + done as u64;
-            let window = Window::lock(self, stack, at, (data.len() - done) as u64)?;
+            let window = Window::lock(self, stack, at, (data.len() - done) as u64, &mut places)?;
             let len = window.len as usize;
             // Nothing is written before all of the window is known to be writable here.
             if !window.all(|at, run| match run.place {
@@ -225,17 +229,26 @@ pub(super) struct Window<'a> {
     start: u64,
     /// Bytes of the request in this window.
     len: u64,
-    places: [Place; WINDOW],
+    /// Of all clusters that it is to have.
+    places: &'a [Place],
 }
 
 impl<'a> Window<'a> {
-    /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way.
-    pub(super) fn lock(image: &'a Arc<Image>, stack: &Stack, offset: u64, len: u64) -> Option<Window<'a>> {
+    /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way. `places` is room for
+    /// what is found, the caller's because moving it with the window is a third of a small read's instructions.
+    pub(super) fn lock(
+        image: &'a Arc<Image>,
+        stack: &Stack,
+        offset: u64,
+        len: u64,
+        places: &'a mut Places,
+    ) -> Option<Window<'a>> {
         let first = offset / image.cluster;
         let start = offset - first * image.cluster;
         let count = ((start + len - 1) / image.cluster + 1).min(WINDOW as u64) as usize;
         let len = len.min(count as u64 * image.cluster - start);
-        let mut window = Window { image, first, count: 0, start, len, places: [Place::None; WINDOW] };
+        let places = &mut places[..count];
+        let mut window = Window { image, first, count: 0, start, len, places: &[] };
         while window.count < count {
             if !image.locks.try_lock(first + window.count as u64, Mode::Shared) {
                 return None; // Drop gives back what was taken.
@@ -243,14 +256,15 @@ impl<'a> Window<'a> {
             window.count += 1;
         }
         let found = match &stack.bat {
-            Some(bat) => bat.lookup_run(first, &mut window.places[..count]),
+            Some(bat) => bat.lookup_run(first, places),
             None => {
-                for (i, place) in window.places[..count].iter_mut().enumerate() {
+                for (i, place) in places.iter_mut().enumerate() {
                     *place = stack.raw_place(first + i as u64);
                 }
                 true
             }
         };
+        window.places = places;
         found.then_some(window)
     }
 

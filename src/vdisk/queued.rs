@@ -8,7 +8,7 @@
 use bytes::Bytes;
 
 use super::bat::page::Place;
-use super::fast::Window;
+use super::fast::{NOWHERE, Window};
 use super::gate::Inside;
 use super::locks::Mode;
 use super::pio;
@@ -49,7 +49,8 @@ pub fn plan(
     let mut held = Held { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
     held.inside.as_ref()?;
     let stack = image.stack();
-    let window = Window::lock(image, &stack, offset, len as u64)?; // 2
+    let mut places = NOWHERE;
+    let window = Window::lock(image, &stack, offset, len as u64, &mut places)?; // 2
     let mut found = None;
     window.all(|_, run| {
         found = Some((run.place, run.len)); // 3
