@@ -14,7 +14,7 @@ pub enum Rule {
     R1,
     /// No entry points past the end of the file. Broken: the file grows only as far as it is written.
     R2,
-    /// Data before its entry. Broken: a round writes the BAT without syncing the data first.
+    /// Data before its entry. Broken: a round never syncs the data before it writes the BAT.
     R3,
     /// A freed cluster is reused after its entry is durably gone. Broken: at once.
     R4,

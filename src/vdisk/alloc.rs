@@ -1,7 +1,8 @@
 //! Which file clusters of the top are free, and which of them may be handed out (R2, R3, R4).
 //!
 //! - **R2** A BAT entry never points past the end of the file: the file is extended ahead of need. That is durable before any
-//!   entry that relies on it: a round syncs the file, and so its length, before it writes the entries (`flush`, step 2).
+//!   entry that relies on it: a round that has entries behind the length that the last round made durable syncs the file, and
+//!   so its length, before it writes them (`flush`, step 2).
 //! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
 //!   (the free tail is cut off then, not trusted) and was never handed out in this process, or since the file was cut off
 //!   there, durably (`live::compact`). All other free space,
@@ -87,6 +88,11 @@ struct State {
     next: u64,
     /// File clusters before this one lie inside the file (R2).
     end: u64,
+    /// File clusters before this one lie inside the file durably, or were never handed out. A sync since the free tail was
+    /// cut off has made it so: what of them is known to be zero is so durably as well (R3).
+    durable: u64,
+    /// The same, once the sync of the round that is under way has ended well.
+    syncing: u64,
     /// File clusters the format can address.
     limit: u64,
     /// Clusters per extension step.
@@ -160,6 +166,9 @@ impl Allocator {
         let state = State {
             next,
             end: next,
+            // Also what the file had before: its tail was cut off, and that is not synced yet.
+            durable: 0,
+            syncing: 0,
             limit,
             step: step.max(1),
             clean: Bits::default(),
@@ -290,6 +299,8 @@ impl Allocator {
         s.clean.remove_from(cut.end);
         s.stale.remove_from(cut.end);
         (s.next, s.end) = (cut.end, cut.end);
+        // Also for a sync that is under way: it may have ended before the file is cut.
+        (s.durable, s.syncing) = (s.durable.min(cut.end), s.syncing.min(cut.end));
         (s.extending, s.scrubbing) = (true, true);
         Some(cut)
     }
@@ -324,6 +335,8 @@ impl Allocator {
         let state = State {
             next: s.next - reserved,
             end: s.end - reserved,
+            durable: 0,
+            syncing: 0,
             limit,
             step: s.step,
             clean: s.clean.moved_down(reserved),
@@ -420,6 +433,24 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.pace = s.step;
         s.exhausted = false;
+    }
+
+    /// A round is about to sync the file. Rounds come one at a time.
+    pub fn begin_sync(&self) {
+        let mut s = lock(&self.state);
+        s.syncing = s.end;
+    }
+
+    /// That sync has ended well.
+    pub fn synced(&self) {
+        let mut s = lock(&self.state);
+        s.durable = s.durable.max(s.syncing);
+    }
+
+    /// File clusters before this one may be named by an entry on disk before their data is there: the file is durably
+    /// longer (R2), and they are durably zero (R3).
+    pub fn durable_end(&self) -> u64 {
+        lock(&self.state).durable
     }
 
     /// Where the file may end when it is closed: behind the last cluster in use. `pending` are clusters whose
@@ -562,6 +593,35 @@ mod tests {
         alloc.end_cut(cut, false);
         assert_eq!((alloc.take_ready(), alloc.begin_scrub()), (None, Scrubbing::Ours));
         assert_eq!(alloc.scrub_batch(), [4, 5]);
+    }
+
+    #[test]
+    fn what_the_file_grows_by_is_durable_after_a_sync_that_began_later() {
+        let alloc = Allocator::new(6, 100, 4, Bits::default());
+        assert_eq!(alloc.durable_end(), 0, "nothing is known of what was there");
+        alloc.begin_sync();
+        alloc.extended(10);
+        alloc.synced();
+        assert_eq!(alloc.durable_end(), 6);
+        alloc.begin_sync();
+        assert_eq!(alloc.durable_end(), 6, "not before it has ended");
+        alloc.synced();
+        assert_eq!(alloc.durable_end(), 10);
+    }
+
+    #[test]
+    fn a_tail_that_is_cut_off_is_durable_no_more_nor_after_the_sync_under_way() {
+        let alloc = Allocator::new(6, 100, 4, Bits::default());
+        alloc.begin_sync();
+        alloc.synced();
+        alloc.freed(&[4, 5], true);
+        alloc.begin_sync();
+        let cut = alloc.begin_cut().expect("nothing is under way");
+        assert_eq!(alloc.durable_end(), 4);
+        alloc.end_cut(cut, true);
+        alloc.extended(8);
+        alloc.synced();
+        assert_eq!(alloc.durable_end(), 4);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!
 //! A round, on a thread of its own:
 //! 1. under each dirty page's lock, copy the top's own entries;
-//! 2. fdatasync: the data of every copied entry, and every punched hole, is durable;
+//! 2. fdatasync: the data of every copied entry, and every punched hole, is durable, and so is the file's length; left out
+//!    where no copied entry needs it;
 //! 3. write the copies (`bat::writeback`);
 //! 4. fdatasync;
 //! 5. pages are clean, freed clusters may be reused (R4), waiters are answered.
@@ -14,12 +15,17 @@
 //! 2 before 1 would let an entry into the copy whose data came after the sync: after a cut it points at zeroes or
 //! old data (R3). Writing the live page in 3 would do the same. 5 before 4 would reuse a cluster that the entry
 //! on disk still names.
+//!
+//! Step 2 is left out when all that has changed in the copied pages is allocations for clusters that no level maps (R3), in
+//! a part of the file that was durably there before (R2, `alloc`). The space is known to be zero: an entry that is durable
+//! alone says what was said before, zeroes, and 4 makes data and entries durable together. So an fsync of a disk that is
+//! being filled is one flush of the host's disk, and not two.
 
 use std::collections::BTreeSet;
 
 use super::Image;
 use super::Reply;
-use super::bat::cache::BatCache;
+use super::bat::cache::{BatCache, Copy};
 use super::pio::Pio;
 use super::runner::Job;
 use super::stack::Stack;
@@ -35,7 +41,7 @@ pub(crate) const BOUND: u64 = 256 << 20;
 /// Rounds of one image.
 #[derive(Default)]
 pub struct Flusher {
-    /// Bytes written (or, for a punch, 1) since the last round's step 2 began. Added to *after* the write, before
+    /// Bytes written (or, for a punch, 1) since a round last took the count, before its first sync. Added to *after* the write, before
     /// its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
     /// write ended leaves it for the next one.
     unsynced: AtomicU64,
@@ -235,16 +241,31 @@ impl Image {
         if unsynced == 0 && copies.is_empty() {
             return Ok(());
         }
-        if !broken(Rule::R3)
-            && let Err(e) = self.sync_data(&stack)
+        let synced = copies.is_empty() || needs_data_first(&stack, &copies);
+        if synced
+            && !broken(Rule::R3)
+            && let Err(e) = self.sync_round(&stack)
         {
             self.bat_not_written(&stack, copies);
             return Err(e); // 2
         }
         if !copies.is_empty() {
-            self.write_back(&stack, copies)?; // 3, 4, 5
+            self.write_back(&stack, copies, synced)?; // 3, 4, 5
         }
         self.check_low_water();
+        Ok(())
+    }
+
+    /// The sync of a round: what the file has grown by is durable too.
+    pub(super) fn sync_round(self: &Arc<Self>, stack: &Stack) -> Result<()> {
+        let alloc = stack.state.allocator.get();
+        if let Some(alloc) = alloc {
+            alloc.begin_sync();
+        }
+        self.sync_data(stack)?;
+        if let Some(alloc) = alloc {
+            alloc.synced();
+        }
         Ok(())
     }
 
@@ -270,6 +291,13 @@ impl Image {
             self.start_round();
         }
     }
+}
+
+/// Whether step 2 is needed.
+fn needs_data_first(stack: &Stack, copies: &[Copy]) -> bool {
+    let Some(alloc) = stack.state.allocator.get() else { return true };
+    let durable = stack.geometry.cluster_position(alloc.durable_end());
+    copies.iter().any(|copy| copy.data_first || copy.last >= durable)
 }
 
 /// The running rounds of an image.

@@ -9,7 +9,7 @@ use super::locks::Mode as LockMode;
 use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::{Kind, Result};
 use crate::format::header::{FLAG_EMPTY, Header, Version};
-use crate::io::fault::{FaultFile, Plan};
+use crate::io::fault::{FaultFile, Op, Plan};
 use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
@@ -68,7 +68,7 @@ fn after_a_close_that_failed_nothing_more_is_written() {
         b.image.write_at(0, &[7; 512]).expect("space");
         until(|| round_under_way.stats().dirty_pages == 0);
         // Data of the next cluster gets in; its BAT page meets a full host.
-        b.plan.set_delay(crate::io::fault::Op::Sync, 50);
+        b.plan.set_delay(Op::Sync, 50);
         b.image.write_at(4 * CLUSTER, &[8; 512]).expect("space");
         b.plan.set_full(true);
         assert_eq!(b.image.close().expect_err("the BAT has no space").kind(), Kind::NoSpace);
@@ -147,7 +147,7 @@ fn an_allocation_waits_for_the_dirty_pages_of_another_image_without_spinning() {
     let (a, b) = crowded("");
     let answer = later(&b.image, 0);
     nothing_comes(&answer);
-    assert!(b.plan.counters(crate::io::fault::Op::Sync).started < 10, "no round after round");
+    assert!(b.plan.counters(Op::Sync).started < 10, "no round after round");
     a.image.flush_now().expect("durable");
     answer.recv_timeout(LONG).expect("woken").expect("written");
 }
@@ -299,4 +299,78 @@ fn a_sync_of_a_file_that_the_kernel_may_write_syncs_it_though_nothing_was_writte
     assert!(backing.register(|_| Ok(std::sync::Arc::new(()))).is_none(), "memory has no descriptor");
     image.pass_through(backing);
     image.flush_now().expect("nothing to sync");
+}
+
+/// An image that syncs only when it is told to, extended by `extend` clusters at a time.
+fn told(extend: u64) -> Bench {
+    let never = Duration::from_secs(3600);
+    bench(&engine(Options { bat_delay: never, extend: extend * CLUSTER, ..Options::default() }), "")
+}
+
+/// How many syncs of the host's file it takes to make `change` durable.
+fn syncs_for(b: &Bench, change: impl FnOnce(&Arc<Image>) -> Result<()>) -> u64 {
+    change(&b.image).expect("space");
+    let before = b.plan.counters(Op::Sync).started;
+    b.image.flush_now().expect("durable");
+    b.plan.counters(Op::Sync).started - before
+}
+
+#[test]
+fn first_writes_in_space_that_is_durably_there_take_one_sync() {
+    let b = told(64);
+    assert_eq!(syncs_for(&b, |image| image.write_at(0, &[1; 512])), 2, "the file has just grown");
+    assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 1);
+    assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[2; 512])), 1, "mapped");
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn entries_behind_the_durable_end_of_the_file_wait_for_a_sync() {
+    let b = told(4);
+    syncs_for(&b, |image| image.write_at(0, &[1; 512]));
+    let four = |image: &Arc<Image>| (1..9).try_for_each(|n| image.write_at(n * CLUSTER, &[1; 512]));
+    assert_eq!(syncs_for(&b, four), 2);
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn a_cluster_that_was_unmapped_and_what_changes_with_it_wait_for_a_sync() {
+    let b = told(64);
+    syncs_for(&b, |image| image.write_at(0, &[1; 512]));
+    let other = |image: &Arc<Image>| {
+        image.discard_at(0, CLUSTER)?;
+        image.write_at(CLUSTER, &[1; 512])
+    };
+    assert_eq!(syncs_for(&b, other), 2);
+    assert_eq!(syncs_for(&b, |image| image.write_at(2 * CLUSTER, &[1; 512])), 1, "and no longer than that");
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn data_whose_entries_find_no_space_is_synced_all_the_same() {
+    let on_full = OnFull::Error;
+    let b =
+        bench(&engine(Options { bat_delay: Duration::from_secs(3600), on_full, ..Options::default() }), "");
+    syncs_for(&b, |image| image.write_at(0, &[1; 512]));
+    b.image.write_at(CLUSTER, &[1; 512]).expect("space");
+    let before = b.plan.counters(Op::Sync).started;
+    b.plan.set_full(true);
+    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
+    assert_eq!(b.plan.counters(Op::Sync).started - before, 1);
+    b.plan.set_full(false);
+    b.image.close().expect("closes");
+}
+
+#[test]
+fn after_a_round_that_failed_what_had_to_wait_for_a_sync_still_does() {
+    let on_full = OnFull::Error;
+    let b =
+        bench(&engine(Options { bat_delay: Duration::from_secs(3600), on_full, ..Options::default() }), "");
+    syncs_for(&b, |image| image.write_at(0, &[1; 512]));
+    b.image.discard_at(0, CLUSTER).expect("punched");
+    b.plan.set_full(true);
+    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
+    b.plan.set_full(false);
+    assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 2);
+    b.image.close().expect("closes");
 }

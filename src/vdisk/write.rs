@@ -2,14 +2,14 @@
 //!
 //! Order of an allocation, all under the exclusive cluster lock:
 //! 1. look up and pin the BAT page: the entry can be set later without loading anything;
-//! 2. take a file cluster that is known to be zero and lies inside the durable file (R2, R3: `alloc`);
+//! 2. take a file cluster that is known to be zero and lies inside the file (R2, R3: `alloc`);
 //! 3. copy into it what a lower level has and the write leaves, then write the data;
 //! 4. set the entry in the cache, which makes the cluster visible;
 //! 5. let the lock go, answer.
 //!
 //! 4 before 3 would let a round publish the entry of a cluster whose data write then fails, and a reader see it.
 //! 5 before 4 would let a read after the answer see zeroes, and a second write allocate a second cluster.
-//! The entry reaches the disk in a later round, which syncs the data first (R3).
+//! The entry reaches the disk in a later round, which syncs the data first where R3 asks for it.
 
 use super::alloc::Alloc;
 use super::bat::cache::Lookup;

@@ -137,6 +137,10 @@ pub struct Copy {
     pub page: u32,
     /// 4 KiB; the header's slots of page 0 are zero.
     pub bytes: Box<[u8]>,
+    /// The position, in bytes, of the last cluster in the file that it names.
+    pub last: u64,
+    /// What it names must be durable before it; else it may be written first, as far as the file is durably long enough.
+    pub data_first: bool,
     /// File clusters that are free once this copy is durable.
     pub freed: Vec<u64>,
     /// The same, of clusters that were moved: they still hold their data.
@@ -232,6 +236,8 @@ impl BatCache {
         // What was there is a lower level's, and hidden from now on.
         let hides = loaded.get(slot) != Place::None;
         loaded.set(slot, Place::At { level: top, position }, hides);
+        // Where nothing was, its entry alone reads as before: the space is known to be zero (R3).
+        loaded.data_first |= hides;
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -245,6 +251,7 @@ impl BatCache {
         let hides = loaded.hides(slot);
         loaded.set(slot, Place::At { level: top, position }, hides);
         loaded.moved.extend_from_slice(old);
+        loaded.data_first = true;
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -258,6 +265,7 @@ impl BatCache {
             loaded.set(slot, Place::None, false);
         }
         loaded.freed.extend_from_slice(freed);
+        loaded.data_first = true;
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -310,9 +318,10 @@ impl BatCache {
             let State::Loaded(page) = &mut *state else { unreachable!("a dirty page is never evicted") };
             page.dirty_since = None;
             page.writing = true;
-            let bytes = page.own_entries(top, geometry);
+            let (bytes, last) = page.own_entries(top, geometry);
             let (freed, moved) = (std::mem::take(&mut page.freed), std::mem::take(&mut page.moved));
-            copies.push(Copy { page: number, bytes, freed, moved });
+            let data_first = std::mem::take(&mut page.data_first);
+            copies.push(Copy { page: number, bytes, last, data_first, freed, moved });
         }
         copies
     }
@@ -335,6 +344,7 @@ impl BatCache {
         let State::Loaded(page) = &mut *state else { unreachable!("a writing page is never evicted") };
         page.freed.extend(copy.freed);
         page.moved.extend(copy.moved);
+        page.data_first |= copy.data_first;
         if page.dirty_since.is_none() {
             page.dirty_since = Some(Instant::now());
             lock(&self.dirty).pages.push(copy.page);

@@ -63,6 +63,9 @@ pub struct Page {
     pub dirty_since: Option<Instant>,
     /// A round has a copy under way.
     pub writing: bool,
+    /// What has changed since the last copy is more than allocations for clusters that no level maps: what the entries name
+    /// must be durable before them (R3).
+    pub data_first: bool,
     /// File clusters whose unmapping the next copy will carry; they become free when it is durable (R4).
     pub freed: Vec<u64>,
     /// File clusters whose data lies elsewhere once the next copy is durable; then they are free, with what they hold (R4).
@@ -78,7 +81,7 @@ impl Default for Page {
         let entries = vec![Packed(NONE); PAGE_SLOTS].into_boxed_slice();
         let hides = [0; PAGE_SLOTS / 64];
         let (freed, moved) = (Vec::new(), Vec::new());
-        Page { entries, pins: 0, dirty_since: None, writing: false, freed, moved, hides }
+        Page { entries, pins: 0, dirty_since: None, writing: false, data_first: false, freed, moved, hides }
     }
 }
 
@@ -154,18 +157,21 @@ impl Page {
     }
 
     /// The page as it goes to disk: the entries of delta `top` only (R5), everything else 0; slots of the
-    /// header are 0 and filled in by the one writer of bytes 0 to 4095.
-    pub fn own_entries(&self, top: u16, of: &Geometry) -> Box<[u8]> {
+    /// header are 0 and filled in by the one writer of bytes 0 to 4095. With it the position of the last cluster in the file
+    /// that is named, in bytes.
+    pub fn own_entries(&self, top: u16, of: &Geometry) -> (Box<[u8]>, u64) {
         let mut bytes = vec![0; PAGE_BYTES as usize].into_boxed_slice();
+        let mut last = 0;
         for (slot, packed) in self.entries.iter().enumerate() {
             if let Place::At { level, position } = packed.unpack()
                 && (level == top || broken(Rule::R5))
             {
                 let entry = of.entry(position).expect("an allocation checks that its entry fits the format");
                 bytes[slot * 4..slot * 4 + 4].copy_from_slice(&entry.to_le_bytes());
+                last = last.max(position);
             }
         }
-        bytes
+        (bytes, last)
     }
 
     /// True when the page may be dropped from the cache.
@@ -204,7 +210,7 @@ mod tests {
         assert_eq!(page.get(2), Place::At { level: 0, position: 2 * 65536 });
         assert_eq!(page.get(3), Place::None);
         assert_eq!((page.hides(1), page.hides(2), page.hides(3)), (true, false, false));
-        assert_eq!(&page.own_entries(1, &GEOMETRY)[..], &top[..]);
+        assert_eq!(page.own_entries(1, &GEOMETRY), (top.into(), 3 * 65536));
     }
 
     #[test]

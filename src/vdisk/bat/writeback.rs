@@ -51,13 +51,19 @@ impl Image {
         }
     }
 
-    /// Steps 3 to 5 of a round: the copies were made before the data was synced.
-    pub(in crate::vdisk) fn write_back(self: &Arc<Self>, stack: &Stack, copies: Vec<Copy>) -> Result<()> {
-        if let Err(e) = self.write_copies(stack, &copies) {
+    /// Steps 3 to 5 of a round: the copies were made before the data was synced, where that was needed.
+    /// `synced`: the data is.
+    pub(in crate::vdisk) fn write_back(
+        self: &Arc<Self>,
+        stack: &Stack,
+        copies: Vec<Copy>,
+        synced: bool,
+    ) -> Result<()> {
+        if let Err(e) = self.write_copies(stack, &copies, synced) {
             self.bat_not_written(stack, copies);
             return Err(e);
         }
-        if let Err(e) = self.sync_data(stack) {
+        if let Err(e) = self.sync_round(stack) {
             self.bat_not_written(stack, copies);
             return Err(e);
         }
@@ -78,8 +84,9 @@ impl Image {
         Ok(())
     }
 
-    /// Writes every copy; what fails is written again, after everything else was tried.
-    fn write_copies(self: &Arc<Self>, stack: &Stack, copies: &[Copy]) -> Result<()> {
+    /// Writes every copy; what fails is written again, after everything else was tried. Data that is not `synced` does not
+    /// wait for space: it is counted as synced, and space may come late.
+    fn write_copies(self: &Arc<Self>, stack: &Stack, copies: &[Copy], mut synced: bool) -> Result<()> {
         let mut left: Vec<&Copy> = copies.iter().collect();
         let mut pause = FIRST_PAUSE;
         let begun = Instant::now();
@@ -108,6 +115,9 @@ impl Image {
             };
             if full {
                 self.bat_is_full();
+                if !std::mem::replace(&mut synced, true) {
+                    self.sync_round(stack)?;
+                }
             }
             if patience.is_some_and(|p| begun.elapsed() >= p) || self.closing.load(Ordering::SeqCst) && full {
                 if full {

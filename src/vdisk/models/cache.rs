@@ -113,7 +113,7 @@ impl Rig {
                 self.bat().not_written(copy);
                 continue;
             }
-            let Copy { page, bytes, freed, moved } = copy;
+            let Copy { page, bytes, freed, moved, .. } = copy;
             assert!(moved.is_empty(), "nothing is compacted here");
             self.host.write_at(&bytes, u64::from(page) * PAGE_BYTES).expect("memory writes");
             self.bat().written(page);
