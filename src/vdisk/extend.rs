@@ -70,7 +70,8 @@ impl Image {
     ///
     /// 2 before 1 could leave a durable BAT entry that points behind the end of the file (R2). The length is not synced here:
     /// an entry is set after 2, and the round that writes it first syncs the file, unless an earlier one has done so since
-    /// (`flush`), which makes what came before durable, the length too. A sync of its own would write out the guest's data of all that time, again and again.
+    /// (`flush`), which makes what came before durable, the length too. A sync of its own would write out the guest's data of
+    /// all that time, again and again.
     fn extend(self: &Arc<Self>) {
         let stack = self.stack();
         let alloc = stack.allocator();

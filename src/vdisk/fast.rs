@@ -20,6 +20,7 @@ const WINDOW: usize = 40;
 
 /// Where the clusters of a [`Window`] are.
 pub(super) type Places = [Place; WINDOW];
+/// None of them looked up yet.
 pub(super) const NOWHERE: Places = [Place::None; WINDOW];
 
 /// Neighbouring pios that are one system call.
@@ -235,7 +236,7 @@ pub(super) struct Window<'a> {
 
 impl<'a> Window<'a> {
     /// Locks and looks up the beginning of `[offset, offset + len)`; None when anything is in the way. `places` is room for
-    /// what is found, the caller's because moving it with the window is a third of a small read's instructions.
+    /// what is found, the caller's because moving it with the window was a quarter of a small read's instructions.
     pub(super) fn lock(
         image: &'a Arc<Image>,
         stack: &Stack,

@@ -41,8 +41,8 @@ pub(crate) const BOUND: u64 = 256 << 20;
 /// Rounds of one image.
 #[derive(Default)]
 pub struct Flusher {
-    /// Bytes written (or, for a punch, 1) since a round last took the count, before its first sync. Added to *after* the write, before
-    /// its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
+    /// Bytes written (or, for a punch, 1) since a round last took the count, before its first sync. Added to *after* the
+    /// write, before its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
     /// write ended leaves it for the next one.
     unsynced: AtomicU64,
     /// Who waits for the next round. A leaf.

@@ -301,10 +301,10 @@ fn a_sync_of_a_file_that_the_kernel_may_write_syncs_it_though_nothing_was_writte
     image.flush_now().expect("nothing to sync");
 }
 
-/// An image that syncs only when it is told to, extended by `extend` clusters at a time.
-fn told(extend: u64) -> Bench {
+/// An image that syncs only when it is told to.
+fn told(options: Options) -> Bench {
     let never = Duration::from_secs(3600);
-    bench(&engine(Options { bat_delay: never, extend: extend * CLUSTER, ..Options::default() }), "")
+    bench(&engine(Options { bat_delay: never, ..options }), "")
 }
 
 /// How many syncs of the host's file it takes to make `change` durable.
@@ -315,9 +315,18 @@ fn syncs_for(b: &Bench, change: impl FnOnce(&Arc<Image>) -> Result<()>) -> u64 {
     b.plan.counters(Op::Sync).started - before
 }
 
+/// How many it takes when the round's entries find no space.
+fn syncs_of_a_full_round(b: &Bench) -> u64 {
+    let before = b.plan.counters(Op::Sync).started;
+    b.plan.set_full(true);
+    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
+    b.plan.set_full(false);
+    b.plan.counters(Op::Sync).started - before
+}
+
 #[test]
 fn first_writes_in_space_that_is_durably_there_take_one_sync() {
-    let b = told(64);
+    let b = told(Options::default());
     assert_eq!(syncs_for(&b, |image| image.write_at(0, &[1; 512])), 2, "the file has just grown");
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 1);
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[2; 512])), 1, "mapped");
@@ -326,16 +335,16 @@ fn first_writes_in_space_that_is_durably_there_take_one_sync() {
 
 #[test]
 fn entries_behind_the_durable_end_of_the_file_wait_for_a_sync() {
-    let b = told(4);
+    let b = told(Options { extend: 4 * CLUSTER, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
-    let four = |image: &Arc<Image>| (1..9).try_for_each(|n| image.write_at(n * CLUSTER, &[1; 512]));
-    assert_eq!(syncs_for(&b, four), 2);
+    let eight = |image: &Arc<Image>| (1..9).try_for_each(|n| image.write_at(n * CLUSTER, &[1; 512]));
+    assert_eq!(syncs_for(&b, eight), 2);
     b.image.close().expect("closes");
 }
 
 #[test]
 fn a_cluster_that_was_unmapped_and_what_changes_with_it_wait_for_a_sync() {
-    let b = told(64);
+    let b = told(Options::default());
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     let other = |image: &Arc<Image>| {
         image.discard_at(0, CLUSTER)?;
@@ -348,29 +357,19 @@ fn a_cluster_that_was_unmapped_and_what_changes_with_it_wait_for_a_sync() {
 
 #[test]
 fn data_whose_entries_find_no_space_is_synced_all_the_same() {
-    let on_full = OnFull::Error;
-    let b =
-        bench(&engine(Options { bat_delay: Duration::from_secs(3600), on_full, ..Options::default() }), "");
+    let b = told(Options { on_full: OnFull::Error, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     b.image.write_at(CLUSTER, &[1; 512]).expect("space");
-    let before = b.plan.counters(Op::Sync).started;
-    b.plan.set_full(true);
-    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
-    assert_eq!(b.plan.counters(Op::Sync).started - before, 1);
-    b.plan.set_full(false);
+    assert_eq!(syncs_of_a_full_round(&b), 1);
     b.image.close().expect("closes");
 }
 
 #[test]
 fn after_a_round_that_failed_what_had_to_wait_for_a_sync_still_does() {
-    let on_full = OnFull::Error;
-    let b =
-        bench(&engine(Options { bat_delay: Duration::from_secs(3600), on_full, ..Options::default() }), "");
+    let b = told(Options { on_full: OnFull::Error, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     b.image.discard_at(0, CLUSTER).expect("punched");
-    b.plan.set_full(true);
-    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
-    b.plan.set_full(false);
+    assert_eq!(syncs_of_a_full_round(&b), 1, "before the entries, which then find no space");
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 2);
     b.image.close().expect("closes");
 }

@@ -98,8 +98,9 @@ fn soon() {
     }
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Begins what the threads of the session inherit, and makes all rings and their memory, because a sandbox would not
-/// let it later; starts no thread. Requests wait until [`Session::run`].
+/// Mounts on `mountpoint` and answers the kernel's INIT. Asks for what the threads of the session inherit, and makes all
+/// rings and their memory, because a sandbox would not let it later; starts no thread. Requests wait until
+/// [`Session::run`].
 pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
     available()?;
     soon();
