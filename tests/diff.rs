@@ -77,10 +77,8 @@ fn what_is_not_listed_between_any_two_snapshots_is_equal_byte_for_byte() {
                 ok(&["resize", "vm", &size.to_string()]);
             }
             2 => {
-                // A second branch of the tree, once the daemon has noticed the close.
-                assert!(common::until(std::time::Duration::from_secs(20), || {
-                    Run::ploopfs().args(["snapshot", "switch", "vm", "s0"]).in_folder(&images).run().success()
-                }));
+                // A second branch of the tree.
+                ok(&["snapshot", "switch", "vm", "s0"]);
                 size = SIZE;
             }
             3 => drop(ok(&["snapshot", "delete", "vm", "s1"])),

@@ -5,23 +5,16 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
 
 use super::entry::Entry;
-use super::locked;
 use super::scan::Source;
 use super::set::Folder;
+use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::create::{Plan, create};
 use crate::image::names;
 use crate::progress::Progress;
 use crate::vdisk::live::Work;
-
-/// How long an image may still be closing when it is to be renamed or removed: the kernel tells of a close after
-/// close(2) has returned, and the image is synced then.
-const CLOSING: Duration = Duration::from_secs(2);
-/// How often that is looked at.
-const LOOK: Duration = Duration::from_millis(5);
 
 /// Ends "its image is being made" of a name, however that goes.
 struct Making<'a> {
@@ -158,14 +151,12 @@ impl Folder {
         entry: &Arc<Entry>,
         act: impl FnOnce(&Folder, &Entry) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let deadline = Instant::now() + CLOSING;
-        while !entry.retire() {
-            if Instant::now() >= deadline {
-                let why =
-                    "is in use; close it, detach its loop device, or wait for the operation that is running";
-                return Err(Error::at(Kind::Busy, entry.path(), why));
-            }
-            std::thread::sleep(LOOK); // 1
+        closing::wait(|| !entry.is_looked_at());
+        // 1
+        if !closing::wait(|| entry.retire()) {
+            let why =
+                "is in use; close it, detach its loop device, or wait for the operation that is running";
+            return Err(Error::at(Kind::Busy, entry.path(), why));
         }
         let (send, receive) = mpsc::channel();
         let taken = entry.clone();

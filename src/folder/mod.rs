@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use crate::io::file::HostFile;
 
 mod claims;
+mod closing;
 mod counted;
 mod deltas;
 mod diff;

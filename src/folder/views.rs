@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::entry::{Attributes, Entry, time_of};
-use super::locked;
 use super::scan::Source;
 use super::set::Folder;
+use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{HEADER_BYTES, Header};
@@ -213,13 +213,19 @@ impl Entry {
         }
     }
 
-    /// Keeps everybody from opening a snapshot that is to go; refused while somebody looks at it (R9).
+    /// True while a snapshot of it is open.
+    pub(super) fn is_looked_at(&self) -> bool {
+        !locked(&self.views).open.is_empty()
+    }
+
+    /// Keeps everybody from opening a snapshot that is to go; refused while somebody looks at it (R9). Blocks: who has
+    /// just closed it is waited for.
     pub(super) fn begin_going(&self, guid: Guid, name: &str) -> Result<Going<'_>> {
+        closing::wait(|| !locked(&self.views).open.contains_key(&guid));
         let mut views = locked(&self.views);
-        if let Some(count) = views.open.get(&guid) {
-            let why = format!(
-                "the snapshot {name} is open {count} times below .snapshots in the mount; close it there first"
-            );
+        if views.open.contains_key(&guid) {
+            let why =
+                format!("the snapshot {name} is open below .snapshots in the mount; close it there first");
             return Err(Error::at(Kind::Busy, self.path(), why));
         }
         views.going.insert(guid);

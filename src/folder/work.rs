@@ -4,10 +4,10 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
 use super::entry::{Entry, OpenImage};
-use super::locked;
 use super::origin::Origin;
 use super::scan::Source;
 use super::set::Folder;
+use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::layers::Layers;
 use crate::image::make_folder::make_folder;
@@ -100,8 +100,10 @@ impl Entry {
         self.live.load().as_ref()?.layers.load_full()
     }
 
-    /// Goes back to a snapshot. Only while nobody has the live disk open; nobody opens it meanwhile.
+    /// Goes back to a snapshot. Only while nobody has the live disk open, and who has just closed it is waited for; nobody
+    /// opens it meanwhile.
     fn switch(self: &Arc<Self>, snapshot: &str) -> Result<Done> {
+        closing::wait(|| self.openers() == 0);
         let (send, receive) = mpsc::channel();
         let (entry, snapshot) = (self.clone(), snapshot.to_owned());
         self.strand.submit(Box::new(move || {
