@@ -74,7 +74,7 @@ impl Image {
                 && engine.parked.load(Ordering::SeqCst) < (options.background / 4).max(1);
         let queue = options.on_full == OnFull::Queue && !state.timed_out && !state.closed && fits;
         let tick = queue && !state.ticking;
-        if queue {
+        let refused = if queue {
             state.ticking = true;
             engine.parked.fetch_add(1, Ordering::SeqCst);
             match pio.parked {
@@ -89,16 +89,20 @@ impl Image {
                     state.parked.push_back(pio);
                 }
             }
-            drop(state);
+            None
         } else {
-            drop(state);
+            Some(pio)
+        };
+        drop(state);
+        // Before the answer: who hears of it may ask for the reason.
+        if news {
+            engine.tell(Event::Full { image: self.name.clone() });
+        }
+        if let Some(pio) = refused {
             // Nothing ticks for what is not parked: the next write itself must try the host again, or it would
             // be refused for ever.
             self.try_space_again();
             pio.finish(Err(self.no_space()));
-        }
-        if news {
-            engine.tell(Event::Full { image: self.name.clone() });
         }
         if tick {
             self.tick_later();
