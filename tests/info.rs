@@ -5,7 +5,6 @@ mod common;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use common::{Mount, Run, temp_dir, text};
 use serde_json::Value;
@@ -112,8 +111,6 @@ fn a_snapshot_that_two_others_stand_on_frees_nothing_and_says_why() {
     for name in ["base", "left"] {
         Run::ploopfs().args(["snapshot", "create", text(&image), name]).ok();
     }
-    let closed = || mount.mode("vm") == "closed";
-    assert!(common::until(std::time::Duration::from_secs(10), closed));
     Run::ploopfs().args(["snapshot", "switch", text(&image), "base"]).ok();
     mount.umount();
     let freed = info(&image)["reclaimable"]["snapshots"][0].clone();
@@ -133,19 +130,12 @@ fn who_has_an_image_open_is_named_and_its_leaks_are_not_guessed() {
     drop(file);
     mount.umount();
     let image = mount.delta("vm");
-    let mut qemu = Command::new("qemu-io");
-    qemu.args(["-f", "parallels", text(&image)]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut qemu = qemu.spawn().expect("qemu-io starts");
-    let mut seen = Value::Null;
-    let held = common::until(std::time::Duration::from_secs(20), || {
-        seen = info(&image);
-        seen["holder"].is_string()
-    });
-    // The end of its input ends it.
-    drop(qemu.stdin.take());
-    let id = qemu.id();
-    qemu.wait().expect("qemu-io ends");
-    assert!(held && seen["holder"].as_str().expect("text").contains(&format!("pid {id}")), "{seen}");
+    let qemu = common::qemu_holds(&image);
+    let seen = info(&image);
+    assert!(
+        seen["holder"].as_str().is_some_and(|holder| holder.contains(&format!("pid {}", qemu.pid()))),
+        "{seen}"
+    );
     assert_eq!(seen["reclaimable"]["leaked_unknown"], "another process has it open", "{seen}");
     assert_eq!(seen["reclaimable"]["leaked"], Value::Null);
 }

@@ -3,12 +3,11 @@
 mod common;
 
 use std::fs::File;
-use std::io::Write;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Mount, Run, find_program, ok, temp_dir, text, until};
+use common::{Holder, Mount, Run, ok, qemu_holds, temp_dir, text, until};
 
 /// What current ploop does before it touches an image (FORMAT.md 3.2): a POSIX write lock on bytes 200 to 204, which
 /// an outsider's lock of any kind refuses. Debian's 1.15 is older and takes none, so perl stands in for it.
@@ -16,40 +15,6 @@ fn ploop_style_lock(delta: &Path) -> common::Finished {
     let script = r#"use Fcntl; open(my $f, "+<", $ARGV[0]) or die "open: $!";
         my $lock = pack("s s x4 q q i", F_WRLCK, 0, 200, 5, 0); fcntl($f, F_SETLK, $lock) or die "Already locked: $!\n";"#;
     Run::new("perl").args(["-e", script, text(delta)]).run()
-}
-
-/// A process of ours that is ended with the test.
-struct Holder(Child);
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// qemu-io with the image open for writing, waiting for commands.
-fn qemu_holds(delta: &Path) -> Holder {
-    let program = find_program("qemu-io").expect("required by the test");
-    let log = tempfile::NamedTempFile::new().expect("a scratch file");
-    let output = log.reopen().expect("a scratch file");
-    // Into a file it would say nothing before its end; stdbuf becomes qemu-io, the process is the same.
-    let mut child = Command::new("stdbuf")
-        .arg("-oL")
-        .arg(program)
-        .args(["-f", "parallels"])
-        .arg(delta)
-        .stdin(Stdio::piped())
-        .stdout(output)
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("qemu-io");
-    let input = child.stdin.as_mut().expect("a pipe");
-    input.write_all(b"length\n").expect("a command to qemu-io");
-    let holder = Holder(child);
-    let open = || std::fs::read_to_string(log.path()).is_ok_and(|said| said.contains("MiB"));
-    assert!(until(Duration::from_secs(20), open), "qemu-io did not open the image");
-    holder
 }
 
 #[test]

@@ -281,14 +281,6 @@ fn an_image_that_somebody_else_has_open_is_not_mapped() {
     let folder = temp_dir();
     let image = folder.path().join("vm.hds");
     Run::ploopfs().args(["create", text(&image), "--size", "16M"]).ok();
-    let mut qemu = Command::new("qemu-io");
-    qemu.args(["-f", "parallels", text(&image)]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut qemu = qemu.spawn().expect("qemu-io starts");
-    let held = common::until(std::time::Duration::from_secs(20), || {
-        Run::ploopfs().arg("map").arg(&image).run().code() == Some(4)
-    });
-    // The end of its input ends it.
-    drop(qemu.stdin.take());
-    qemu.wait().expect("qemu-io ends");
-    assert!(held, "QEMU has it open, and it was mapped");
+    let _qemu = common::qemu_holds(&image);
+    assert_eq!(Run::ploopfs().arg("map").arg(&image).run().code(), Some(4));
 }

@@ -6,6 +6,7 @@
 pub mod churn;
 pub mod damage;
 mod folder;
+mod holder;
 mod host;
 pub mod lanes;
 pub mod machine;
@@ -16,6 +17,7 @@ mod stamp;
 mod v1;
 
 pub use folder::Folder;
+pub use holder::{Holder, qemu_holds};
 pub use host::{Guest, HostFs, Loop, loops_in, memory_dir, temp_dir};
 pub use mount::Mount;
 pub use run::{Finished, Run, ok, sh, until};
