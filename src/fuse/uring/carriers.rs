@@ -168,8 +168,10 @@ impl Carrier {
 
 /// Serves a large request and answers it through this ring.
 fn carry(ring: &mut Ring, server: &Server, held: Held) {
+    let (home, index) = held.home();
     answering_here(|| server.serve(held, Thread::Transport));
     ring.prompt();
+    home.make_huge(index);
 }
 
 /// A request that came out of a carrier's own ring: with an entry that an earlier large one had.

@@ -39,6 +39,13 @@ const PAYLOAD_SIZE: usize = 272;
 const STEP: usize = 512;
 const PAGE: usize = 4096;
 
+/// Bytes of a huge page, where the others have 4 KiB. Where they are longer, no range of ours holds one and nothing happens.
+const HUGE: usize = 2 << 20;
+/// MADV_COLLAPSE (uapi/asm-generic/mman-common.h, Linux 6.1), for which no crate has a name.
+const COLLAPSE: i32 = 25;
+/// So often is tried to put a payload into huge pages: what somebody copies at that moment cannot be moved.
+const TRIES: u8 = 4;
+
 /// Names an entry of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
@@ -90,15 +97,24 @@ enum Owner {
     We,
 }
 
+struct Entry {
+    /// The kernel's.
+    queue: u16,
+    /// An [`Owner`].
+    owner: AtomicU8,
+    /// How often its payload was to be put into huge pages; [`TRIES`] when that is over.
+    tries: AtomicU8,
+}
+
 /// The entries of one ring, and the way back to its thread.
 pub(super) struct Entries {
-    /// Headers, one more than entries (the last is for [`wake_place`](Entries::wake_place)), then payloads.
+    /// Payloads, first because huge pages begin where the mapping does; then headers, one more than entries (the last is for
+    /// [`wake_place`](Entries::wake_place)).
     base: NonNull<u8>,
     len: usize,
     /// See [`Place`].
     home: u32,
-    /// The kernel's queue and the [`Owner`], by index.
-    entries: Vec<(u16, AtomicU8)>,
+    entries: Vec<Entry>,
     /// Entries that have an owner.
     live: AtomicUsize,
     /// The thread of this ring serves requests just now.
@@ -142,16 +158,18 @@ pub(super) fn answering_here(serve: impl FnOnce()) {
 impl Entries {
     /// Memory for the entries of `queues`, as number `home` of the session; taken from the system as far as it is used.
     pub(super) fn new(home: u32, queues: &[Queue]) -> io::Result<Entries> {
-        let entries: Vec<_> = queues
-            .iter()
-            .flat_map(|queue| (0..queue.depth).map(|_| (queue.id, AtomicU8::new(Owner::Nobody as u8))))
-            .collect();
-        let len = headers(entries.len() as u32) + entries.len() * PAYLOAD;
+        let entry =
+            |queue| Entry { queue, owner: AtomicU8::new(Owner::Nobody as u8), tries: AtomicU8::new(0) };
+        let entries: Vec<_> =
+            queues.iter().flat_map(|queue| (0..queue.depth).map(|_| entry(queue.id))).collect();
+        // Linux begins a mapping at a huge page when it is as long as some.
+        let unit = if entries.is_empty() { PAGE } else { HUGE };
+        let len = (headers(entries.len() as u32) + entries.len() * PAYLOAD).next_multiple_of(unit);
         let (access, kind) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: a new mapping at a place of the kernel's choice touches no memory that is in use.
         let base = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, access, kind)? };
-        // SAFETY: advice about our own new mapping. Huge pages would give each entry 1 MiB at its first small request;
-        // where it is refused, more memory is taken and nothing else.
+        // SAFETY: advice about our own new mapping. Huge pages would give each entry 1 MiB at its first small request (see
+        // `make_huge` for large ones); where it is refused, more memory is taken and nothing else.
         let _ = unsafe { rustix::mm::madvise(base, len, Advice::LinuxNoHugepage) };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
@@ -172,7 +190,7 @@ impl Entries {
 
     /// The kernel's queue that an entry is for.
     pub(super) fn queue(&self, index: u32) -> u16 {
-        self.entries[index as usize].0
+        self.entries[index as usize].queue
     }
 
     /// True from the first entry that the kernel was given until the last one came back for good.
@@ -211,7 +229,7 @@ impl Entries {
 
     /// True when an entry is ours.
     pub(super) fn is_ours(&self, index: u32) -> bool {
-        self.entries.get(index as usize).is_some_and(|e| e.1.load(Ordering::Acquire) == Owner::We as u8)
+        self.entries.get(index as usize).is_some_and(|e| e.owner.load(Ordering::Acquire) == Owner::We as u8)
     }
 
     /// The kernel gets an entry that is ours back.
@@ -231,7 +249,7 @@ impl Entries {
 
     /// Acquire and release: what the last owner did with the entry comes before what the next one does.
     fn pass(&self, index: u32, from: Owner, to: Owner) -> bool {
-        let Some((_, owner)) = self.entries.get(index as usize) else { return false };
+        let Some(Entry { owner, .. }) = self.entries.get(index as usize) else { return false };
         owner.compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
@@ -255,12 +273,34 @@ impl Entries {
 
     fn header(&self, index: u32) -> *mut u8 {
         assert!(index <= self.count(), "no such entry");
-        self.base.as_ptr().wrapping_add(index as usize * STEP)
+        self.base.as_ptr().wrapping_add(self.entries.len() * PAYLOAD + index as usize * STEP)
     }
 
     fn payload(&self, index: u32) -> *mut u8 {
         assert!(index < self.count(), "no such entry");
-        self.base.as_ptr().wrapping_add(headers(self.count()) + index as usize * PAYLOAD)
+        self.base.as_ptr().wrapping_add(index as usize * PAYLOAD)
+    }
+
+    /// Puts the payload of an entry, and its neighbour's, into huge pages: with a large request that memory is taken in any
+    /// case. For a thread that may lose a millisecond, once for each entry; whoever uses the memory meanwhile sees no change.
+    /// Measured, 1 MiB reads at QD8: 1.07 of what small pages give, writes 1.02.
+    pub(super) fn make_huge(&self, index: u32) {
+        let Some(Entry { tries, .. }) = self.entries.get(index as usize) else { return };
+        let before = tries.load(Ordering::Relaxed);
+        if before >= TRIES {
+            return;
+        }
+        let base = self.base.as_ptr() as usize;
+        let at = self.payload(index) as usize;
+        let start = (at & !(HUGE - 1)).max(base);
+        let end = (at + PAYLOAD).next_multiple_of(HUGE).min(base + self.len);
+        let place = self.base.as_ptr().wrapping_add(start - base).cast();
+        // SAFETY: advice about a part of our own mapping, which leaves its content as it is.
+        let moved = unsafe {
+            rustix::mm::madvise(place, end - start, Advice::LinuxHugepage).is_ok()
+                && libc::madvise(place, end - start, COLLAPSE) == 0
+        };
+        tries.store(if moved { TRIES } else { before + 1 }, Ordering::Relaxed);
     }
 
     /// Says that the calling thread is the ring's.
@@ -349,6 +389,11 @@ impl Held {
     fn payload_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `payload`, and borrowed mutably.
         unsafe { slice::from_raw_parts_mut(self.entries.payload(self.index), PAYLOAD) }
+    }
+
+    /// Its home, and which entry of it this is.
+    pub(super) fn home(&self) -> (Arc<Entries>, u32) {
+        (self.entries.clone(), self.index)
     }
 
     /// Which entry of its home this is.
@@ -501,6 +546,39 @@ mod tests {
         assert!(!entries.ends(2) && !entries.is_ours(2), "there is none");
         let mut count = [0; 8];
         rustix::io::read(entries.wake(), &mut count).expect("called");
+    }
+
+    /// Kilobytes of huge pages in the mapping of these entries.
+    fn huge(entries: &Entries) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("our own");
+        let (mut inside, mut sum) = (false, 0);
+        for line in maps.lines() {
+            let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+            if let Some(start) = range.and_then(|(start, _)| usize::from_str_radix(start, 16).ok()) {
+                let base = entries.base.as_ptr() as usize;
+                inside = (base..base + entries.len).contains(&start);
+            } else if let (true, Some(rest)) = (inside, line.strip_prefix("AnonHugePages:")) {
+                sum += rest.trim_end_matches("kB").trim().parse::<u64>().expect("a number");
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn a_payload_keeps_its_content_when_it_is_put_into_huge_pages() {
+        let entries = entries(4);
+        let (mut small, mut large) = (held(&entries, 0), held(&entries, 2));
+        small.payload_mut()[..4].copy_from_slice(b"abcd");
+        large.payload_mut().fill(7);
+        assert_eq!(huge(&entries), 0, "small requests take small pages");
+        (0..2 * TRIES).for_each(|_| entries.make_huge(2));
+        assert_eq!(&small.payload()[..4], b"abcd");
+        assert!(large.payload().iter().all(|byte| *byte == 7));
+        // A kernel without huge pages, or without memory in one piece, does not.
+        if entries.entries[2].tries.load(Ordering::Relaxed) == TRIES && huge(&entries) != 0 {
+            assert_eq!(huge(&entries), HUGE as u64 >> 10, "those of the entry only");
+        }
+        entries.make_huge(9);
     }
 
     #[test]
