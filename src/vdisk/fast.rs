@@ -69,21 +69,18 @@ impl Image {
         if let Err(e) = self.check_range(offset, data.len() as u64) {
             return Some(Err(e));
         }
-        let stack = self.stack();
         if !matches!(self.ready(), Ready::Yes)
             || self.host_busy.load(Ordering::Relaxed) > 0
             || self.space.is_full()
+            || (self.flusher.is_over_bound() && !self.stack().never_blocks)
         {
-            return None;
-        }
-        if !stack.never_blocks && self.flusher.is_over_bound() {
             return None;
         }
         if data.is_empty() {
             return Some(Ok(()));
         }
         let inside = self.gate.enter(1)?;
-        // Again: outside the gate it may have been another.
+        // Inside: outside the gate it may be another.
         let stack = self.stack();
         let written = self.write_windows(&stack, offset, data);
         let result = written.or_else(|| self.write_first(&stack, offset, data));

@@ -169,7 +169,7 @@ impl Carrier {
 /// Serves a large request and answers it through this ring.
 fn carry(ring: &mut Ring, server: &Server, held: Held) {
     let (home, index) = held.home();
-    answering_here(|| server.serve(held, Thread::Transport));
+    answering_here(|| server.serve(held, Thread::Sifted));
     ring.prompt();
     home.make_huge(index);
 }
@@ -178,7 +178,7 @@ fn carry(ring: &mut Ring, server: &Server, held: Held) {
 fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
     let Some((held, bytes)) = sift(server, bench, held) else { return };
     if bytes < LARGE {
-        return server.serve(held, Thread::Transport);
+        return server.serve(held, Thread::Sifted);
     }
     // With its payload in this CPU's caches it is better kept, unless somebody has nothing to do.
     if more && load.has_free() {

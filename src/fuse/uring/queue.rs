@@ -160,7 +160,7 @@ fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held,
     if bytes >= LARGE && (more || load.is_under_way()) {
         return load.put(held);
     }
-    server.serve(held, Thread::Transport);
+    server.serve(held, Thread::Sifted);
     if bytes >= PROMPT || memory::to_fill() >= FILLS {
         ring.prompt();
     }

@@ -141,6 +141,8 @@ fn opened(device: Option<&Arc<Device>>, o: &Opened) -> OpenOut {
 pub(super) enum Thread {
     /// One that others wait for: it never waits itself.
     Transport,
+    /// The same, and who hands the request over has seen that it is no write that may wait.
+    Sifted,
     /// One of those that may wait in a write, unless it is the last that is free.
     Helper,
 }
@@ -345,7 +347,7 @@ impl Server {
 
     /// The one place that decides whether a write runs here (DESIGN.md 4, step 3).
     fn place(&self, handle: Handle, thread: Thread) -> Place<'_> {
-        if !self.fs.writes_may_block(handle) {
+        if thread == Thread::Sifted || !self.fs.writes_may_block(handle) {
             return Place::Here(None);
         }
         let inside = if thread == Thread::Helper { self.lanes.enter() } else { None };
