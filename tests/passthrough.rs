@@ -92,9 +92,13 @@ fn pattern(len: usize, seed: u64) -> Vec<u8> {
     common::Rng::new(seed).bytes(len)
 }
 
-fn terminate(pid: u32) {
+fn signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
-    kill_process(pid, Signal::TERM).expect("our own daemon");
+    kill_process(pid, signal).expect("our own process");
+}
+
+fn terminate(pid: u32) {
+    signal(pid, Signal::TERM);
 }
 
 #[test]
@@ -111,6 +115,29 @@ fn what_is_written_through_the_mount_is_in_the_file_of_the_host_and_the_reverse(
     raw.assert_passed();
     let said = |file: &Path| fs::metadata(file).map(|m| (m.len(), m.blocks(), m.mtime())).expect("stat");
     assert!(until(SOON, || said(&raw.flat()) == said(&raw.host())), "{:?}", said(&raw.flat()));
+}
+
+/// The kernel asked for the capabilities of the file before each write: 34k writes/s, not 420k.
+#[test]
+fn a_daemon_that_stands_still_holds_up_no_read_and_no_write() {
+    require!("fuse", "passthrough");
+    let raw = Raw::new(&["-o", "passthrough"]);
+    let file = raw.open();
+    // What the kernel asks once.
+    file.write_all_at(&pattern(4096, 1), 0).expect("written");
+    raw.assert_passed();
+    let (done, answer) = std::sync::mpsc::channel();
+    // Asked for now: it could not answer later.
+    let daemon = raw.mount.pid();
+    signal(daemon, Signal::STOP);
+    let thread = std::thread::spawn(move || {
+        let written = file.write_all_at(&pattern(4096, 2), MIB);
+        let _ = done.send(written.and_then(|()| read_at(&file, MIB, 4096)));
+    });
+    let answered = answer.recv_timeout(SOON);
+    signal(daemon, Signal::CONT);
+    thread.join().expect("no panic");
+    assert_eq!(answered.expect("without the daemon").expect("no error"), pattern(4096, 2));
 }
 
 #[test]

@@ -27,12 +27,14 @@ use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
 use crate::io::backing::STACK_DEPTH;
 
 /// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
-const WANTED: [(InitFlags, &str); 5] = [
+const WANTED: [(InitFlags, &str); 6] = [
     (InitFlags::FUSE_ASYNC_DIO, "loop and libaio requests run one at a time"),
     (InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP, "images cannot be mapped shared"),
     (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups in one folder run one at a time"),
     (InitFlags::FUSE_DO_READDIRPLUS, "ls -l asks for each file on its own"),
     (InitFlags::FUSE_READDIRPLUS_AUTO, "plain ls fetches attributes too"),
+    // Images show neither set-user-id bits nor capabilities: there is nothing to take away.
+    (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "each write that is passed through asks for capabilities first"),
 ];
 
 pub(super) struct Bridge {
