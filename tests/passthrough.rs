@@ -123,7 +123,7 @@ fn a_daemon_that_stands_still_holds_up_no_read_and_no_write() {
     require!("fuse", "passthrough");
     let raw = Raw::new(&["-o", "passthrough"]);
     let file = raw.open();
-    // What the kernel asks once.
+    // What the kernel asks once, until somebody looks at the attributes.
     file.write_all_at(&pattern(4096, 1), 0).expect("written");
     raw.assert_passed();
     let (done, answer) = std::sync::mpsc::channel();

@@ -151,9 +151,11 @@ impl Folder {
         entry: &Arc<Entry>,
         act: impl FnOnce(&Folder, &Entry) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        closing::wait(|| !entry.is_looked_at());
         // 1
-        if !closing::wait(|| entry.retire()) {
+        if !closing::wait(|| !entry.is_looked_at() && entry.retire()) {
+            if entry.is_looked_at() {
+                return Err(entry.looked_at());
+            }
             let why =
                 "is in use; close it, detach its loop device, or wait for the operation that is running";
             return Err(Error::at(Kind::Busy, entry.path(), why));

@@ -218,6 +218,12 @@ impl Entry {
         !locked(&self.views).open.is_empty()
     }
 
+    /// Why it cannot go while that is so.
+    pub(super) fn looked_at(&self) -> Error {
+        let why = "a snapshot of it is open below .snapshots in the mount; close it there first";
+        Error::at(Kind::Busy, self.path(), why)
+    }
+
     /// Keeps everybody from opening a snapshot that is to go; refused while somebody looks at it (R9). Blocks: who has
     /// just closed it is waited for.
     pub(super) fn begin_going(&self, guid: Guid, name: &str) -> Result<Going<'_>> {
@@ -236,8 +242,7 @@ impl Entry {
     pub(super) fn close_views(&self) -> Result<()> {
         let mut views = locked(&self.views);
         if !views.open.is_empty() {
-            let why = "a snapshot of it is open below .snapshots in the mount; close it there first";
-            return Err(Error::at(Kind::Busy, self.path(), why));
+            return Err(self.looked_at());
         }
         views.image_goes = true;
         Ok(())
