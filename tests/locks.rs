@@ -85,7 +85,7 @@ fn an_image_that_qemu_holds_cannot_be_opened_and_info_names_qemu() {
     let refused = File::options().read(true).write(true).open(mount.flat("vm1"));
     assert_eq!(refused.expect_err("QEMU holds it").raw_os_error(), Some(libc::EBUSY));
     let info = Run::ploopfs().arg("info").arg(mount.delta("vm1")).run();
-    let pid = holder.0.id().to_string();
+    let pid = holder.pid().to_string();
     assert!(info.output().contains("qemu-io") || info.output().contains(&pid), "{info}");
     drop(holder);
     let open = || File::options().read(true).write(true).open(mount.flat("vm1")).is_ok();
@@ -100,7 +100,7 @@ fn check_of_an_image_that_qemu_holds_is_refused_with_status_4_and_names_it() {
     ok("qemu-img", &["create", "-q", "-f", "parallels", text(&delta), "64M"]);
     let holder = qemu_holds(&delta);
     let refused = Run::ploopfs().arg("check").arg(&delta).status(4);
-    let pid = holder.0.id().to_string();
+    let pid = holder.pid().to_string();
     assert!(refused.stderr.contains("qemu-io") || refused.stderr.contains(&pid), "{refused}");
 }
 

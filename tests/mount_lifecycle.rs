@@ -9,16 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Loop, Mount, Run, marked_in_use, text, until};
-use rustix::process::{Pid, Signal, kill_process};
+use common::{Loop, Mount, Run, marked_in_use, signal, text, until};
+use rustix::process::Signal;
 
 /// How long an end may take on a busy machine.
 const SOON: Duration = Duration::from_secs(15);
-
-fn signal(pid: u32, signal: Signal) {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
-    kill_process(pid, signal).expect("our own daemon");
-}
 
 fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();

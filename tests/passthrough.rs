@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{Guest, Loop, Mount, Run, allocated, ok, punch, read_at, temp_dir, text, until};
-use rustix::process::{Pid, Signal, kill_process};
+use common::{Guest, Loop, Mount, Run, allocated, ok, punch, read_at, signal, temp_dir, text, until};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 /// Long for a busy 2-core machine, short for a hang.
@@ -90,11 +90,6 @@ fn images(folder: &Path) -> PathBuf {
 /// Bytes that are nowhere else.
 fn pattern(len: usize, seed: u64) -> Vec<u8> {
     common::Rng::new(seed).bytes(len)
-}
-
-fn signal(pid: u32, signal: Signal) {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
-    kill_process(pid, signal).expect("our own process");
 }
 
 fn terminate(pid: u32) {

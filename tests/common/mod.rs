@@ -20,7 +20,7 @@ pub use folder::Folder;
 pub use holder::{Holder, qemu_holds};
 pub use host::{Guest, HostFs, Loop, loops_in, memory_dir, temp_dir};
 pub use mount::Mount;
-pub use run::{Finished, Run, ok, sh, until};
+pub use run::{Finished, Run, ok, sh, signal, until};
 pub use stamp::{Durable, Shape, Verdict, Workload, punch};
 pub use v1::make_v1;
 
