@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ploopfs::Kind;
 use ploopfs::io::file::{HostFile, read_full, write_full};
-use ploopfs::io::lock::DeltaLock;
+use ploopfs::io::lock::{DeltaLock, Use};
 use ploopfs::io::loopdev::{self, LoopDevice};
 use ploopfs::io::real::{Access, RealFile};
 use ploopfs::io::unmount::unmount;
@@ -159,11 +159,11 @@ fn a_holder_is_named_on_btrfs_where_locks_and_stat_disagree_about_the_device() {
         seen.push(char::from(byte[0]));
     }
     let file = Arc::new(RealFile::open(&path, Access::ReadOnly).expect("open"));
-    let error = DeltaLock::acquire(Arc::clone(&file)).expect_err("in use");
+    let error = DeltaLock::acquire(Arc::clone(&file), Use::Writer).expect_err("in use");
     assert_eq!(error.kind(), Kind::InUse);
     assert!(error.to_string().contains(&format!("qemu-io (pid {}", qemu.0.id())), "{error}");
     drop(qemu);
-    DeltaLock::acquire(file).expect("free again");
+    DeltaLock::acquire(file, Use::Writer).expect("free again");
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn the_widest_access_of_a_file_on_a_read_only_mount_is_reading() {
     let path = host.point.join("vm1.hds");
     let file = RealFile::open(&path, Access::Widest).expect("falls back to reading");
     assert!(!file.writable());
-    let lock = DeltaLock::acquire(Arc::new(file)).expect("a read lock needs no more");
+    let lock = DeltaLock::acquire(Arc::new(file), Use::Writer).expect("a read lock needs no more");
     assert!(lock.held());
     let error = RealFile::open(&path, Access::ReadWrite).expect_err("read-only");
     assert_eq!(error.kind(), Kind::ReadOnly);

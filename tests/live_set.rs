@@ -15,7 +15,7 @@ use ploopfs::Kind;
 use ploopfs::folder::{Folder, FolderOptions};
 use ploopfs::format::header::{CLOSED, Header, IN_USE};
 use ploopfs::fuse::ops::{Answer, Attr, Caller, Done, FileKind, FileSystem, Now, OpenFlags, SetAttr, Whence};
-use ploopfs::io::lock::DeltaLock;
+use ploopfs::io::lock::{DeltaLock, Use};
 use ploopfs::io::real::{Access, RealFile};
 use ploopfs::tree::{MountInfo, Tree};
 use ploopfs::vdisk::{Engine, Options};
@@ -79,7 +79,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 
 fn is_free(path: &Path) -> bool {
     let file = Arc::new(RealFile::open(path, Access::ReadOnly).expect("the image opens"));
-    DeltaLock::acquire(file).is_ok()
+    DeltaLock::acquire(file, Use::Writer).is_ok()
 }
 
 // ---- The folder ----
@@ -124,7 +124,7 @@ fn an_image_that_somebody_else_has_is_in_use_and_opens_when_it_is_free() {
     let path = make(&temp, "vm1.hds");
     let folder = serve(&temp);
     let other = Arc::new(RealFile::open(&path, Access::ReadOnly).expect("opens"));
-    let lock = DeltaLock::acquire(other).expect("free");
+    let lock = DeltaLock::acquire(other, Use::Writer).expect("free");
     let refused = folder.open_image("vm1", false).err().expect("refused");
     assert_eq!(refused.kind(), Kind::InUse);
     drop(lock);

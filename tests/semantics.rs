@@ -78,7 +78,7 @@ fn an_image_that_another_process_has_says_ebusy_as_the_page_does() {
     let theirs = std::sync::Arc::new(
         ploopfs::io::real::RealFile::open(&delta, ploopfs::io::real::Access::ReadWrite).expect("the file"),
     );
-    let lock = ploopfs::io::lock::DeltaLock::acquire(theirs).expect("free");
+    let lock = ploopfs::io::lock::DeltaLock::acquire(theirs, ploopfs::io::lock::Use::Writer).expect("free");
     fails(OpenOptions::new().write(true).open(mount.flat("vm1")), EBUSY, "Another process has the image");
     drop(lock);
     drop(mount.open("vm1"));

@@ -13,6 +13,7 @@ use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::Class;
 use crate::io::holder::{Held, Holder};
+use crate::io::lock::Use;
 
 /// Arguments of `info`.
 #[derive(Debug, clap::Args)]
@@ -77,7 +78,8 @@ pub fn held_by(holder: &Holder) -> String {
 /// The other process that has the file locked.
 pub fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
     let file = std::fs::metadata(path)?;
-    Ok(Held::Delta { dev: file.dev(), ino: file.ino() }.holder())
+    // As a writer would see it: readers are holders, too.
+    Ok(Held::Delta { dev: file.dev(), ino: file.ino(), used: Use::Writer }.holder())
 }
 
 /// The in-use mark in words.

@@ -16,7 +16,7 @@ use crate::image::make_folder::make_folder;
 use crate::image::paths::image_folder;
 use crate::image::switch::switch;
 use crate::io::file::read_full;
-use crate::io::lock::DeltaLock;
+use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::progress::Progress;
 use crate::vdisk::live::{Done, Work, carry_out as carry_out_live};
@@ -98,7 +98,7 @@ fn engine() -> Arc<Engine> {
 
 fn locked(path: &Path, access: Access) -> Result<(Arc<RealFile>, DeltaLock)> {
     let file = Arc::new(RealFile::open(path, access)?);
-    let lock = DeltaLock::acquire(file.clone())?;
+    let lock = DeltaLock::acquire(file.clone(), Use::of(access))?;
     Ok((file, lock))
 }
 

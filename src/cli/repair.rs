@@ -14,6 +14,7 @@ use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::paths::image_folder;
 use crate::image::repair::{self, Facts, repair};
 use crate::image::store::{Replaced, Store};
+use crate::io::lock::Use;
 use crate::progress::Progress;
 use crate::vdisk::live::Work;
 
@@ -154,7 +155,7 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
     let store = match told.dry_run {
         // The lock has a file, which may not be there yet.
         true => None,
-        false => Some(Store::open(image_folder(folder)?, folder)?),
+        false => Some(Store::open(image_folder(folder)?, folder, Use::Writer)?),
     };
     let before = layered::examine(folder)?; // 1
     let image = &before.image;

@@ -18,7 +18,7 @@ use crate::image::kind::ImageKind;
 use crate::image::layers::{Direct, Layers};
 use crate::image::level::{Layout, Level};
 use crate::image::paths::image_folder;
-use crate::io::lock::DeltaLock;
+use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::transfer::disk::{Disk, FlatFile};
 use crate::vdisk::{Engine, Image, Options};
@@ -139,7 +139,7 @@ fn single(target: &Target) -> Result<Source> {
     let kind = Candidate::open(&target.path)?.kind()?;
     let found = line(target, snapshots::of(&target.path)?)?;
     let file = Arc::new(RealFile::open(&target.path, Access::ReadOnly)?);
-    let lock = DeltaLock::acquire(file.clone())?;
+    let lock = DeltaLock::acquire(file.clone(), Use::Reader)?;
     // Looked at again: what was read before the lock may be old.
     let form = Candidate::open(&target.path)?.open_as(kind)?.form;
     let layout = match (kind, form) {

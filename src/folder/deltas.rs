@@ -1,6 +1,6 @@
 //! The delta files that are open, by device and inode: one descriptor and one lock for each in the whole process, since
 //! a second one of our own looks foreign (DESIGN.md 7). Shared by the live disk, its snapshots, and clones that have
-//! the same file under another name.
+//! the same file under another name. The lock is a writer's as long as one of them writes the file, else a reader's.
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
@@ -12,10 +12,10 @@ use super::lease::{Lease, Leased};
 use super::scan::Identity;
 use super::{Wrap, locked};
 use crate::error::{Error, Result};
-use crate::image::layers::{Opened, Opener};
+use crate::image::layers::{Hold, Opened, Opener};
 use crate::io::direct::DirectFile;
 use crate::io::file::HostFile;
-use crate::io::lock::DeltaLock;
+use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 
 /// The open files of one folder.
@@ -36,9 +36,61 @@ pub struct Deltas {
 struct Held {
     file: Arc<dyn HostFile>,
     writable: bool,
-    _lock: DeltaLock,
+    lock: DeltaLock,
+    /// Protects how many users write the file, and that the lock follows. A leaf; held across fcntl, which does not
+    /// wait.
+    writers: Mutex<u32>,
     /// Behind the lock: dropped when that is given back.
     _lease: Lease,
+}
+
+/// One user of a file.
+struct User {
+    held: Arc<Held>,
+    /// It is one of the writers. Protects that it is counted once; before `writers`.
+    writes: Mutex<bool>,
+}
+
+impl User {
+    fn new(held: Arc<Held>, used: Use) -> Result<User> {
+        let user = User { held, writes: Mutex::new(false) };
+        if used == Use::Writer {
+            user.begin_writing()?;
+        }
+        Ok(user)
+    }
+}
+
+impl Hold for User {
+    fn begin_writing(&self) -> Result<()> {
+        let mut writes = locked(&self.writes);
+        if !*writes {
+            let mut writers = locked(&self.held.writers);
+            if *writers == 0 {
+                self.held.lock.begin_writing()?;
+            }
+            *writers += 1;
+            *writes = true;
+        }
+        Ok(())
+    }
+
+    fn end_writing(&self) {
+        let mut writes = locked(&self.writes);
+        if std::mem::take(&mut *writes) {
+            let mut writers = locked(&self.held.writers);
+            *writers -= 1;
+            if *writers == 0 {
+                self.held.lock.end_writing();
+            }
+        }
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.end_writing();
+    }
 }
 
 impl Deltas {
@@ -48,7 +100,12 @@ impl Deltas {
         Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), open: Mutex::default() }
     }
 
-    fn held(&self, file: RealFile, shown: &Path) -> Result<Arc<Held>> {
+    /// What images are opened for.
+    pub fn used(&self) -> Use {
+        if self.read_only { Use::Reader } else { Use::Writer }
+    }
+
+    fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<Held>> {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
         let identity = (status.dev, status.ino);
         let mut open = locked(&self.open);
@@ -56,11 +113,11 @@ impl Deltas {
             return Ok(used);
         }
         open.retain(|&other, held| other == identity || !held.is_over());
-        open.entry(identity).or_default().get_or_open(|lease| self.lock(Arc::new(file), shown, lease))
+        open.entry(identity).or_default().get_or_open(|lease| self.lock(Arc::new(file), shown, used, lease))
     }
 
-    fn lock(&self, file: Arc<RealFile>, shown: &Path, lease: Lease) -> Result<Arc<Held>> {
-        let lock = DeltaLock::acquire(Arc::clone(&file))?;
+    fn lock(&self, file: Arc<RealFile>, shown: &Path, used: Use, lease: Lease) -> Result<Arc<Held>> {
+        let lock = DeltaLock::acquire(Arc::clone(&file), used)?;
         if !lock.held() && !self.unlocked.swap(true, Ordering::AcqRel) {
             log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
         }
@@ -74,15 +131,21 @@ impl Deltas {
             Some(wrap) => wrap(file),
             None => file,
         };
-        Ok(Arc::new(Held { file, writable, _lock: lock, _lease: lease }))
+        Ok(Arc::new(Held { file, writable, lock, writers: Mutex::new(0), _lease: lease }))
     }
 }
 
 impl Opener for Deltas {
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
         let access = if self.read_only { Access::ReadOnly } else { Access::Widest };
-        let held = self.held(RealFile::open_as(&dir, file, shown, access)?, shown)?;
-        Ok(Opened { file: Arc::clone(&held.file), writable: held.writable, hold: held })
+        let used = if self.read_only { Use::Reader } else { used };
+        let held = self.held(RealFile::open_as(&dir, file, shown, access)?, shown, used)?;
+        let (file, writable) = (Arc::clone(&held.file), held.writable);
+        Ok(Opened { file, writable, hold: Arc::new(User::new(held, used)?) })
+    }
+
+    fn used(&self) -> Use {
+        Deltas::used(self)
     }
 }
 
@@ -93,7 +156,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     fn open(deltas: &Deltas, dir: &File, name: &str) -> Result<Opened> {
-        deltas.open(dir.as_fd(), Path::new(name), Path::new(name))
+        deltas.open(dir.as_fd(), Path::new(name), Path::new(name), Use::Writer)
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::format::header::{HEADER_BYTES, Header};
 use crate::image::kind::ImageKind;
 use crate::image::layers::{Layers, Opened, Opener};
 use crate::io::file::{HostFile, read_full};
+use crate::io::lock::Use;
 use crate::vdisk::{Image, Layout, Level, Mode};
 
 /// An image while it is open.
@@ -39,8 +40,12 @@ struct Leasing {
 }
 
 impl Opener for Leasing {
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
-        self.deltas.open(dir, file, shown)
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
+        self.deltas.open(dir, file, shown, used)
+    }
+
+    fn used(&self) -> Use {
+        self.deltas.used()
     }
 }
 
@@ -58,7 +63,7 @@ impl Entry {
     pub(super) fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {
         let (path, origin) = (self.path(), self.origin());
         let dir = self.shared.place.fd();
-        let opened = self.shared.deltas.open(dir.as_fd(), origin.file.as_ref(), &path)?;
+        let opened = self.shared.deltas.open(dir.as_fd(), origin.file.as_ref(), &path, Use::Writer)?;
         let status = opened.file.status().map_err(|e| Error::io(&e, &path, "cannot open"))?;
         if (status.dev, status.ino) != origin.identity {
             let why = "is another file now; it will be taken in anew";

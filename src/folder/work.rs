@@ -90,6 +90,10 @@ impl Folder {
         }
         let layers = entry.open_layers()?;
         live.layers.store(Some(layers.clone()));
+        // The layers hold the file from here on, and they say for what: it becomes a frozen level.
+        if let Some(opened) = &*locked(&live.hold) {
+            opened.hold.end_writing();
+        }
         log::info!("{}: is a folder from now on, for its snapshots", entry.path().display());
         Ok(layers)
     }

@@ -9,7 +9,7 @@ use crate::format::header::{BadField, Geometry, HEADER_BYTES, Header};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
 use crate::image::level::{Layout, Level};
 use crate::io::file::{HostFile, HostStatus, read_full};
-use crate::io::lock::DeltaLock;
+use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 
 /// How the bytes of an opened image are to be read.
@@ -139,16 +139,16 @@ impl Candidate {
         Candidate::read(path, open_file(path, Access::ReadOnly)?)
     }
 
-    /// Like [`open`](Self::open), but keeps every other user out first, or says who has the image
+    /// Like [`open`](Self::open), but keeps every writer out first, or says who has the image
     /// ([`Kind::InUse`]): what was read before the lock may be old.
     pub fn open_locked(path: &Path) -> Result<(Candidate, DeltaLock)> {
         Candidate::open_locked_as(path, Access::ReadOnly)
     }
 
-    /// The same, also for a file that is to be changed.
+    /// The same; a file that is to be changed keeps readers out, too.
     pub(super) fn open_locked_as(path: &Path, access: Access) -> Result<(Candidate, DeltaLock)> {
         let file = open_file(path, access)?;
-        let lock = DeltaLock::acquire(Arc::clone(&file))?;
+        let lock = DeltaLock::acquire(Arc::clone(&file), Use::of(access))?;
         Ok((Candidate::read(path, file)?, lock))
     }
 

@@ -1,6 +1,5 @@
 //! A layered image, opened: its descriptor, and the files of its chains.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,15 +13,40 @@ use crate::image::level::{Layout, Level};
 use crate::image::paths;
 use crate::image::store::{self, Replaced, Store};
 use crate::io::file::{HostFile, read_full};
-use crate::io::lock::DeltaLock;
+use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
 /// Dropped by [`Layers`] after every lock of the image, so that its end can be told.
 pub trait Opener: Send + Sync {
-    /// Opens the regular file `file` of the folder `dir`, not following a link; `shown` is for messages.
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened>;
+    /// Opens the regular file `file` of the folder `dir`, not following a link, and locks it for `used` (never for
+    /// more than a reader where [`used`](Opener::used) says so); `shown` is for messages.
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened>;
+
+    /// What the image is opened for: a reader changes neither its files nor its descriptor.
+    fn used(&self) -> Use {
+        Use::Writer
+    }
+}
+
+/// What keeps a delta locked; dropped = unlocked.
+pub trait Hold: Send + Sync {
+    /// The delta is going to be changed: from now on readers are kept out too. Err(InUse): one is there, and is named.
+    fn begin_writing(&self) -> Result<()>;
+
+    /// It is not changed any more; readers may come.
+    fn end_writing(&self);
+}
+
+impl Hold for DeltaLock {
+    fn begin_writing(&self) -> Result<()> {
+        DeltaLock::begin_writing(self)
+    }
+
+    fn end_writing(&self) {
+        DeltaLock::end_writing(self);
+    }
 }
 
 /// An open and locked delta.
@@ -33,7 +57,7 @@ pub struct Opened {
     /// It can be written.
     pub writable: bool,
     /// What keeps it locked; dropped = unlocked.
-    pub hold: Arc<dyn Any + Send + Sync>,
+    pub hold: Arc<dyn Hold>,
 }
 
 impl fmt::Debug for Opened {
@@ -47,10 +71,15 @@ impl fmt::Debug for Opened {
 pub struct Direct(pub Access);
 
 impl Opener for Direct {
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
         let file = Arc::new(RealFile::open_as(&dir, file, shown, self.0)?);
-        let hold = DeltaLock::acquire(Arc::clone(&file))?;
+        let used = if self.used() == Use::Reader { Use::Reader } else { used };
+        let hold = DeltaLock::acquire(Arc::clone(&file), used)?;
         Ok(Opened { writable: file.writable(), file, hold: Arc::new(hold) })
+    }
+
+    fn used(&self) -> Use {
+        Use::of(self.0)
     }
 }
 
@@ -96,7 +125,7 @@ impl Layers {
         opener: Arc<dyn Opener>,
         allow_outside: bool,
     ) -> Result<(Arc<Layers>, Vec<Level>)> {
-        let store = Store::open(dir, path)?;
+        let store = Store::open(dir, path, opener.used())?;
         if store.descriptor().volume {
             let why =
                 "is part of a ploop volume, whose chain goes on in another folder; this is not supported";
@@ -114,6 +143,7 @@ impl Layers {
         let top = lock(&layers.store).descriptor().top;
         let levels = layers.chain(top)?;
         if layers.writable() {
+            layers.begin_settling(top)?;
             let mut store = lock(&layers.store);
             store.make_durable()?;
             // What is corrected here can wait, for space above all: no reason to keep anybody from the disk.
@@ -167,6 +197,38 @@ impl Layers {
         let file = self.store().descriptor().delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
         let writable = lock(&self.open).get(&file).is_some_and(|opened| opened.writable);
         Ok(writable && !self.is_shared(&file)?)
+    }
+
+    /// This delta, frozen until now, is going to be changed: its file is locked as a writer's, or its holder is named.
+    /// Only the top's is locked so otherwise, and what a crash left in use ([`Image::settle_lower`] closes it).
+    ///
+    /// [`Image::settle_lower`]: crate::vdisk::Image
+    pub fn begin_changing(&self, guid: Guid) -> Result<()> {
+        self.level_of(guid)?; // Opens it.
+        let file = self.store().descriptor().delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
+        let hold = lock(&self.open).get(&file).map(|opened| Arc::clone(&opened.hold));
+        hold.map_or(Ok(()), |hold| hold.begin_writing())
+    }
+
+    /// The end of an operation: all files but the top's are frozen again, and other readers may come.
+    pub fn end_changing(&self) {
+        let store = lock(&self.store);
+        let top = store.descriptor().delta(store.descriptor().top).map(|delta| delta.file.clone());
+        let open = lock(&self.open);
+        let frozen = open.iter().filter(|(file, _)| Some(*file) != top.as_ref());
+        frozen.for_each(|(_, opened)| opened.hold.end_writing());
+    }
+
+    /// What a crash left in use below the top is closed at the first write. A file that a clone has as well stays.
+    fn begin_settling(&self, top: Guid) -> Result<()> {
+        let chain = self.store().descriptor().chain(top).unwrap_or_default();
+        for guid in chain.into_iter().filter(|guid| *guid != top) {
+            let in_use = matches!(self.level_of(guid)?.layout, Layout::Ploop(header) if header.is_in_use());
+            if in_use && self.may_change(guid)? {
+                self.begin_changing(guid)?;
+            }
+        }
+        Ok(())
     }
 
     /// True when the live top was opened for writing.
@@ -260,7 +322,12 @@ impl Layers {
             return Ok((opened.clone(), false));
         }
         let (dir, name) = paths::resolve(store.dir(), Path::new(file), path, self.allow_outside)?;
-        let opened = self.opener.open(dir.as_fd(), Path::new(&name), path)?;
+        let descriptor = store.descriptor();
+        let top = descriptor.delta(descriptor.top).map(|delta| &*delta.file);
+        // One that no descriptor names yet is about to become the top, or a copy's place.
+        let frozen = descriptor.names(file) && top != Some(file);
+        let used = if frozen { Use::Reader } else { Use::Writer };
+        let opened = self.opener.open(dir.as_fd(), Path::new(&name), path, used)?;
         open.insert(file.to_owned(), opened.clone());
         Ok((opened, true))
     }

@@ -216,7 +216,8 @@ pub fn repair(path: &Path, kind: Option<ImageKind>, facts: &Facts, dry_run: bool
     if kind == ImageKind::Raw {
         return Ok(Outcome::unchanged(check_candidate(path, candidate, kind)?));
     }
-    let _long = lock.begin_long()?;
+    // A look changes nothing, and lets other readers by.
+    let _long = (!dry_run).then(|| lock.begin_long()).transpose()?;
     repair_open(path, &candidate.file, facts, dry_run)
 }
 

@@ -23,6 +23,7 @@ use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels, is_plain_name};
 use crate::io::descriptor_lock::DescriptorLock;
 use crate::io::file::HostStatus;
+use crate::io::lock::Use;
 use crate::io::real::RealFile;
 use crate::rules::{Rule, Step, broken, step};
 
@@ -61,10 +62,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the descriptor in the folder `dir` and keeps others from changing it. `path` is the folder, for messages.
-    pub fn open(dir: OwnedFd, path: &Path) -> Result<Store> {
+    /// Opens the descriptor in the folder `dir` and keeps others from changing it; for a reader, others may read it
+    /// too, and it is not changed here. `path` is the folder, for messages.
+    pub fn open(dir: OwnedFd, path: &Path, used: Use) -> Result<Store> {
         // The lock first: what was read before it may be old.
-        let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR))?;
+        let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR), used)?;
         let (descriptor, labels) = Store::read(dir.as_fd(), path)?;
         Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock, unsynced: false })
     }
@@ -144,6 +146,7 @@ impl Store {
     ///    folder is synced. Removing a file is the caller's, after 4: before it, a power cut could bring back a
     ///    descriptor that names the file. Err: the old descriptor is in place.
     pub fn replace(&mut self, next: Descriptor) -> Result<Replaced> {
+        debug_assert_eq!(self.lock.used(), Use::Writer, "a reader changes no descriptor");
         let files = self.descriptor.deltas.iter().map(|delta| &*delta.file);
         let gone: Vec<String> =
             files.filter(|file| is_plain_name(file) && !next.names(file)).map(str::to_owned).collect();
@@ -261,6 +264,7 @@ impl Store {
     }
 
     fn write_labels(&mut self, labels: Labels) -> Result<()> {
+        debug_assert_eq!(self.lock.used(), Use::Writer, "a reader changes no labels");
         write_beside(self.dir(), &self.path, LABELS_NAME, &labels.to_bytes())?;
         sync_folder(self.dir(), &self.path)?;
         self.labels = labels;
@@ -436,7 +440,7 @@ mod tests {
 
         fn open(&self) -> Store {
             let dir = File::open(self.folder.path()).expect("open");
-            Store::open(dir.into(), self.folder.path()).expect("a store")
+            Store::open(dir.into(), self.folder.path(), Use::Writer).expect("a store")
         }
 
         fn has(&self, name: &str) -> bool {
@@ -469,7 +473,10 @@ mod tests {
         let rig = Rig::new();
         let store = rig.open();
         let again = File::open(rig.folder.path()).expect("open");
-        assert_eq!(Store::open(again.into(), rig.folder.path()).expect_err("taken").kind(), Kind::InUse);
+        assert_eq!(
+            Store::open(again.into(), rig.folder.path(), Use::Writer).expect_err("taken").kind(),
+            Kind::InUse
+        );
         drop(store);
         rig.open();
     }

@@ -1,5 +1,5 @@
 //! Who may change a descriptor: `flock` on `DiskDescriptor.xml.lck`, which the ploop tool (1.15) takes, exclusively
-//! and waiting, before it reads an XML that it is going to change or check. Newer ones lock bytes of the base delta
+//! and waiting, before it reads an XML that it is going to change or check. A reader takes it shared. Newer ones lock bytes of the base delta
 //! instead, which [`DeltaLock`](super::lock::DeltaLock) does.
 
 use std::fs::File;
@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::holder::{self, Held};
+use super::lock::Use;
 use crate::{Error, Kind, Result};
 
 /// ploop's name for it. The file stays, as with ploop: removing it could take it from under somebody who waits.
@@ -20,12 +21,13 @@ pub const LOCK_NAME: &str = "DiskDescriptor.xml.lck";
 #[derive(Debug)]
 pub struct DescriptorLock {
     file: Option<File>,
+    used: Use,
 }
 
 impl DescriptorLock {
     /// Takes the descriptor in the folder `dir`, or says who has it ([`Kind::InUse`]). Does not wait. `path` is the
     /// descriptor, for messages.
-    pub fn acquire(dir: BorrowedFd<'_>, path: &Path) -> Result<DescriptorLock> {
+    pub fn acquire(dir: BorrowedFd<'_>, path: &Path, used: Use) -> Result<DescriptorLock> {
         let failed = |e: Errno| Error::io(&e.into(), path, "cannot take the lock of this descriptor");
         let open = |flags: OFlags| {
             let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -39,16 +41,25 @@ impl DescriptorLock {
         let file = match opened {
             Ok(fd) => File::from(fd),
             Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOENT) => {
-                return Ok(DescriptorLock { file: None });
+                return Ok(DescriptorLock { file: None, used });
             }
             Err(e) => return Err(failed(e)),
         };
-        match retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)) {
-            Ok(()) => Ok(DescriptorLock { file: Some(file) }),
+        let operation = match used {
+            Use::Reader => FlockOperation::NonBlockingLockShared,
+            Use::Writer => FlockOperation::NonBlockingLockExclusive,
+        };
+        match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
+            Ok(()) => Ok(DescriptorLock { file: Some(file), used }),
             Err(Errno::WOULDBLOCK) => Err(in_use(&file, path)),
-            Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(DescriptorLock { file: None }),
+            Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(DescriptorLock { file: None, used }),
             Err(e) => Err(failed(e)),
         }
+    }
+
+    /// What it was taken for.
+    pub fn used(&self) -> Use {
+        self.used
     }
 
     /// False where the host has no locks, or the lock's file cannot be made: nothing is kept out.
@@ -79,13 +90,13 @@ mod tests {
     fn a_descriptor_has_one_user_who_is_named_until_it_lets_go() {
         let folder = tempfile::tempdir().expect("tmp");
         let dir = File::open(folder.path()).expect("open");
-        let lock = DescriptorLock::acquire(dir.as_fd(), folder.path()).expect("free");
+        let lock = DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect("free");
         assert!(lock.held());
-        let refused = DescriptorLock::acquire(dir.as_fd(), folder.path()).expect_err("taken");
+        let refused = DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect_err("taken");
         assert_eq!(refused.kind(), Kind::InUse);
         assert!(refused.to_string().contains(&format!("(pid {}", std::process::id())), "{refused}");
         drop(lock);
-        DescriptorLock::acquire(dir.as_fd(), folder.path()).expect("free again");
+        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect("free again");
         assert!(folder.path().join(LOCK_NAME).exists(), "the file stays");
     }
 
@@ -95,7 +106,7 @@ mod tests {
         let victim = folder.path().join("victim");
         std::os::unix::fs::symlink(&victim, folder.path().join(LOCK_NAME)).expect("link");
         let dir = File::open(folder.path()).expect("open");
-        DescriptorLock::acquire(dir.as_fd(), folder.path()).expect_err("a link");
+        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect_err("a link");
         assert!(!victim.exists());
     }
 }

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::says_in_use;
+use super::lock::Use;
 
 /// A process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,12 @@ impl Holder {
             raw.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();
         let command = words.join(" ").chars().take(200).collect();
         Some(Holder { pid, name, command })
+    }
+
+    /// True for the daemon of a mount, as its command line says: `ploopfs daemon IMAGES MOUNTPOINT`. A command that
+    /// works on an image has no mount to take away.
+    fn serves(&self) -> bool {
+        self.name.starts_with("ploopfs") && self.command.split(' ').nth(1) == Some("daemon")
     }
 }
 
@@ -54,6 +60,8 @@ pub enum Held {
         dev: u64,
         /// Its inode number.
         ino: u64,
+        /// What it was wanted for: a reader is not kept out by other readers.
+        used: Use,
     },
     /// The whole lock file of a descriptor.
     Descriptor {
@@ -86,10 +94,11 @@ impl Held {
     /// The same, looked up in /proc for the process `asker`.
     pub fn look_up(self, asker: u32) -> Option<Holder> {
         let pid = match self {
-            Held::Delta { dev, ino } => {
-                in_proc_locks(dev, ino, asker).or_else(|| in_proc_fdinfo(dev, ino, asker))
+            Held::Delta { dev, ino, used } => {
+                let delta = Delta { dev, ino, used };
+                delta.in_proc_locks(asker).or_else(|| delta.in_proc_fdinfo(asker))
             }
-            Held::Descriptor { ino } => of_whole_file(ino),
+            Held::Descriptor { ino } => of_whole_file(ino, asker),
         };
         pid.and_then(Holder::of)
     }
@@ -98,72 +107,89 @@ impl Held {
 /// Who uses the file, and what ends that; follows the file's name in a message.
 pub(super) fn sentence(holder: Option<&Holder>) -> String {
     match holder {
-        Some(holder) if holder.name.starts_with("ploopfs") => {
+        Some(holder) if holder.serves() => {
             format!("is in use by {holder}; `ploopfs umount` of its mount ends that")
+        }
+        Some(holder) if holder.name.starts_with("ploopfs") => {
+            format!("is in use by {holder}; try again when that has ended")
         }
         Some(holder) => format!("is in use by {holder}; `kill {}` ends that", holder.pid),
         None => "is in use by another process; end that first".to_owned(),
     }
 }
 
-/// One line of /proc/locks, or of a "lock:" line in /proc/PID/fdinfo/N, if it speaks of this file's ranges.
-/// The pid is None for OFD locks.
-///
-/// `12: OFDLCK ADVISORY  READ -1 fe:00:1234 200 204`; "->" after the number marks one that only waits.
-fn holder_in_line(line: &str, dev: u64, ino: u64) -> Option<Option<u32>> {
-    let words: Vec<&str> = line.split_whitespace().skip_while(|w| !w.ends_with(':')).skip(1).collect();
-    let [kind @ ("POSIX" | "OFDLCK"), _, _, pid, place, first, last] = words[..] else { return None };
-    let mut place = place.split(':');
-    let mut hex = || place.next().and_then(|n| u32::from_str_radix(n, 16).ok());
-    let (major, minor) = (hex()?, hex()?);
-    let inode: u64 = place.next()?.parse().ok()?;
-    // btrfs: the lock names the file system's device, `stat` the subvolume's; neither has a major number.
-    let same_device = (major, minor) == (rustix::fs::major(dev), rustix::fs::minor(dev))
-        || (major == 0 && rustix::fs::major(dev) == 0);
-    let first: i64 = first.parse().ok()?;
-    let last: i64 = last.parse().unwrap_or(i64::MAX);
-    if !same_device || inode != ino || !says_in_use(first, last) {
-        return None;
-    }
-    let pid = pid.parse().ok().filter(|_| kind == "POSIX");
-    Some(pid)
+/// A delta, and what it was wanted for.
+#[derive(Clone, Copy)]
+struct Delta {
+    dev: u64,
+    ino: u64,
+    used: Use,
 }
 
-/// POSIX locks (the ploop tool) name their process.
-fn in_proc_locks(dev: u64, ino: u64, asker: u32) -> Option<u32> {
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    locks.lines().filter_map(|line| holder_in_line(line, dev, ino)).flatten().find(|pid| *pid != asker)
-}
-
-/// OFD locks (QEMU, ploopfs) name none; but the kernel lists under each descriptor the locks set through it.
-/// Only fdinfo is read: looking at the files themselves could hang on a dead mount.
-fn in_proc_fdinfo(dev: u64, ino: u64, asker: u32) -> Option<u32> {
-    let pids = fs::read_dir("/proc").ok()?.flatten();
-    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.find(|pid| {
-        *pid != asker && holds_through_a_descriptor(&PathBuf::from(format!("/proc/{pid}/fdinfo")), dev, ino)
-    })
-}
-
-fn holds_through_a_descriptor(fdinfo: &Path, dev: u64, ino: u64) -> bool {
-    let Ok(entries) = fs::read_dir(fdinfo) else { return false };
-    entries.flatten().any(|entry| {
-        let text = fs::read_to_string(entry.path()).unwrap_or_default();
-        let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
-        locks.any(|line| holder_in_line(line, dev, ino).is_some())
-    })
-}
-
-/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`.
-fn of_whole_file(ino: u64) -> Option<u32> {
-    let ending = format!(":{ino}");
-    fs::read_to_string("/proc/locks").ok()?.lines().find_map(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        match words[..] {
-            [_, "FLOCK", _, "WRITE", pid, place, ..] if place.ends_with(&ending) => pid.parse().ok(),
-            _ => None,
+impl Delta {
+    /// One line of /proc/locks, or of a "lock:" line in /proc/PID/fdinfo/N, if it speaks of this file's ranges and
+    /// keeps the asker out. The pid is None for OFD locks.
+    ///
+    /// `12: OFDLCK ADVISORY  READ -1 fe:00:1234 200 204`; "->" after the number marks one that only waits.
+    fn holder_in_line(self, line: &str) -> Option<Option<u32>> {
+        let words: Vec<&str> = line.split_whitespace().skip_while(|w| !w.ends_with(':')).skip(1).collect();
+        let [kind @ ("POSIX" | "OFDLCK"), _, _, pid, place, first, last] = words[..] else { return None };
+        let mut place = place.split(':');
+        let mut hex = || place.next().and_then(|n| u32::from_str_radix(n, 16).ok());
+        let (major, minor) = (hex()?, hex()?);
+        let inode: u64 = place.next()?.parse().ok()?;
+        // btrfs: the lock names the file system's device, `stat` the subvolume's; neither has a major number.
+        let same_device = (major, minor) == (rustix::fs::major(self.dev), rustix::fs::minor(self.dev))
+            || (major == 0 && rustix::fs::major(self.dev) == 0);
+        let first: i64 = first.parse().ok()?;
+        let last: i64 = last.parse().unwrap_or(i64::MAX);
+        if !same_device || inode != self.ino || !self.used.is_kept_out_by(first, last) {
+            return None;
         }
-    })
+        let pid = pid.parse().ok().filter(|_| kind == "POSIX");
+        Some(pid)
+    }
+
+    /// POSIX locks (the ploop tool) name their process.
+    fn in_proc_locks(self, asker: u32) -> Option<u32> {
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        locks.lines().filter_map(|line| self.holder_in_line(line)).flatten().find(|pid| *pid != asker)
+    }
+
+    /// OFD locks (QEMU, ploopfs) name none; but the kernel lists under each descriptor the locks set through it.
+    /// Only fdinfo is read: looking at the files themselves could hang on a dead mount.
+    fn in_proc_fdinfo(self, asker: u32) -> Option<u32> {
+        let pids = fs::read_dir("/proc").ok()?.flatten();
+        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        pids.find(|pid| *pid != asker && self.is_held_in(&PathBuf::from(format!("/proc/{pid}/fdinfo"))))
+    }
+
+    fn is_held_in(self, fdinfo: &Path) -> bool {
+        let Ok(entries) = fs::read_dir(fdinfo) else { return false };
+        entries.flatten().any(|entry| {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
+            locks.any(|line| self.holder_in_line(line).is_some())
+        })
+    }
+}
+
+/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`. One that has it alone comes before those that share it.
+fn of_whole_file(ino: u64, asker: u32) -> Option<u32> {
+    let ending = format!(":{ino}");
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let holder = |mode: &str| {
+        locks.lines().find_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                [_, "FLOCK", _, kind, pid, place, ..] if kind == mode && place.ends_with(&ending) => {
+                    pid.parse().ok()
+                }
+                _ => None,
+            }
+        })
+    };
+    holder("WRITE").or_else(|| holder("READ").filter(|pid| *pid != asker))
 }
 
 #[cfg(test)]
@@ -172,8 +198,8 @@ mod tests {
 
     #[test]
     fn lines_of_proc_locks_are_read_for_device_inode_range_and_process() {
-        let dev = rustix::fs::makedev(0xfe, 1);
-        let line = |s| holder_in_line(s, dev, 1234);
+        let delta = |dev, used| Delta { dev, ino: 1234, used };
+        let line = |s| delta(rustix::fs::makedev(0xfe, 1), Use::Writer).holder_in_line(s);
         assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), Some(Some(77)));
         assert_eq!(line("\t9: OFDLCK ADVISORY  READ -1 fe:01:1234 201 201"), Some(None));
         assert_eq!(line("9: OFDLCK ADVISORY  WRITE -1 fe:01:1234 0 EOF"), Some(None));
@@ -182,8 +208,16 @@ mod tests {
         assert_eq!(line("1: POSIX  ADVISORY  READ 77 fe:01:1234 100 100"), None, "reading alone");
         assert_eq!(line("2: -> POSIX  ADVISORY  READ 77 fe:01:1234 200 204"), None, "only waits");
         assert_eq!(line("3: FLOCK  ADVISORY  WRITE 77 fe:01:1234 0 EOF"), None, "another sort of lock");
-        let subvolume = rustix::fs::makedev(0, 50);
         let other = "9: OFDLCK ADVISORY  READ -1 00:2f:1234 200 204";
-        assert_eq!(holder_in_line(other, subvolume, 1234), Some(None), "btrfs");
+        let subvolume = delta(rustix::fs::makedev(0, 50), Use::Writer);
+        assert_eq!(subvolume.holder_in_line(other), Some(None), "btrfs");
+        let reader = |s| delta(rustix::fs::makedev(0xfe, 1), Use::Reader).holder_in_line(s);
+        assert_eq!(reader("9: OFDLCK ADVISORY  READ -1 fe:01:1234 201 204"), None, "another reader");
+        assert_eq!(reader("9: OFDLCK ADVISORY  READ -1 fe:01:1234 200 204"), Some(None), "a writer");
+        assert_eq!(
+            reader("9: OFDLCK ADVISORY  READ -1 fe:01:1234 101 101"),
+            Some(None),
+            "a QEMU that writes"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! Who may use a delta, and who may serve a folder.
 //!
-//! Deltas: byte-range locks that the ploop tool and QEMU heed as well (FORMAT.md 3.2). A read lock on bytes
-//! 200 to 204 is ploop's "in use"; the same bytes tell QEMU that no permission of its own is shared, so that it
-//! refuses to open the file, for reading too. Read-only use takes the lock as well: one user at a time. 300 to
-//! 304 is ploop's mark of a long operation.
+//! Deltas: byte-range locks that the ploop tool and QEMU heed as well (FORMAT.md 3.2). There are readers and one
+//! writer ([`Use`]). A writer's read lock on bytes 200 to 204 is ploop's "in use"; the same bytes tell QEMU that no
+//! permission of its own is shared, so that it refuses to open the file, for reading too. A reader leaves byte 200
+//! ("reading is not shared") free: other readers and `qemu -r` pass, a writer of any of the three programs does not.
+//! 300 to 304 is ploop's mark of a long operation.
 //!
 //! The locks belong to the open file (OFD), not to the process: closing another descriptor of the same file
 //! does not lose them. But a second descriptor of ours looks foreign.
@@ -12,15 +13,16 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
 
 use super::file::HostFile;
 use super::holder::{self, Held, Holder};
-use super::real::RealFile;
+use super::real::{Access, RealFile};
 use crate::{Error, Kind, Result};
 
 /// A range of bytes: first and length.
@@ -28,37 +30,122 @@ type Range = (i64, i64);
 
 /// In use: ploop's ordinary range, QEMU's "permissions not shared".
 const IN_USE: Range = (200, 5);
+/// QEMU's "reading is not shared": what a writer holds of [`IN_USE`] and a reader does not.
+const NO_READER: Range = (200, 1);
+/// The rest of [`IN_USE`]: "writing, writing the same and resizing are not shared".
+const NO_WRITER: Range = (201, 4);
+/// QEMU's "I read, and what I read must not change".
+const READS: Range = (100, 1);
 /// A long operation (merge, check, convert) runs: ploop's second range, unknown to QEMU.
 const LONG: Range = (300, 5);
 /// QEMU's "write", "write unchanged" and "resize" in use. Tested only: a QEMU that writes but shares everything
 /// (`share-rw=on`) locks nothing of [`IN_USE`]. Byte 100, "read", is left out: who reads with `-U` accepts
 /// changes under its feet.
 const QEMU_WRITES: Range = (101, 3);
+/// All that a [`DeltaLock`] may hold but for [`LONG`].
+const ALL: [Range; 2] = [READS, IN_USE];
 /// Two that lock at the same moment both lose, as with ploop. So many tries are then made, with a pause
 /// that differs between processes.
 const RACE_TRIES: u32 = 4;
+
+/// What a delta is locked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Use {
+    /// Its content is read and must not change. Any number at a time.
+    Reader,
+    /// It may be changed. One, and no reader beside it.
+    Writer,
+}
+
+impl Use {
+    /// The use that goes with how a file is opened.
+    pub fn of(access: Access) -> Use {
+        match access {
+            Access::ReadOnly => Use::Reader,
+            Access::ReadWrite | Access::Widest => Use::Writer,
+        }
+    }
+
+    /// The bytes that it holds.
+    fn holds(self) -> &'static [Range] {
+        match self {
+            Use::Reader => &[READS, NO_WRITER],
+            Use::Writer => &[IN_USE],
+        }
+    }
+
+    /// The bytes of which another holder keeps it out. A reader passes over [`NO_WRITER`] of other readers; a ploop tool
+    /// holds [`NO_READER`] too, whatever it does.
+    fn heeds(self) -> &'static [Range] {
+        match self {
+            Use::Reader => &[LONG, NO_READER, QEMU_WRITES],
+            Use::Writer => &[LONG, IN_USE, QEMU_WRITES],
+        }
+    }
+
+    /// True when a lock on the bytes `first` to `last` keeps it out.
+    pub(super) fn is_kept_out_by(self, first: i64, last: i64) -> bool {
+        self.heeds().iter().any(|(at, len)| first < at + len && *at <= last)
+    }
+}
 
 /// The hold on one delta, given back when dropped. Keeps the file open: the lock lives on its descriptor.
 #[derive(Debug)]
 pub struct DeltaLock {
     file: Arc<RealFile>,
     held: bool,
+    /// Protects what the lock is for, and that one thread at a time changes it. A leaf; held across fcntl, which does
+    /// not wait.
+    used: Mutex<Use>,
 }
 
 impl DeltaLock {
     /// Takes the delta for this process, or says who has it ([`Kind::InUse`]). Does not wait.
-    pub fn acquire(file: Arc<RealFile>) -> Result<DeltaLock> {
-        let mut attempt = 1;
-        loop {
-            match take(&*file, IN_USE, &[LONG, IN_USE, QEMU_WRITES]) {
-                Ok(Taken::Yes) => return Ok(DeltaLock { file, held: true }),
-                Ok(Taken::Race) if attempt < RACE_TRIES => race_pause(attempt),
-                Ok(_) => return Err(in_use(&file)),
-                Err(e) if no_locks_here(&e) => return Ok(DeltaLock { file, held: false }),
-                Err(e) => return Err(Error::io(&e, file.path(), "cannot lock")),
+    pub fn acquire(file: Arc<RealFile>, used: Use) -> Result<DeltaLock> {
+        let held = match take_repeatedly(&file, used.holds(), used)? {
+            Taken::Yes => true,
+            Taken::Unlocked => false,
+            Taken::No(error) => return Err(error),
+        };
+        Ok(DeltaLock { file, held, used: Mutex::new(used) })
+    }
+
+    /// What the delta is locked for now.
+    pub fn used(&self) -> Use {
+        *self.lock_use()
+    }
+
+    fn lock_use(&self) -> MutexGuard<'_, Use> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a reader the writer, or says who else has the delta ([`Kind::InUse`]): then it stays a reader. Does not
+    /// wait: two readers that both want to write are both refused.
+    ///
+    /// The reader's bytes are held all the while, so that no other writer comes between.
+    pub fn begin_writing(&self) -> Result<()> {
+        let mut used = self.lock_use();
+        if *used == Use::Reader && self.held {
+            if let Taken::No(error) = take_repeatedly(&self.file, &[NO_READER], Use::Writer)? {
+                return Err(error);
             }
-            attempt += 1;
+            // Not a writer's byte; should it stay, it keeps out only what would not share reading.
+            let _ = set(&*self.file, libc::F_UNLCK, READS);
         }
+        *used = Use::Writer;
+        Ok(())
+    }
+
+    /// Makes the writer a reader: the delta is not changed from here on.
+    pub fn end_writing(&self) {
+        let mut used = self.lock_use();
+        if *used == Use::Writer && self.held {
+            // What fails leaves a stronger lock than is needed.
+            let _ = set(&*self.file, libc::F_RDLCK, READS);
+            let _ = set(&*self.file, libc::F_UNLCK, NO_READER);
+        }
+        *used = Use::Reader;
     }
 
     /// False where the host file system has no locks: nothing is kept out, and the mount should say so once.
@@ -66,15 +153,16 @@ impl DeltaLock {
         self.held
     }
 
-    /// Marks a long operation on the delta, until the guard is dropped.
+    /// Marks a long operation on the delta, until the guard is dropped. For writers: the mark keeps readers out.
     pub fn begin_long(&self) -> Result<LongLock> {
+        debug_assert_eq!(self.used(), Use::Writer, "a long operation changes the file");
         let file = Arc::clone(&self.file);
         if !self.held {
             return Ok(LongLock { file, held: false });
         }
-        match take(&*file, LONG, &[LONG]) {
-            Ok(Taken::Yes) => Ok(LongLock { file, held: true }),
-            Ok(_) => Err(in_use(&file)),
+        match take(&*file, &[LONG], &[LONG]) {
+            Ok(Attempt::Got) => Ok(LongLock { file, held: true }),
+            Ok(_) => Err(in_use(&file, Use::Writer)),
             Err(e) => Err(Error::io(&e, file.path(), "cannot lock for a long operation")),
         }
     }
@@ -84,7 +172,9 @@ impl Drop for DeltaLock {
     fn drop(&mut self) {
         if self.held {
             // Said, not left to the close: a child of ours between fork and exec still has the descriptor.
-            let _ = set(&*self.file, libc::F_UNLCK, IN_USE);
+            for range in ALL {
+                let _ = set(&*self.file, libc::F_UNLCK, range);
+            }
         }
     }
 }
@@ -150,34 +240,62 @@ impl Drop for FolderLock {
     }
 }
 
-/// What came of an attempt.
-#[derive(Debug, PartialEq, Eq)]
+/// What came of all attempts.
+#[derive(Debug)]
 enum Taken {
     Yes,
-    /// Somebody had it before.
-    No,
-    /// Somebody else came at the same moment.
+    /// The host has no locks.
+    Unlocked,
+    /// Another process has it; the error names it.
+    No(Error),
+}
+
+/// What came of one attempt.
+#[derive(Debug, PartialEq, Eq)]
+enum Attempt {
+    Got,
+    /// Another process had it before.
+    Held,
+    /// Another one came at the same moment.
     Race,
 }
 
-/// Sets a read lock on `range` if nobody else holds anything of `tested`.
-///
-/// Order: (1) test as a writer: whatever lock somebody else has, a read lock too, is "in use"; (2) set our read
-/// lock, for which reading access is enough; (3) test again. Without (1) a refused attempt would for a moment
-/// look like a user to others; without (3) two that pass (1) together would both go on.
-fn take(file: &impl AsFd, range: Range, tested: &[Range]) -> io::Result<Taken> {
-    if held_by_another(file, tested)? {
-        return Ok(Taken::No);
+/// Takes `ranges` unless another process holds what `used` heeds; a race is run again, a few times.
+fn take_repeatedly(file: &RealFile, ranges: &[Range], used: Use) -> Result<Taken> {
+    let mut attempt = 1;
+    loop {
+        match take(file, ranges, used.heeds()) {
+            Ok(Attempt::Got) => return Ok(Taken::Yes),
+            Ok(Attempt::Race) if attempt < RACE_TRIES => race_pause(attempt),
+            Ok(_) => return Ok(Taken::No(in_use(file, used))),
+            Err(e) if no_locks_here(&e) => return Ok(Taken::Unlocked),
+            Err(e) => return Err(Error::io(&e, file.path(), "cannot lock")),
+        }
+        attempt += 1;
     }
-    match set(file, libc::F_RDLCK, range) {
-        Err(e) if taken(&e) => return Ok(Taken::No),
-        result => result?,
+}
+
+/// Sets read locks on `ranges` if no other open file holds anything of `tested`.
+///
+/// Order: (1) test as a writer: whatever lock another holder has, a read lock too, is "in use"; (2) set our read
+/// locks, for which reading access is enough; (3) test again. Without (1) a refused attempt would for a moment
+/// look like a user to others; without (3) two that pass (1) together would both go on.
+fn take(file: &impl AsFd, ranges: &[Range], tested: &[Range]) -> io::Result<Attempt> {
+    if held_by_another(file, tested)? {
+        return Ok(Attempt::Held);
+    }
+    let give_back = || ranges.iter().try_for_each(|range| set(file, libc::F_UNLCK, *range));
+    for range in ranges {
+        if let Err(e) = set(file, libc::F_RDLCK, *range) {
+            give_back()?;
+            return if taken(&e) { Ok(Attempt::Held) } else { Err(e) };
+        }
     }
     match held_by_another(file, tested) {
-        Ok(false) => Ok(Taken::Yes),
+        Ok(false) => Ok(Attempt::Got),
         result => {
-            set(file, libc::F_UNLCK, range)?;
-            result.map(|_| Taken::Race)
+            give_back()?;
+            result.map(|_| Attempt::Race)
         }
     }
 }
@@ -237,8 +355,8 @@ fn race_pause(attempt: u32) {
     thread::sleep(Duration::from_millis(u64::from(attempt) * (5 + own)));
 }
 
-fn in_use(file: &RealFile) -> Error {
-    let holder = file.status().ok().and_then(|s| Held::Delta { dev: s.dev, ino: s.ino }.holder());
+fn in_use(file: &RealFile, used: Use) -> Error {
+    let holder = file.status().ok().and_then(|s| Held::Delta { dev: s.dev, ino: s.ino, used }.holder());
     Error::at(Kind::InUse, file.path(), holder::sentence(holder.as_ref()))
 }
 
@@ -255,11 +373,6 @@ fn folder_in_use(file: &mut File, path: &Path) -> Error {
         (None, _) => "is in use by another process or another host; end that first".to_owned(),
     };
     Error::at(Kind::InUse, path, what)
-}
-
-/// True when a lock on the bytes `first` to `last` says that somebody uses the file.
-pub(super) fn says_in_use(first: i64, last: i64) -> bool {
-    [IN_USE, LONG, QEMU_WRITES].iter().any(|(at, len)| first < at + len && *at <= last)
 }
 
 #[cfg(test)]
@@ -337,39 +450,92 @@ mod tests {
         }
     }
 
+    /// What QEMU says of a command on the image: done, or kept out by a lock.
+    fn qemu_may(image: &Image, options: &[&str], command: &str) -> bool {
+        let mut args = options.to_vec();
+        args.extend(["-f", "parallels", "-c", command, text(&image.path)]);
+        let said = run("qemu-io", &args);
+        let words = String::from_utf8_lossy(&said.stderr);
+        assert!(said.status.success() || words.contains("lock"), "{said:?}");
+        said.status.success()
+    }
+
     #[test]
-    fn while_we_hold_a_delta_qemu_opens_it_neither_for_writing_nor_for_reading() {
+    fn while_we_write_a_delta_qemu_opens_it_neither_for_writing_nor_for_reading() {
         let image = image();
         for access in [Access::ReadOnly, Access::ReadWrite] {
-            let lock = DeltaLock::acquire(open(&image, access)).expect("lock");
+            let lock = DeltaLock::acquire(open(&image, access), Use::Writer).expect("lock");
             assert!(lock.held());
-            for read_only in [&["-f", "parallels"][..], &["-r", "-f", "parallels"]] {
-                let mut args = read_only.to_vec();
-                args.extend(["-c", "read 0 512", text(&image.path)]);
-                let refused = run("qemu-io", &args);
-                assert!(!refused.status.success(), "{refused:?}");
-                assert!(String::from_utf8_lossy(&refused.stderr).contains("lock"), "{refused:?}");
-            }
+            assert!(!qemu_may(&image, &[], "write 0 512"));
+            assert!(!qemu_may(&image, &["-r"], "read 0 512"));
             let refused = run("qemu-img", &["check", "-f", "parallels", text(&image.path)]);
             assert!(!refused.status.success(), "{refused:?}");
             drop(lock);
-            let allowed = run("qemu-io", &["-f", "parallels", "-c", "read 0 512", text(&image.path)]);
-            assert!(allowed.status.success(), "{allowed:?}");
+            assert!(qemu_may(&image, &[], "write 0 512"));
         }
     }
 
     #[test]
-    fn while_qemu_has_the_image_open_we_are_refused_and_name_it() {
+    fn while_we_read_a_delta_qemu_may_read_it_and_not_write_it() {
         let image = image();
-        for options in [&[][..], &["-r"]] {
-            let qemu = Running::qemu_io(&image, options);
-            let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("in use");
+        let lock = DeltaLock::acquire(open(&image, Access::ReadOnly), Use::Reader).expect("lock");
+        assert!(qemu_may(&image, &["-r"], "read 0 512"));
+        assert!(!qemu_may(&image, &[], "write 0 512"));
+        drop(lock);
+        assert!(qemu_may(&image, &[], "write 0 512"));
+    }
+
+    #[test]
+    fn while_qemu_writes_the_image_we_are_refused_and_name_it() {
+        let image = image();
+        let qemu = Running::qemu_io(&image, &[]);
+        for used in [Use::Reader, Use::Writer] {
+            let error = DeltaLock::acquire(open(&image, Access::ReadWrite), used).expect_err("in use");
             assert_eq!(error.kind(), Kind::InUse);
             let expected = format!("qemu-io (pid {}", qemu.0.id());
             assert!(error.to_string().contains(&expected), "{error}");
-            qemu.finish();
-            DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("free again");
         }
+        qemu.finish();
+        DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("free again");
+    }
+
+    #[test]
+    fn while_qemu_reads_the_image_we_may_read_it_and_not_write_it() {
+        let image = image();
+        let qemu = Running::qemu_io(&image, &["-r"]);
+        let reader = DeltaLock::acquire(open(&image, Access::ReadOnly), Use::Reader).expect("two readers");
+        let expected = format!("qemu-io (pid {}", qemu.0.id());
+        let error = reader.begin_writing().expect_err("QEMU reads");
+        assert!(error.to_string().contains(&expected), "{error}");
+        drop(reader);
+        let error = DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect_err("in use");
+        assert!(error.to_string().contains(&expected), "{error}");
+        qemu.finish();
+        DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("free again");
+    }
+
+    /// Reading took the lock of a writer: a check during a nightly export failed.
+    #[test]
+    fn two_readers_pass_and_a_writer_passes_neither_of_them() {
+        let image = image();
+        let one = DeltaLock::acquire(open(&image, Access::ReadOnly), Use::Reader).expect("lock");
+        let two = DeltaLock::acquire(open(&image, Access::ReadOnly), Use::Reader).expect("beside it");
+        let write = || DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer);
+        assert_eq!(write().expect_err("two readers").kind(), Kind::InUse);
+        drop(one);
+        assert_eq!(write().expect_err("one reader").kind(), Kind::InUse);
+        drop(two);
+        let writer = write().expect("free");
+        let read = || DeltaLock::acquire(open(&image, Access::ReadOnly), Use::Reader);
+        assert_eq!(read().expect_err("a writer").kind(), Kind::InUse);
+        writer.end_writing();
+        let reader = read().expect("it writes no more");
+        assert_eq!(writer.begin_writing().expect_err("a reader").kind(), Kind::InUse);
+        assert_eq!(writer.used(), Use::Reader);
+        let other = read().expect("a failed attempt keeps no reader out");
+        drop((reader, other));
+        writer.begin_writing().expect("alone");
+        assert_eq!(read().expect_err("a writer").kind(), Kind::InUse);
     }
 
     #[test]
@@ -377,35 +543,37 @@ mod tests {
         let image = image();
         let path = text(&image.path);
         let sharing = Running::qemu_io(&image, &["-r", "-U"]);
-        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("who reads with -U accepts changes");
+        DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer)
+            .expect("who reads with -U accepts changes");
         sharing.finish();
 
         // QEMU's byte for "write in use" alone, as share-rw=on leaves it.
         let other = RealFile::open(&image.path, Access::ReadOnly).expect("open");
         set(&other, libc::F_RDLCK, (101, 1)).expect("lock");
-        let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err(path);
+        let error = DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect_err(path);
         assert_eq!(error.kind(), Kind::InUse);
     }
 
     #[test]
-    fn a_second_user_is_refused_whatever_either_wants_until_the_first_lets_go() {
+    fn a_writer_is_refused_beside_any_user_until_that_lets_go() {
         let image = image();
-        for (first, second) in [(Access::ReadOnly, Access::ReadWrite), (Access::ReadWrite, Access::ReadOnly)]
+        for (first, second) in
+            [(Use::Reader, Use::Writer), (Use::Writer, Use::Reader), (Use::Writer, Use::Writer)]
         {
-            let lock = DeltaLock::acquire(open(&image, first)).expect("lock");
-            let error = DeltaLock::acquire(open(&image, second)).expect_err("in use");
+            let lock = DeltaLock::acquire(open(&image, Access::ReadOnly), first).expect("lock");
+            let error = DeltaLock::acquire(open(&image, Access::ReadWrite), second).expect_err("in use");
             assert_eq!(error.kind(), Kind::InUse);
             drop(lock);
-            DeltaLock::acquire(open(&image, second)).expect("free again");
+            DeltaLock::acquire(open(&image, Access::ReadWrite), second).expect("free again");
         }
     }
 
     #[test]
     fn closing_another_descriptor_of_the_file_does_not_lose_the_lock() {
         let image = image();
-        let _lock = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("lock");
+        let _lock = DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("lock");
         drop(File::open(&image.path).expect("open"));
-        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("still held");
+        DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect_err("still held");
     }
 
     #[test]
@@ -414,7 +582,9 @@ mod tests {
         for _ in 0..20 {
             let won: Vec<_> = thread::scope(|scope| {
                 let tries: Vec<_> = (0..4)
-                    .map(|_| scope.spawn(|| DeltaLock::acquire(open(&image, Access::ReadWrite)).ok()))
+                    .map(|_| {
+                        scope.spawn(|| DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).ok())
+                    })
                     .collect();
                 tries.into_iter().filter_map(|t| t.join().expect("no panic")).collect()
             });
@@ -425,7 +595,7 @@ mod tests {
     #[test]
     fn a_long_operation_is_a_range_of_its_own_that_ploop_looks_at_first() {
         let image = image();
-        let lock = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("lock");
+        let lock = DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("lock");
         let long = lock.begin_long().expect("long");
         let other = RealFile::open(&image.path, Access::ReadOnly).expect("open");
         assert!(held_by_another(&other, &[LONG]).expect("test"));
@@ -445,10 +615,10 @@ mod tests {
         let mut ploop = Running::start("python3", &["-c", script, text(&image.path)]);
         let mut said = [0; 4];
         ploop.0.stdout.as_mut().expect("piped").read_exact(&mut said).expect("held");
-        let error = DeltaLock::acquire(open(&image, Access::ReadWrite)).expect_err("in use");
+        let error = DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect_err("in use");
         assert!(error.to_string().contains(&format!("(pid {}", ploop.0.id())), "{error}");
         ploop.finish();
-        DeltaLock::acquire(open(&image, Access::ReadWrite)).expect("free again");
+        DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("free again");
     }
 
     #[test]

@@ -25,8 +25,19 @@ impl Drop for Holder {
 /// qemu-io ends when it meets a lock.
 #[track_caller]
 pub fn qemu_holds(delta: &Path) -> Holder {
+    qemu_with(delta, &[])
+}
+
+/// The same, with the image open for reading only.
+#[track_caller]
+pub fn qemu_reads(delta: &Path) -> Holder {
+    qemu_with(delta, &["-r"])
+}
+
+#[track_caller]
+fn qemu_with(delta: &Path, options: &[&str]) -> Holder {
     let mut command = Command::new("qemu-io");
-    command.args(["-f", "parallels"]).arg(delta).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args(options).args(["-f", "parallels"]).arg(delta).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut holder = Holder(command.spawn().expect("qemu-io starts"));
     // It asks for a command when it has the image.
     let mut asks = [0];

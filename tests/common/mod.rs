@@ -17,7 +17,7 @@ mod stamp;
 mod v1;
 
 pub use folder::Folder;
-pub use holder::{Holder, qemu_holds};
+pub use holder::{Holder, qemu_holds, qemu_reads};
 pub use host::{Guest, HostFs, Loop, loops_in, memory_dir, temp_dir};
 pub use mount::Mount;
 pub use run::{Finished, Run, ok, sh, signal, until};

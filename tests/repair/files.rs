@@ -177,7 +177,9 @@ fn an_image_in_use_is_refused_with_status_4_and_nothing_changes() {
     assert!(patient.hurt(Damage::Leak, &mut Rng::new(2)) || patient.hurt(Damage::Tail, &mut Rng::new(2)));
     let before = patient.bytes();
     let held = ploopfs::io::real::RealFile::open(&image, ploopfs::io::real::Access::ReadOnly).expect("open");
-    let lock = ploopfs::io::lock::DeltaLock::acquire(std::sync::Arc::new(held)).expect("free");
+    let lock =
+        ploopfs::io::lock::DeltaLock::acquire(std::sync::Arc::new(held), ploopfs::io::lock::Use::Writer)
+            .expect("free");
     for options in [&["--repair"][..], &["--repair", "--dry-run"]] {
         let done = Run::ploopfs().arg("check").args(options).arg(&image).status(4);
         assert!(done.stderr.contains("in use"), "{done}");

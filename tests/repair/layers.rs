@@ -254,7 +254,8 @@ fn one_level_in_use_by_somebody_stops_the_repair_before_it_begins() {
     let files = layered.files();
     put(&files[0], 44, &IN_USE.to_le_bytes());
     let held = ploopfs::io::real::RealFile::open(&files[2], Access::ReadOnly).expect("open");
-    let _lock = ploopfs::io::lock::DeltaLock::acquire(Arc::new(held)).expect("free");
+    let _lock =
+        ploopfs::io::lock::DeltaLock::acquire(Arc::new(held), ploopfs::io::lock::Use::Writer).expect("free");
     let before = layered.state();
     Run::ploopfs().args(["check", "--repair"]).arg(layered.image()).status(4);
     assert!(layered.state() == before);

@@ -14,6 +14,7 @@ use crate::image::layers::{Direct, Layers, Opened, Opener};
 use crate::image::make_folder::make_folder;
 use crate::io::fault::{FaultFile, Op, Plan};
 use crate::io::file::HostFile;
+use crate::io::lock::Use;
 use crate::io::memory::MemoryFile;
 use crate::io::real::Access;
 use crate::progress::Progress;
@@ -228,8 +229,8 @@ fn a_discard_that_once_found_no_space_asks_the_host_again_the_next_time() {
 struct Counted(Arc<Plan>);
 
 impl Opener for Counted {
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> Result<Opened> {
-        let opened = Direct(Access::ReadWrite).open(dir, file, shown)?;
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
+        let opened = Direct(Access::ReadWrite).open(dir, file, shown, used)?;
         Ok(Opened { file: Arc::new(FaultFile::new(opened.file.clone(), self.0.clone())), ..opened })
     }
 }

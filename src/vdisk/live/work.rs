@@ -31,31 +31,10 @@ pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress
     if let Some(done) = work.on_disk(image, progress) {
         return done;
     }
-    let job = Live { image, layers, progress };
-    match work {
-        Work::Snapshot { label } => {
-            let name = job.snapshot(label.as_deref())?;
-            Ok(Done { name: Some(name), ..Done::default() })
-        }
-        Work::Delete { snapshot } => job.delete(snapshot, true),
-        Work::Merge { snapshot } => job.delete(snapshot, false),
-        Work::Finish => job.finish(),
-        Work::Resize { size } => job.resize(*size),
-        Work::Clone { snapshot, to, copy } => {
-            let of = match snapshot {
-                Some(name) => name.clone(),
-                None => job.snapshot(None)?,
-            };
-            let guid = job.find(&of)?;
-            clone::clone(layers, guid, to, *copy, progress)?;
-            let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
-            Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
-        }
-        Work::Compact { .. } | Work::Track { .. } | Work::Untrack => unreachable!("done above"),
-        Work::Switch { .. } => {
-            Err(Error::new(Kind::Busy, "somebody has the disk open; a switch needs a closed disk"))
-        }
-    }
+    let done = Live { image, layers, progress }.carry_out(work);
+    // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
+    layers.end_changing();
+    done
 }
 
 struct Live<'a> {
@@ -65,6 +44,33 @@ struct Live<'a> {
 }
 
 impl Live<'_> {
+    fn carry_out(&self, work: &Work) -> Result<Done> {
+        match work {
+            Work::Snapshot { label } => {
+                let name = self.snapshot(label.as_deref())?;
+                Ok(Done { name: Some(name), ..Done::default() })
+            }
+            Work::Delete { snapshot } => self.delete(snapshot, true),
+            Work::Merge { snapshot } => self.delete(snapshot, false),
+            Work::Finish => self.finish(),
+            Work::Resize { size } => self.resize(*size),
+            Work::Clone { snapshot, to, copy } => {
+                let of = match snapshot {
+                    Some(name) => name.clone(),
+                    None => self.snapshot(None)?,
+                };
+                let guid = self.find(&of)?;
+                clone::clone(self.layers, guid, to, *copy, self.progress)?;
+                let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
+                Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
+            }
+            Work::Compact { .. } | Work::Track { .. } | Work::Untrack => unreachable!("done above"),
+            Work::Switch { .. } => {
+                Err(Error::new(Kind::Busy, "the disk is open; a switch needs a closed disk"))
+            }
+        }
+    }
+
     fn find(&self, name: &str) -> Result<Guid> {
         self.layers.store().find_snapshot(name)
     }
@@ -157,6 +163,10 @@ impl Live<'_> {
             }
             0 => self.remove_leaf(guid)?,
             1 => {
+                // Before the snapshot's name is gone: one that is refused is still there.
+                for child in descriptor.children(guid) {
+                    self.claim(guid, child)?;
+                }
                 self.mark_deleted(guid)?;
             }
             children if later => {
@@ -219,6 +229,7 @@ impl Live<'_> {
             self.progress.check()?;
             // Else a power cut could bring back a snapshot whose file the merge has changed.
             self.layers.store().redo_unsynced()?;
+            self.claim(parent, child)?;
             if child == descriptor.top {
                 self.follow_descriptor()?;
                 self.merge(self.image, parent, child)?;
@@ -226,6 +237,17 @@ impl Live<'_> {
                 self.merge_below(&descriptor, parent, child)?;
             }
         }
+    }
+
+    /// Keeps other programs' readers off the files that a merge of these two changes, or names who reads them. A file that
+    /// a clone has as well is not changed, and its readers are the clone's.
+    fn claim(&self, parent: Guid, child: Guid) -> Result<()> {
+        for guid in [parent, child] {
+            if self.layers.may_change(guid)? {
+                self.layers.begin_changing(guid)?;
+            }
+        }
+        Ok(())
     }
 
     /// After a merge below the top whose last steps failed, the live image still reads from the files that were there
@@ -277,6 +299,7 @@ impl Live<'_> {
         let on_it = descriptor.chain(descriptor.top).is_ok_and(|chain| chain.contains(&child));
         if !broken(Rule::R9) && !self.layers.may_change(child)? {
             self.unshare(child, on_it)?;
+            self.layers.begin_changing(child)?;
         }
         let levels = vec![self.layers.level_of(parent)?, self.layers.level_of(child)?];
         let is_base = descriptor.shot(parent).is_some_and(|shot| shot.parent == Guid::NONE);

@@ -14,6 +14,7 @@ use ploopfs::format::header::{Header, Version};
 use ploopfs::image::diff;
 use ploopfs::image::layers::{Direct, Layers, Opened, Opener};
 use ploopfs::image::switch::switch;
+use ploopfs::io::lock::Use;
 use ploopfs::io::real::Access;
 use ploopfs::progress::Progress;
 use ploopfs::rules::{Step, Watching};
@@ -120,8 +121,8 @@ impl Site {
 struct Recording(Arc<Site>);
 
 impl Opener for Recording {
-    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path) -> ploopfs::Result<Opened> {
-        let opened = Direct(Access::ReadWrite).open(dir, file, shown)?;
+    fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> ploopfs::Result<Opened> {
+        let opened = Direct(Access::ReadWrite).open(dir, file, shown, used)?;
         let mut ids = lock(&self.0.ids);
         let number = ids.names[file.to_str().expect("a name of ours")];
         ids.known.insert(number);
