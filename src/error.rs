@@ -76,7 +76,8 @@ impl Kind {
             libc::EBUSY | libc::ETXTBSY => Kind::Busy,
             libc::EOPNOTSUPP | libc::ENOSYS => Kind::Unsupported,
             libc::EROFS => Kind::ReadOnly,
-            libc::ENOSPC | libc::EDQUOT => Kind::NoSpace,
+            // EFBIG: a limit of the file's size is met (`ulimit -f`), or the host file system's own.
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => Kind::NoSpace,
             libc::EPERM => Kind::NotPermitted,
             libc::EACCES => Kind::Access,
             _ => Kind::Io,
@@ -141,6 +142,12 @@ impl Error {
     }
 }
 
+/// `text` with control characters made visible: file names come from elsewhere, and must neither drive a terminal nor begin
+/// a line of their own in a log.
+pub fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
 /// The host's error in words alone: "(os error 2)" behind them tells a person nothing.
 pub fn words(error: &io::Error) -> String {
     let text = error.to_string();
@@ -166,3 +173,13 @@ impl fmt::Debug for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_in_a_name_are_made_visible() {
+        assert_eq!(printable("a\x1b[2Jb\nc\u{9b}d"), "a\\u{1b}[2Jb\\nc\\u{9b}d");
+    }
+}

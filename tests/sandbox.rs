@@ -4,7 +4,7 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -115,6 +115,85 @@ fn what_the_kernel_refuses_is_said_once_and_the_mount_goes_on_without_it() {
     mount.open("vm1").write_all_at(b"x", 0).expect("still served");
     let active = json!({"no_new_privs": true, "landlock": false, "seccomp": false});
     assert_eq!(mount.stats()["sandbox"], active);
+    mount.umount();
+}
+
+/// The powers that all threads of a process have (capabilities(7), as bits).
+fn powers(pid: u32) -> u64 {
+    let all = of_threads(pid, "CapPrm");
+    assert!(!all.is_empty() && all.iter().all(|powers| *powers == all[0]), "{all:?}");
+    assert_eq!(of_threads(pid, "CapEff"), all);
+    u64::from_str_radix(&all[0], 16).expect("hexadecimal")
+}
+
+const CHOWN_DAC_OVERRIDE_FOWNER: u64 = 0b1011;
+const IPC_LOCK: u64 = 1 << 14;
+const SYS_ADMIN: u64 = 1 << 21;
+
+#[test]
+fn a_daemon_of_root_keeps_only_the_powers_that_serving_needs() {
+    require!("fuse");
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIPPED: needs root, which has powers");
+    }
+    let images = common::temp_dir();
+    // Images of a user, which root serves, snapshots and gives new files to.
+    let theirs = |path: &Path| std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("given away");
+    Run::ploopfs().args(["create", text(&images.path().join("vm1")), "--size", "64M"]).ok();
+    fs::set_permissions(images.path().join("vm1.hds"), fs::Permissions::from_mode(0o4600)).expect("a mode");
+    theirs(images.path());
+    theirs(&images.path().join("vm1.hds"));
+    let mount = Mount::over(images.path(), &[]);
+    let own = powers(std::process::id());
+    // The limit on locked memory may not be lifted here; then that power stays.
+    assert_eq!(powers(mount.pid()) & !IPC_LOCK, own & CHOWN_DAC_OVERRIDE_FOWNER);
+    mount.open("vm1").write_all_at(b"x", 0).expect("written");
+    Run::ploopfs().args(["snapshot", "create", text(&images.path().join("vm1")), "s"]).ok();
+    mount.open("vm1").write_all_at(b"y", 4096).expect("written");
+    for file in fs::read_dir(images.path().join("vm1")).expect("layers").flatten() {
+        let meta = file.metadata().expect("status");
+        let layer = text(&file.path()).contains(".hds");
+        assert!(!layer || meta.uid() == 65534, "{file:?} is of {}", meta.uid());
+    }
+    let passing = Mount::new(&["--create", "vm2=64M", "--passthrough"]);
+    assert_eq!(powers(passing.pid()) & !IPC_LOCK, own & (CHOWN_DAC_OVERRIDE_FOWNER | SYS_ADMIN));
+}
+
+#[test]
+fn sixty_four_images_are_served_under_a_limit_of_locked_memory_that_could_not_be_lifted() {
+    require!("fuse");
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIPPED: needs root, to cut its own powers");
+    }
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("images"), folder.path().join("vdisks"));
+    let mut mount = Mount::adopt(&images, &point);
+    let names: Vec<String> = (0..64).map(|n| format!("vm{n}")).collect();
+    let create = names.iter().flat_map(|name| ["--create".to_owned(), format!("{name}=16M")]);
+    let begun = Run::new("setpriv")
+        .args(["--bounding-set=-sys_resource", "--inh-caps=-all", "prlimit", "--memlock=8388608:8388608"])
+        .args([env!("CARGO_BIN_EXE_ploopfs"), "mount"])
+        .args(create)
+        .args([&images, &point])
+        .limit(120)
+        .run();
+    assert!(begun.success(), "{begun}");
+    assert_eq!(powers(mount.pid()) & IPC_LOCK, IPC_LOCK);
+    let open: Vec<_> = names.iter().map(|name| mount.open(name)).collect();
+    for (n, file) in open.iter().enumerate() {
+        file.write_all_at(&[n as u8 + 1; 256 << 10], 1 << 20).expect("written");
+    }
+    for (n, file) in open.iter().enumerate() {
+        file.sync_all().expect("synced");
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, (1 << 20) + 7).expect("read");
+        assert_eq!(byte[0], n as u8 + 1);
+    }
+    // More than the limit is locked, so the limit would have been met.
+    let locked = of_threads(mount.pid(), "VmLck");
+    let kib: u64 = locked[0].trim_end_matches(" kB").trim().parse().expect("a number");
+    assert!(kib > 8 << 10, "{locked:?}");
+    drop(open);
     mount.umount();
 }
 

@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::cli::{Outcome, layered, out, target};
+use crate::cli::{Outcome, layered, out, served, target};
 use crate::control::client::Client;
-use crate::daemon::mounts;
+use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
@@ -27,20 +27,23 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let (shown, frozen) = shown_or_snapshot(&args.image)?;
+    let Shown { path: shown, frozen, mount } = shown_or_snapshot(&args.image)?;
     if let Some(device) = over(&shown)?.into_iter().next() {
         let what =
             format!("is attached already: {0}; end that with: ploopfs detach {0}", device.dev.display());
         return Err(Error::at(Kind::InUse, &shown, what).into());
     }
-    let device = loopdev::attach(&shown, args.read_only || frozen).map_err(|e| match e.kind() {
-        Kind::ReadOnly => Error::at(
-            Kind::ReadOnly,
-            &shown,
-            "cannot be written (`ploopfs info` says why); to attach it for reading: --read-only",
-        ),
-        _ => e,
-    })?;
+    let inside = shown.strip_prefix(&mount.point).unwrap_or(&shown);
+    let open = |flags| mount.open(inside, flags);
+    let device =
+        loopdev::attach_opened(&shown, args.read_only || frozen, &open).map_err(|e| match e.kind() {
+            Kind::ReadOnly => Error::at(
+                Kind::ReadOnly,
+                &shown,
+                "cannot be written (`ploopfs info` says why); to attach it for reading: --read-only",
+            ),
+            _ => e,
+        })?;
     out::text(&format!("{}\n", device.dev.display()))?;
     Ok(Outcome::Done)
 }
@@ -56,20 +59,29 @@ pub fn over(file: &Path) -> Result<Vec<LoopDevice>> {
 /// The flat file that a mount shows of the live disk of `image`.
 pub fn shown(image: &Path) -> Result<PathBuf> {
     match shown_or_snapshot(image)? {
-        (shown, false) => Ok(shown),
-        (_, true) => Err(Error::at(Kind::Invalid, image, "is a snapshot; this command takes a whole image")),
+        Shown { path, frozen: false, .. } => Ok(path),
+        _ => Err(Error::at(Kind::Invalid, image, "is a snapshot; this command takes a whole image")),
     }
 }
 
-/// The flat file that a mount shows of `image`, and whether it is a snapshot's: `image` itself where it lies on a mount
-/// of ours, else looked up in the mount that serves its folder.
-pub fn shown_or_snapshot(image: &Path) -> Result<(PathBuf, bool)> {
+/// A flat file of a mount of ours.
+struct Shown {
+    path: PathBuf,
+    /// It is a snapshot's.
+    frozen: bool,
+    mount: Mount,
+}
+
+/// The flat file that a mount shows of `image`: `image` itself where it lies on a mount of ours, else looked up in the
+/// mount that serves its folder.
+fn shown_or_snapshot(image: &Path) -> Result<Shown> {
     if let Ok(found) = image.canonicalize()
         && let Some(mount) = mounts::covering(&found)?
         && mount.is_ours()
     {
+        let mount = mount.trusted()?;
         let frozen = found.starts_with(mount.point.join(SNAPSHOTS));
-        return Ok((found, frozen));
+        return Ok(Shown { path: found, frozen, mount });
     }
     let target = target::find_any(image)?;
     let source = &target.path;
@@ -77,8 +89,7 @@ pub fn shown_or_snapshot(image: &Path) -> Result<(PathBuf, bool)> {
     let Some(folder) = source.parent() else {
         return Err(Error::at(Kind::Invalid, image, "is not an image in a folder"));
     };
-    let mounted = mounts::all()?.into_iter().rev().find(|mount| mount.is_ours() && mount.source == folder);
-    let (Some(mount), Some(_)) = (mounted, Client::find(folder)?) else {
+    let (Some(mount), Some(_)) = (served::mount_of(folder)?, Client::find(folder)?) else {
         let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", folder.display());
         return Err(Error::at(Kind::NotFound, image, what));
     };
@@ -94,7 +105,7 @@ pub fn shown_or_snapshot(image: &Path) -> Result<(PathBuf, bool)> {
         let what = format!("{} does not show it (`ploopfs list` says why)", mount.point.display());
         Error::io(&e, image, what)
     })?;
-    Ok((shown, target.snapshot.is_some()))
+    Ok(Shown { path: shown, frozen: target.snapshot.is_some(), mount })
 }
 
 fn name_of(image: &Path, source: &Path) -> Result<OsString> {

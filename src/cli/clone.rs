@@ -54,6 +54,7 @@ pub fn new_place(new: &Path) -> Result<PathBuf> {
     let folder = parent.canonicalize().map_err(|e| Error::io(&e, parent, "no such folder"))?;
     let mount = mounts::covering(&folder)?.filter(|mount| mount.is_ours());
     let Some(mount) = mount else { return Ok(folder.join(name)) };
+    let mount = mount.trusted()?;
     if mount.point != folder {
         return Err(Error::at(Kind::Invalid, new, "no image can be made there; name one beside the others"));
     }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
@@ -259,6 +260,9 @@ impl Command {
 
 /// The program: parses `args` (the program's name first), runs the command, says what went wrong on stderr.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    // A limit of a file's size (`ulimit -f`) is an errno of the write, EFBIG, and not the end of the process. A handler that
+    // only notes it, and not SIG_IGN, which the programs that we run would inherit. Without it: as before.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(usage) => {

@@ -16,6 +16,7 @@ use crate::daemon::{holders, mounts};
 use crate::error::{Error, Kind, Result};
 use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
+use crate::io::process;
 use crate::io::unmount::unmount;
 
 /// Options of mount(8) that say nothing to us: they are about when and by whom to mount, or are what a mount of ours is
@@ -98,9 +99,9 @@ pub struct Args {
     /// Do not confine the daemon
     ///
     /// Once the mount works, the daemon gives up what a file server never needs: it opens files below the images folder
-    /// only (Landlock; not with --allow-outside), gains no privileges, and makes only the system calls on a list
-    /// (seccomp), which has none to start programs, to mount, to trace, or to talk to a network. What is active is in
-    /// the log and in .ploopfs/stats.json.
+    /// only (Landlock; anywhere with --allow-outside), gains no privileges, and makes only the system calls on a list
+    /// (seccomp), which has none to start programs, to mount, to trace, or to talk to a network. Of root's powers it keeps
+    /// those over files of other owners. What is active is in the log and in .ploopfs/stats.json.
     #[arg(long)]
     no_sandbox: bool,
     /// How to talk to the kernel
@@ -136,6 +137,7 @@ pub struct Args {
     low_water: u8,
     /// Run PROGRAM EVENT IMAGE when something happens: low-water, full, space, read-only
     ///
+    /// An IMAGE whose name begins with "-" is given as ./-NAME, and never looks like an option; PLOOPFS_IMAGE has it as it is.
     /// The environment holds PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES, PLOOPFS_MOUNTPOINT and, where they apply,
     /// PLOOPFS_FREE and PLOOPFS_TOTAL (bytes) and PLOOPFS_REASON.
     #[arg(long, value_name = "PROGRAM")]
@@ -440,6 +442,8 @@ fn keep_in_front(settings: &Settings) -> ExitCode {
             true
         }
     }
+    // Everything that this process opened itself is closed by now.
+    process::close_inherited();
     keeper::run(settings, &mut InFront)
 }
 

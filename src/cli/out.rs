@@ -5,6 +5,8 @@ use std::io::{self, BufWriter, StdoutLock, Write};
 use anyhow::Context;
 use serde::Serialize;
 
+pub use crate::error::printable;
+
 /// Writes `text` to standard output.
 pub fn text(text: &str) -> anyhow::Result<()> {
     bytes(text.as_bytes())
@@ -58,20 +60,5 @@ impl Stream {
             let _ = stdout.into_parts();
         }
         Ok(false)
-    }
-}
-
-/// `text` with control characters made visible: file names come from elsewhere and must not drive the terminal.
-pub fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn control_characters_in_a_name_are_made_visible() {
-        assert_eq!(printable("a\x1b[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
     }
 }

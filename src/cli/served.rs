@@ -1,8 +1,11 @@
 //! What a living daemon knows of a folder or an image, for the commands that look.
 
 use std::fmt::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
 
 use crate::cli::out;
 use crate::control::client::Client;
@@ -11,6 +14,7 @@ use crate::daemon::holders;
 use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev::LoopDevice;
+use crate::transfer::disk::FlatFile;
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
 const LAST_THREADS: Duration = Duration::from_secs(2);
@@ -22,9 +26,27 @@ pub struct Daemon {
     pub client: Client,
     /// Where it shows the folder.
     pub mountpoint: PathBuf,
+    /// That mount in the kernel's table. None: in another namespace, or just being unmounted.
+    mount: Option<Mount>,
 }
 
 impl Daemon {
+    /// Opens the flat file of an image, or of a snapshot of it, on the mount that the kernel knows, and nowhere else: what
+    /// the daemon answers is made of names that others chose.
+    pub fn open_shown(&self, image: &str, snapshot: Option<&str>) -> Result<FlatFile> {
+        let inside = match snapshot {
+            None => PathBuf::from(format!("{image}.img")),
+            Some(snapshot) => Path::new(".snapshots").join(image).join(format!("{snapshot}.img")),
+        };
+        let shown = self.mountpoint.join(&inside);
+        let Some(mount) = &self.mount else {
+            let what = "is not in the table of mounts here (another namespace?); its content cannot be read";
+            return Err(Error::at(Kind::NotFound, &shown, what));
+        };
+        let file = mount.open(&inside, OFlags::RDONLY).map_err(|e| Error::io(&e, &shown, "cannot open"))?;
+        FlatFile::of(file, &shown)
+    }
+
     /// The loop devices over its files.
     pub fn loops(&self) -> Vec<LoopDevice> {
         holders::loops_below(&self.mountpoint)
@@ -61,17 +83,32 @@ pub fn of_folder(images: &Path) -> Result<Option<Daemon>> {
     let images = if images.as_os_str().is_empty() { Path::new(".") } else { images };
     let images = images.canonicalize().map_err(|e| Error::io(&e, images, "cannot resolve the path"))?;
     let Some(client) = Client::find(&images)? else { return Ok(None) };
-    let mount = mounts::all()?.into_iter().rev().find(|mount| mount.is_ours() && mount.source == images);
-    // Mounted in another namespace, or just being unmounted: the daemon's own word.
-    let mountpoint = mount.map_or_else(|| PathBuf::from(&client.hello().mountpoint), |mount| mount.point);
-    Ok(Some(Daemon { client, mountpoint }))
+    let mount = mount_of(&images)?;
+    // Mounted in another namespace, or just being unmounted: the daemon's own word, which is only shown.
+    let mountpoint =
+        mount.as_ref().map_or_else(|| PathBuf::from(&client.hello().mountpoint), |mount| mount.point.clone());
+    Ok(Some(Daemon { client, mountpoint, mount }))
+}
+
+/// The mount that shows the folder `images`, by the kernel's table alone: made by root or by this user, its source this
+/// folder.
+pub fn mount_of(images: &Path) -> Result<Option<Mount>> {
+    let mut mounts: Vec<Mount> = mounts::all()?.into_iter().filter(Mount::is_ours).collect();
+    mounts.retain(|mount| mount.clone().trusted().is_ok());
+    if let Some(found) = mounts.iter().rposition(|mount| mount.source == images) {
+        return Ok(Some(mounts.swap_remove(found)));
+    }
+    // By another name: through a bind mount, or renamed meanwhile.
+    let wanted = images.metadata().map_err(|e| Error::io(&e, images, "cannot read the images folder"))?;
+    let same = |meta: std::fs::Metadata| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino());
+    Ok(mounts.into_iter().rev().find(|mount| mount.source.metadata().is_ok_and(same)))
 }
 
 /// The images folder that `path` means (itself, or the one that is mounted there), and its daemon.
 pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
     let point = mounts::resolve(path)?;
     let folder = match mounts::at(&point)? {
-        Some(mount) if mount.is_ours() => mount.source,
+        Some(mount) if mount.is_ours() => mount.trusted()?.source,
         _ => path.to_owned(),
     };
     let daemon = if folder.exists() { of_folder(&folder)? } else { None };
@@ -82,6 +119,7 @@ pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
 pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let Ok(found) = shown.canonicalize() else { return Ok(None) };
     let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
+    let mount = mount.trusted()?;
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
     let inside = found.strip_prefix(&mount.point).ok().and_then(Path::to_str).ok_or_else(none)?;
     let inside = inside.strip_suffix(".img").ok_or_else(none)?;
@@ -92,7 +130,9 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let mut daemon = of_folder(&mount.source)?
         .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
     let image = daemon.client.list()?.into_iter().find(|image| image.served && image.name == name);
-    Ok(Some((PathBuf::from(image.ok_or_else(none)?.path), snapshot)))
+    // Images lie in the folder, whatever the daemon says.
+    let image = image.as_ref().and_then(|image| Path::new(&image.path).file_name()).ok_or_else(none)?;
+    Ok(Some((mount.source.join(image), snapshot)))
 }
 
 /// The daemon that serves the image at `path` (a file or a layered image's folder), and what it says of it.

@@ -110,15 +110,11 @@ fn line(target: &Target, lines: Vec<SnapshotLine>) -> Result<SnapshotLine> {
 
 fn live(target: &Target, mut daemon: Daemon, image: String) -> Result<Source> {
     let found = line(target, daemon.client.snapshots(&image)?)?;
-    let shown = match found.current {
-        true => daemon.mountpoint.join(format!("{image}.img")),
-        false => daemon.mountpoint.join(".snapshots").join(&image).join(format!("{}.img", found.name)),
-    };
-    let file = FlatFile::open(&shown)?;
+    let file = daemon.open_shown(&image, (!found.current).then_some(&*found.name))?;
     // Now it stays: what was opened must be what was looked up.
     if line(target, daemon.client.snapshots(&image)?)?.guid != found.guid {
         let what = "was replaced by another snapshot of that name just now; try again";
-        return Err(Error::at(Kind::Busy, &shown, what));
+        return Err(Error::at(Kind::Busy, file.path(), what));
     }
     Ok(Source { line: found, cluster: None, place: Place::Live { daemon: Box::new(daemon), image, file } })
 }

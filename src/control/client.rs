@@ -1,9 +1,14 @@
 //! The command line's side of the control socket.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::place::{Place, SOCKET};
 use super::protocol::{
@@ -12,6 +17,7 @@ use super::protocol::{
 use crate::error::{Error, Kind, Result};
 use crate::image::diff::Diff;
 use crate::image::map::Piece;
+use crate::io::foreign;
 use crate::tree::Document;
 use crate::vdisk::live::{Done, Work};
 use crate::vdisk::tracking::Changes;
@@ -31,11 +37,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// The daemon of the folder `images`, if one lives. A socket without a daemon behind it counts as none.
+    /// The daemon of the folder `images`, if one lives. A socket without a daemon behind it counts as none; one on which
+    /// another user answers is an error, for whoever owns a folder can put his own there.
     pub fn find(images: &Path) -> Result<Option<Client>> {
         for place in Place::candidates(images) {
-            let Ok(stream) = UnixStream::connect(place.short(SOCKET)) else { continue };
             let socket = place.path(SOCKET);
+            let connected = connect(&place).map_err(|e| {
+                Error::io(&e, &socket, "cannot reach the daemon, which may have been stopped")
+            })?;
+            let Some(stream) = connected else { continue };
+            // Before the first word to it, and whatever it answers.
+            let pid = trust(&stream, &socket)?;
             let mut client = Client { stream: BufReader::new(stream), socket, hello: Hello::default() };
             client.bound(Some(GREETING))?;
             let answer = match client.send(Op::Hello).and_then(|()| client.receive()) {
@@ -46,6 +58,7 @@ impl Client {
                 Err(e) => return Err(e),
             };
             client.hello = answer.hello.ok_or_else(|| client.odd("no greeting in the answer"))?;
+            client.hello.pid = pid;
             client.bound(Some(PATIENCE))?;
             return Ok(Some(client));
         }
@@ -150,7 +163,7 @@ impl Client {
         if !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) {
             return Error::io(e, &self.socket, "no answer from the daemon");
         }
-        let peer = rustix::net::sockopt::socket_peercred(self.stream.get_ref());
+        let peer = sockopt::socket_peercred(self.stream.get_ref());
         let what = match peer.map(|peer| peer.pid.as_raw_nonzero()) {
             Ok(pid) => format!(
                 "the daemon (process {pid}) does not answer; if it was stopped: kill -CONT {pid}; to give it up: kill -9 {pid}"
@@ -206,6 +219,37 @@ impl Client {
         let why = answer.error.unwrap_or_else(|| "the daemon refused without a reason".to_owned());
         Err(Error::new(kind, why))
     }
+}
+
+/// Connects to the socket of a place; None: nobody listens there. An error: it listens and lets nobody in.
+fn connect(place: &Place) -> io::Result<Option<UnixStream>> {
+    // The name may be a link to some other program's socket; a descriptor of the socket itself is none.
+    let Ok(socket) = foreign::socket_in(place, SOCKET) else { return Ok(None) };
+    let address = SocketAddrUnix::new(format!("/proc/self/fd/{}", socket.as_raw_fd()))?;
+    let stream = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // With its queue full, connecting waits as long as sending may.
+    sockopt::set_socket_timeout(&stream, Timeout::Send, Some(GREETING))?;
+    match retry_on_intr(|| net::connect(&stream, &address)) {
+        Ok(()) => Ok(Some(UnixStream::from(stream))),
+        Err(Errno::AGAIN) => Err(Errno::TIMEDOUT.into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The process that listens, if it is root's or ours. The kernel names it, as it was when it began to listen.
+fn trust(stream: &UnixStream, socket: &Path) -> Result<u32> {
+    let peer = sockopt::socket_peercred(stream)
+        .map_err(|e| Error::io(&e.into(), socket, "cannot tell who answers here"))?;
+    let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
+    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+        return Ok(pid);
+    }
+    let owner = peer.uid.as_raw();
+    let what = format!(
+        "process {pid} of user {owner} answers here, who is neither root nor you, and is not believed; a mount of that \
+         user is his to work with: sudo -u '#{owner}' ploopfs ..."
+    );
+    Err(Error::at(Kind::Access, socket, what))
 }
 
 /// The kind of a failure that the daemon told; the other way round than [`Answer::failed`].

@@ -2,14 +2,18 @@
 //! folder cannot be written, a folder under `/run` named by the device and inode of the images folder, so that
 //! every command finds it without being told.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::DirBuilder;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, AtFlags, Mode};
+use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
 use crate::folder::PRIVATE;
+use crate::io::foreign;
 
 /// Name of the control socket in it.
 pub const SOCKET: &str = "control";
@@ -25,43 +29,59 @@ pub struct Place {
 }
 
 impl Place {
-    /// Opens the place of `images` for its daemon and makes it where it is missing: in the folder, or, where
+    /// Opens the place of the folder `dir`, whose path is `images`, for its daemon and makes it where it is missing: in the folder, or, where
     /// nothing can be written there, under the run folder.
-    pub fn make(images: &Path) -> Result<Place> {
-        let inside = images.join(PRIVATE);
-        match make_private(&inside, false).and_then(|()| probe_write(&inside)) {
-            Ok(()) => return Place::open(inside, true),
-            Err(e) if read_only(&e) => {}
-            Err(e) => {
-                return Err(Error::io(
-                    &e,
-                    &inside,
-                    "cannot make the folder for the control socket and the log",
-                ));
-            }
+    pub fn make(dir: &impl AsFd, images: &Path) -> Result<Place> {
+        const DOING: &str = "cannot make the folder for the control socket and the log";
+        match rustix::fs::mkdirat(dir, PRIVATE, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => match Place::open_inside(dir, images) {
+                // It may be there on a file system that was since mounted read-only.
+                Ok(place) if place.is_writable()? => return Ok(place),
+                Err(e) if e.errno() != libc::EACCES => return Err(e),
+                _ => {}
+            },
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => {}
+            Err(e) => return Err(Error::io(&e.into(), images.join(PRIVATE), DOING)),
         }
-        let outside = outside(images)?;
-        make_private(&outside, true).map_err(|e| {
-            Error::io(&e, &outside, "cannot make the folder for the control socket and the log")
-        })?;
-        Place::open(outside, false)
+        let outside = outside(dir, images)?;
+        match DirBuilder::new().mode(0o700).recursive(true).create(&outside) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Error::io(&e, &outside, DOING)),
+            _ => Place::open_outside(outside),
+        }
     }
 
     /// The places in which the daemon of `images` may have its socket, likeliest first.
     pub fn candidates(images: &Path) -> Vec<Place> {
-        let outside = outside(images).ok();
-        let places = std::iter::once((images.join(PRIVATE), true)).chain(outside.map(|path| (path, false)));
-        places.filter_map(|(path, inside)| Place::open(path, inside).ok()).collect()
+        let Ok(dir) = foreign::folder(images) else { return Vec::new() };
+        let inside = Place::open_inside(&dir, images);
+        let outside = outside(&dir, images).and_then(Place::open_outside);
+        inside.into_iter().chain(outside).collect()
     }
 
-    fn open(path: PathBuf, inside: bool) -> Result<Place> {
-        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC;
-        let file: File = OpenOptions::new()
-            .read(true)
-            .custom_flags(flags)
-            .open(&path)
-            .map_err(|e| Error::io(&e, &path, "cannot open the folder of the control socket"))?;
-        Ok(Place { fd: file.into(), path, inside })
+    fn open_inside(dir: &impl AsFd, images: &Path) -> Result<Place> {
+        let path = images.join(PRIVATE);
+        let fd = foreign::folder_in(dir, PRIVATE).map_err(|e| cannot_open(&e, &path))?;
+        Ok(Place { fd, path, inside: true })
+    }
+
+    /// Only where it is ours or root's: the folder around it may be anyone's.
+    fn open_outside(path: PathBuf) -> Result<Place> {
+        let fd = foreign::folder_in(&rustix::fs::CWD, &path).map_err(|e| cannot_open(&e, &path))?;
+        let owner = rustix::fs::fstat(&fd).map_err(|e| cannot_open(&e.into(), &path))?.st_uid;
+        if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+            return Err(Error::at(Kind::Access, &path, format!("belongs to user {owner}; remove it")));
+        }
+        Ok(Place { fd, path, inside: false })
+    }
+
+    fn is_writable(&self) -> Result<bool> {
+        match rustix::fs::accessat(&self.fd, ".", Access::WRITE_OK, AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => Ok(false),
+            Err(e) => {
+                Err(Error::io(&e.into(), &self.path, "cannot look at the folder of the control socket"))
+            }
+        }
     }
 
     /// True for `.ploopfs` in the images folder, whose lock the folder itself takes.
@@ -102,25 +122,18 @@ impl AsFd for Place {
     }
 }
 
-fn outside(images: &Path) -> Result<PathBuf> {
-    let meta = fs::metadata(images).map_err(|e| Error::io(&e, images, "cannot read the images folder"))?;
-    Ok(run_folder()?.join(format!("{:x}-{:x}", meta.dev(), meta.ino())))
+fn cannot_open(e: &std::io::Error, path: &Path) -> Error {
+    let what = match e.raw_os_error() {
+        Some(libc::ELOOP | libc::ENOTDIR) => {
+            return Error::at(Kind::Invalid, path, "is no folder, and this name is ours; move it away");
+        }
+        _ => "cannot open the folder of the control socket",
+    };
+    Error::io(e, path, what)
 }
 
-/// Makes a folder that only we may enter; an existing one stays as it is.
-fn make_private(path: &Path, parents: bool) -> std::io::Result<()> {
-    match DirBuilder::new().mode(0o700).recursive(parents).create(path) {
-        Err(e) if e.kind() == ErrorKind::AlreadyExists => Ok(()),
-        other => other,
-    }
-}
-
-/// An existing folder may lie on a file system that was since mounted read-only, so only writing tells.
-fn probe_write(folder: &Path) -> std::io::Result<()> {
-    rustix::fs::access(folder, rustix::fs::Access::WRITE_OK)?;
-    Ok(())
-}
-
-fn read_only(e: &std::io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EROFS | libc::EACCES | libc::EPERM))
+fn outside(dir: &impl AsFd, images: &Path) -> Result<PathBuf> {
+    let stat =
+        rustix::fs::fstat(dir).map_err(|e| Error::io(&e.into(), images, "cannot read the images folder"))?;
+    Ok(run_folder()?.join(format!("{:x}-{:x}", stat.st_dev, stat.st_ino)))
 }

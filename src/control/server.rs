@@ -2,6 +2,7 @@
 //! few at a time, lines are bounded, silence has an end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -9,9 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::AtFlags;
+use rustix::io::Errno;
+
 use super::place::{Place, SOCKET};
 use super::protocol::{Amount, Answer, Interim, MAX_REQUEST, Op, VERSION, parse_request};
 use crate::error::{Error, Kind, Result};
+use crate::io::foreign;
 use crate::io::process::spawn_detached as spawn;
 
 /// Clients at a time; each costs a thread. Most commands are short, but `umount` and whoever watches a long piece of
@@ -62,14 +67,16 @@ pub struct Server {
 impl Server {
     /// Binds the socket of `place`. The caller holds the folder's lock: what lies there is a dead daemon's.
     pub fn bind(place: &Place) -> Result<Server> {
-        let path = place.short(SOCKET);
         let fail = |e: &io::Error| Error::io(e, place.path(SOCKET), "cannot bind the control socket");
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(&e)),
+        match rustix::fs::unlinkat(place, SOCKET, AtFlags::empty()) {
+            Err(e) if e != Errno::NOENT => return Err(fail(&e.into())),
             _ => {}
         }
-        let listener = UnixListener::bind(&path).map_err(|e| fail(&e))?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).map_err(|e| fail(&e))?;
+        let listener = UnixListener::bind(place.short(SOCKET)).map_err(|e| fail(&e))?;
+        // By its descriptor: the folder's owner may have put a link in the place of the name.
+        let socket = foreign::socket_in(place, SOCKET).map_err(|e| fail(&e))?;
+        let own = format!("/proc/self/fd/{}", socket.as_raw_fd());
+        std::fs::set_permissions(own, std::fs::Permissions::from_mode(0o600)).map_err(|e| fail(&e))?;
         Ok(Server { listener })
     }
 

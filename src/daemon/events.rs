@@ -1,6 +1,7 @@
 //! `--on-event PROGRAM`: what the engine reports, and how the keeper runs the program.
 //!
-//! The program gets the event and the image as arguments (`PROGRAM low-water vm1`) and, in its environment,
+//! The program gets the event and the image as arguments (`PROGRAM low-water vm1`; a name that begins with `-` has `./` in
+//! front there, for whoever owns the folder chose it) and, in its environment,
 //! PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES (the folder), PLOOPFS_MOUNTPOINT, and, where they apply,
 //! PLOOPFS_FREE and PLOOPFS_TOTAL (bytes) and PLOOPFS_REASON. One runs at a time; one that takes too long is killed.
 
@@ -12,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::notify;
 use super::settings::Settings;
-use super::wire::Event;
+use super::wire::{Event, What};
 use crate::error::Result;
 use crate::io::process::spawn_detached as spawn;
 use crate::vdisk;
@@ -22,40 +23,63 @@ const MAX_WAITING: usize = 64;
 /// How long the program may run. It is meant to send a message, not to make room.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The longest name that a file has, in bytes.
+const MAX_NAME: usize = 255;
+/// The longest reason, in bytes: two paths and a sentence. An environment has an end.
+const MAX_REASON: usize = 16 << 10;
+
 impl From<vdisk::Event> for Event {
     fn from(event: vdisk::Event) -> Event {
-        let plain = |event: &str, image: String| Event { event: event.to_owned(), image, ..Event::default() };
-        match event {
-            vdisk::Event::LowWater { image, free, total } => {
-                Event { free: Some(free), total: Some(total), ..plain("low-water", image) }
-            }
-            vdisk::Event::Full { image } => plain("full", image),
-            vdisk::Event::Space { image } => plain("space", image),
-            vdisk::Event::ReadOnly { image, reason } => {
-                Event { reason: Some(reason), ..plain("read-only", image) }
-            }
-        }
+        let (image, what) = match event {
+            vdisk::Event::LowWater { image, free, total } => (image, What::LowWater { free, total }),
+            vdisk::Event::Full { image } => (image, What::Full),
+            vdisk::Event::Space { image } => (image, What::Space),
+            vdisk::Event::ReadOnly { image, reason } => (image, What::ReadOnly { reason }),
+        };
+        Event { image, what }
     }
 }
 
 impl Event {
     /// The event for the log.
     pub fn sentence(&self) -> String {
-        match self.event.as_str() {
-            "low-water" => format!(
-                "{}: low water: {} of {} bytes are free on the host",
-                self.image,
-                self.free.unwrap_or(0),
-                self.total.unwrap_or(0)
-            ),
-            "full" => format!("{}: the host is full", self.image),
-            "space" => format!("{}: there is space again", self.image),
-            _ => format!(
-                "{}: {}: {}",
-                self.image,
-                self.event,
-                self.reason.as_deref().unwrap_or("no reason given")
-            ),
+        let image = &self.image;
+        match &self.what {
+            What::LowWater { free, total } => {
+                format!("{image}: low water: {free} of {total} bytes are free on the host")
+            }
+            What::Full => format!("{image}: the host is full"),
+            What::Space => format!("{image}: there is space again"),
+            What::ReadOnly { reason } => format!("{image}: read-only: {reason}"),
+        }
+    }
+
+    /// Why no program is run for it: the daemon reads files that others made, and is not believed.
+    pub fn objection(&self) -> Option<&'static str> {
+        if self.image.is_empty() || self.image.len() > MAX_NAME || self.image.contains(['/', '\0']) {
+            return Some("is no name of an image");
+        }
+        match &self.what {
+            What::ReadOnly { reason } if reason.len() > MAX_REASON || reason.contains('\0') => {
+                Some("has a reason that is no sentence")
+            }
+            _ => None,
+        }
+    }
+
+    /// The name as an argument: a program takes no name for an option of its own.
+    fn argument(&self) -> String {
+        if self.image.starts_with('-') { format!("./{}", self.image) } else { self.image.clone() }
+    }
+}
+
+impl What {
+    fn word(&self) -> &'static str {
+        match self {
+            What::LowWater { .. } => "low-water",
+            What::Full => "full",
+            What::Space => "space",
+            What::ReadOnly { .. } => "read-only",
         }
     }
 }
@@ -75,19 +99,25 @@ fn run_all(settings: &Settings, events: &Receiver<Event>, warn: &dyn Fn(String))
     let Some(program) = &settings.on_event else { return };
     for event in events {
         if let Err(why) = run(settings, program, &event) {
-            warn(format!("--on-event {}: {} {}: {why}", program.display(), event.event, event.image));
+            warn(format!("--on-event {}: {} {}: {why}", program.display(), event.what.word(), event.image));
         }
     }
 }
 
 fn run(settings: &Settings, program: &std::ffi::OsStr, event: &Event) -> std::result::Result<(), String> {
     let mut command = Command::new(program);
-    command.arg(&event.event).arg(&event.image);
-    command.env("PLOOPFS_EVENT", &event.event).env("PLOOPFS_IMAGE", &event.image);
+    command.arg(event.what.word()).arg(event.argument());
+    command.env("PLOOPFS_EVENT", event.what.word()).env("PLOOPFS_IMAGE", &event.image);
     command.env("PLOOPFS_IMAGES", &settings.images).env("PLOOPFS_MOUNTPOINT", &settings.mountpoint);
-    let numbers = [("PLOOPFS_FREE", event.free), ("PLOOPFS_TOTAL", event.total)];
-    command.envs(numbers.into_iter().filter_map(|(name, n)| n.map(|n| (name, n.to_string()))));
-    command.envs(event.reason.iter().map(|reason| ("PLOOPFS_REASON", reason)));
+    match &event.what {
+        What::LowWater { free, total } => {
+            command.env("PLOOPFS_FREE", free.to_string()).env("PLOOPFS_TOTAL", total.to_string());
+        }
+        What::ReadOnly { reason } => {
+            command.env("PLOOPFS_REASON", reason);
+        }
+        What::Full | What::Space => {}
+    }
     command.stdin(Stdio::null()).stdout(Stdio::null()).env_remove(notify::SOCKET);
     let mut child = command.spawn().map_err(|e| format!("cannot run it: {e}"))?;
     let deadline = Instant::now() + PATIENCE;
@@ -104,5 +134,33 @@ fn run(settings: &Settings, program: &std::ffi::OsStr, event: &Event) -> std::re
             }
             Err(e) => return Err(format!("cannot wait for it: {e}")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn full(image: &str) -> Event {
+        Event { image: image.into(), what: What::Full }
+    }
+
+    #[test]
+    fn a_name_that_looks_like_an_option_is_none() {
+        for (name, argument) in [("-rf", "./-rf"), ("--output=x", "./--output=x"), ("a -b", "a -b")] {
+            assert_eq!(full(name).argument(), argument);
+            assert_eq!(full(name).objection(), None);
+        }
+    }
+
+    #[test]
+    fn what_no_image_can_be_called_runs_no_program() {
+        for name in ["", "a/b", "../x", "a\0b", &"x".repeat(MAX_NAME + 1)] {
+            assert!(full(name).objection().is_some(), "{name}");
+        }
+        let read_only = |reason: String| Event { image: "a".into(), what: What::ReadOnly { reason } };
+        assert!(read_only("x\0y".into()).objection().is_some());
+        assert!(read_only("x".repeat(MAX_REASON + 1)).objection().is_some());
+        assert_eq!(read_only("its sync failed".into()).objection(), None);
     }
 }

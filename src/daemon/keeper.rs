@@ -3,10 +3,10 @@
 //! and /sys. When the daemon dies it takes the dead mount away and names what still hangs on it.
 
 use std::collections::HashSet;
-use std::io::{self, BufReader};
+use std::io::{self, BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -17,11 +17,11 @@ use signal_hook::iterator::Signals;
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use super::{events, holders, log, mounts, notify};
-use crate::control::place::{LOG, Place};
+use crate::control::place::Place;
 use crate::error::{Error, Kind, Result};
-use crate::io::process;
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
+use crate::io::{foreign, process};
 
 /// How often loop devices without direct I/O are looked for. A person who has just typed losetup reads the log
 /// later than that.
@@ -38,6 +38,7 @@ pub struct Begun {
 pub fn launch(settings: &Settings) -> Result<Begun> {
     let failed =
         |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
+    let before = Mounts::now();
     let mut child = ourselves("keeper", settings)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -52,9 +53,48 @@ pub fn launch(settings: &Settings) -> Result<Begun> {
         Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
         Ok(Some(Note::Failed { text, status })) => Err(told(text, status)),
         other => {
+            // It was killed; what it kept ends without it, and nothing else takes the mount away.
+            before.take_dead_away(settings, LAST_MOMENTS);
             let why =
                 other.err().map_or_else(|| "the keeper ended without a word".to_owned(), |e| e.to_string());
             Err(Error::at(Kind::Io, settings.mountpoint(), format!("cannot mount: {why}")))
+        }
+    }
+}
+
+/// How long a daemon whose keeper was killed at the start may take to notice it, and to end.
+const LAST_MOMENTS: Duration = Duration::from_secs(10);
+
+/// The mounts that were there before a daemon was started, by number: none of them is its own.
+struct Mounts(HashSet<u64>);
+
+impl Mounts {
+    fn now() -> Mounts {
+        Mounts(mounts::all().unwrap_or_default().into_iter().map(|mount| mount.id).collect())
+    }
+
+    /// What lies uppermost on the mount point, if it can only be the mount of the daemon that was started.
+    fn made(&self, settings: &Settings) -> Option<mounts::Mount> {
+        let found = mounts::at(settings.mountpoint()).ok()??;
+        let fits = found.is_ours() && found.source == settings.images() && !self.0.contains(&found.id);
+        fits.then_some(found)
+    }
+
+    /// Takes away the mount of a daemon that has ended, or does so within `patience`.
+    fn take_dead_away(&self, settings: &Settings, patience: Duration) {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(mount) = self.made(settings)
+                && mount.is_dead()
+            {
+                // Should it fail, the next mount here takes it away.
+                let _ = unmount(&mount.point, true);
+                return;
+            }
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
@@ -74,6 +114,7 @@ fn ourselves(what: &str, settings: &Settings) -> Command {
 
 /// The hidden command `keeper`: a keeper in a session of its own, told its settings on standard input.
 pub fn main() -> ExitCode {
+    process::close_inherited();
     let begun = begin_in_background();
     let settings = match begun {
         Ok(settings) => settings,
@@ -132,6 +173,8 @@ impl Report for Background {
 
 enum Happening {
     Said(Note),
+    /// The daemon said what is no note: why.
+    Odd(String),
     /// The daemon closed its end: it has ended, or is about to.
     Silent,
     Signal,
@@ -148,13 +191,25 @@ pub fn run(settings: &Settings, report: &mut dyn Report) -> ExitCode {
     }
 }
 
-/// The way to the daemon's standard input, shared with the thread that runs `--on-event`. The lock keeps lines
-/// whole and is a leaf.
-type Orders = Arc<Mutex<ChildStdin>>;
+/// Orders on their way to the daemon; more are dropped. A daemon that reads none must not keep its keeper from hearing a
+/// signal, or its end.
+const MAX_ORDERS: usize = 64;
 
-fn order(orders: &Orders, what: &Order) {
-    // A daemon that is gone is noticed by its silence.
-    let _ = wire::put(&mut *orders.lock().unwrap_or_else(PoisonError::into_inner), what);
+/// The way to the daemon's standard input, through a thread that may wait for it.
+#[derive(Clone)]
+struct Orders(Sender<Order>);
+
+impl Orders {
+    fn start(mut to: ChildStdin) -> Result<Orders> {
+        let (sender, orders) = bounded(MAX_ORDERS);
+        // A daemon that is gone is noticed by its silence.
+        spawn("keeper/orders", move || drop(orders.iter().try_for_each(|order| wire::put(&mut to, &order))))?;
+        Ok(Orders(sender))
+    }
+
+    fn send(&self, order: Order) {
+        let _ = self.0.try_send(order);
+    }
 }
 
 struct Keeper<'a> {
@@ -163,8 +218,12 @@ struct Keeper<'a> {
     orders: Orders,
     happenings: Receiver<Happening>,
     events: Option<Sender<Event>>,
+    /// What was mounted before the daemon was.
+    before: Mounts,
     /// Our mount, once it works: nothing else on the same mount point is ever unmounted.
     mount: Option<u64>,
+    /// The images folder, as it was at the start: its path may mean another one at the end. None: it is gone already.
+    images: Option<OwnedFd>,
     /// Loop devices that were warned of.
     slow_loops: HashSet<PathBuf>,
 }
@@ -181,6 +240,7 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
+        let before = Mounts::now();
         let mut command = ourselves("daemon", settings);
         let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
         let mut daemon = command
@@ -193,12 +253,13 @@ impl<'a> Keeper<'a> {
             return Err(failed(&io::ErrorKind::BrokenPipe.into()));
         };
         wire::put(&mut to, settings).map_err(|e| failed(&e))?;
-        let orders = Arc::new(Mutex::new(to));
+        let orders = Orders::start(to)?;
         spawn("keeper/daemon", move || listen(BufReader::new(from), &sender))?;
         let warn = orders.clone();
-        let events = events::runner(settings, move |text| order(&warn, &Order::Warn(text)))?;
+        let events = events::runner(settings, move |text| warn.send(Order::Warn(text)))?;
+        let images = foreign::resolved_folder(settings.images()).ok();
         let slow_loops = HashSet::new();
-        Ok(Keeper { settings, daemon, orders, happenings, events, mount: None, slow_loops })
+        Ok(Keeper { settings, images, daemon, orders, happenings, events, before, mount: None, slow_loops })
     }
 
     fn keep(mut self, report: &mut dyn Report) -> ExitCode {
@@ -206,8 +267,13 @@ impl<'a> Keeper<'a> {
         let mut look_next = Instant::now() + LOOK_AROUND;
         loop {
             match self.happenings.recv_deadline(look_next) {
+                Ok(Happening::Said(Note::Ready { .. } | Note::Failed { .. })) if reported => {
+                    self.orders.send(Order::Warn("the daemon has reported its start already".to_owned()));
+                }
                 Ok(Happening::Said(note @ (Note::Ready { .. } | Note::Failed { .. }))) => {
-                    self.mount = self.current().map(|mount| mount.id);
+                    if matches!(note, Note::Ready { .. }) {
+                        self.mount = self.current().map(|mount| mount.id);
+                    }
                     if report.in_front() && matches!(note, Note::Ready { .. }) {
                         let (images, point) = (self.settings.images(), self.settings.mountpoint());
                         notify::ready(&format!("{} on {}", images.display(), point.display()));
@@ -221,18 +287,28 @@ impl<'a> Keeper<'a> {
                 }
                 Ok(Happening::Said(Note::Unmount { detach })) => {
                     let error = self.unmount(detach).err().map(|e| e.to_string());
-                    order(&self.orders, &Order::Unmounted { error });
+                    self.orders.send(Order::Unmounted { error });
                 }
                 Ok(Happening::Said(Note::Holders)) => {
                     let who = self.current().map(|mount| holders::of(&mount)).unwrap_or_default();
-                    order(&self.orders, &Order::Holders(who.iter().map(ToString::to_string).collect()));
+                    let who = who.iter().take(wire::MAX_HOLDERS).map(ToString::to_string).collect();
+                    self.orders.send(Order::Holders(who));
                 }
                 Ok(Happening::Said(Note::Holder(held))) => {
-                    order(&self.orders, &Order::Holder(held.look_up(self.daemon.id())));
+                    self.orders.send(Order::Holder(held.look_up(self.daemon.id())));
                 }
-                Ok(Happening::Said(Note::Event(event))) => {
+                Ok(Happening::Said(Note::Event(event))) => match (event.objection(), &self.events) {
+                    (Some(why), _) => {
+                        let text = format!("an event was passed over: {:?} {why}", event.image);
+                        self.orders.send(Order::Warn(text));
+                    }
                     // Full: the program hangs, and the log has the event.
-                    self.events.iter().for_each(|events| drop(events.try_send(event.clone())));
+                    (None, Some(events)) => drop(events.try_send(event)),
+                    (None, None) => {}
+                },
+                Ok(Happening::Odd(why)) => {
+                    let text = format!("the keeper passed over what it did not understand: {why}");
+                    self.orders.send(Order::Warn(text));
                 }
                 Ok(Happening::Signal) => {
                     if report.in_front() {
@@ -253,7 +329,10 @@ impl<'a> Keeper<'a> {
             report.first(&failure(&Error::at(Kind::Io, self.settings.mountpoint(), why)));
         }
         let code = status.as_ref().ok().and_then(ExitStatus::code);
-        if code.is_none() {
+        if self.mount.is_none() {
+            // It never worked; by its number it is not known.
+            self.before.take_dead_away(self.settings, Duration::ZERO);
+        } else if code.is_none() || self.current().is_some() {
             self.clean_up(&spelled(&status), report.in_front());
         }
         ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
@@ -261,8 +340,7 @@ impl<'a> Keeper<'a> {
 
     /// What lies uppermost on the mount point, if it is the mount of our daemon.
     fn current(&self) -> Option<mounts::Mount> {
-        let found = mounts::at(self.settings.mountpoint()).ok()??;
-        (found.is_ours() && self.mount.is_none_or(|id| id == found.id)).then_some(found)
+        self.before.made(self.settings).filter(|found| self.mount.is_none_or(|id| id == found.id))
     }
 
     fn unmount(&self, detach: bool) -> Result<()> {
@@ -285,7 +363,7 @@ impl<'a> Keeper<'a> {
         let names: HashSet<PathBuf> = slow.iter().map(|device| device.dev.clone()).collect();
         for device in &slow {
             if !self.slow_loops.contains(&device.dev.clone()) {
-                order(&self.orders, &Order::Warn(holders::direct_io_advice(device)));
+                self.orders.send(Order::Warn(holders::direct_io_advice(device)));
             }
         }
         self.slow_loops = names;
@@ -297,9 +375,8 @@ impl<'a> Keeper<'a> {
         let left = self.current();
         let hanging = left.as_ref().map(holders::of).unwrap_or_default();
         let unmounted = self.unmount(true);
-        let path =
-            Place::make(self.settings.images()).map(|place| place.path(LOG)).ok().filter(|_| !in_front);
-        if log::open(path.as_deref()).is_err() {
+        let place = self.images.as_ref().and_then(|dir| Place::make(dir, self.settings.images()).ok());
+        if log::open(place.as_ref().filter(|_| !in_front)).is_err() {
             return;
         }
         let point = self.settings.mountpoint().display();
@@ -327,12 +404,33 @@ fn spelled(status: &io::Result<ExitStatus>) -> String {
     }
 }
 
-fn listen(mut from: BufReader<std::process::ChildStdout>, to: &Sender<Happening>) {
-    while let Ok(Some(note)) = wire::get(&mut from) {
-        if to.send(Happening::Said(note)).is_err() {
+fn listen(mut from: impl BufRead, to: &Sender<Happening>) {
+    loop {
+        let happening = match wire::get(&mut from) {
+            Ok(Some(note)) => Happening::Said(note),
+            Err(e) if wire::is_odd(&e) => Happening::Odd(e.to_string()),
+            Ok(None) | Err(_) => break,
+        };
+        if to.send(happening).is_err() {
             return;
         }
     }
     // The keeper ends when nobody receives any more.
     let _ = to.send(Happening::Silent);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_malformed_line_does_not_make_the_keeper_deaf() {
+        let (sender, happenings) = bounded(8);
+        listen(&b"{\"event\": 7}\n{\"unmount\": {\"detach\": true}}\n"[..], &sender);
+        let happened: Vec<Happening> = happenings.try_iter().collect();
+        let expected = Note::Unmount { detach: true };
+        assert!(
+            matches!(&happened[..], [Happening::Odd(_), Happening::Said(note), Happening::Silent] if *note == expected)
+        );
+    }
 }

@@ -116,6 +116,7 @@ fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>) {
             Ok(Some(Order::Warn(text))) => log::warn!("{text}"),
             // Full: nobody waits for these answers any more.
             Ok(Some(order)) => drop(answers.try_send(order)),
+            Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),
             Ok(None) | Err(_) => {
                 log::warn!("the keeper process is gone: the mount goes on, but --on-event is no longer run");
                 return;

@@ -4,21 +4,25 @@
 //! stands still, lines are dropped and counted, and no request waits. Until [`start_thread`] lines are written at
 //! once, because the daemon has no thread before its sandbox.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::fs::{Mode, OFlags};
 
-use crate::error::{Error, Kind, Result};
+use crate::control::place::{LOG, Place};
+use crate::error::{Error, Kind, Result, printable};
+use crate::io::foreign;
 
 /// Length of one log file in bytes; with the older one, 16 MiB are the most that a mount keeps.
 const MAX_FILE: u64 = 8 << 20;
+/// Name of the older half.
+const OLDER: &str = "log.1";
 /// Lines on their way to the file. A burst of one line for each of some thousand images fits.
 const MAX_WAITING: usize = 4096;
 
@@ -39,38 +43,55 @@ impl Sink {
     }
 }
 
-/// A file that is renamed and begun anew when it is long enough.
+/// A file that is renamed and begun anew when it is long enough. It lies in a folder that others may own, so all goes by
+/// the folder's descriptor, and a file that is not ours is never written.
 #[derive(Debug)]
 struct Rotating {
-    path: PathBuf,
+    dir: OwnedFd,
     file: File,
     len: u64,
     max: u64,
 }
 
 impl Rotating {
-    fn open(path: &Path, max: u64) -> io::Result<Rotating> {
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-            .open(path)?;
+    fn open(dir: OwnedFd, max: u64) -> io::Result<Rotating> {
+        let file = open_log(&dir)?;
         let len = file.metadata()?.len();
-        Ok(Rotating { path: path.to_owned(), file, len, max })
+        Ok(Rotating { dir, file, len, max })
     }
 
     fn write(&mut self, line: &[u8]) -> io::Result<()> {
         if self.len > 0 && self.len + line.len() as u64 > self.max {
-            let mut older = self.path.clone().into_os_string();
-            older.push(".1");
-            fs::rename(&self.path, &older)?;
-            *self = Rotating::open(&self.path, self.max)?;
+            self.rotate()?;
         }
         self.file.write_all(line)?;
         self.len += line.len() as u64;
         Ok(())
     }
+
+    /// Where the older half cannot be kept (the folder's owner has put something in its way), it is given up: the log stays
+    /// bounded, and goes on.
+    fn rotate(&mut self) -> io::Result<()> {
+        let moved = rustix::fs::renameat(&self.dir, LOG, &self.dir, OLDER);
+        match moved.map_err(io::Error::from).and_then(|()| open_log(&self.dir)) {
+            Ok(file) => {
+                self.len = file.metadata()?.len();
+                self.file = file;
+            }
+            Err(_) => {
+                self.file.set_len(0)?;
+                self.len = 0;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_log(dir: &OwnedFd) -> io::Result<File> {
+    let file = foreign::own_file(dir, LOG, OFlags::WRONLY | OFlags::APPEND, true)?;
+    // It may be older, and readable for others.
+    rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR)?;
+    Ok(file)
 }
 
 /// What goes to the log's thread.
@@ -100,15 +121,18 @@ struct Way {
 type Slot = Mutex<Option<Sink>>;
 
 impl Write for Pipe {
+    /// Takes one whole record, and makes one line of it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let record = String::from_utf8_lossy(line);
+        let text = printable(record.strip_suffix('\n').unwrap_or(&record)) + "\n";
         match self.way.channel.get() {
             None => {
                 if let Some(sink) = self.sink.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-                    sink.put(line);
+                    sink.put(text.as_bytes());
                 }
             }
             Some(channel) => {
-                if channel.try_send(Line::Text(line.to_vec())).is_err() {
+                if channel.try_send(Line::Text(text.into())).is_err() {
                     self.way.dropped.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -122,15 +146,17 @@ impl Write for Pipe {
 }
 
 /// The log of this process, once it has one.
-static LOG: OnceLock<(Arc<Slot>, Arc<Way>)> = OnceLock::new();
+static OPENED: OnceLock<(Arc<Slot>, Arc<Way>)> = OnceLock::new();
 
-/// Opens the log: a file, or stderr for None. Once per process; panics are logged from here on.
-pub fn open(path: Option<&Path>) -> Result<()> {
-    let sink = match path {
+/// Opens the log: the file in a place, or stderr for None. Once per process; panics are logged from here on.
+pub fn open(place: Option<&Place>) -> Result<()> {
+    let sink = match place {
         None => Sink::Stderr,
-        Some(path) => Sink::File(
-            Rotating::open(path, MAX_FILE).map_err(|e| Error::io(&e, path, "cannot open the log"))?,
-        ),
+        Some(place) => {
+            let dir = place.as_fd().try_clone_to_owned();
+            let file = dir.and_then(|dir| Rotating::open(dir, MAX_FILE));
+            Sink::File(file.map_err(|e| Error::io(&e, place.path(LOG), "cannot open the log"))?)
+        }
     };
     let slot = Arc::new(Mutex::new(Some(sink)));
     let way = Arc::new(Way::default());
@@ -147,7 +173,7 @@ pub fn open(path: Option<&Path>) -> Result<()> {
         .try_init();
     started.map_err(|e| Error::new(Kind::Io, format!("cannot start the log: {e}")))?;
     // Fails only where a log was opened before, and then `try_init` has failed already.
-    let _ = LOG.set((slot, way));
+    let _ = OPENED.set((slot, way));
     std::panic::set_hook(Box::new(|panic| {
         let thread = thread::current();
         log::error!("thread {} panicked: {panic}", thread.name().unwrap_or("without a name"));
@@ -157,7 +183,7 @@ pub fn open(path: Option<&Path>) -> Result<()> {
 
 /// Hands the sink to a thread of its own.
 pub fn start_thread() -> Result<()> {
-    let Some((slot, way)) = LOG.get() else { return Ok(()) };
+    let Some((slot, way)) = OPENED.get() else { return Ok(()) };
     let Some(sink) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
     let (sender, receiver) = bounded(MAX_WAITING);
     let counts = way.clone();
@@ -184,7 +210,7 @@ fn write_out(mut sink: Sink, lines: &Receiver<Line>, way: &Way) {
 /// process alive.
 pub fn flush() {
     const PATIENCE: Duration = Duration::from_secs(2);
-    let Some(channel) = LOG.get().and_then(|(_, way)| way.channel.get()) else { return };
+    let Some(channel) = OPENED.get().and_then(|(_, way)| way.channel.get()) else { return };
     let (done, written) = bounded(0);
     if channel.send_timeout(Line::Flush(done), PATIENCE).is_ok() {
         // Disconnected is the answer: the thread drops its end.
@@ -195,12 +221,40 @@ pub fn flush() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::path::Path;
+
+    fn opened(dir: &Path) -> OwnedFd {
+        File::open(dir).expect("opens").into()
+    }
+
+    #[test]
+    fn a_log_whose_older_half_is_in_the_way_stays_bounded_and_writes_no_other_file() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (path, other) = (dir.path().join(LOG), dir.path().join("other"));
+        fs::create_dir_all(dir.path().join(OLDER).join("full")).expect("a folder in the way");
+        fs::write(&other, "precious").expect("written");
+        let mut file = Rotating::open(opened(dir.path()), 100).expect("a new file");
+        for n in 0..50 {
+            file.write(format!("line number {n:03}\n").as_bytes()).expect("written");
+        }
+        assert!(fs::metadata(&path).expect("there").len() <= 100);
+        // While it is open, its name is given to another file.
+        fs::remove_dir_all(dir.path().join(OLDER)).expect("removed");
+        fs::remove_file(&path).expect("removed");
+        std::os::unix::fs::symlink("other", &path).expect("a link");
+        for n in 0..50 {
+            file.write(format!("line number {n:03}\n").as_bytes()).expect("written");
+        }
+        assert_eq!(fs::read_to_string(&other).expect("there"), "precious");
+        assert!(path.symlink_metadata().expect("there").is_file());
+    }
 
     #[test]
     fn the_log_keeps_two_files_of_bounded_length() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("log");
-        let mut file = Rotating::open(&path, 100).expect("a new file");
+        let path = dir.path().join(LOG);
+        let mut file = Rotating::open(opened(dir.path()), 100).expect("a new file");
         for n in 0..50 {
             file.write(format!("line number {n:03}\n").as_bytes()).expect("written");
         }
@@ -208,6 +262,18 @@ mod tests {
         assert!(fs::metadata(dir.path().join("log.1")).expect("the older half").len() <= 100);
         assert_eq!(fs::read_dir(dir.path()).expect("the folder").count(), 2);
         assert!(fs::read_to_string(&path).expect("text").ends_with("line number 049\n"));
+    }
+
+    #[test]
+    fn a_name_with_control_characters_stays_one_line_and_drives_no_terminal() {
+        let (sender, receiver) = bounded(2);
+        let way = Arc::new(Way::default());
+        way.channel.set(sender).expect("not set yet");
+        let mut pipe = Pipe { sink: Arc::new(Mutex::new(None)), way };
+        pipe.write_all(b"[WARN ] a\x1b]0;owned\x07\n[ERROR] forged\xff\x9b\n").expect("never fails");
+        let Ok(Line::Text(text)) = receiver.try_recv() else { panic!("no line") };
+        let text = String::from_utf8(text).expect("made printable");
+        assert_eq!(text, "[WARN ] a\\u{1b}]0;owned\\u{7}\\n[ERROR] forged\u{fffd}\u{fffd}\n");
     }
 
     #[test]

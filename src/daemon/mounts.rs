@@ -4,11 +4,15 @@
 //! mount point finds the folder and its daemon.
 
 use std::ffi::{OsStr, OsString};
-use std::io::ErrorKind;
+use std::fs::File;
+use std::io::{self, ErrorKind};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
+
 use crate::error::{Error, Kind, Result};
+use crate::io::foreign;
 
 /// The type that a mount of ours has.
 pub const OUR_TYPE: &str = "fuse.ploopfs";
@@ -26,6 +30,8 @@ pub struct Mount {
     pub kind: OsString,
     /// What is mounted; for ours the images folder.
     pub source: PathBuf,
+    /// The user who made it, of a FUSE mount: the kernel's word, not the file system's.
+    pub owner: Option<u32>,
 }
 
 impl Mount {
@@ -34,12 +40,43 @@ impl Mount {
         self.kind == OUR_TYPE
     }
 
+    /// The mount itself, unless another user made it, who may have named any folder as its source, and shows in it what
+    /// he likes.
+    pub fn trusted(self) -> Result<Mount> {
+        match self.owner {
+            Some(0) => Ok(self),
+            Some(owner) if owner == rustix::process::geteuid().as_raw() => Ok(self),
+            Some(owner) => {
+                let what =
+                    format!("is a mount of user {owner}, who is neither root nor you; {}", as_user(owner));
+                Err(Error::at(Kind::Access, &self.point, what))
+            }
+            None => {
+                Err(Error::at(Kind::Access, &self.point, "is a mount, and the kernel does not say whose"))
+            }
+        }
+    }
+
+    /// Opens a file of this mount, by its path in it, and of nothing else: not of what lies over it now, and through no link.
+    pub fn open(&self, inside: &Path, flags: OFlags) -> io::Result<File> {
+        let root = foreign::folder(&self.point)?;
+        if foreign::mount_id(&root)? != self.id {
+            return Err(io::Error::other("something else lies on the mount point now"));
+        }
+        foreign::open_beneath(&root, inside, flags)
+    }
+
     /// True when the daemon behind the mount is gone. Asks for free space, which the kernel never answers from
     /// its caches.
     pub fn is_dead(&self) -> bool {
         use rustix::io::Errno;
         matches!(rustix::fs::statvfs(&self.point), Err(Errno::NOTCONN | Errno::CONNABORTED))
     }
+}
+
+/// What to do where only another user can help.
+pub fn as_user(owner: u32) -> String {
+    format!("as that user it works: sudo -u '#{owner}' ploopfs ...")
 }
 
 /// All mounts of our namespace, in the order of mounting.
@@ -92,7 +129,10 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let mut behind = fields.skip_while(|f| *f != b"-").skip(1);
     let kind = unescape(behind.next()?);
     let source = unescape(behind.next()?).into();
-    Some(Mount { id, parent, point, kind, source })
+    let options = behind.next().unwrap_or_default().split(|b| *b == b',');
+    let owner = options.filter_map(|option| option.strip_prefix(b"user_id=")).find_map(number);
+    let owner = owner.and_then(|owner| u32::try_from(owner).ok());
+    Some(Mount { id, parent, point, kind, source, owner })
 }
 
 fn number(field: &[u8]) -> Option<u64> {
@@ -135,6 +175,7 @@ mod tests {
         assert_eq!(mount.point, Path::new("/mnt/a b"));
         assert_eq!(mount.source, Path::new("/srv/my disks"));
         assert!(mount.is_ours());
+        assert_eq!(mount.owner, Some(0));
     }
 
     #[test]

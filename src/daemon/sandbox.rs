@@ -1,22 +1,29 @@
 //! The daemon's sandbox (DESIGN.md 8): what the process gives up once its mount works, before its first thread, because
 //! threads inherit it. An image that made it run foreign code would gain little: the images it serves anyway.
 //!
-//! Each part may be missing, in the kernel or by the user's choice; the mount then goes on with the others, and says so.
+//! Each part may be missing, in the kernel or by the user's choice; the mount then goes on with the others, and says so. A
+//! daemon of root also gives up what it does not need of root's powers.
 //! What the daemon may no longer do, the keeper does (unmounting, /proc) or the command line (loop devices, freezing).
 
 mod calls;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 
+use anyhow::Context;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
+
+use crate::error::{Error, Kind};
 use crate::fuse::mount::DEVICE;
 use crate::fuse::session::Transport;
+use crate::io::process;
 use crate::tree::Sandbox;
 
 /// Which CPUs there are.
@@ -25,11 +32,11 @@ const CPUS: &str = "/sys/devices/system/cpu/online";
 /// What a confined daemon may still reach.
 #[derive(Clone, Copy, Debug)]
 pub struct Borders<'a> {
-    /// The images folder.
-    pub images: &'a Path,
+    /// The images folder that is served: its path may mean another one by now.
+    pub images: BorrowedFd<'a>,
     /// The folder of log and socket, which lies under /run where the images folder cannot be written.
     pub own: BorrowedFd<'a>,
-    /// Descriptors may name files anywhere: no border then.
+    /// Descriptors may name files anywhere: no border around the folder then.
     pub anywhere: bool,
     /// How requests arrive.
     pub transport: Transport,
@@ -38,27 +45,81 @@ pub struct Borders<'a> {
 }
 
 /// Confines this process for good. To be called while it has one thread. Returns what is active, and one sentence for
-/// each part that the system refused.
+/// each part that this system does not have. What it has and could not give now (no descriptor was left) is an error: the
+/// mount would go on for months without it.
 ///
-/// Order: (1) no new privileges, without which the kernel takes neither of the others from an ordinary user; (2)
-/// Landlock, whose own calls are not on the list of (3) seccomp.
-pub fn enter(borders: Borders<'_>) -> (Sandbox, Vec<String>) {
+/// Order: (1) no new privileges, without which the kernel takes neither Landlock nor seccomp from an ordinary user; (2)
+/// Landlock; (3) the powers of root, of which (1) and (2) need none; (4) seccomp, which has none of their calls on its list.
+pub fn enter(borders: Borders<'_>) -> crate::Result<(Sandbox, Vec<String>)> {
     let mut active = Sandbox::default();
     let mut missing = Vec::new();
-    let mut part = |result: Result<(), String>, consequence: &str| {
-        result.map_err(|why| missing.push(format!("sandbox: {why}: {consequence}"))).is_ok()
+    let mut part = |result: Result<(), Refusal>, consequence: &str| match result {
+        Ok(()) => Ok(true),
+        Err(Refusal { why, lasting: true }) => {
+            missing.push(format!("sandbox: {why}: {consequence}"));
+            Ok(false)
+        }
+        Err(Refusal { why, lasting: false }) => {
+            let what = format!("sandbox: {why}; try again, or mount with --no-sandbox");
+            Err(Error::new(Kind::Io, what))
+        }
     };
     let no_new_privs = rustix::thread::set_no_new_privs(true);
     active.no_new_privs = part(
-        no_new_privs.map_err(|e| format!("no_new_privs was refused ({e})")),
+        no_new_privs.map_err(|e| Refusal::lasting(format!("no_new_privs was refused ({e})"))),
         "programs that the daemon were made to start could gain privileges",
-    );
-    if !borders.anywhere {
-        active.landlock =
-            part(restrict_files(borders), "the daemon can open files outside of the images folder");
+    )?;
+    let walls = part(
+        restrict_files(borders),
+        match borders.anywhere {
+            false => "the daemon can open files outside of the images folder",
+            true => "the daemon can look into other processes of its user",
+        },
+    )?;
+    active.landlock = walls && !borders.anywhere;
+    part(
+        process::keep_powers(powers(borders))
+            .map(drop)
+            .map_err(|e| Refusal::lasting(format!("giving up powers was refused ({e})"))),
+        "the daemon keeps all that root may do",
+    )?;
+    active.seccomp = part(restrict_calls(borders), "the daemon can make any system call")?;
+    Ok((active, missing))
+}
+
+/// A part of the sandbox that was not to be had.
+struct Refusal {
+    why: String,
+    /// This system does not have it, now and later.
+    lasting: bool,
+}
+
+impl Refusal {
+    fn lasting(why: String) -> Refusal {
+        Refusal { why, lasting: true }
     }
-    active.seccomp = part(restrict_calls(borders), "the daemon can make any system call");
-    (active, missing)
+
+    /// EPERM: what a container answers to a call that it does not know. `lacking`: what a kernel answers that does not have it.
+    fn of(what: &str, e: &anyhow::Error, lacking: &[i32]) -> Refusal {
+        let errno = e.chain().find_map(|e| e.downcast_ref::<std::io::Error>()?.raw_os_error());
+        let lacks = |errno: i32| {
+            [libc::ENOSYS, libc::EOPNOTSUPP, libc::EPERM].contains(&errno) || lacking.contains(&errno)
+        };
+        Refusal { why: format!("{what} was refused ({e:#})"), lasting: errno.is_some_and(lacks) }
+    }
+}
+
+/// What a daemon of root keeps: files of all owners are its to read, write, make and give to their owners. Locked memory, as
+/// long as only that power goes beyond a limit; passthrough, which the kernel gives to no less.
+fn powers(borders: Borders<'_>) -> CapabilitySet {
+    let mut kept = CapabilitySet::CHOWN | CapabilitySet::DAC_OVERRIDE | CapabilitySet::FOWNER;
+    if !process::may_lock_all() {
+        kept |= CapabilitySet::IPC_LOCK;
+    }
+    if borders.passthrough {
+        kept |= CapabilitySet::SYS_ADMIN;
+    }
+    kept
 }
 
 /// What may be done below the images folder. Devices, pipes, sockets and links are never made there, and nothing is
@@ -69,7 +130,7 @@ fn in_images() -> BitFlags<AccessFs> {
     })
 }
 
-fn restrict_files(borders: Borders<'_>) -> Result<(), String> {
+fn restrict_files(borders: Borders<'_>) -> Result<(), Refusal> {
     // What this knows of; kernels that know less restrict less.
     let abi = ABI::V6;
     let attempt = || -> anyhow::Result<RulesetStatus> {
@@ -81,9 +142,15 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), String> {
             .handle_access(AccessFs::from_all(abi))?
             .handle_access(AccessNet::from_all(abi))?
             .scope(Scope::from_all(abi))?
-            .create()?
-            .add_rule(PathBeneath::new(PathFd::new(borders.images)?, in_images()))?
-            .add_rule(PathBeneath::new(borders.own, in_images()))?;
+            .create()?;
+        if borders.anywhere {
+            // No border; but whoever is behind one looks into no process outside, its keeper's memory for one.
+            rules = rules.add_rule(PathBeneath::new(PathFd::new("/")?, in_images()))?;
+        } else {
+            rules = rules
+                .add_rule(PathBeneath::new(borders.images, in_images()))?
+                .add_rule(PathBeneath::new(borders.own, in_images()))?;
+        }
         let files = [
             // Each transport thread opens it for itself. An ordinary user may not even see it.
             (DEVICE, make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev})),
@@ -91,26 +158,30 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), String> {
             (CPUS, AccessFs::ReadFile.into()),
         ];
         for (file, access) in files {
-            if let Ok(file) = PathFd::new(file) {
-                rules = rules.add_rule(PathBeneath::new(file, access))?;
+            match rustix::fs::open(file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+                Ok(file) => rules = rules.add_rule(PathBeneath::new(file, access))?,
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
+                Err(e) => Err(std::io::Error::from(e)).context(file)?,
             }
         }
         Ok(rules.restrict_self()?.ruleset)
     };
     match attempt() {
         Ok(RulesetStatus::NotEnforced) => {
-            Err("Landlock is not to be had in this kernel (Linux 5.19, and `landlock` among its lsm=)".into())
+            let why = "Landlock is not to be had in this kernel (Linux 5.19, and `landlock` among its lsm=)";
+            Err(Refusal::lasting(why.to_owned()))
         }
         Ok(_) => Ok(()),
-        Err(e) => Err(format!("Landlock was refused ({e:#})")),
+        Err(e) => Err(Refusal::of("Landlock", &e, &[])),
     }
 }
 
-fn restrict_calls(borders: Borders<'_>) -> Result<(), String> {
+fn restrict_calls(borders: Borders<'_>) -> Result<(), Refusal> {
     let attempt = || -> anyhow::Result<()> {
         Ok(seccompiler::apply_filter(&calls::filter(borders.transport, borders.passthrough)?)?)
     };
-    attempt().map_err(|e| format!("seccomp was refused ({e})"))
+    // EINVAL: prctl of a kernel that was made without it. EACCES: without no_new_privs, and without root's powers.
+    attempt().map_err(|e| Refusal::of("seccomp", &e, &[libc::EINVAL, libc::EACCES]))
 }
 
 impl fmt::Display for Sandbox {
@@ -144,12 +215,13 @@ mod tests {
             let folder = std::path::PathBuf::from(folder);
             let own = File::open(&folder).expect("the folder");
             let (active, missing) = enter(Borders {
-                images: &folder,
+                images: own.as_fd(),
                 own: own.as_fd(),
                 anywhere,
                 transport: Transport::Fuse,
                 passthrough: false,
-            });
+            })
+            .expect("confined, or not to be had");
             if missing.is_empty() {
                 return Some((folder, active));
             }
@@ -208,5 +280,53 @@ mod tests {
             rustix::process::kill_process(own, rustix::process::Signal::CONT),
             Err(rustix::io::Errno::NOSYS)
         );
+    }
+
+    #[test]
+    fn a_confined_process_lends_nobody_its_powers() {
+        use rustix::fs::{Mode, OFlags, fchmod, mkdirat, openat};
+        let Some((folder, _)) = confined("a_confined_process_lends_nobody_its_powers", false) else { return };
+        let dir = File::open(&folder).expect("the folder");
+        let make = |name: &str, mode: u32| {
+            let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::CLOEXEC;
+            openat(&dir, name, flags, Mode::from_raw_mode(mode)).map(File::from)
+        };
+        let file = make("plain", 0o755).expect("a program like any");
+        for mode in [0o4755, 0o2755, 0o6711] {
+            assert_eq!(make("lent", mode).err(), Some(Errno::NOSYS), "{mode:o}");
+            assert_eq!(fchmod(&file, Mode::from_raw_mode(mode)), Err(Errno::NOSYS), "{mode:o}");
+            assert_eq!(mkdirat(&dir, "sub", Mode::from_raw_mode(mode)), Err(Errno::NOSYS), "{mode:o}");
+        }
+        fchmod(&file, Mode::from_raw_mode(0o644)).expect("a mode like any");
+        mkdirat(&dir, "sub", Mode::from_raw_mode(0o755)).expect("a folder like any");
+        let all = CapabilitySet::all();
+        let more = rustix::thread::CapabilitySets { effective: all, permitted: all, inheritable: all };
+        assert_eq!(rustix::thread::set_capabilities(None, more), Err(Errno::NOSYS));
+    }
+
+    #[test]
+    fn a_confined_process_reaches_no_other_process_and_no_socket_by_its_name() {
+        use std::os::unix::net::UnixDatagram;
+        let name = "a_confined_process_reaches_no_other_process_and_no_socket_by_its_name";
+        // The strange socket: made before, as one that was inherited.
+        let stray = UnixDatagram::unbound().expect("a socket");
+        let folder = tempfile::tempdir().expect("a folder");
+        let heard = UnixDatagram::bind(folder.path().join("s")).expect("bound");
+        let Some(_) = confined(name, true) else { return };
+        let sent = stray.send_to(b"READY=1", folder.path().join("s"));
+        assert_eq!(errno(sent), Some(libc::ENOSYS));
+        drop(heard);
+        assert_eq!(errno(UnixDatagram::pair()), Some(libc::ENOSYS));
+        let (one, other) = UnixStream::pair().expect("a pair of connections");
+        one.set_read_timeout(Some(std::time::Duration::from_secs(1))).expect("a timeout");
+        rustix::net::send(&one, b"x", rustix::net::SendFlags::NOSIGNAL).expect("said on a connection");
+        assert_eq!(rustix::net::sockopt::set_socket_broadcast(&other, true), Err(Errno::NOSYS));
+        let parent = rustix::process::getppid().expect("the original");
+        let memory = File::open(format!("/proc/{}/mem", parent.as_raw_nonzero()));
+        assert_eq!(errno(memory), Some(libc::EACCES));
+        assert!(inotify::Inotify::init().is_err());
+        let file = File::open(folder.path()).expect("anywhere");
+        let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
+        rustix::fs::fcntl_lock(&file, shared).expect("locks are what it works with");
     }
 }

@@ -1,7 +1,8 @@
 //! The daemon's start, in the order of DESIGN.md 8, and its way to the end.
 
 use std::io::{self, BufReader, Stdin};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
@@ -15,15 +16,15 @@ use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
 use super::{keeper, log};
-use crate::control::place::{LOG, Place};
+use crate::control::place::Place;
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, FolderOptions};
 use crate::fuse::session::{self, Transport};
 use crate::fuse::uring;
-use crate::io::lock::FolderLock;
-use crate::io::process;
+use crate::io::folder_lock::FolderLock;
 use crate::io::reads::Reads;
+use crate::io::{foreign, process};
 use crate::tree::{MountInfo, Sandbox, Tree};
 use crate::vdisk::Engine;
 
@@ -32,6 +33,7 @@ const DESCRIPTORS: u64 = 32_768;
 
 /// The hidden command `daemon`: serves one folder, told its settings on standard input.
 pub fn main() -> ExitCode {
+    process::close_inherited();
     let mut keeper_says = BufReader::new(io::stdin());
     match begin(&mut keeper_says).and_then(|settings| serve(settings, keeper_says)) {
         Ok(never) => match never {},
@@ -60,13 +62,14 @@ fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
 ///
 /// Order: (1) the log, because everything after it may have to complain; (2) the locks, because what follows
 /// belongs to one daemon alone: the socket of a living one must not be unlinked; (3) the socket, so that a mount
-/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene, which the sandbox would forbid;
-/// (6) the sandbox; threads inherit both, so (7) the first thread comes after them; (8) readiness, when requests are
+/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene and the watch on the folder,
+/// which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes after them; (8) readiness, when requests are
 /// about to be served.
 fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
     let (transport, fallen_back) = transport(settings.transport)?;
-    let place = Place::make(settings.images())?;
-    log::open((!settings.foreground).then(|| place.path(LOG)).as_deref())?;
+    let dir = open_images(settings.images())?;
+    let place = Place::make(&dir, settings.images())?;
+    log::open((!settings.foreground).then_some(&place))?;
 
     let link = Arc::new(Link::new());
     let engine = Engine::new(settings.engine(), link.listener());
@@ -77,8 +80,9 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     }
     let note = settings.mountpoint().display().to_string();
     // A folder that cannot be written holds no lock; what stands for it under /run does.
-    let outside =
-        (!place.is_inside()).then(|| FolderLock::acquire(&place, settings.images(), &note)).transpose()?;
+    let outside = (!place.is_inside())
+        .then(|| FolderLock::acquire(&place, settings.images(), &note, true))
+        .transpose()?;
     let options = FolderOptions {
         read_only: settings.read_only,
         note,
@@ -87,7 +91,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };
-    let folder = Folder::open(settings.images(), &engine, options)?;
+    let folder = Folder::open_at(dir, settings.images(), &engine, options)?;
 
     let server = Server::bind(&place)?;
 
@@ -127,10 +131,11 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         }
     }
 
+    let watched = folder.prepare_watch();
     let active = if settings.sandbox {
         let (own, anywhere, passthrough) = (place.as_fd(), settings.allow_outside, settings.passthrough);
         let (active, missing) =
-            sandbox::enter(Borders { images: settings.images(), own, anywhere, transport, passthrough });
+            sandbox::enter(Borders { images: folder.dir(), own, anywhere, transport, passthrough })?;
         notes.extend(missing);
         active
     } else {
@@ -162,7 +167,8 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     }
     let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper, active, transport);
     let clients = server.start(Arc::new(desk))?;
-    if let Err(e) = folder.start_watch() {
+    let started = folder.start_watch();
+    if let Err(e) = watched.and(started) {
         ::log::warn!("{e}; new images are seen at the next mount");
     }
     let ready = link::tell(&Note::Ready { notes });
@@ -175,6 +181,16 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     // Held to here: the socket under /run is ours as long as it is answered.
     drop(outside);
     ending.exit(&closed, &|| clients.count())
+}
+
+/// The one descriptor of the folder, through which all of it is reached: its path may be someone else's to change.
+fn open_images(images: &Path) -> Result<OwnedFd> {
+    foreign::resolved_folder(images).map_err(|e| match e.raw_os_error() {
+        Some(libc::ELOOP | libc::ENOTDIR) => {
+            Error::at(Kind::Invalid, images, "was replaced by a link just now; mount it again")
+        }
+        _ => Error::io(&e, images, "cannot open the images folder"),
+    })
 }
 
 /// Files that fail as `--fault SPEC` says.

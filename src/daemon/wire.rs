@@ -1,12 +1,17 @@
 //! What keeper and daemon say to each other over the daemon's standard input and output: one JSON object a line.
 //! The first line to the daemon is its [`Settings`](super::settings::Settings).
 
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, Read, Write};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::io::holder::{Held, Holder};
+
+/// The longest line, in bytes. Holders of a mount are the longest, and they are cut to some ([`MAX_HOLDERS`]).
+const MAX_LINE: u64 = 1 << 20;
+/// How many holders are named: more are not read, and each has a path of up to 4 KiB.
+pub const MAX_HOLDERS: usize = 64;
 
 /// From the daemon to its keeper; the first of them also goes on to the command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,18 +43,34 @@ pub enum Note {
 }
 
 /// An event as `--on-event PROGRAM` gets it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// `low-water`, `full`, `space` or `read-only`; the first argument and PLOOPFS_EVENT.
-    pub event: String,
-    /// The image; the second argument and PLOOPFS_IMAGE.
+    /// The image; the second argument (with `./` in front of a `-`) and PLOOPFS_IMAGE.
     pub image: String,
-    /// Free bytes on the host (PLOOPFS_FREE), with `low-water`.
-    pub free: Option<u64>,
-    /// All bytes on the host (PLOOPFS_TOTAL), with `low-water`.
-    pub total: Option<u64>,
-    /// Why (PLOOPFS_REASON), with `read-only`.
-    pub reason: Option<String>,
+    /// What happened to it.
+    pub what: What,
+}
+
+/// What can happen to an image; its word is the first argument and PLOOPFS_EVENT.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum What {
+    /// The host has little free space.
+    LowWater {
+        /// Free bytes on the host (PLOOPFS_FREE).
+        free: u64,
+        /// All bytes on the host (PLOOPFS_TOTAL).
+        total: u64,
+    },
+    /// The host is full.
+    Full,
+    /// There is space again.
+    Space,
+    /// The image is not written any more.
+    ReadOnly {
+        /// Why (PLOOPFS_REASON).
+        reason: String,
+    },
 }
 
 /// From the keeper to the daemon.
@@ -77,9 +98,68 @@ pub fn put(out: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
     out.flush()
 }
 
-/// Reads one line; None at the end.
+/// Reads one line; None at the end. [`is_odd`] tells a line that was no such object, or too long, from a broken connection:
+/// it is read to its end, and the next call reads the next.
 pub fn get<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = Vec::new();
-    from.read_until(b'\n', &mut line)?;
-    if line.is_empty() { Ok(None) } else { Ok(Some(serde_json::from_slice(&line)?)) }
+    from.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.last() != Some(&b'\n') {
+        skip_line(from)?;
+        return Err(odd(format!("a line without an end within {MAX_LINE} bytes")));
+    }
+    serde_json::from_slice(&line).map(Some).map_err(|e| odd(e.to_string()))
+}
+
+/// True when the other side said something that is not understood, and may go on.
+pub fn is_odd(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::InvalidData
+}
+
+fn odd(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+fn skip_line(from: &mut impl BufRead) -> io::Result<()> {
+    loop {
+        let piece = match from.fill_buf() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            piece => piece?,
+        };
+        let end = piece.iter().position(|b| *b == b'\n');
+        let (len, over) = (end.map_or(piece.len(), |end| end + 1), end.is_some() || piece.is_empty());
+        from.consume(len);
+        if over {
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_is_not_understood_or_too_long_is_passed_over() {
+        let mut said =
+            b"{\"event\": {\"image\": \"vm1\", \"what\": \"explode\"}}\n\"holders\"\n\xff\xfe\n\n".to_vec();
+        said.resize(said.len() + 3 * usize::try_from(MAX_LINE).expect("small"), b'x');
+        said.extend(b"\n\"holders\"\nhalf a li");
+        let mut from = &said[..];
+        let mut heard = Vec::new();
+        loop {
+            match get::<Note>(&mut from) {
+                Ok(Some(note)) => heard.push(Some(note)),
+                Ok(None) => break,
+                Err(e) => {
+                    assert!(is_odd(&e), "{e}");
+                    heard.push(None);
+                }
+            }
+        }
+        let holders = || Some(Note::Holders);
+        assert_eq!(heard, [None, holders(), None, None, None, holders(), None]);
+    }
 }

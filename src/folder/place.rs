@@ -1,7 +1,7 @@
 //! The images folder itself: one descriptor through which everything in it is reached, its lock, its space.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -9,12 +9,13 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
 use crate::io::file::HostSpace;
-use crate::io::lock::FolderLock;
+use crate::io::folder_lock::{FolderLock, ServedLock};
+use crate::io::foreign;
 
 /// Our own folder inside the images folder: lock, log, control socket.
 pub const PRIVATE: &str = ".ploopfs";
 /// What the kernel calls our mounts.
-const FS_TYPE: &str = "fuse.ploopfs";
+const FS_TYPE: &[u8] = b"fuse.ploopfs";
 
 /// An images folder, open and locked.
 #[derive(Debug)]
@@ -25,31 +26,33 @@ pub struct Place {
     private: Option<OwnedFd>,
     /// None on a folder that cannot be written.
     _lock: Option<FolderLock>,
+    _served: ServedLock,
 }
 
 impl Place {
-    /// Opens and locks the folder; `note` (the mount point) is shown to whoever finds it locked. A folder that
-    /// cannot be written is used without a lock.
-    pub fn open(path: &Path, note: &str) -> Result<Place> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())
-            .map_err(|e| Error::io(&e.into(), path, "cannot open the images folder"))?;
+    /// Locks the folder that `fd` has open and `path` names; `note` (the mount point) is shown to whoever finds it locked.
+    /// A folder that cannot be written is used with the lock on the folder itself alone.
+    ///
+    /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says
+    /// who serves it. The other way round, a lock file that was just made anew would let a second daemon write into it.
+    pub fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<Place> {
         if file_system_type(&fd).as_deref() == Some(FS_TYPE) {
             let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
             return Err(Error::at(Kind::Invalid, path, what));
         }
         let private = open_private(&fd, path)?;
+        let served = ServedLock::acquire(&fd, private.as_ref(), path)?;
         let lock = match &private {
-            Some(private) => match FolderLock::acquire(private, path, note) {
+            Some(private) => match FolderLock::acquire(private, path, note, served.held()) {
                 Err(e) if matches!(e.errno(), libc::EROFS | libc::EACCES | libc::EPERM) => None,
                 lock => Some(lock?),
             },
             None => None,
         };
-        if !lock.as_ref().is_some_and(FolderLock::held) {
+        if !served.held() && !lock.as_ref().is_some_and(FolderLock::held) {
             log::warn!("{}: cannot be locked; do not mount it a second time", path.display());
         }
-        Ok(Place { fd, path: path.to_owned(), private, _lock: lock })
+        Ok(Place { fd, path: path.to_owned(), private, _lock: lock, _served: served })
     }
 
     /// The folder.
@@ -81,6 +84,13 @@ impl Place {
     }
 }
 
+/// Opens the folder at `path`.
+pub fn open(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+        .map_err(|e| Error::io(&e.into(), path, "cannot open the images folder"))
+}
+
 fn open_private(dir: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
     let failed = |e: Errno| Error::io(&e.into(), path.join(PRIVATE), "cannot make or open our own folder");
     match rustix::fs::mkdirat(dir, PRIVATE, Mode::RWXU) {
@@ -96,17 +106,18 @@ fn open_private(dir: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
 }
 
 /// The type of the mount that `fd` lies on, by its number: a path may have been mounted over meanwhile.
-fn file_system_type(fd: &OwnedFd) -> Option<String> {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
-    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    type_in_mountinfo(&mounts, id).map(str::to_owned)
+fn file_system_type(fd: &OwnedFd) -> Option<Vec<u8>> {
+    let id = foreign::mount_id(fd).ok()?;
+    // Bytes: one odd name anywhere in the table must not hide ours.
+    type_in_mountinfo(&fs::read("/proc/self/mountinfo").ok()?, id).map(<[u8]>::to_vec)
 }
 
 /// `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/root rw`: the word behind the lone dash.
-fn type_in_mountinfo<'a>(mounts: &'a str, id: &str) -> Option<&'a str> {
-    let line = mounts.lines().find(|line| line.split(' ').next() == Some(id))?;
-    line.split(' ').skip_while(|word| *word != "-").nth(1)
+fn type_in_mountinfo(mounts: &[u8], id: u64) -> Option<&[u8]> {
+    let id = id.to_string();
+    let mut lines = mounts.split(|b| *b == b'\n').map(|line| line.split(|b| *b == b' '));
+    let words = lines.find(|words| words.clone().next() == Some(id.as_bytes()))?;
+    words.skip_while(|word| *word != b"-").nth(1)
 }
 
 #[cfg(test)]
@@ -115,25 +126,41 @@ mod tests {
 
     #[test]
     fn the_type_of_a_mount_stands_behind_the_dash() {
-        let mounts = "3 1 0:1 / /proc rw - proc proc rw\n36 3 0:40 / /mnt rw,nosuid shared:9 master:1 - \
-                      fuse.ploopfs images rw,user_id=0\n";
-        assert_eq!(type_in_mountinfo(mounts, "36"), Some(FS_TYPE));
-        assert_eq!(type_in_mountinfo(mounts, "3"), Some("proc"));
-        assert_eq!(type_in_mountinfo(mounts, "6"), None);
+        let mounts =
+            b"3 1 0:1 / /proc rw - proc proc rw\n9 3 0:9 / /mnt/\xff rw - tmpfs none rw\n36 3 0:40 / /mnt \
+                       rw,nosuid shared:9 master:1 - fuse.ploopfs images rw,user_id=0\n";
+        assert_eq!(type_in_mountinfo(mounts, 36), Some(FS_TYPE));
+        assert_eq!(type_in_mountinfo(mounts, 3), Some(&b"proc"[..]));
+        assert_eq!(type_in_mountinfo(mounts, 6), None);
+    }
+
+    fn opened(path: &Path, note: &str) -> Result<Place> {
+        Place::of(open(path)?, path, note)
+    }
+
+    #[test]
+    fn a_folder_without_its_lock_file_is_still_locked() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let first = opened(temp.path(), "/mnt/x").expect("opens");
+        fs::remove_dir_all(temp.path().join(PRIVATE)).expect("removed");
+        let second = opened(temp.path(), "/mnt/y").expect_err("locked");
+        assert_eq!(second.kind(), Kind::InUse);
+        drop(first);
+        opened(temp.path(), "/mnt/y").expect("free again");
     }
 
     #[test]
     fn a_folder_is_locked_and_gets_a_private_folder() {
         use std::os::unix::fs::PermissionsExt;
         let temp = tempfile::tempdir().expect("a folder");
-        let place = Place::open(temp.path(), "/mnt/x").expect("opens");
+        let place = opened(temp.path(), "/mnt/x").expect("opens");
         let private = fs::metadata(temp.path().join(PRIVATE)).expect("made");
         assert_eq!(private.permissions().mode() & 0o777, 0o700);
         assert!(place.private().is_some());
         assert!(place.space().expect("asked").total > 0);
-        let second = Place::open(temp.path(), "/mnt/y").expect_err("locked");
+        let second = opened(temp.path(), "/mnt/y").expect_err("locked");
         assert_eq!(second.kind(), Kind::InUse);
         drop(place);
-        Place::open(temp.path(), "/mnt/y").expect("free again");
+        opened(temp.path(), "/mnt/y").expect("free again");
     }
 }

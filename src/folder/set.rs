@@ -2,19 +2,21 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
+
+use inotify::Inotify;
 
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenDone, OpenImage};
 use super::names::Names;
-use super::place::Place;
+use super::place::{self, Place};
 use super::scan::{self, Claim, Look, Seen, Source, Stamp};
 use super::strand::Spawn;
-use super::watch::Watcher;
+use super::watch::{self, Watcher};
 use super::{Wrap, locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::SHOWN_SUFFIX;
@@ -102,6 +104,8 @@ pub struct Folder {
     pub(super) names: Mutex<Names>,
     /// Protects the names of files that were created and are not closed yet. A leaf.
     writing: Mutex<HashSet<OsString>>,
+    /// Protects the watch that has no thread yet. A leaf.
+    watch: Mutex<Option<Inotify>>,
     /// Protects the watching thread's handle. A leaf.
     watcher: Mutex<Option<Watcher>>,
 }
@@ -117,9 +121,19 @@ struct Set {
 pub(super) type Accept<'a> = &'a mut dyn FnMut(&OsStr, &Stamp, bool) -> bool;
 
 impl Folder {
-    /// Locks the folder and takes in what lies in it.
-    pub fn open(dir: &Path, engine: &Arc<Engine>, options: FolderOptions) -> Result<Arc<Folder>> {
-        let place = Place::open(dir, &options.note)?;
+    /// Opens and locks the folder, and takes in what lies in it.
+    pub fn open(path: &Path, engine: &Arc<Engine>, options: FolderOptions) -> Result<Arc<Folder>> {
+        Folder::open_at(place::open(path)?, path, engine, options)
+    }
+
+    /// The same of a folder that is open; `path` is its name.
+    pub fn open_at(
+        dir: OwnedFd,
+        path: &Path,
+        engine: &Arc<Engine>,
+        options: FolderOptions,
+    ) -> Result<Arc<Folder>> {
+        let place = Place::of(dir, path, &options.note)?;
         let on = engine.clone();
         let shared = Arc::new(Shared {
             place,
@@ -140,20 +154,40 @@ impl Folder {
             set: RwLock::default(),
             names: Mutex::default(),
             writing: Mutex::default(),
+            watch: Mutex::default(),
             watcher: Mutex::default(),
         });
         folder.look(&mut |_, _, _| true)?;
         Ok(folder)
     }
 
+    /// Begins to note what happens in the folder, for [`start_watch`](Self::start_watch): before a sandbox, which forbids it.
+    pub fn prepare_watch(&self) -> Result<()> {
+        *locked(&self.watch) = Some(watch::watch(self.shared.place.fd()).map_err(|e| self.cannot_watch(&e))?);
+        Ok(())
+    }
+
+    fn cannot_watch(&self, e: &std::io::Error) -> Error {
+        Error::io(e, self.path(), "cannot watch the images folder")
+    }
+
     /// Starts the thread that sees images come and go, and goes on with merges that a crash interrupted.
     pub fn start_watch(&self) -> Result<()> {
-        let watcher = Watcher::start(&self.own, self.shared.place.fd())
-            .map_err(|e| Error::io(&e, self.path(), "cannot watch the images folder"))?;
-        *locked(&self.watcher) = Some(watcher);
+        let started = self.start_watcher();
         self.sweep();
         // What a crash interrupted goes on by itself; not before this, since there were no threads before.
         self.entries().iter().for_each(|entry| entry.finish_interrupted());
+        started
+    }
+
+    fn start_watcher(&self) -> Result<()> {
+        if locked(&self.watch).is_none() {
+            self.prepare_watch()?;
+        }
+        if let Some(watch) = locked(&self.watch).take() {
+            let watcher = Watcher::start(&self.own, watch).map_err(|e| self.cannot_watch(&e))?;
+            *locked(&self.watcher) = Some(watcher);
+        }
         Ok(())
     }
 
@@ -331,6 +365,11 @@ impl Folder {
     /// The folder, as it was named.
     pub fn path(&self) -> &Path {
         self.shared.place.path()
+    }
+
+    /// The folder itself, open.
+    pub fn dir(&self) -> BorrowedFd<'_> {
+        self.shared.place.fd().as_fd()
     }
 
     /// The folder `.ploopfs` in it (log, socket); None on a folder that cannot be written.

@@ -24,18 +24,23 @@ pub struct Watcher {
     thread: JoinHandle<()>,
 }
 
+/// Begins to note what happens in `dir`. A confined process makes no watch: it could watch any file of the machine.
+pub fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
+    let inotify = Inotify::init()?;
+    // No MODIFY: every write to an image would wake us. A file that still grows is seen by its stamp.
+    let mask = WatchMask::CLOSE_WRITE
+        | WatchMask::CREATE
+        | WatchMask::DELETE
+        | WatchMask::MOVE
+        | WatchMask::DELETE_SELF
+        | WatchMask::ONLYDIR;
+    inotify.watches().add(format!("/proc/self/fd/{}", dir.as_raw_fd()), mask)?;
+    Ok(inotify)
+}
+
 impl Watcher {
-    /// Begins to watch `dir`. The thread keeps no folder alive; it ends with it.
-    pub fn start(folder: &Weak<Folder>, dir: &OwnedFd) -> io::Result<Watcher> {
-        let inotify = Inotify::init()?;
-        // No MODIFY: every write to an image would wake us. A file that still grows is seen by its stamp.
-        let mask = WatchMask::CLOSE_WRITE
-            | WatchMask::CREATE
-            | WatchMask::DELETE
-            | WatchMask::MOVE
-            | WatchMask::DELETE_SELF
-            | WatchMask::ONLYDIR;
-        inotify.watches().add(format!("/proc/self/fd/{}", dir.as_raw_fd()), mask)?;
+    /// Begins to look at what `inotify` notes. The thread keeps no folder alive; it ends with it.
+    pub fn start(folder: &Weak<Folder>, inotify: Inotify) -> io::Result<Watcher> {
         let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let mut watch = Watch { inotify, folder: folder.clone(), settling: Settling::default() };
         let wait_for = stop.clone();

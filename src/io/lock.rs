@@ -1,6 +1,6 @@
-//! Who may use a delta, and who may serve a folder.
+//! Who may use a delta.
 //!
-//! Deltas: byte-range locks that the ploop tool and QEMU heed as well (FORMAT.md 3.2). There are readers and one
+//! Byte-range locks that the ploop tool and QEMU heed as well (FORMAT.md 3.2). There are readers and one
 //! writer ([`Use`]). A writer's read lock on bytes 200 to 204 is ploop's "in use"; the same bytes tell QEMU that no
 //! permission of its own is shared, so that it refuses to open the file, for reading too. A reader leaves byte 200
 //! ("reading is not shared") free: other readers and `qemu -r` pass, a writer of any of the three programs does not.
@@ -9,19 +9,16 @@
 //! The locks belong to the open file (OFD), not to the process: closing another descriptor of the same file
 //! does not lose them. But a second descriptor of ours looks foreign.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::file::HostFile;
-use super::holder::{self, Held, Holder};
+use super::holder::{self, Held};
 use super::real::{Access, RealFile};
 use crate::{Error, Kind, Result};
 
@@ -195,51 +192,6 @@ impl Drop for LongLock {
     }
 }
 
-/// The hold on an images folder: an exclusive lock on its file `lock`, which says who has it.
-#[derive(Debug)]
-pub struct FolderLock {
-    file: File,
-    held: bool,
-}
-
-impl FolderLock {
-    /// Takes the folder whose `.ploopfs` (or what stands for it under /run) is `dir`; `path` is how messages
-    /// name the folder. `note` (one line: the mount point) is shown to whoever is refused.
-    pub fn acquire(dir: &impl AsFd, path: &Path, note: &str) -> Result<FolderLock> {
-        let failed = |e: io::Error| Error::io(&e, path, "cannot take the lock of this folder");
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let fd = rustix::fs::openat(dir, "lock", flags, Mode::from_raw_mode(0o600));
-        let mut file = File::from(fd.map_err(|e| failed(e.into()))?);
-        // Length 0: to the end of the file, wherever that is.
-        let held = match set(&file, libc::F_WRLCK, (0, 0)) {
-            Ok(()) => true,
-            Err(e) if taken(&e) => return Err(folder_in_use(&mut file, path)),
-            Err(e) if no_locks_here(&e) => false,
-            Err(e) => return Err(failed(e)),
-        };
-        let text = format!("{}\n{note}\n", std::process::id());
-        file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).map_err(failed)?;
-        Ok(FolderLock { file, held })
-    }
-
-    /// False where the host file system has no locks.
-    pub fn held(&self) -> bool {
-        self.held
-    }
-}
-
-impl Drop for FolderLock {
-    fn drop(&mut self) {
-        // The file stays: removing it could take it from under somebody who has just opened it. The text goes,
-        // so that nobody reads an old name; a crash leaves it, which is why readers test the lock first. The
-        // lock is given back by name: a child of ours between fork and exec still has the descriptor.
-        let _ = self.file.set_len(0);
-        if self.held {
-            let _ = set(&self.file, libc::F_UNLCK, (0, 0));
-        }
-    }
-}
-
 /// What came of all attempts.
 #[derive(Debug)]
 enum Taken {
@@ -311,7 +263,7 @@ fn held_by_another(file: &impl AsFd, ranges: &[Range]) -> io::Result<bool> {
     Ok(false)
 }
 
-fn set(file: &impl AsFd, kind: i32, range: Range) -> io::Result<()> {
+pub(super) fn set(file: &impl AsFd, kind: i32, range: Range) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut flock(kind, range))
 }
 
@@ -341,12 +293,12 @@ fn fcntl(file: &impl AsFd, command: i32, lock: &mut libc::flock) -> io::Result<(
     }
 }
 
-fn taken(error: &io::Error) -> bool {
+pub(super) fn taken(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
 }
 
 /// What file systems without byte-range locks answer (some NFS and FUSE mounts).
-fn no_locks_here(error: &io::Error) -> bool {
+pub(super) fn no_locks_here(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP))
 }
 
@@ -360,27 +312,13 @@ fn in_use(file: &RealFile, used: Use) -> Error {
     Error::at(Kind::InUse, file.path(), holder::sentence(holder.as_ref()))
 }
 
-fn folder_in_use(file: &mut File, path: &Path) -> Error {
-    let mut text = String::new();
-    let _ = file.take(4096).read_to_string(&mut text);
-    let mut lines = text.lines();
-    let pid = lines.next().and_then(|pid| pid.parse().ok());
-    let what = match (pid.and_then(Holder::of), lines.next().filter(|note| !note.is_empty())) {
-        (Some(Holder { pid, name, .. }), Some(note)) => {
-            format!("is served by {name} (pid {pid}) at {note}; to end that: ploopfs umount {note}")
-        }
-        (Some(holder), None) => format!("is in use by {holder}; end that first"),
-        (None, _) => "is in use by another process or another host; end that first".to_owned(),
-    };
-    Error::at(Kind::InUse, path, what)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::real::Access;
-    use std::fs;
-    use std::path::PathBuf;
+    use std::fs::{self, File};
+    use std::io::{Read, Write};
+    use std::path::{Path, PathBuf};
     use std::process::{Child, ChildStdin, Command, Output, Stdio};
 
     struct Image {
@@ -619,22 +557,5 @@ mod tests {
         assert!(error.to_string().contains(&format!("(pid {}", ploop.0.id())), "{error}");
         ploop.finish();
         DeltaLock::acquire(open(&image, Access::ReadWrite), Use::Writer).expect("free again");
-    }
-
-    #[test]
-    fn a_folder_is_served_once_and_the_refusal_says_where() {
-        let dir = tempfile::tempdir().expect("temp folder");
-        let folder = File::open(dir.path()).expect("open");
-        let lock = FolderLock::acquire(&folder, dir.path(), "/mnt/vdisks").expect("lock");
-        assert!(lock.held());
-        let error = FolderLock::acquire(&folder, dir.path(), "/mnt/other").expect_err("served");
-        assert_eq!(error.kind(), Kind::InUse);
-        let own = format!("(pid {}) at /mnt/vdisks", std::process::id());
-        assert!(error.to_string().contains(&own), "{error}");
-        assert!(error.to_string().contains("ploopfs umount /mnt/vdisks"), "{error}");
-        drop(lock);
-        let text = fs::read_to_string(dir.path().join("lock")).expect("the file stays");
-        assert!(text.is_empty(), "an old name is not left behind");
-        FolderLock::acquire(&folder, dir.path(), "/mnt/other").expect("free again");
     }
 }

@@ -7,10 +7,11 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::{Error, Kind, Result};
 
@@ -108,8 +109,26 @@ impl LoopDevice {
 
 /// Puts a loop device over the file at `path`, with direct I/O where the file can do it.
 pub fn attach(path: &Path, read_only: bool) -> Result<LoopDevice> {
+    attach_opened(path, read_only, &|flags| {
+        let flags = flags | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+    })
+}
+
+/// The same over the file that `open` opens with the flags it is given; `path` is how messages name it.
+pub fn attach_opened(
+    path: &Path,
+    read_only: bool,
+    open: &dyn Fn(OFlags) -> io::Result<File>,
+) -> Result<LoopDevice> {
     let failed = |e: &io::Error| Error::io(e, path, "cannot attach a loop device");
-    let file = open_backing(path, read_only).map_err(|e| failed(&e))?;
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    // O_DIRECT at the file makes the kernel use direct I/O from the first request; not every file has it.
+    let file = open(access | OFlags::DIRECT).or_else(|e| match e.raw_os_error() {
+        Some(libc::EINVAL) => open(access),
+        _ => Err(e),
+    });
+    let file = file.map_err(|e| failed(&e))?;
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| {
         Error::io(&e, "/dev/loop-control", "cannot attach (is the module loop loaded? modprobe loop)")
     })?;
@@ -128,15 +147,6 @@ pub fn attach(path: &Path, read_only: bool) -> Result<LoopDevice> {
         }
     }
     Err(failed(&busy))
-}
-
-/// O_DIRECT at the file makes the kernel use direct I/O from the first request; not every file has it.
-fn open_backing(path: &Path, read_only: bool) -> io::Result<File> {
-    let open = |flags| OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path);
-    open(libc::O_DIRECT).or_else(|e| match e.raw_os_error() {
-        Some(libc::EINVAL) => open(0),
-        _ => Err(e),
-    })
 }
 
 fn configure(number: i32, file: &File, path: &Path, read_only: bool) -> io::Result<()> {

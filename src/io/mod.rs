@@ -7,6 +7,8 @@ pub mod direct;
 #[cfg(any(test, feature = "faults"))]
 pub mod fault;
 pub mod file;
+pub mod folder_lock;
+pub mod foreign;
 pub mod freeze;
 pub mod holder;
 pub mod lock;

@@ -12,7 +12,7 @@ use std::thread::{Builder, JoinHandle};
 use rustix::fs::Mode;
 use rustix::mm::MlockAllFlags;
 use rustix::process::{Resource, Rlimit, Signal};
-use rustix::thread::{CapabilitySet, CpuSet};
+use rustix::thread::{CapabilitySet, CapabilitySets, CpuSet};
 
 use crate::error::{Error, Kind};
 
@@ -94,6 +94,23 @@ pub fn raise_open_files(wanted: u64) -> Result<(), Refused> {
     })
 }
 
+/// Gives up for good what root may do, but for `kept`, and returns what is left. Of the calling thread and those it starts.
+pub fn keep_powers(kept: CapabilitySet) -> io::Result<CapabilitySet> {
+    let now = rustix::thread::capabilities(None)?;
+    let left = CapabilitySets {
+        effective: now.effective & kept,
+        permitted: now.permitted & kept,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, left)?;
+    Ok(left.permitted)
+}
+
+/// True where memory can be locked without a limit, and without the power to ignore one.
+pub fn may_lock_all() -> bool {
+    rustix::process::getrlimit(Resource::Memlock).current.is_none()
+}
+
 /// How many files may be open at once; None is without limit.
 pub fn open_files_limit() -> Option<u64> {
     rustix::process::getrlimit(Resource::Nofile).current
@@ -167,6 +184,23 @@ fn scheduling() -> io::Result<libc::sched_attr> {
 pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate::error::Result<()> {
     let started = spawn_thread(name, body);
     started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
+}
+
+/// Closes every descriptor but the three standard ones: those that the caller of a command had open (a lock of a script, the
+/// pipe of a job) would live as long as a daemon does. Belongs at the very start of a process that stays.
+pub fn close_inherited() {
+    const FIRST: libc::c_int = 3;
+    // SAFETY: called before anything of this process has opened a descriptor, so that none of them has an owner here.
+    if unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) } == 0 {
+        return;
+    }
+    // Before Linux 5.9. Collected first: the folder that is read has a descriptor, too, which is closed by then.
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let open: Vec<libc::c_int> = open.filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd >= FIRST) {
+        // SAFETY: as above; a number that is not open any more is refused.
+        unsafe { libc::close(fd) };
+    }
 }
 
 /// Names the calling thread; of the first thread, it is the name of the process in `ps` and `top`.

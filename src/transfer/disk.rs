@@ -44,9 +44,15 @@ impl FlatFile {
             return Err(Error::at(Kind::Unsupported, path, format!("is {what}, not a disk")));
         }
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(cannot)?;
+        FlatFile::of(file, path)
+    }
+
+    /// Takes over an open file or block device; `path` is how messages name it.
+    pub fn of(file: File, path: &Path) -> Result<FlatFile> {
+        let finds_holes = file.metadata().is_ok_and(|meta| meta.is_file());
         let size = retry_on_intr(|| rustix::fs::seek(&file, SeekFrom::End(0)));
         let size = size.map_err(|e| Error::io(&e.into(), path, "cannot read its length"))?;
-        Ok(FlatFile { file, path: path.to_owned(), size, finds_holes: kind.is_file() })
+        Ok(FlatFile { file, path: path.to_owned(), size, finds_holes })
     }
 
     /// The open file.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::cli::served;
 use crate::control::client::Client;
-use crate::daemon::mounts;
+use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_detached;
 use crate::tree::{Document, ImageStats};
@@ -108,7 +108,7 @@ impl Watch {
     pub fn new(mountpoint: Option<&Path>) -> Result<Watch> {
         let folder = match mountpoint {
             Some(point) => match served::behind(point)? {
-                (_, Some(daemon)) => Some(PathBuf::from(&daemon.client.hello().images)),
+                (folder, Some(_)) => Some(folder),
                 (_, None) => {
                     let why = "nothing is mounted here; mount it first: ploopfs mount IMAGES MOUNTPOINT";
                     return Err(Error::at(Kind::NotFound, point, why));
@@ -128,8 +128,11 @@ impl Watch {
         if let Some(folder) = &self.folder {
             return Ok(vec![folder.clone()]);
         }
-        let mut folders: Vec<PathBuf> =
-            mounts::all()?.into_iter().filter(mounts::Mount::is_ours).map(|mount| mount.source).collect();
+        let mut folders: Vec<PathBuf> = mounts::all()?
+            .into_iter()
+            .filter(Mount::is_ours)
+            .filter_map(|m| Some(m.trusted().ok()?.source))
+            .collect();
         folders.sort();
         folders.dedup();
         Ok(folders)

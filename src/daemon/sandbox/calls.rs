@@ -44,12 +44,9 @@ const FREE: &[c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_sync_file_range,
     libc::SYS_syncfs,
-    // Files: names, which Landlock holds to the images folder.
-    libc::SYS_openat,
-    libc::SYS_openat2,
+    // Files: names, which Landlock holds to the images folder; what makes files is below.
     libc::SYS_close,
     libc::SYS_getdents64,
-    libc::SYS_mkdirat,
     libc::SYS_unlinkat,
     libc::SYS_linkat,
     libc::SYS_renameat,
@@ -63,9 +60,7 @@ const FREE: &[c_long] = &[
     libc::SYS_statx,
     libc::SYS_statfs,
     libc::SYS_fstatfs,
-    libc::SYS_fchmod,
     libc::SYS_fchown,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_dup,
     libc::SYS_dup3,
@@ -78,18 +73,15 @@ const FREE: &[c_long] = &[
     libc::SYS_eventfd2,
     libc::SYS_pipe2,
     libc::SYS_io_uring_enter,
-    libc::SYS_inotify_init1,
-    libc::SYS_inotify_add_watch,
     libc::SYS_inotify_rm_watch,
-    // The control socket, which was bound before.
+    // The control socket, which was bound before. `sendmsg` goes to no address either: there are connections only, and of
+    // those the kernel takes none.
     libc::SYS_accept4,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
-    libc::SYS_sendto,
     libc::SYS_sendmsg,
     libc::SYS_shutdown,
     libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     // Memory.
@@ -134,12 +126,10 @@ const FREE: &[c_long] = &[
 /// Older forms of the same, which a libc may use where they exist.
 #[cfg(target_arch = "x86_64")]
 const OLDER: &[c_long] = &[
-    libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
     libc::SYS_access,
     libc::SYS_readlink,
-    libc::SYS_mkdir,
     libc::SYS_rmdir,
     libc::SYS_unlink,
     libc::SYS_link,
@@ -160,6 +150,40 @@ const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451
 
 /// With passthrough: a host file is registered with the mount, and given back.
 const PASSING: &[u32] = &[backing::OPEN_REQUEST, backing::CLOSE_REQUEST];
+
+/// Mode bits with which a program runs as its owner or group (04000, 02000).
+const LENDING: u64 = (libc::S_ISUID | libc::S_ISGID) as u64;
+
+/// Flags of `clone` that make namespaces.
+const NEW_SPACES: u64 = (libc::CLONE_NEWNS
+    | libc::CLONE_NEWCGROUP
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUSER
+    | libc::CLONE_NEWPID
+    | libc::CLONE_NEWNET) as u64;
+
+/// The part of a socket's type that is no flag.
+const SOCKET_TYPE: u64 = 0xf;
+
+/// What is set of a socket: how long a client may be silent.
+const TIMEOUTS: &[libc::c_int] = &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO];
+
+/// Commands for `fcntl`.
+const COMMANDS: &[u64] = &[
+    libc::F_DUPFD as u64,
+    libc::F_DUPFD_CLOEXEC as u64,
+    libc::F_GETFD as u64,
+    libc::F_SETFD as u64,
+    libc::F_GETFL as u64,
+    libc::F_SETFL as u64,
+    libc::F_GETLK as u64,
+    libc::F_SETLK as u64,
+    libc::F_SETLKW as u64,
+    libc::F_OFD_GETLK as u64,
+    libc::F_OFD_SETLK as u64,
+    libc::F_OFD_SETLKW as u64,
+];
 
 /// IORING_REGISTER_ENABLE_RINGS: switches on a ring that was made switched off, once.
 const ENABLE_RINGS: u64 = 12;
@@ -186,21 +210,46 @@ fn rules(transport: Transport, passthrough: bool) -> Result<BTreeMap<i64, Vec<Se
     let requests: Vec<u64> = REQUESTS.iter().chain(passing).map(|request| u64::from(*request)).collect();
     let (thread, execute) = (libc::CLONE_THREAD as u64, libc::PROT_EXEC as u64);
     let no_pointer = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    let (thread_flags, not_set) = (thread | NEW_SPACES | libc::CSIGNAL as u64, 0);
+    let no_address = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    let timeouts: Result<Vec<SeccompRule>, BackendError> = TIMEOUTS
+        .iter()
+        .map(|name| SeccompRule::new(vec![is(1, libc::SOL_SOCKET as u64)?, is(2, *name as u64)?]))
+        .collect();
+    let stream = vec![SeccompRule::new(vec![
+        is(0, libc::AF_UNIX as u64)?,
+        argument(1, SeccompCmpOp::MaskedEq(SOCKET_TYPE), libc::SOCK_STREAM as u64)?,
+    ])?];
     let mut limited = vec![
+        // Names, which Landlock holds to the images folder. No file becomes one that lends its owner's powers: with that
+        // and any program of another user's, a daemon that was taken over would be root outside of all this.
+        (libc::SYS_openat, bits(3, LENDING, not_set)?),
+        (libc::SYS_mkdirat, bits(2, LENDING, not_set)?),
+        (libc::SYS_fchmod, bits(1, LENDING, not_set)?),
+        // Flags and locks of descriptors; not whom a signal goes to.
+        (libc::SYS_fcntl, one_of(1, COMMANDS)?),
+        // Answers on connections: no datagram to a socket of another's, which takes any word for root's.
+        (libc::SYS_sendto, vec![SeccompRule::new(vec![no_address])?]),
+        (libc::SYS_setsockopt, timeouts?),
         (libc::SYS_ioctl, one_of(1, &requests)?),
         // Memory is for data: none of it becomes a program.
         (libc::SYS_mmap, bits(2, execute, 0)?),
         (libc::SYS_mprotect, bits(2, execute, 0)?),
-        // Threads, not processes.
-        (libc::SYS_clone, bits(0, thread, thread)?),
+        // Threads, not processes, and none with namespaces of its own, in which it would have all powers.
+        (libc::SYS_clone, bits(0, thread_flags, thread)?),
         // Names of threads.
         (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME as u64, libc::PR_GET_NAME as u64])?),
-        (libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX as u64])?),
+        (libc::SYS_socketpair, stream),
         // Its own limits are read, not set.
         (libc::SYS_prlimit64, vec![SeccompRule::new(vec![is(0, 0)?, no_pointer])?]),
         // abort() signals its own process.
         (libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?),
     ];
+    #[cfg(target_arch = "x86_64")]
+    limited.extend([
+        (libc::SYS_open, bits(2, LENDING, not_set)?),
+        (libc::SYS_mkdir, bits(1, LENDING, not_set)?),
+    ]);
     if transport == Transport::Uring {
         // Its threads are bound to CPUs, each by itself.
         limited.push((libc::SYS_sched_setaffinity, one_of(0, &[0])?));
@@ -258,6 +307,13 @@ mod tests {
             libc::SYS_reboot,
             libc::SYS_swapon,
             libc::SYS_keyctl,
+            // Its mode lies in memory, where a filter does not look.
+            libc::SYS_openat2,
+            libc::SYS_fchmodat2,
+            libc::SYS_sendmmsg,
+            libc::SYS_capset,
+            libc::SYS_inotify_init1,
+            libc::SYS_inotify_add_watch,
         ];
         let listed = |call: &c_long| fuse.contains_key(call) || uring.contains_key(call);
         let found: Vec<c_long> = never.into_iter().filter(listed).collect();
