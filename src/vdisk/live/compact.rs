@@ -170,8 +170,8 @@ impl Image {
                 let data = data_bytes(&stack, position, len)?;
                 let is_zero = data == 0 || self.reads_zero(&stack, position, len)?;
                 before.count(file_cluster);
-                if !is_zero || hides {
-                    used.insert(file_cluster);
+                // Another was seen there before: one of the two is there no more.
+                if (!is_zero || hides) && used.insert(file_cluster) {
                     own += 1;
                     if let Some(stays) = &mut stays {
                         stays.push(cluster, file_cluster);
@@ -189,12 +189,15 @@ impl Image {
         // What lies in no cluster that stays and takes space is punched or cut off.
         let end = length.saturating_sub(stack.geometry.first).div_ceil(self.cluster);
         for free in (0..end.min(stack.geometry.file_clusters())).filter(|n| !used.contains(*n)) {
+            self.stopped(progress)?;
             freed += data_bytes(&stack, stack.geometry.cluster_position(free), self.cluster)?;
         }
         let (moved_clusters, defrag) = match stays {
             None => (used.iter().filter(|n| *n >= own).count() as u64, None),
             Some(stays) => {
-                let (moves, pieces) = stays.rehearse(self.at_a_time(), self.cluster, before.pieces);
+                let goes_on = || self.stopped(progress);
+                let (moves, pieces) =
+                    stays.rehearse(self.at_a_time(), self.cluster, before.pieces, goes_on)?;
                 (moves, Some(pieces))
             }
         };
@@ -236,7 +239,7 @@ impl Image {
     }
 
     /// True when `len` bytes of the top at `position` are zeroes.
-    fn reads_zero(&self, stack: &Stack, position: u64, len: u64) -> Result<bool> {
+    fn reads_zero(self: &Arc<Self>, stack: &Stack, position: u64, len: u64) -> Result<bool> {
         if stack.is_hole(stack.top_index(), position, len)? {
             return Ok(true);
         }

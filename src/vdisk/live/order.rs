@@ -12,6 +12,9 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::Result;
+use crate::vdisk::alloc::Bits;
+
 /// Nobody lies at this place, or nobody knows where this rank lies. The format has fewer clusters, and one fewer
 /// than [`TAKEN`].
 const NONE: u32 = u32::MAX;
@@ -34,8 +37,10 @@ pub struct Pieces {
 pub(super) struct Order {
     /// By rank.
     clusters: Vec<u32>,
-    /// By rank.
+    /// By rank; no two are the same.
     places: Vec<u32>,
+    /// Those places.
+    seen: Bits,
     /// Pieces so far.
     pub pieces: u64,
     /// Where the piece goes on.
@@ -79,9 +84,14 @@ impl Order {
         self.next = Some(place + 1);
     }
 
-    /// The next one to put in order.
+    /// The next one to put in order. Where another was seen at the same place before, this one stays where it is: the look
+    /// at the disk takes no locks, so that a cluster may be discarded behind it and its place be found in use again. Two
+    /// at one place would send each other away for ever.
     pub fn push(&mut self, cluster: u64, place: u64) {
         self.count(place);
+        if !self.seen.insert(place) {
+            return;
+        }
         self.clusters.push(small(cluster));
         self.places.push(small(place));
     }
@@ -96,21 +106,31 @@ impl Order {
         (Plan::new(self.places, at_a_time), self.clusters)
     }
 
-    /// What it would come to, with clusters of `cluster` bytes: how many moves, and the gain over `pieces` pieces.
-    pub fn rehearse(self, at_a_time: usize, cluster: u64, pieces: u64) -> (u64, Pieces) {
+    /// What it would come to, with clusters of `cluster` bytes: how many moves, and the gain over `pieces` pieces. Asks
+    /// `goes_on` before each round.
+    pub fn rehearse(
+        self,
+        at_a_time: usize,
+        cluster: u64,
+        pieces: u64,
+        goes_on: impl Fn() -> Result<()>,
+    ) -> Result<(u64, Pieces)> {
         let behind = self.len();
         let (mut plan, _) = self.plan(at_a_time);
         let (mut moves, mut most) = (0, 0);
         loop {
+            goes_on()?;
             let round = plan.next_round();
-            if round.is_empty() {
+            // Each moves once to its place, and before that at most once out of another's way.
+            debug_assert!(moves <= 2 * behind, "{moves} moves of {behind} clusters");
+            if round.is_empty() || moves > 2 * behind {
                 break;
             }
             moves += round.len() as u64;
             most = most.max(round.len() as u64);
             round.iter().for_each(|step| plan.moved(step.rank, step.to.unwrap_or(behind)));
         }
-        (moves, Pieces { pieces, pieces_after: u64::from(behind > 0), spare: most * cluster })
+        Ok((moves, Pieces { pieces, pieces_after: u64::from(behind > 0), spare: most * cluster }))
     }
 }
 
@@ -314,10 +334,13 @@ mod tests {
         let mut order = Order::default();
         places.iter().for_each(|place| order.push(0, *place));
         assert_eq!(order.pieces, 4);
-        let (moves, gain) = order.rehearse(2, 1000, 4);
+        let (moves, gain) = order.rehearse(2, 1000, 4, || Ok(())).expect("it goes on");
         assert_eq!(moves, carry_out(&places, 2).0);
         assert_eq!(gain, Pieces { pieces: 4, pieces_after: 1, spare: 2000 });
-        assert_eq!(Order::default().rehearse(2, 1000, 0), (0, Pieces::default()));
+        let nothing = Order::default().rehearse(2, 1000, 0, || Ok(())).expect("it goes on");
+        assert_eq!(nothing, (0, Pieces::default()));
+        let cancelled = || Err(crate::Error::new(crate::Kind::Cancelled, "cancelled"));
+        assert!(Order::default().rehearse(2, 1000, 0, cancelled).is_err());
     }
 
     #[test]
@@ -351,6 +374,27 @@ mod tests {
             }
             for rank in (0..n as usize).filter(|rank| gone != Some(*rank) && taken != Some(*rank as u64)) {
                 assert_eq!(plan.place(rank), rank as u64);
+            }
+        }
+    }
+
+    /// A walk without locks: the guest discards one cluster, and another takes its place before the walk comes there.
+    #[test]
+    fn a_place_that_is_seen_twice_does_not_make_the_moves_endless() {
+        for places in [&[3, 3][..], &[2, 0, 2, 1], &[1, 5, 5, 5, 0], &[0, 0, 1, 1]] {
+            let mut order = Order::default();
+            places.iter().enumerate().for_each(|(i, place)| order.push(i as u64, *place));
+            let behind = order.len();
+            let (mut plan, _) = order.plan(2);
+            let mut moves = 0;
+            loop {
+                let round = plan.next_round();
+                if round.is_empty() {
+                    break;
+                }
+                moves += round.len();
+                assert!(moves <= 2 * places.len(), "{places:?}");
+                round.iter().for_each(|step| plan.moved(step.rank, step.to.unwrap_or(behind)));
             }
         }
     }
