@@ -5,7 +5,9 @@
 //! whole blocks, from memory that is copied into place where it lies wrong. Reads of parts of blocks read the blocks
 //! around them. Writes of parts of blocks go through the page cache, where the kernel reads, changes and writes the block
 //! under its own lock; two of them to one block, done here, would lose one. The kernel keeps both ways coherent: a direct
-//! read writes dirty pages out first, a direct write drops the pages it passes.
+//! read writes dirty pages out first, a direct write drops the pages it passes. (Where it cannot drop one, because that
+//! was dirtied again, it makes the next sync fail. That needs a mapping: on ext4, XFS and btrfs a buffered write has the
+//! inode's lock alone, and a direct write shares it until the pages are dropped.)
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -308,6 +310,49 @@ mod tests {
         assert!(buf.iter().all(|&byte| byte == 7));
         let cached = file.file.read_at_nowait(&mut buf[..4096], 512 << 10);
         assert_eq!(cached.expect_err("not cached").raw_os_error(), Some(libc::EAGAIN));
+    }
+
+    /// Were a page dirtied while a direct write passes it, the kernel would report EIO at the next sync, and that ends an
+    /// image.
+    #[test]
+    fn parts_of_blocks_beside_direct_writes_fail_no_sync_and_lose_nothing() {
+        let Some((_dir, file)) = file() else { return };
+        write_full(&file, &vec![0u8; 256 << 10], 0).expect("written");
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // As the zeroing of a BAT that grows: from the middle of a block, over many.
+            let parts = scope.spawn(|| {
+                let mut turns = 0u8;
+                while !end.load(Ordering::Relaxed) {
+                    turns = turns.wrapping_add(1);
+                    write_full(&file, &[turns; (64 << 10) - 100], 4096 + 100).expect("buffered");
+                }
+                turns
+            });
+            // As rounds: the block before it, whole, and the block behind.
+            let whole = scope.spawn(|| {
+                let mut turns = 0u8;
+                while !end.load(Ordering::Relaxed) {
+                    turns = turns.wrapping_add(1);
+                    write_full(&file, &[turns; 4096], 0).expect("direct");
+                    write_full(&file, &[turns; 4096], 68 << 10).expect("direct");
+                }
+                turns
+            });
+            for _ in 0..50 {
+                file.sync_data().expect("no sync fails");
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            end.store(true, Ordering::Relaxed);
+            let (parts, whole) = (parts.join().expect("no panic"), whole.join().expect("no panic"));
+            let mut found = vec![0u8; 72 << 10];
+            read_full(&file, &mut found, 0).expect("read");
+            assert!(found[..4096].iter().chain(&found[68 << 10..]).all(|byte| *byte == whole));
+            assert!(found[4096..4196].iter().all(|byte| *byte == 0));
+            assert!(found[4196..68 << 10].iter().all(|byte| *byte == parts));
+        });
+        file.sync_all().expect("no sync fails");
+        assert!(file.usable(), "the host refused");
     }
 
     #[test]
