@@ -96,7 +96,8 @@ impl Stage for Entry {
                 (Some(layers), None, levels, can_write)
             }
         };
-        let never_blocks = levels.iter().all(|level| level.file.traits().never_blocks);
+        // What is written on a transport's thread goes to the top alone.
+        let never_blocks = levels.last().is_some_and(|top| top.file.traits().never_blocks);
         let name = self.name().to_string_lossy();
         let image = Image::open(&self.shared.engine, &name, levels)?;
         self.size.store(image.size(), Ordering::Release);

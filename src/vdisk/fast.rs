@@ -204,14 +204,12 @@ fn read_run(stack: &Stack, run: &Run, buf: &mut [u8]) -> bool {
             true
         }
         Place::Damaged => false,
-        Place::At { level, position } => {
-            let level = stack.level(level);
-            let got = if stack.never_blocks {
-                level.file.read_at(buf, position)
-            } else if stack.nowait_reads {
-                level.file.read_at_nowait(buf, position)
-            } else {
-                return false;
+        Place::At { level: index, position } => {
+            let level = stack.level(index);
+            let got = match stack.reads_of(index) {
+                Reads::Plain => level.file.read_at(buf, position),
+                Reads::Nowait => level.file.read_at_nowait(buf, position),
+                Reads::Wait => return false,
             };
             got.is_ok_and(|n| n == buf.len())
         }
@@ -333,9 +331,23 @@ impl Drop for Alone<'_> {
     }
 }
 
-/// Levels that can be read here without waiting: all must agree, since a request may touch any of them.
-pub(super) fn probe<'a>(levels: impl Iterator<Item = &'a Level> + Clone) -> (bool, bool) {
-    let never_blocks = levels.clone().all(|l| l.file.traits().never_blocks);
-    let nowait = levels.clone().all(|l| l.file.traits().nowait_reads);
-    (never_blocks, nowait)
+/// How a level is read on a thread that does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// Its host never waits for a device.
+    Plain,
+    /// Its host says when it would have to wait.
+    Nowait,
+    /// Not here.
+    Wait,
+}
+
+/// What a level's host can do. Each level has its own: a request may touch several, and none has to do as another.
+pub(super) fn probe(level: &Level) -> Reads {
+    let traits = level.file.traits();
+    match (traits.never_blocks, traits.nowait_reads) {
+        (true, _) => Reads::Plain,
+        (false, true) => Reads::Nowait,
+        (false, false) => Reads::Wait,
+    }
 }

@@ -34,10 +34,10 @@ pub struct Stack {
     pub bat: Option<Arc<BatCache>>,
     /// The top's own state; outlives the stack while the top stays the same.
     pub state: Arc<TopState>,
-    /// No level ever waits for a device.
+    /// How each level of the table is read on a thread that does not wait.
+    reads: Vec<fast::Reads>,
+    /// The top never waits for a device: writes go there alone.
     pub never_blocks: bool,
-    /// Every level can be read with RWF_NOWAIT.
-    pub nowait_reads: bool,
     /// Something lies below the lowest level that this stack does not have: two levels of a longer chain are merged.
     is_part: bool,
 }
@@ -92,8 +92,11 @@ impl Stack {
         bat: Option<Arc<BatCache>>,
         state: Arc<TopState>,
     ) -> Stack {
-        let (never_blocks, nowait_reads) = fast::probe(table.iter().flatten());
-        Stack { table, order, geometry, bat, state, never_blocks, nowait_reads, is_part: false }
+        let probed = |level: &Option<Level>| level.as_ref().map_or(fast::Reads::Wait, fast::probe);
+        let reads: Vec<_> = table.iter().map(probed).collect();
+        let top = order.last().and_then(|top| table[usize::from(*top)].as_ref());
+        let never_blocks = top.is_some_and(|top| top.file.traits().never_blocks);
+        Stack { table, order, geometry, bat, state, reads, never_blocks, is_part: false }
     }
 
     /// The stack with `level` on top, and a state of its own. What is cached stays: no entry changes its level.
@@ -189,6 +192,11 @@ impl Stack {
     /// The writable level.
     pub fn top(&self) -> &Level {
         self.level(self.top_index())
+    }
+
+    /// How the level that a place names is read on a thread that does not wait.
+    pub(super) fn reads_of(&self, index: u16) -> fast::Reads {
+        self.reads[usize::from(index)]
     }
 
     /// The level a place names.
