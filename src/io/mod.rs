@@ -2,6 +2,7 @@
 //! (and in `fuse/uring`), behind safe functions.
 
 pub mod backing;
+pub mod buffers;
 pub mod descriptor_lock;
 pub mod direct;
 #[cfg(any(test, feature = "faults"))]

@@ -107,8 +107,13 @@ struct State {
     scrubbing: bool,
     /// Clusters of the next extension: `step`, but after a failure one (K6), and twice as many with each that works.
     pace: u64,
-    /// Even one cluster failed, or a scrub did: nobody tries before [`Allocator::retry`].
+    /// Even one cluster failed: none is tried before [`Allocator::retry`].
     exhausted: bool,
+    /// A scrub failed: none is tried before the next extension that works, or [`Allocator::retry`]. The file is extended
+    /// all the same: a hole that cannot be punched says nothing of space.
+    unscrubbed: bool,
+    /// The file was made this long, in clusters, and not shorter since.
+    made: u64,
     waiting: Vec<Job>,
 }
 
@@ -179,6 +184,8 @@ impl Allocator {
             scrubbing: false,
             pace: step.max(1),
             exhausted: false,
+            unscrubbed: false,
+            made: next,
             waiting: Vec::new(),
         };
         Allocator { state: Mutex::new(state) }
@@ -216,7 +223,7 @@ impl Allocator {
             s.extending = true;
             due(Due::Extend);
         }
-        if (got.is_none() || s.clean.is_empty()) && !s.stale.is_empty() && !s.scrubbing && !s.exhausted {
+        if (got.is_none() || s.clean.is_empty()) && !s.stale.is_empty() && !s.scrubbing && !s.unscrubbed {
             s.scrubbing = true;
             due(Due::Scrub);
         }
@@ -284,7 +291,7 @@ impl Allocator {
         if s.scrubbing {
             return Scrubbing::Theirs;
         }
-        s.scrubbing = !s.stale.is_empty() && !s.exhausted;
+        s.scrubbing = !s.stale.is_empty() && !s.unscrubbed;
         if s.scrubbing { Scrubbing::Ours } else { Scrubbing::Nothing }
     }
 
@@ -299,6 +306,7 @@ impl Allocator {
         s.clean.remove_from(cut.end);
         s.stale.remove_from(cut.end);
         (s.next, s.end) = (cut.end, cut.end);
+        s.made = s.made.min(cut.end);
         // Also for a sync that is under way: it may have ended before the file is cut.
         (s.durable, s.syncing) = (s.durable.min(cut.end), s.syncing.min(cut.end));
         (s.extending, s.scrubbing) = (true, true);
@@ -347,6 +355,8 @@ impl Allocator {
             scrubbing: false,
             pace: s.pace,
             exhausted: s.exhausted,
+            unscrubbed: s.unscrubbed,
+            made: s.made.saturating_sub(reserved),
             waiting: Vec::new(),
         };
         Allocator { state: Mutex::new(state) }
@@ -389,6 +399,8 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.extending = false;
         s.end = s.end.max(to);
+        s.made = s.made.max(to);
+        s.unscrubbed = false;
         s.pace = (2 * s.pace).min(s.step);
         std::mem::take(&mut s.waiting)
     }
@@ -423,7 +435,7 @@ impl Allocator {
     pub fn scrubbed(&self, batch: &[u64], done: bool) -> Vec<Job> {
         let mut s = lock(&self.state);
         s.scrubbing = false;
-        s.exhausted |= !done;
+        s.unscrubbed |= !done;
         batch.iter().for_each(|cluster| s.put(*cluster, done));
         std::mem::take(&mut s.waiting)
     }
@@ -433,6 +445,7 @@ impl Allocator {
         let mut s = lock(&self.state);
         s.pace = s.step;
         s.exhausted = false;
+        s.unscrubbed = false;
     }
 
     /// A round is about to sync the file. Rounds come one at a time.
@@ -451,6 +464,11 @@ impl Allocator {
     /// longer (R2), and they are durably zero (R3).
     pub fn durable_end(&self) -> u64 {
         lock(&self.state).durable
+    }
+
+    /// The file is at least this long, in clusters, unless another program has cut it.
+    pub fn made(&self) -> u64 {
+        lock(&self.state).made
     }
 
     /// Where the file may end when it is closed: behind the last cluster in use. `pending` are clusters whose
@@ -664,5 +682,26 @@ mod tests {
         alloc.freed(&[3], false);
         assert_eq!(alloc.used_end(), 2);
         assert_eq!(alloc.used(), 2);
+    }
+
+    /// A hole that cannot be punched is no want of space.
+    #[test]
+    fn a_failed_scrub_does_not_stop_extensions() {
+        let alloc = Allocator::new(0, 1000, 4, Bits::default());
+        alloc.take((), job, |_| ());
+        alloc.extended(1);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Got(0, ()));
+        alloc.give_back(0);
+        assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
+        alloc.extended(1);
+        let batch = alloc.scrub_batch();
+        alloc.scrubbed(&batch, false);
+        let mut dues = Vec::new();
+        assert_eq!(alloc.take((), job, |due| dues.push(due)), Alloc::Wait);
+        assert_eq!(dues, [Due::Extend], "and the scrub is not tried again at once");
+        alloc.extended(5);
+        let mut dues = Vec::new();
+        assert_eq!(alloc.take((), job, |due| dues.push(due)), Alloc::Got(1, ()));
+        assert!(dues.contains(&Due::Scrub), "but with the next extension: {dues:?}");
     }
 }

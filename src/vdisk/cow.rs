@@ -113,8 +113,14 @@ impl Image {
 
     /// Reads all of `buf` from a level's file. What lies behind the end of a raw file is zero; a delta that ends
     /// inside a mapped cluster is an error, never a loop (K2).
-    pub(super) fn read_level(&self, stack: &Stack, level: u16, position: u64, buf: &mut [u8]) -> Result<()> {
-        let level = stack.level(level);
+    pub(super) fn read_level(
+        self: &Arc<Self>,
+        stack: &Stack,
+        index: u16,
+        position: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let level = stack.level(index);
         let got = read_full(&*level.file, buf, position)
             .map_err(|e| Error::io(&e, &level.path, format!("cannot read at byte {position}")))?;
         if got == buf.len() {
@@ -127,6 +133,7 @@ impl Image {
             }
             Layout::Ploop(_) => {
                 let end = position + got as u64;
+                self.ends_early(stack, index, end);
                 let context = format!("the file ends at byte {end}, inside a cluster that the BAT maps");
                 Err(Error::at(Kind::Io, &level.path, context))
             }

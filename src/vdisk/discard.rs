@@ -111,7 +111,7 @@ impl Discard {
         let stack = image.stack();
         let first = self.held.0;
         // Only what is neither punched alone nor nothing dirties a page; which it is, the page tells.
-        if stack.bat.is_some() && image.engine.budget.dirty_full() {
+        if stack.bat.as_ref().is_some_and(|bat| bat.crowded()) {
             return self.wait_for_clean_pages();
         }
         if let Some(bat) = &stack.bat
@@ -127,6 +127,8 @@ impl Discard {
             }
         }
         let result = if whole { self.whole_clusters(&stack) } else { self.part(&stack) };
+        // Also where there was nothing to do, or a part was done: ext4 and XFS do so.
+        image.stamp();
         if let Some(bat) = &stack.bat {
             bat.unpin(first);
         }

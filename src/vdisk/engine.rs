@@ -120,8 +120,9 @@ pub struct Engine {
     openers: Pool,
     pub(super) clock: Clock,
     pub(super) budget: Arc<Budget>,
-    /// Pios parked for space, over all images.
+    /// Pios parked for space, over all images, and the bytes that they are to write.
     pub(super) parked: AtomicUsize,
+    pub(super) parked_bytes: AtomicU64,
     /// Who waits until fewer BAT pages are dirty, with its image. A leaf.
     dirty_waiters: Mutex<Vec<(u64, CleanWaiter)>>,
     listener: Listener,
@@ -142,6 +143,7 @@ impl Engine {
             clock: Clock::default(),
             budget: Arc::new(Budget::new(options.bat_cache)),
             parked: AtomicUsize::new(0),
+            parked_bytes: AtomicU64::new(0),
             dirty_waiters: Mutex::default(),
             listener,
             next_id: AtomicU64::new(1),
@@ -174,17 +176,18 @@ impl Engine {
     }
 
     /// Queues `waiter` of image `lane` until a round of any image has made pages clean. True when it was queued;
-    /// else it looks again at once (pages are clean by now), or hears that its image is `closing`: both are looked
+    /// else it looks again at once (it is not `crowded` by now), or hears that its image is `closing`: both are looked
     /// at under the lock, so that nobody comes too late for the last wake-up.
     pub(super) fn wait_for_clean_pages(
         &self,
         lane: u64,
         closing: impl FnOnce() -> bool,
+        crowded: impl FnOnce() -> bool,
         waiter: CleanWaiter,
     ) -> bool {
         let mut waiters = lock(&self.dirty_waiters);
         let closing = closing();
-        if !closing && self.budget.dirty_full() {
+        if !closing && crowded() {
             waiters.push((lane, waiter));
             return true;
         }

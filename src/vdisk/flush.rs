@@ -20,8 +20,12 @@
 //! a part of the file that was durably there before (R2, `alloc`). The space is known to be zero: an entry that is durable
 //! alone says what was said before, zeroes, and 4 makes data and entries durable together. So an fsync of a disk that is
 //! being filled is one flush of the host's disk, and not two.
+//!
+//! A round whose BAT write meets a full host, or fails, gives its thread back, since all images share those; who waits for
+//! it waits for the next attempt, which the clock begins: a round anew, from step 1.
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use super::Image;
 use super::Reply;
@@ -31,7 +35,7 @@ use super::runner::Job;
 use super::stack::Stack;
 use crate::error::{Error, Kind, Result};
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted};
+use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted, thread};
 
 /// Unsynced bytes per image from which a round begins in the background (DESIGN.md 6).
 pub(crate) const BACKGROUND: u64 = 64 << 20;
@@ -79,6 +83,29 @@ struct State {
     wanted: bool,
     /// Closed: no round begins any more.
     stopped: bool,
+    /// A BAT write failed: the clock begins the next round.
+    paused: bool,
+    /// Since when BAT writes fail, and how long the next pause is.
+    trouble: Option<(Instant, Duration)>,
+}
+
+/// First pause after a BAT write that failed; doubled each time, up to a second.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+/// As often as parked writes are tried again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a round came to that did not make everything durable.
+pub(super) enum Unfinished {
+    /// Its waiters hear of it.
+    Failed(Error),
+    /// They wait for the next attempt.
+    Later(Error),
+}
+
+impl From<Error> for Unfinished {
+    fn from(e: Error) -> Unfinished {
+        Unfinished::Failed(e)
+    }
 }
 
 impl Flusher {
@@ -120,6 +147,17 @@ impl Flusher {
             state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         change()
+    }
+
+    /// A BAT write failed. Since when they do.
+    pub(super) fn bat_fails_since(&self) -> Instant {
+        let begun = || (Instant::now(), FIRST_PAUSE);
+        lock(&self.state).trouble.get_or_insert_with(begun).0
+    }
+
+    /// A BAT write worked.
+    pub(super) fn bat_works(&self) {
+        lock(&self.state).trouble = None;
     }
 
     /// Bytes written (or punches made) since the last round began.
@@ -179,6 +217,10 @@ impl Image {
     }
 
     fn begin(self: &Arc<Self>, mut state: crate::sync::MutexGuard<'_, State>) {
+        // Not at once: the host has just said no. A close has no time.
+        if state.paused && !self.closing.load(Ordering::SeqCst) {
+            return;
+        }
         if !std::mem::replace(&mut state.running, true) {
             drop(state);
             let rounds = Rounds(Arc::clone(self));
@@ -201,7 +243,16 @@ impl Image {
                 // Whoever arrives from here on waits for the next round.
                 std::mem::take(&mut state.waiting)
             };
-            let result = self.round();
+            let result = match self.round() {
+                Ok(()) => Ok(()),
+                Err(Unfinished::Failed(e)) => Err(e),
+                Err(Unfinished::Later(e)) => {
+                    if self.try_later(waiting, &e) {
+                        continue;
+                    }
+                    return;
+                }
+            };
             if broken(Rule::R6) || planted(Bug::JoinRunningRound) {
                 waiting.append(&mut lock(&self.flusher.state).waiting);
             }
@@ -216,6 +267,44 @@ impl Image {
         }
     }
 
+    /// Puts `waiting` back, before those who came meanwhile, and has the clock begin the next attempt. While the image
+    /// closes this thread sleeps, and true: it goes on. (At most for as long as a failing write is tried.)
+    fn try_later(self: &Arc<Self>, mut waiting: Vec<Reply<()>>, e: &Error) -> bool {
+        let closing = self.closing.load(Ordering::SeqCst);
+        let mut state = lock(&self.flusher.state);
+        waiting.append(&mut state.waiting);
+        state.waiting = waiting;
+        state.wanted = true;
+        let trouble = state.trouble.get_or_insert_with(|| (Instant::now(), FIRST_PAUSE));
+        let pause = trouble.1;
+        trouble.1 = (2 * pause).min(LONGEST_PAUSE);
+        if !closing {
+            state.paused = true;
+            state.running = false;
+            self.flusher.ended.notify_all();
+        }
+        drop(state);
+        // Their data is synced; and allocations that wait for clean pages would wait for a host that is full.
+        self.wake_throttled();
+        if e.kind() == Kind::NoSpace {
+            self.engine.no_clean_pages(self.id);
+        }
+        if closing {
+            thread::sleep(pause);
+            return true;
+        }
+        let image = Arc::downgrade(self);
+        let job = move || {
+            if let Some(image) = image.upgrade() {
+                let mut state = lock(&image.flusher.state);
+                state.paused = false;
+                image.begin(state);
+            }
+        };
+        self.engine.clock.at(Instant::now() + pause, Box::new(job));
+        false
+    }
+
     /// Writes that waited for unsynced data to shrink look again.
     pub(super) fn wake_throttled(&self) {
         let throttled = std::mem::take(&mut *lock(&self.flusher.throttled));
@@ -223,12 +312,12 @@ impl Image {
     }
 
     /// One round: the steps at the head of this file.
-    fn round(self: &Arc<Self>) -> Result<()> {
+    fn round(self: &Arc<Self>) -> std::result::Result<(), Unfinished> {
         if let Some(e) = self.failure() {
-            return Err(e);
+            return Err(e.into());
         }
         if self.is_closed() {
-            return Err(self.closed_error()); // A close that failed left pages dirty; the file is not ours any more.
+            return Err(self.closed_error().into()); // A close that failed left pages dirty; the file is not ours any more.
         }
         // One stack for all of it: a swap comes only between rounds.
         let stack = self.stack();
@@ -241,13 +330,18 @@ impl Image {
         if unsynced == 0 && copies.is_empty() {
             return Ok(());
         }
+        // Before anything is written into a file that is another's by now, and before an answer says that it is durable.
+        if let Err(e) = self.still_ours(&stack) {
+            self.bat_not_written(&stack, copies);
+            return Err(e.into());
+        }
         let synced = copies.is_empty() || needs_data_first(&stack, &copies);
         if synced
             && !broken(Rule::R3)
             && let Err(e) = self.sync_round(&stack)
         {
             self.bat_not_written(&stack, copies);
-            return Err(e); // 2
+            return Err(e.into()); // 2
         }
         if !copies.is_empty() {
             self.write_back(&stack, copies, synced)?; // 3, 4, 5

@@ -89,6 +89,7 @@ impl Image {
             return Err(Error::at(Kind::ReadOnly, &top.path, "the image was not opened for writing"));
         };
         let result = (|| {
+            self.still_ours(&stack)?;
             let mut header = lock(&stack.state.header);
             let Some(h) = &mut *header else { return Ok(()) };
             if h.in_use == CLOSED_V21 && h.extension != 0 {
@@ -154,7 +155,7 @@ impl Image {
     }
 
     /// The clean close of the image: [`unmark`](Self::unmark) of its top, with the changes that were tracked.
-    pub(super) fn unmark_tracked(&self) -> Result<()> {
+    pub(super) fn unmark_tracked(self: &Arc<Self>) -> Result<()> {
         self.unmark(&self.stack(), self.changed.load_full().as_deref())
     }
 
@@ -166,7 +167,7 @@ impl Image {
     ///
     /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows, or one that says "trust
     /// my bitmap" and has only a part of it.
-    pub(super) fn unmark(&self, stack: &Stack, changed: Option<&Changed>) -> Result<()> {
+    pub(super) fn unmark(self: &Arc<Self>, stack: &Stack, changed: Option<&Changed>) -> Result<()> {
         let top = stack.top();
         let sync = || {
             top.file
@@ -176,6 +177,7 @@ impl Image {
         let Some(allocator) = stack.state.allocator.get() else {
             return sync(); // Raw.
         };
+        self.still_ours(stack)?;
         let end = stack.geometry.cluster_position(allocator.used_end());
         let cut =
             || top.file.set_len(end).map_err(|e| Error::io(&e, &top.path, "cannot cut off the free tail"));

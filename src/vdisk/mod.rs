@@ -13,12 +13,16 @@ pub mod bat;
 mod bits;
 mod changed;
 mod clock;
+mod close;
 mod cow;
 mod discard;
+#[cfg(test)]
+mod edges;
 mod engine;
 mod extend;
 mod fast;
 mod flush;
+mod foreign;
 mod gate;
 pub mod latency;
 pub mod live;
@@ -380,7 +384,7 @@ impl Image {
         self.backing.get().is_some_and(|backing| backing.may_pass())
     }
 
-    /// Time of the last write through us.
+    /// Time of the last write, discard or change of size through us.
     pub fn last_write(&self) -> Option<SystemTime> {
         match self.last_write.load(Ordering::Relaxed) {
             0 => None,
@@ -397,31 +401,6 @@ impl Image {
     /// Ends a [`freeze`](Self::freeze).
     pub fn thaw(&self) {
         self.gate.open().into_iter().for_each(|job| self.submit(job));
-    }
-
-    /// Closes: fails what is parked for space, waits for what runs, syncs, cuts the tail, clears the in-use mark.
-    /// Blocks. The image answers EIO afterwards. On error the in-use mark stays.
-    pub fn close(self: &Arc<Self>) -> Result<()> {
-        if self.closing.swap(true, Ordering::SeqCst) {
-            return Ok(());
-        }
-        self.fail_parked(&self.closed_error());
-        self.engine.no_clean_pages(self.id);
-        // A live operation sees that the image closes, and ends.
-        let _alone = lock(&self.operation);
-        self.gate.shut();
-        let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
-        let result =
-            synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark_tracked() } else { Ok(()) });
-        if let Err(e) = &result {
-            self.fail(e);
-        }
-        self.stop_rounds();
-        self.give_up_pages();
-        self.closed.store(true, Ordering::SeqCst);
-        // Whoever came meanwhile finds the image closed.
-        self.gate.take_outside().into_iter().for_each(|job| self.submit(job));
-        result
     }
 
     /// Blocking read, for tests and library users.
@@ -564,6 +543,11 @@ impl Image {
         let c = &self.counters[thread_shard()].0;
         c.writes.fetch_add(1, Ordering::Relaxed);
         c.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.stamp();
+    }
+
+    /// What a reader sees has changed, or may have: backups go by the time.
+    fn stamp(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
         self.last_write.store(now, Ordering::Relaxed);
     }

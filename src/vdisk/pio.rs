@@ -13,7 +13,7 @@ use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, lock};
 
 /// What a pio carries.
 pub enum Body {
-    /// Room for what is read.
+    /// Room for what is read; made when it is read ([`Pio::make_room`]), so that what waits takes no memory.
     Read(BytesMut),
     /// What is written.
     Write(Bytes),
@@ -21,8 +21,16 @@ pub enum Body {
 
 /// How a request answers.
 enum Answer {
-    Read { parts: Vec<BytesMut>, reply: Reply<Bytes> },
-    Write { durable: bool, reply: Reply<()> },
+    /// Bytes of each part; and the parts themselves, once one of them is read.
+    Read {
+        lens: Vec<usize>,
+        parts: Vec<BytesMut>,
+        reply: Reply<Bytes>,
+    },
+    Write {
+        durable: bool,
+        reply: Reply<()>,
+    },
 }
 
 struct Request {
@@ -55,10 +63,8 @@ pub struct Pio {
 
 /// Splits a read and hands its pios to runners. `offset` and `len` lie inside the disk, `len` > 0.
 pub fn submit_read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
-    let parts = vec![BytesMut::new(); pieces(image, offset, len)];
-    let mut rest = BytesMut::zeroed(len);
-    let answer = Answer::Read { parts, reply };
-    submit(image, offset, len, answer, move |n| Body::Read(rest.split_to(n)));
+    let answer = Answer::Read { lens: Vec::new(), parts: Vec::new(), reply };
+    submit(image, offset, len, answer, |_| Body::Read(BytesMut::new()));
 }
 
 /// Splits a write and hands its pios to runners. The range lies inside the disk and is not empty.
@@ -72,7 +78,18 @@ fn pieces(image: &Image, offset: u64, len: usize) -> usize {
     (last - offset / image.cluster + 1) as usize
 }
 
-fn submit<F>(image: &Arc<Image>, offset: u64, len: usize, answer: Answer, mut body: F)
+/// How the range is cut at the ends of clusters.
+fn lengths(image: &Image, offset: u64, len: usize) -> impl Iterator<Item = usize> + use<> {
+    let (cluster, end) = (image.cluster, offset + len as u64);
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let n = (cluster - at % cluster).min(end - at);
+        at += n;
+        (n > 0).then_some(n as usize)
+    })
+}
+
+fn submit<F>(image: &Arc<Image>, offset: u64, len: usize, mut answer: Answer, mut body: F)
 where
     F: FnMut(usize) -> Body + Send + 'static,
 {
@@ -89,21 +106,22 @@ where
         image.outside(Box::new(move || submit(&again, offset, len, answer, body)));
         return;
     };
+    if let Answer::Read { lens, .. } = &mut answer {
+        *lens = lengths(image, offset, len).collect();
+    }
     let request =
         Arc::new(Request { left: AtomicUsize::new(count), state: Mutex::new((None, Some(answer))) });
     let mut at = offset;
-    let end = offset + len as u64;
-    for index in 0..count {
+    for (index, n) in lengths(image, offset, len).enumerate() {
         let (cluster, start) = (at / image.cluster, at % image.cluster);
-        let n = (image.cluster - start).min(end - at);
-        at += n;
+        at += n as u64;
         let pio = Pio {
             image: Arc::clone(image),
             request: Arc::clone(&request),
             index,
             cluster,
             start,
-            body: body(n as usize),
+            body: body(n),
             held: None,
             inside: Some(inside.split()),
             parked: None,
@@ -120,6 +138,29 @@ impl Pio {
             Body::Read(_) => read::run(self),
             Body::Write(_) => write::run(self),
         }
+    }
+
+    /// Bytes that it is to write.
+    pub fn bytes(&self) -> u64 {
+        match &self.body {
+            Body::Write(data) => data.len() as u64,
+            Body::Read(_) => 0,
+        }
+    }
+
+    /// Room for what this read pio reads. The parts of a request are cut from one buffer.
+    pub fn make_room(&mut self) -> &mut BytesMut {
+        let Body::Read(room) = &mut self.body else { unreachable!("only reads come here") };
+        if room.is_empty()
+            && let (_, Some(Answer::Read { lens, parts, .. })) = &mut *lock(&self.request.state)
+        {
+            if parts.is_empty() {
+                let mut rest = BytesMut::zeroed(lens.iter().sum());
+                *parts = lens.iter().map(|len| rest.split_to(*len)).collect();
+            }
+            *room = std::mem::take(&mut parts[self.index]);
+        }
+        room
     }
 
     /// Hands the pio to a runner, to run from its beginning.
@@ -214,7 +255,7 @@ impl Pio {
         match (error, answer) {
             (Some(e), Some(Answer::Read { reply, .. })) => reply(Err(e)),
             (Some(e), Some(Answer::Write { reply, .. })) => reply(Err(e)),
-            (None, Some(Answer::Read { parts, reply })) => {
+            (None, Some(Answer::Read { parts, reply, .. })) => {
                 let mut parts = parts.into_iter();
                 let mut whole = parts.next().unwrap_or_default();
                 // The parts were split from one buffer, so that joining them moves no data.

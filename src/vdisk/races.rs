@@ -14,22 +14,22 @@ use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
-const CLUSTER: u64 = 32 << 10;
+pub(super) const CLUSTER: u64 = 32 << 10;
 /// Guest bytes that one BAT page maps.
-const PAGE: u64 = 1024 * CLUSTER;
-const LONG: Duration = Duration::from_secs(20);
+pub(super) const PAGE: u64 = 1024 * CLUSTER;
+pub(super) const LONG: Duration = Duration::from_secs(20);
 
-struct Bench {
-    file: Arc<MemoryFile>,
-    plan: Arc<Plan>,
-    image: Arc<Image>,
+pub(super) struct Bench {
+    pub file: Arc<MemoryFile>,
+    pub plan: Arc<Plan>,
+    pub image: Arc<Image>,
 }
 
-fn engine(options: Options) -> Arc<Engine> {
+pub(super) fn engine(options: Options) -> Arc<Engine> {
     Engine::new(options, Box::new(|_| ()))
 }
 
-fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
+pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
     let header = Header::new(Version::V2, 16 * PAGE, CLUSTER).expect("fits the format");
     let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
     file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
@@ -41,7 +41,7 @@ fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
     Bench { file, plan, image }
 }
 
-fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
+pub(super) fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
     let (tell, answer) = mpsc::channel();
     image.write(offset, vec![1; 512].into(), false, Box::new(move |r| drop(tell.send(r))));
     answer
@@ -371,5 +371,94 @@ fn after_a_round_that_failed_what_had_to_wait_for_a_sync_still_does() {
     b.image.discard_at(0, CLUSTER).expect("punched");
     assert_eq!(syncs_of_a_full_round(&b), 1, "before the entries, which then find no space");
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 2);
+    b.image.close().expect("closes");
+}
+
+/// A stop whose limit is over waits for no lock: what holds the operation may hang for good.
+#[test]
+fn a_close_does_not_wait_for_an_operation_that_never_ends() {
+    let b = bench(&engine(Options::default()), "");
+    b.image.write_at(0, &[1; 512]).expect("space");
+    let hangs = lock(&b.image.operation);
+    let (tell, closed) = mpsc::channel();
+    let image = b.image.clone();
+    std::thread::spawn(move || tell.send(image.close()));
+    let e = closed.recv_timeout(LONG).expect("the close ends").expect_err("its mark stays");
+    assert!(e.to_string().contains("in-use mark"), "{e}");
+    drop(hangs);
+    assert_eq!(b.image.stats().dirty_pages, 0, "what was acknowledged is durable");
+    assert!(b.image.write_at(0, &[2; 512]).is_err());
+}
+
+/// A host that takes long to sync would hold up a snapshot for as long as it holds up the writes.
+#[test]
+fn a_freeze_does_not_wait_for_writes_that_wait_for_a_sync() {
+    let b = bench(&engine(Options::default()), "delay=sync:1");
+    b.image.write_at(0, &[1; 512]).expect("marked");
+    b.plan.set_delay(Op::Sync, 3000);
+    b.image.touched(super::BOUND);
+    until(|| b.plan.counters(Op::Sync).running > 0 && b.image.flusher.unsynced() == 0);
+    b.image.touched(super::BOUND);
+    let answer = later(&b.image, 0);
+    until(|| b.image.flusher.throttled() == 1);
+    let syncs = b.plan.counters(Op::Sync);
+    b.image.freeze();
+    assert_eq!(b.plan.counters(Op::Sync), syncs, "that sync is still under way");
+    b.plan.set_delay(Op::Sync, 1);
+    b.image.thaw();
+    answer.recv_timeout(LONG).expect("woken").expect("written");
+    b.image.close().expect("closes");
+}
+
+/// Its pages wait for the host, and keep no others waiting.
+#[test]
+fn the_dirty_pages_of_an_image_whose_host_is_full_keep_no_other_image_waiting() {
+    let (a, b) = crowded("");
+    a.plan.set_full(true);
+    let (tell, flushed) = mpsc::channel();
+    a.image.flush(Box::new(move |r| drop(tell.send(r))));
+    until(|| a.image.mode() == Mode::FullQueue);
+    later(&b.image, 0).recv_timeout(LONG).expect("it does not wait").expect("written");
+    a.plan.set_full(false);
+    flushed.recv_timeout(LONG).expect("answered").expect("durable");
+    a.image.close().expect("closes");
+    b.image.close().expect("closes");
+}
+
+/// Each would sleep on one of the threads that all images sync with.
+#[test]
+fn rounds_that_wait_for_space_keep_no_thread_from_other_images() {
+    let engine = engine(Options::default());
+    let full: Vec<Bench> = (0..64).map(|_| bench(&engine, "")).collect();
+    for b in &full {
+        b.image.write_at(0, &[1; 512]).expect("space");
+        b.plan.set_full(true);
+        b.image.flush(Box::new(|_| ()));
+    }
+    until(|| full.iter().all(|b| b.image.mode() == Mode::FullQueue));
+    let other = bench(&engine, "");
+    // It needs the threads for its extension, too.
+    later(&other.image, 0).recv_timeout(LONG).expect("it does not wait for them").expect("space");
+    let (tell, answer) = mpsc::channel();
+    other.image.flush(Box::new(move |r| drop(tell.send(r))));
+    answer.recv_timeout(LONG).expect("it does not wait for them").expect("durable");
+    for b in &full {
+        b.plan.set_full(false);
+        b.image.flush_now().expect("durable");
+        b.image.close().expect("closes");
+    }
+}
+
+#[test]
+fn an_fsync_on_a_full_host_waits_for_space_no_longer_than_it_may() {
+    let timeout = Some(Duration::from_millis(1500));
+    let b = bench(&engine(Options { full_timeout: timeout, ..Options::default() }), "");
+    b.image.write_at(0, &[1; 512]).expect("space");
+    b.plan.set_full(true);
+    let begun = Instant::now();
+    assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
+    assert!(begun.elapsed() >= Duration::from_millis(1400), "{:?}", begun.elapsed());
+    b.plan.set_full(false);
+    b.image.flush_now().expect("space is back");
     b.image.close().expect("closes");
 }

@@ -4,7 +4,7 @@ use super::Image;
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::locks::Mode;
-use super::pio::{Body, Pio};
+use super::pio::Pio;
 use crate::error::{Error, Kind};
 
 /// Runs a read pio; it holds no lock. May block on the host: for runners only.
@@ -19,14 +19,15 @@ fn locked(mut pio: Pio) {
         Lookup::Miss => return pio.run_with_page(),
         Lookup::Found(place) => place,
     };
-    let Body::Read(buf) = &mut pio.body else { unreachable!("only reads come here") };
+    let (cluster, start) = (pio.cluster, pio.start);
+    let buf = pio.make_room();
     let result = match place {
         Place::None => {
             buf.fill(0);
             Ok(())
         }
-        Place::Damaged => Err(image.damaged_entry(pio.cluster)),
-        Place::At { level, position } => image.read_level(&stack, level, position + pio.start, buf),
+        Place::Damaged => Err(image.damaged_entry(cluster)),
+        Place::At { level, position } => image.read_level(&stack, level, position + start, buf),
     };
     if result.is_ok() {
         image.count_read(buf.len());

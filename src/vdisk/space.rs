@@ -1,20 +1,26 @@
 //! When the host is full: parked writes, the modes, the way back, and the low-water mark (DESIGN.md 6).
 //!
 //! A pio parked for space holds no lock and is outside the gate: freeze, fsync and shutdown do not wait for it.
-//! Every second the one that waits longest is tried again; when it gets through, all others follow in order.
-//! Freed clusters wake them at once.
+//! Every second, for as long as the image is full, the one that waits longest is tried again; when it gets through, all
+//! others follow in order. Where nothing waits, the host itself is tried: a guest that only overwrites would never hear
+//! that there is space again. Freed clusters wake what is parked at once.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::Image;
+use super::alloc::Alloc;
 use super::engine::{Event, OnFull};
 use super::pio::Pio;
 use crate::error::{Error, Kind};
+use crate::io::buffers::{PARKED, PARKED_OF_ONE};
+use crate::io::file::write_zeroes;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
 /// How often the host is tried again: often enough that a person who frees space sees the guest go on at once.
 const PROBE: Duration = Duration::from_secs(1);
+/// Bytes for which room is looked for where no write asks: as large as writes are.
+const LOOK: u64 = 1 << 20;
 
 /// The space state of one image.
 #[derive(Default)]
@@ -29,6 +35,8 @@ pub struct Space {
 #[derive(Default)]
 struct State {
     parked: VecDeque<Pio>,
+    /// What they are to write, in bytes.
+    bytes: u64,
     full: bool,
     /// The timeout has passed: writes fail until space is back.
     timed_out: bool,
@@ -66,17 +74,22 @@ impl Image {
         let news = !state.full;
         state.full = true;
         self.space.full.store(true, Ordering::SeqCst);
-        // At most a quarter of the connection's requests may be parked, a sixteenth per image: the rest must
-        // stay free for reads and for other images.
-        // One that was tried again in vain keeps its place, whoever came meanwhile.
+        // At most a quarter of the connection's requests may be parked, a sixteenth per image, and their share of the memory
+        // for what waits: the rest must stay free for reads and for other images.
+        // One that was tried again in vain keeps its place, also where others came meanwhile.
+        let bytes = pio.bytes();
         let fits = pio.parked.is_some()
             || state.parked.len() < (options.background / 16).max(1)
-                && engine.parked.load(Ordering::SeqCst) < (options.background / 4).max(1);
+                && engine.parked.load(Ordering::SeqCst) < (options.background / 4).max(1)
+                && state.bytes + bytes <= PARKED_OF_ONE
+                && engine.parked_bytes.load(Ordering::SeqCst) + bytes <= PARKED;
         let queue = options.on_full == OnFull::Queue && !state.timed_out && !state.closed && fits;
-        let tick = queue && !state.ticking;
+        let tick = !state.ticking && !state.closed;
+        state.ticking |= tick;
         let refused = if queue {
-            state.ticking = true;
             engine.parked.fetch_add(1, Ordering::SeqCst);
+            engine.parked_bytes.fetch_add(bytes, Ordering::SeqCst);
+            state.bytes += bytes;
             match pio.parked {
                 // Tried again in vain: back to its place. Many may come back at once, in any order, and whoever
                 // has waited longest must stay at the head: the timeout looks there.
@@ -99,8 +112,7 @@ impl Image {
             engine.tell(Event::Full { image: self.name.clone() });
         }
         if let Some(pio) = refused {
-            // Nothing ticks for what is not parked: the next write itself must try the host again, or it would
-            // be refused for ever.
+            // What is not parked does not wait for a tick: the next write itself tries the host again.
             self.try_space_again();
             pio.finish(Err(self.no_space()));
         }
@@ -116,6 +128,10 @@ impl Image {
         let news = !std::mem::replace(&mut state.full, true);
         self.space.full.store(true, Ordering::SeqCst);
         drop(state);
+        // What is dirty waits for this host; no other image waits for it.
+        if self.stack().bat.as_ref().is_some_and(|bat| bat.set_apart(true)) {
+            self.engine.pages_are_clean();
+        }
         if news {
             self.engine.tell(Event::Full { image: self.name.clone() });
             // Allocations that wait for this round would wait inside the gate: they park instead.
@@ -131,6 +147,9 @@ impl Image {
     /// A BAT was written: ends the mode if want of space for it had begun or kept it.
     pub(super) fn bat_fits(self: &Arc<Self>) {
         if self.space.is_full() && std::mem::take(&mut lock(&self.space.state).bat) {
+            if let Some(bat) = &self.stack().bat {
+                bat.set_apart(false);
+            }
             self.space_worked(true);
         }
     }
@@ -165,11 +184,12 @@ impl Image {
         } else {
             probe = state.parked.pop_front();
         }
-        state.ticking = !state.parked.is_empty() || probe.is_some();
+        self.no_longer_parked(&mut state, failed.iter().chain(&probe));
+        // A BAT that finds no space is tried again by its own rounds.
+        let idle = state.full && !state.bat && probe.is_none();
+        state.ticking = !state.parked.is_empty() || probe.is_some() || state.full && !state.closed;
         let again = state.ticking;
         drop(state);
-        let count = failed.len() + usize::from(probe.is_some());
-        self.engine.parked.fetch_sub(count, Ordering::SeqCst);
         self.try_space_again();
         for pio in failed {
             // Not here: answering may block the clock.
@@ -178,9 +198,43 @@ impl Image {
         }
         if let Some(pio) = probe {
             pio.come_back();
+        } else if idle && again {
+            let image = Arc::clone(self);
+            self.engine.syncers.submit(self.id, Box::new(move || image.try_host()));
         }
         if again {
             self.tick_later();
+        }
+    }
+
+    /// Nothing waits for space: does the host have room? It is asked as a first write asks it, since what statfs says is
+    /// not what a quota allows. What is written goes at once. Blocks.
+    fn try_host(self: &Arc<Self>) {
+        // A freeze, or the close: the next tick looks again.
+        let Some(inside) = self.gate.enter(1) else { return };
+        let stack = self.stack();
+        let top = stack.top();
+        let fits = match stack.state.allocator.get() {
+            None => top.file.space().is_ok_and(|space| space.available >= self.cluster),
+            Some(alloc) => {
+                let places = [(); 2].map(|()| Some(self.gate.enter_with(&inside)));
+                match self.take_cluster(&stack, places, (), |()| Box::new(|| ())) {
+                    Alloc::Wait | Alloc::Full(()) => false,
+                    Alloc::Got(cluster, ()) => {
+                        let at = stack.geometry.cluster_position(cluster);
+                        let fits = write_zeroes(&*top.file, at, self.cluster.min(LOOK));
+                        // Where this fails, the scrub before its next use tries again.
+                        let _ = top.file.punch(at, self.cluster);
+                        alloc.give_back(cluster);
+                        self.touched(1);
+                        fits.is_ok()
+                    }
+                }
+            }
+        };
+        self.gate.leave(inside);
+        if fits {
+            self.space_worked(true);
         }
     }
 
@@ -211,10 +265,18 @@ impl Image {
         let parked: Vec<Pio> = {
             let mut state = lock(&self.space.state);
             let count = count.min(state.parked.len());
-            state.parked.drain(..count).collect()
+            let parked: Vec<Pio> = state.parked.drain(..count).collect();
+            self.no_longer_parked(&mut state, parked.iter());
+            parked
         };
-        self.engine.parked.fetch_sub(parked.len(), Ordering::SeqCst);
         parked.into_iter().for_each(Pio::come_back);
+    }
+
+    fn no_longer_parked<'a>(&self, state: &mut State, pios: impl Iterator<Item = &'a Pio>) {
+        let (count, bytes) = pios.fold((0, 0), |(count, bytes), pio| (count + 1, bytes + pio.bytes()));
+        state.bytes -= bytes;
+        self.engine.parked.fetch_sub(count, Ordering::SeqCst);
+        self.engine.parked_bytes.fetch_sub(bytes, Ordering::SeqCst);
     }
 
     /// Fails everything parked, and parks nothing from now on: the image closes or is read-only.
@@ -222,8 +284,8 @@ impl Image {
         let mut state = lock(&self.space.state);
         state.closed = true;
         let parked = std::mem::take(&mut state.parked);
+        self.no_longer_parked(&mut state, parked.iter());
         drop(state);
-        self.engine.parked.fetch_sub(parked.len(), Ordering::SeqCst);
         for pio in parked {
             pio.finish(Err(error.clone()));
         }

@@ -89,6 +89,7 @@ impl Image {
         }
         self.mark_and_wait()?;
         // What was begun before is not tracked, and has ended when this returns.
+        self.sync_until_little()?;
         self.freeze();
         let guid = tracked.guid;
         self.changed.store(Some(Arc::new(tracked)));

@@ -132,7 +132,7 @@ fn allocate(pio: Pio) {
         Lookup::Found(Place::At { level, position }) => Some((level, position)),
     };
     let cluster = pio.cluster;
-    if image.engine.budget.dirty_full() {
+    if bat.crowded() {
         bat.unpin(cluster);
         return wait_for_clean_pages(pio);
     }
@@ -205,19 +205,25 @@ fn wait_for_clean_pages(mut pio: Pio) {
 }
 
 impl Image {
-    /// Parks `pio` until unsynced data is below the upper bound (DESIGN.md 6), or gives it back.
-    fn throttle(&self, pio: Pio) -> Option<Pio> {
+    /// Parks `pio` until unsynced data is below the upper bound (DESIGN.md 6), or gives it back. It waits outside the gate: a
+    /// freeze does not wait for the disk in its place.
+    fn throttle(&self, mut pio: Pio) -> Option<Pio> {
         if !self.flusher.is_over_bound() || self.stack().never_blocks {
             return Some(pio);
         }
+        pio.leave();
         let failed = || self.failed.load(Ordering::SeqCst);
-        self.flusher.throttle(pio, failed, |pio| Box::new(move || pio.run()))
+        if let Some(pio) = self.flusher.throttle(pio, failed, |pio| Box::new(move || pio.come_back())) {
+            pio.come_back();
+        }
+        None
     }
 
     /// Calls `waiter` when fewer BAT pages are dirty. It holds no lock and is outside the gate meanwhile.
     pub(super) fn wait_for_clean_pages(self: &Arc<Self>, waiter: CleanWaiter) {
         let closing = || self.closing.load(Ordering::SeqCst);
-        let queued = self.engine.wait_for_clean_pages(self.id, closing, waiter);
+        let crowded = || self.stack().bat.as_ref().is_some_and(|bat| bat.crowded());
+        let queued = self.engine.wait_for_clean_pages(self.id, closing, crowded, waiter);
         // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own
         // a round would end at once, and wake everybody for nothing, again and again.
         if queued && self.dirty_pages() > 0 {

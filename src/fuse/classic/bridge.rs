@@ -25,6 +25,7 @@ use crate::fuse::listing::Listings;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
 use crate::io::backing::STACK_DEPTH;
+use crate::io::buffers;
 
 /// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
 const WANTED: [(InitFlags, &str); 6] = [
@@ -315,7 +316,8 @@ impl fuser::Filesystem for Bridge {
                 Now::Done(answer) => answer_written(reply, answer),
                 Now::Later => {
                     let done: Done<usize> = Box::new(move |answer| answer_written(reply, answer));
-                    self.fs.write_later(fh.0, offset, Bytes::copy_from_slice(data), flags, done);
+                    // Waits where too much waits already: nothing else keeps the kernel from sending more.
+                    self.fs.write_later(fh.0, offset, buffers::copy(data), flags, done);
                 }
             }
         });

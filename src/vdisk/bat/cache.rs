@@ -20,7 +20,10 @@ use crate::vdisk::stack::Stack;
 pub struct Budget {
     limit: u64,
     loaded: AtomicU64,
+    /// Dirty pages, without those that are `apart`.
     dirty: AtomicU64,
+    /// Dirty pages of images whose host has no room for them: they wait for that host, and no other image waits for them.
+    apart: AtomicU64,
     /// Loaded pages in the order of the second-chance hand. Touched by loads and evictions only, never by a hit.
     ring: Mutex<VecDeque<(Weak<BatCache>, u32)>>,
 }
@@ -32,13 +35,16 @@ impl Budget {
             limit: (bytes / Page::COST).max(16),
             loaded: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
+            apart: AtomicU64::new(0),
             ring: Mutex::default(),
         }
     }
 
-    /// True when as many pages are dirty as may be: half, so that reads always find room.
+    /// True when as many pages are dirty as may be: half, so that reads always find room; half of the rest, where some are
+    /// apart. One page may always be.
     pub fn dirty_full(&self) -> bool {
-        self.dirty.load(Ordering::Relaxed) * 2 >= self.limit
+        let rest = self.limit.saturating_sub(self.apart.load(Ordering::Relaxed)).max(2);
+        self.dirty.load(Ordering::Relaxed) * 2 >= rest
     }
 
     /// Pages loaded now.
@@ -119,6 +125,8 @@ struct Dirty {
     pages: Vec<u32>,
     /// The image failed or closed: what is dirty will never be written, and takes no share of the budget.
     given_up: bool,
+    /// The host has no room for what is dirty: it is counted apart.
+    apart: bool,
 }
 
 /// The BAT of one image in memory.
@@ -288,7 +296,7 @@ impl BatCache {
         let mut dirty = lock(&self.dirty);
         // A page that is being written is counted already, until its round ends.
         if !page.writing {
-            self.budget.dirty.fetch_add(u64::from(!dirty.given_up), Ordering::Relaxed);
+            self.counted(&dirty).fetch_add(u64::from(!dirty.given_up), Ordering::Relaxed);
             self.dirty_count.fetch_add(1, Ordering::SeqCst);
         }
         dirty.pages.push(number);
@@ -299,8 +307,32 @@ impl BatCache {
     pub fn give_up(&self) {
         let mut dirty = lock(&self.dirty);
         if !std::mem::replace(&mut dirty.given_up, true) {
-            self.budget.dirty.fetch_sub(self.dirty_pages(), Ordering::Relaxed);
+            self.counted(&dirty).fetch_sub(self.dirty_pages(), Ordering::Relaxed);
         }
+    }
+
+    /// Where its dirty pages are counted.
+    fn counted(&self, dirty: &Dirty) -> &AtomicU64 {
+        if dirty.apart { &self.budget.apart } else { &self.budget.dirty }
+    }
+
+    /// The host has no room for its dirty pages, or has it again. True when that is news.
+    pub fn set_apart(&self, apart: bool) -> bool {
+        let mut dirty = lock(&self.dirty);
+        let news = dirty.apart != apart;
+        if news {
+            let count = if dirty.given_up { 0 } else { self.dirty_pages() };
+            self.counted(&dirty).fetch_sub(count, Ordering::Relaxed);
+            dirty.apart = apart;
+            self.counted(&dirty).fetch_add(count, Ordering::Relaxed);
+        }
+        news
+    }
+
+    /// True when no further page of it may become dirty for now: as many are as may be, or as a single image may have
+    /// apart.
+    pub fn crowded(&self) -> bool {
+        self.budget.dirty_full() || lock(&self.dirty).apart && self.dirty_pages() * 2 >= self.budget.limit
     }
 
     /// Pages not yet durable, those being written included.
@@ -333,7 +365,7 @@ impl BatCache {
         page.writing = false;
         if page.dirty_since.is_none() || planted(Bug::CleanWhateverCame) {
             let dirty = lock(&self.dirty);
-            self.budget.dirty.fetch_sub(u64::from(!dirty.given_up), Ordering::Relaxed);
+            self.counted(&dirty).fetch_sub(u64::from(!dirty.given_up), Ordering::Relaxed);
             self.dirty_count.fetch_sub(1, Ordering::SeqCst);
         }
     }
@@ -422,10 +454,12 @@ fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
         let io =
             |e: &std::io::Error| Error::io(e, &level.path, format!("cannot read the BAT at byte {start}"));
         let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
-        let len = level.file.len().map_err(|e| io(&e))?;
+        // Always after the entries: a merge makes the file longer and enters the cluster then. The length from before would
+        // call it damaged.
+        let len = || level.file.len().map_err(|e| io(&e));
         let Some(of) = level.geometry() else {
             let cluster = cluster_of(number, first).expect("the first slot behind the header is a cluster's");
-            page.merge_raw_under(index, (cluster, first), stack.geometry.cluster, len);
+            page.merge_raw_under(index, (cluster, first), stack.geometry.cluster, len()?);
             continue;
         };
         let end = of.bat_end().min(start + PAGE_BYTES);
@@ -438,7 +472,7 @@ fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
             let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
             return Err(Error::at(Kind::Damaged, &level.path, context));
         }
-        page.merge_under(index, &bytes[..want], first..want / 4, &of, len);
+        page.merge_under(index, &bytes[..want], first..want / 4, &of, len()?);
     }
     Ok(page)
 }

@@ -1,5 +1,5 @@
 //! BAT write-back (R5): the issuer collects dirty pages into a round, the collector releases pages as their
-//! copies are durable, the retryer reissues what failed.
+//! copies are durable; what failed is reissued by a later round (`flush`).
 //!
 //! **R5** A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across
 //! the write; every attempt, retries included, is built from the header as it is at that moment.
@@ -7,19 +7,19 @@
 use std::time::{Duration, Instant};
 
 use super::cache::Copy;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use crate::format::bat::PAGE_BYTES;
 use crate::io::file::write_full;
-use crate::sync::{Arc, Ordering, lock, thread};
+use crate::sync::{Arc, Ordering, lock};
 use crate::vdisk::Image;
 use crate::vdisk::engine::OnFull;
+use crate::vdisk::flush::Unfinished;
 use crate::vdisk::stack::Stack;
+use crate::vdisk::write::is_full;
 
 /// How long a failed BAT write is tried again before the image goes read-only: long enough for a path that comes
 /// back, short enough that a guest's own timeout (30 s and more) has not fired.
 const RETRY_FOR: Duration = Duration::from_secs(5);
-/// First pause of the retryer; doubled each time, up to a second.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// Least time from a failed round to the next that nobody waits for; as often as parked writes are tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -58,14 +58,14 @@ impl Image {
         stack: &Stack,
         copies: Vec<Copy>,
         synced: bool,
-    ) -> Result<()> {
+    ) -> std::result::Result<(), Unfinished> {
         if let Err(e) = self.write_copies(stack, &copies, synced) {
             self.bat_not_written(stack, copies);
             return Err(e);
         }
         if let Err(e) = self.sync_round(stack) {
             self.bat_not_written(stack, copies);
-            return Err(e);
+            return Err(e.into());
         }
         // The collector: each page is clean unless it changed meanwhile; what it unmapped is free (R4).
         let Some(bat) = &stack.bat else { return Ok(()) };
@@ -84,53 +84,53 @@ impl Image {
         Ok(())
     }
 
-    /// Writes every copy; what fails is written again, after everything else was tried. Data that is not `synced` does not
-    /// wait for space: it is counted as synced, and space may come late.
-    fn write_copies(self: &Arc<Self>, stack: &Stack, copies: &[Copy], mut synced: bool) -> Result<()> {
-        let mut left: Vec<&Copy> = copies.iter().collect();
-        let mut pause = FIRST_PAUSE;
-        let begun = Instant::now();
-        loop {
-            let mut failed = Vec::new();
-            let mut last = None;
-            for copy in left {
-                if let Err(e) = self.write_page(stack, copy) {
-                    last = Some(e);
-                    failed.push(copy);
-                }
+    /// Writes every copy, also where one fails before. Data that is not `synced` does not wait for space: it is counted as
+    /// synced, and space may come late.
+    fn write_copies(
+        self: &Arc<Self>,
+        stack: &Stack,
+        copies: &[Copy],
+        synced: bool,
+    ) -> std::result::Result<(), Unfinished> {
+        let mut failed = None;
+        for copy in copies {
+            if let Err(e) = self.write_page(stack, copy) {
+                failed = Some((copy.page, e));
             }
-            let Some(e) = last else {
-                self.bat_fits();
-                return Ok(());
-            };
-            let page = failed[0].page;
-            let error = Error::io(&e, &stack.top().path, format!("cannot write BAT page {page}"));
-            // Want of space is a mode, not a failure: it is waited out like any other write's.
-            let full = matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
-            let options = &self.engine.options;
-            let patience = match (full, options.on_full) {
-                (false, _) => Some(RETRY_FOR),
-                (true, OnFull::Queue) if !self.space.fails() => options.full_timeout,
-                (true, _) => Some(Duration::ZERO),
-            };
-            if full {
-                self.bat_is_full();
-                if !std::mem::replace(&mut synced, true) {
-                    self.sync_round(stack)?;
-                }
-            }
-            if patience.is_some_and(|p| begun.elapsed() >= p) || self.closing.load(Ordering::SeqCst) && full {
-                if full {
-                    self.bat_timed_out();
-                    return Err(error.with_kind(Kind::NoSpace));
-                }
-                self.fail(&error);
-                return Err(error);
-            }
-            thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_secs(1));
-            left = failed;
         }
+        let Some((page, e)) = failed else {
+            self.flusher.bat_works();
+            self.bat_fits();
+            return Ok(());
+        };
+        let error = Error::io(&e, &stack.top().path, format!("cannot write BAT page {page}"));
+        // Want of space is a mode, not a failure: it is waited out like any other write's.
+        let full = is_full(&e);
+        let options = &self.engine.options;
+        let patience = match (full, options.on_full) {
+            (false, _) => Some(RETRY_FOR),
+            (true, OnFull::Queue) if !self.space.fails() => options.full_timeout,
+            (true, _) => Some(Duration::ZERO),
+        };
+        if full {
+            self.bat_is_full();
+            if !synced {
+                self.sync_round(stack)?;
+            }
+        }
+        let since = self.flusher.bat_fails_since();
+        let given_up = patience.is_some_and(|p| since.elapsed() >= p);
+        if full && (given_up || self.closing.load(Ordering::SeqCst)) {
+            self.bat_timed_out();
+            // Who comes next waits as long again, once the mode has ended.
+            self.flusher.bat_works();
+            return Err(Unfinished::Failed(error.with_kind(Kind::NoSpace)));
+        }
+        if given_up {
+            self.fail(&error);
+            return Err(Unfinished::Failed(error));
+        }
+        Err(Unfinished::Later(if full { error.with_kind(Kind::NoSpace) } else { error }))
     }
 
     /// One page, cut off at the BAT's end: what follows may be data.

@@ -70,12 +70,7 @@ impl Image {
     ///
     /// Without 1 the guest would stand still for as long as the disk needs for all unsynced data.
     pub(in crate::vdisk) fn freeze_durably(self: &Arc<Self>) -> Result<Frozen<'_>> {
-        for _ in 0..SYNCS {
-            self.flush_now()?; // 1
-            if self.flusher.unsynced() < LITTLE {
-                break;
-            }
-        }
+        self.sync_until_little()?; // 1
         let since = Instant::now();
         self.freeze(); // 2
         let frozen = Frozen { image: self, since };
@@ -83,6 +78,18 @@ impl Image {
             self.flush_now()?; // 3
         }
         Ok(frozen)
+    }
+
+    /// Syncs until little is left to sync: what closes the gate behind this waits for no disk that is busy with the writes
+    /// of the last minutes.
+    pub(in crate::vdisk) fn sync_until_little(self: &Arc<Self>) -> Result<()> {
+        for _ in 0..SYNCS {
+            self.flush_now()?;
+            if self.flusher.unsynced() < LITTLE {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Makes `next` the image's stack. Only while frozen and durable. Returns the old one.

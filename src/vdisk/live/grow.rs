@@ -54,6 +54,7 @@ impl Image {
         let new = header.geometry();
         let reserved = (new.first - old.first) / self.cluster;
         stack.allocator().reserve(reserved); // 1
+        self.sync_until_little()?;
         self.freeze();
         self.thaw();
         self.move_out(&stack, new.first, progress)?; // 2
@@ -71,6 +72,7 @@ impl Image {
                 self.fail(&e);
                 e
             })?; // 6
+            *h = next;
             next
         };
         let state = TopState::default();
@@ -79,6 +81,7 @@ impl Image {
         let _ = state.allocator.set(moved);
         self.tracking_grows(size);
         self.swap(&frozen, stack.grown(header, state, &self.engine.budget)); // 7
+        self.stamp();
         Ok(size)
     }
 
@@ -94,6 +97,7 @@ impl Image {
             .and_then(|()| top.file.sync_all())
             .map_err(|e| Error::io(&e, &top.path, "cannot make the file longer"))?;
         self.swap(&frozen, stack.grown_raw(size));
+        self.stamp();
         Ok(size)
     }
 
