@@ -46,11 +46,14 @@ pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
     let mut served: HashMap<Identity, OsString> = HashMap::new();
     let mut kept_files: HashSet<OsString> = HashSet::new();
 
+    // By name: a look costs as much as there are images, not the square of that.
+    let by_file: HashMap<&OsStr, &Claim> =
+        claims.iter().map(|claim| (claim.file.as_os_str(), claim)).collect();
     for old in incumbents {
-        let claim = claims.iter().find(|c| c.file == old.file && c.stamp.identity == old.identity);
+        let claim = by_file.get(old.file.as_os_str()).filter(|claim| claim.stamp.identity == old.identity);
         match claim {
             Some(claim) if old.open || claim.problem.is_none() => {
-                verdict.kept.push((old.id, claim.clone()));
+                verdict.kept.push((old.id, (*claim).clone()));
                 kept_files.insert(old.file.clone());
             }
             _ if old.open => verdict.vanished.push(old.id),
