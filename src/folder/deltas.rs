@@ -26,10 +26,14 @@ pub struct Deltas {
     wrap: Option<Wrap>,
     /// It was said that this host has no locks.
     unlocked: AtomicBool,
-    /// Protects who is open, and that nobody opens a file twice. Held across opens and locks, which wait only
-    /// for a drop of ours that has begun and takes no lock. A leaf.
-    open: Mutex<HashMap<Identity, Leased<Held>>>,
+    /// Protects which files have a place. Held for a look-up only: whatever one file waits for, others are opened. A leaf
+    /// but for the places that nobody has.
+    places: Mutex<HashMap<Identity, Arc<FilePlace>>>,
 }
+
+/// The place of one file. Protects that it is opened once, whoever uses it. Held across that open, its locks, and the end of
+/// a use of ours that has begun (which takes no lock).
+type FilePlace = Mutex<Leased<Held>>;
 
 /// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks
 /// at the file: our own next open would take a lock that lingers for a stranger's.
@@ -97,7 +101,7 @@ impl Deltas {
     /// Nothing is open. `read_only`: files are never opened for writing. `direct`: they are read and written past the
     /// host's page cache, where it can.
     pub fn new(read_only: bool, direct: bool, wrap: Option<Wrap>) -> Deltas {
-        Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), open: Mutex::default() }
+        Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), places: Mutex::default() }
     }
 
     /// What images are opened for.
@@ -107,13 +111,17 @@ impl Deltas {
 
     fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<Held>> {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
-        let identity = (status.dev, status.ino);
-        let mut open = locked(&self.open);
-        if let Some(used) = open.get(&identity).and_then(Leased::get) {
-            return Ok(used);
-        }
-        open.retain(|&other, held| other == identity || !held.is_over());
-        open.entry(identity).or_default().get_or_open(|lease| self.lock(Arc::new(file), shown, used, lease))
+        let place = self.place_of((status.dev, status.ino));
+        locked(&place).get_or_open(|lease| self.lock(Arc::new(file), shown, used, lease))
+    }
+
+    fn place_of(&self, identity: Identity) -> Arc<FilePlace> {
+        let mut places = locked(&self.places);
+        // A place that only this table has is locked by nobody, so that looking at it does not wait.
+        places.retain(|&other, place| {
+            other == identity || Arc::strong_count(place) > 1 || !locked(place).is_over()
+        });
+        places.entry(identity).or_default().clone()
     }
 
     fn lock(&self, file: Arc<RealFile>, shown: &Path, used: Use, lease: Lease) -> Result<Arc<Held>> {
@@ -154,9 +162,30 @@ mod tests {
     use super::*;
     use std::fs::{self, File};
     use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
 
     fn open(deltas: &Deltas, dir: &File, name: &str) -> Result<Opened> {
         deltas.open(dir.as_fd(), Path::new(name), Path::new(name), Use::Writer)
+    }
+
+    #[test]
+    fn a_file_that_is_waited_for_keeps_no_other_from_being_opened() {
+        let temp = tempfile::tempdir().expect("a folder");
+        fs::write(temp.path().join("a"), "x").expect("written");
+        fs::write(temp.path().join("b"), "x").expect("written");
+        let dir = File::open(temp.path()).expect("opens");
+        let deltas = Deltas::new(false, false, None);
+        let a = temp.path().join("a").metadata().expect("there");
+        let place = deltas.place_of((a.dev(), a.ino()));
+        let waiting = locked(&place);
+        std::thread::scope(|scope| {
+            let (send, receive) = std::sync::mpsc::channel();
+            let (deltas, dir) = (&deltas, &dir);
+            scope.spawn(move || send.send(open(deltas, dir, "b").map(drop)));
+            let opened = receive.recv_timeout(std::time::Duration::from_secs(10));
+            drop(waiting);
+            opened.expect("not behind the other file").expect("opens");
+        });
     }
 
     #[test]

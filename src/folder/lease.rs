@@ -12,7 +12,7 @@ use crate::error::Result;
 /// Kept in what is opened, and dropped after its locks: says that it is over.
 pub type Lease = Sender<Infallible>;
 
-/// The place of one such thing; belongs into a mutex, which then is held across opens.
+/// The place of one such thing; belongs into a mutex of its own, which then is held across opens.
 pub struct Leased<T> {
     last: Option<(Weak<T>, Receiver<Infallible>)>,
 }
