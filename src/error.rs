@@ -95,6 +95,8 @@ struct Inner {
     errno: Option<i32>,
     file: Option<PathBuf>,
     context: String,
+    /// What it comes from, for callers that can do something about it.
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 /// The library's result.
@@ -103,13 +105,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a file; `context` says what happened and what to do next.
     pub fn new(kind: Kind, context: impl Into<String>) -> Error {
-        Error(Arc::new(Inner { kind, errno: None, file: None, context: context.into() }))
+        Error(Arc::new(Inner { kind, errno: None, file: None, context: context.into(), source: None }))
     }
 
     /// An error about `file`.
     pub fn at(kind: Kind, file: impl AsRef<Path>, context: impl Into<String>) -> Error {
         let file = Some(file.as_ref().to_owned());
-        Error(Arc::new(Inner { kind, errno: None, file, context: context.into() }))
+        Error(Arc::new(Inner { kind, errno: None, file, context: context.into(), source: None }))
     }
 
     /// A failed host operation; `doing` names it ("cannot write the BAT").
@@ -117,13 +119,28 @@ impl Error {
         let errno = source.raw_os_error();
         let kind = errno.map_or(Kind::Io, Kind::of_errno);
         let file = Some(file.as_ref().to_owned());
-        Error(Arc::new(Inner { kind, errno, file, context: format!("{doing}: {}", words(source)) }))
+        let context = format!("{doing}: {}", words(source));
+        Error(Arc::new(Inner { kind, errno, file, context, source: None }))
+    }
+
+    /// The same error, which comes from `source`.
+    #[must_use]
+    pub fn because(&self, source: impl std::error::Error + Send + Sync + 'static) -> Error {
+        let Inner { kind, errno, file, context, .. } = &*self.0;
+        let (file, context) = (file.clone(), context.clone());
+        Error(Arc::new(Inner { kind: *kind, errno: *errno, file, context, source: Some(Arc::new(source)) }))
     }
 
     /// The same error, seen as another kind.
     pub fn with_kind(&self, kind: Kind) -> Error {
         let Inner { file, context, .. } = &*self.0;
-        Error(Arc::new(Inner { kind, errno: None, file: file.clone(), context: context.clone() }))
+        Error(Arc::new(Inner {
+            kind,
+            errno: None,
+            file: file.clone(),
+            context: context.clone(),
+            source: None,
+        }))
     }
 
     /// What a caller may act on.
@@ -136,6 +153,12 @@ impl Error {
         self.0.errno.unwrap_or_else(|| self.0.kind.errno())
     }
 
+    /// True when it says something of the host's state at that moment, and nothing of the file: no descriptors or memory
+    /// left, a device or a server that did not answer. Asked again, the host may well do it.
+    pub fn is_passing(&self) -> bool {
+        self.0.errno.is_some_and(is_passing)
+    }
+
     /// The file it happened to.
     pub fn file(&self) -> Option<&Path> {
         self.0.file.as_deref()
@@ -146,6 +169,28 @@ impl Error {
 /// a line of their own in a log.
 pub fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// The same for an errno of the host.
+pub fn is_passing(errno: i32) -> bool {
+    matches!(
+        errno,
+        libc::EMFILE
+            | libc::ENFILE
+            | libc::ENOMEM
+            | libc::ENOBUFS
+            | libc::EIO
+            | libc::EINTR
+            | libc::EAGAIN
+            | libc::EBUSY
+            | libc::ETIMEDOUT
+            | libc::ESTALE
+            | libc::EHOSTDOWN
+            | libc::EHOSTUNREACH
+            | libc::ENOTCONN
+            | libc::ECONNABORTED
+            | libc::EREMOTEIO
+    )
 }
 
 /// The host's error in words alone: "(os error 2)" behind them tells a person nothing.
@@ -172,7 +217,11 @@ impl fmt::Debug for Error {
     }
 }
 
-impl std::error::Error for Error {}
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static))
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -201,8 +201,13 @@ impl Folder {
             if other == entry.file() {
                 continue;
             }
-            // One that cannot be read says nothing, and is not served either.
-            if names::names_a_part(images.as_fd(), self.path(), &other, &entry.file()).unwrap_or(false) {
+            let named = match names::names_a_part(images.as_fd(), self.path(), &other, &entry.file()) {
+                // Only for the moment: it may well be one of those.
+                Err(e) if e.is_passing() => return Err(e),
+                // One that cannot be read says nothing, and is not served either.
+                named => named.unwrap_or(false),
+            };
+            if named {
                 let why = format!("the image {} stands on its files", other.display());
                 return Err(Error::at(Kind::Busy, entry.path(), why));
             }

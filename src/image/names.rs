@@ -166,8 +166,13 @@ pub fn names_a_part(images: BorrowedFd<'_>, path: &Path, other: &OsStr, file: &O
     let own = own.transpose().map_err(cannot)?;
     for delta in &descriptor.deltas {
         let text = Path::new(&delta.file);
-        // What cannot be found can be nobody's part.
-        let Ok((folder, name)) = paths::resolve(dir.as_fd(), text, &shown, true) else { continue };
+        let (folder, name) = match paths::resolve(dir.as_fd(), text, &shown, true) {
+            Ok(found) => found,
+            // Only for the moment.
+            Err(e) if e.is_passing() => return Err(e),
+            // What cannot be found can be nobody's part.
+            Err(_) => continue,
+        };
         let folder = identity(folder.as_fd()).map_err(cannot)?;
         if Some(folder) == own || folder == home && name == file {
             return Ok(true);
