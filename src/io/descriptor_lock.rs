@@ -11,7 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::holder::{self, Held};
 use super::lock::Use;
-use crate::{Error, Kind, Result};
+use crate::{Error, Result};
 
 /// ploop's name for it. The file stays, as with ploop: removing it could take it from under somebody who waits.
 pub const LOCK_NAME: &str = "DiskDescriptor.xml.lck";
@@ -25,7 +25,7 @@ pub struct DescriptorLock {
 }
 
 impl DescriptorLock {
-    /// Takes the descriptor in the folder `dir`, or says who has it ([`Kind::InUse`]). Does not wait. `path` is the
+    /// Takes the descriptor in the folder `dir`, or says who has it ([`InUse`](crate::Kind::InUse)). Does not wait. `path` is the
     /// descriptor, for messages.
     pub fn acquire(dir: BorrowedFd<'_>, path: &Path, used: Use) -> Result<DescriptorLock> {
         let failed = |e: Errno| Error::io(&e.into(), path, "cannot take the lock of this descriptor");
@@ -78,13 +78,14 @@ impl Drop for DescriptorLock {
 }
 
 fn in_use(file: &impl AsFd, path: &Path) -> Error {
-    let holder = rustix::fs::fstat(file).ok().and_then(|stat| Held::Descriptor { ino: stat.st_ino }.holder());
-    Error::at(Kind::InUse, path, holder::sentence(holder.as_ref()))
+    let held = rustix::fs::fstat(file).ok().map(|stat| Held::Descriptor { ino: stat.st_ino });
+    holder::in_use(held, path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Kind;
 
     #[test]
     fn a_descriptor_has_one_user_who_is_named_until_it_lets_go() {

@@ -6,10 +6,12 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 use super::lock::Use;
+use crate::{Error, Kind};
 
 /// A process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,7 +53,7 @@ impl fmt::Display for Holder {
 }
 
 /// A lock that somebody has, named by the file it is on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Held {
     /// Byte ranges of a delta, which QEMU, the ploop tool and ploopfs take.
@@ -102,6 +104,49 @@ impl Held {
         };
         pid.and_then(Holder::of)
     }
+}
+
+/// The source of an error about a lock whose holder is still to be looked for: see [`name_later`].
+#[derive(Debug)]
+struct Unnamed(Held);
+
+impl fmt::Display for Unnamed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("who holds it was not looked for")
+    }
+}
+
+impl std::error::Error for Unnamed {}
+
+/// Errors are to be made without a look at who holds the lock.
+static LATER: AtomicBool = AtomicBool::new(false);
+
+/// From now on nobody is looked for before an error is made: that takes as long as /proc is large or the keeper slow, and
+/// whoever tried the lock holds others up meanwhile. The error then leads to the lock ([`unnamed`]), and can be told
+/// again with a name ([`named`]).
+pub fn name_later() {
+    LATER.store(true, Ordering::Relaxed);
+}
+
+/// "`path` is in use", and by which process, unless that is for later.
+pub(super) fn in_use(held: Option<Held>, path: &Path) -> Error {
+    match held {
+        Some(held) if LATER.load(Ordering::Relaxed) => {
+            Error::at(Kind::InUse, path, sentence(None)).because(Unnamed(held))
+        }
+        held => Error::at(Kind::InUse, path, sentence(held.and_then(Held::holder).as_ref())),
+    }
+}
+
+/// The lock that `error` is about, where nobody has looked for its holder yet.
+pub fn unnamed(error: &Error) -> Option<Held> {
+    let source = std::error::Error::source(error)?;
+    source.downcast_ref::<Unnamed>().map(|unnamed| unnamed.0)
+}
+
+/// The same error, now that it is known who holds the lock, or that nobody can tell.
+pub fn named(error: &Error, holder: Option<&Holder>) -> Error {
+    Error::at(error.kind(), error.file().unwrap_or(Path::new("")), sentence(holder))
 }
 
 /// Who uses the file, and what ends that; follows the file's name in a message.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::file::HostFile;
 use super::holder::{self, Held};
 use super::real::{Access, RealFile};
-use crate::{Error, Kind, Result};
+use crate::{Error, Result};
 
 /// A range of bytes: first and length.
 type Range = (i64, i64);
@@ -46,7 +46,7 @@ const ALL: [Range; 2] = [READS, IN_USE];
 const RACE_TRIES: u32 = 4;
 
 /// What a delta is locked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Use {
     /// Its content is read and must not change. Any number at a time.
@@ -98,7 +98,7 @@ pub struct DeltaLock {
 }
 
 impl DeltaLock {
-    /// Takes the delta for this process, or says who has it ([`Kind::InUse`]). Does not wait.
+    /// Takes the delta for this process, or says who has it ([`InUse`](crate::Kind::InUse)). Does not wait.
     pub fn acquire(file: Arc<RealFile>, used: Use) -> Result<DeltaLock> {
         let held = match take_repeatedly(&file, used.holds(), used)? {
             Taken::Yes => true,
@@ -117,7 +117,7 @@ impl DeltaLock {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a reader the writer, or says who else has the delta ([`Kind::InUse`]): then it stays a reader. Does not
+    /// Makes a reader the writer, or says who else has the delta ([`InUse`](crate::Kind::InUse)): then it stays a reader. Does not
     /// wait: two readers that both want to write are both refused.
     ///
     /// The reader's bytes are held all the while, so that no other writer comes between.
@@ -308,13 +308,14 @@ fn race_pause(attempt: u32) {
 }
 
 fn in_use(file: &RealFile, used: Use) -> Error {
-    let holder = file.status().ok().and_then(|s| Held::Delta { dev: s.dev, ino: s.ino, used }.holder());
-    Error::at(Kind::InUse, file.path(), holder::sentence(holder.as_ref()))
+    let held = file.status().ok().map(|s| Held::Delta { dev: s.dev, ino: s.ino, used });
+    holder::in_use(held, file.path())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Kind;
     use crate::io::real::Access;
     use std::fs::{self, File};
     use std::io::{Read, Write};
