@@ -12,6 +12,7 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
+use crate::error::{is_passing, words};
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
 use crate::image::paths;
@@ -87,6 +88,8 @@ pub struct Seen {
     pub stamp: Stamp,
     /// None: not an image.
     pub claim: Option<Claim>,
+    /// The host had no answer at the moment: this is what was known before, or what its name alone says.
+    pub unsure: bool,
 }
 
 /// What to do with a file of the folder.
@@ -102,41 +105,65 @@ pub enum Look {
 /// The stamp of the regular file or folder `name`; None when there is neither.
 pub fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
     let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile | FileType::Directory => Some(Stamp::of(&stat)),
-        _ => None,
-    }
+    is_file_or_folder(&stat).then(|| Stamp::of(&stat))
 }
 
 /// All that lies in the folder and was not skipped, sorted by name. `judge` is asked about every file that may be
 /// an image. Without `allow_outside` a descriptor that names files outside of the folder is a problem.
+///
+/// What the host cannot say at the moment (no descriptors left, a device that fails) is no fact about an image: what was
+/// known `before` of its file goes on to hold, and is marked as unsure. Where it concerns the whole folder, the look fails.
 pub fn read(
     dir: &OwnedFd,
     allow_outside: bool,
     judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
+    before: &dyn Fn(&OsStr) -> Option<Seen>,
 ) -> io::Result<Vec<Seen>> {
-    let descriptor = read_descriptor(dir);
+    let descriptor = read_descriptor(dir)?;
     let mut seen = Vec::new();
     for file in names(dir)? {
-        // It may be gone again; then it is no claim.
-        let Ok(stat) = rustix::fs::statat(dir, &file, AtFlags::SYMLINK_NOFOLLOW) else { continue };
-        let stamp = Stamp::of(&stat);
-        let claim = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => look_at_folder(dir, &file, stamp, allow_outside),
-            FileType::RegularFile if kind::descriptor_names(&descriptor, &file) => None,
-            FileType::RegularFile => match judge(&file, &stamp) {
-                Look::Same(same) => {
-                    seen.push(*same);
-                    continue;
-                }
-                Look::Inspect => inspect(dir, &file, stamp),
-                Look::Skip => continue,
-            },
-            _ => None,
-        };
-        seen.push(Seen { file, stamp, claim });
+        match look_at(dir, &file, allow_outside, &descriptor, judge) {
+            Ok(found) => seen.extend(found),
+            Err(unsure) => {
+                let old = before(&file).map(|old| Seen { unsure: true, ..old });
+                seen.extend(old.or(unsure.map(|unsure| *unsure)));
+            }
+        }
     }
     Ok(seen)
+}
+
+/// What one name of the folder is; None: nothing, or not yet. An error: the host had no answer; with what can be said of a
+/// file of which nothing was known before.
+fn look_at(
+    dir: &OwnedFd,
+    file: &OsStr,
+    allow_outside: bool,
+    descriptor: &[u8],
+    judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
+) -> Result<Option<Seen>, Option<Box<Seen>>> {
+    let stat = match rustix::fs::statat(dir, file, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => stat,
+        Err(e) if is_passing(e.raw_os_error()) => return Err(None),
+        // It is gone again; then it is no claim.
+        Err(_) => return Ok(None),
+    };
+    let stamp = Stamp::of(&stat);
+    let (claim, unsure) = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => {
+            let looked = look_at_folder(dir, file, stamp, allow_outside);
+            (looked.map_err(|_| None)?, false)
+        }
+        FileType::RegularFile if kind::descriptor_names(descriptor, file) => (None, false),
+        FileType::RegularFile => match judge(file, &stamp) {
+            Look::Same(same) => return Ok(Some(*same)),
+            Look::Inspect => inspect(dir, file, stamp),
+            Look::Skip => return Ok(None),
+        },
+        _ => (None, false),
+    };
+    let seen = Seen { file: file.to_owned(), stamp, claim, unsure };
+    if unsure { Err(Some(Box::new(seen))) } else { Ok(Some(seen)) }
 }
 
 /// Every name that does not begin with a dot, sorted.
@@ -153,52 +180,106 @@ fn names(dir: &impl AsFd) -> io::Result<Vec<OsString>> {
     Ok(names)
 }
 
-fn read_descriptor(dir: &OwnedFd) -> Vec<u8> {
-    let Ok(file) = RealFile::open_at(dir, DESCRIPTOR, Access::ReadOnly) else { return Vec::new() };
+/// The descriptor beside the files of the folder. Without it levels of another image would be taken for images: that it
+/// cannot be read at the moment is an error.
+fn read_descriptor(dir: &OwnedFd) -> io::Result<Vec<u8>> {
+    let file = match RealFile::open_at(dir, DESCRIPTOR, Access::ReadOnly) {
+        Ok(file) => file,
+        Err(e) if e.is_passing() => return Err(io::Error::from_raw_os_error(e.errno())),
+        Err(_) => return Ok(Vec::new()),
+    };
     let mut bytes = vec![0; DESCRIPTOR_BYTES];
-    let n = read_full(&file, &mut bytes, 0).unwrap_or(0);
+    let n = read_full(&file, &mut bytes, 0)?;
     bytes.truncate(n);
-    bytes
+    Ok(bytes)
 }
 
 /// A folder that holds a descriptor is a layered image; its files may also lie outside, as the left-over of a
 /// crash while a single file became a folder.
-fn look_at_folder(dir: &OwnedFd, name: &OsStr, stamp: Stamp, allow_outside: bool) -> Option<Claim> {
+///
+/// Fails where the host has no answer at the moment.
+fn look_at_folder(
+    dir: &OwnedFd,
+    name: &OsStr,
+    stamp: Stamp,
+    allow_outside: bool,
+) -> Result<Option<Claim>, Passing> {
     use rustix::fs::{Mode, OFlags};
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let inner = rustix::fs::openat(dir, name, flags, Mode::empty()).ok()?;
-    self::stamp(&inner, DESCRIPTOR.as_ref())?;
+    let Some(inner) = there(rustix::fs::openat(dir, name, flags, Mode::empty()))? else { return Ok(None) };
+    let described = rustix::fs::statat(&inner, DESCRIPTOR, AtFlags::SYMLINK_NOFOLLOW);
+    if there(described)?.is_none_or(|stat| !is_file_or_folder(&stat)) {
+        return Ok(None);
+    }
     let bytes = name.as_bytes();
     let image = bytes.strip_suffix(b".hdd").unwrap_or(bytes);
-    let parts = names(&inner).unwrap_or_default();
+    let mut parts = HashSet::new();
+    for part in names(&inner).map_err(|_| Passing)? {
+        let stat = there(rustix::fs::statat(&inner, &part, AtFlags::SYMLINK_NOFOLLOW))?;
+        parts.extend(stat.filter(is_file_or_folder).map(|stat| Stamp::of(&stat).identity));
+    }
     let (size, problem) = match Store::read(inner.as_fd(), Path::new(name)) {
+        Err(e) if e.is_passing() => return Err(Passing),
         Ok((descriptor, _)) if descriptor.volume => {
             (0, Some("a ploop volume (its data goes on in another folder); volumes are not served".into()))
         }
         Ok((descriptor, _)) => {
             let hostile = paths::hostile(inner.as_fd(), Path::new(name), &descriptor, allow_outside);
+            if hostile.as_ref().is_err_and(crate::Error::is_passing) {
+                return Err(Passing);
+            }
             (descriptor.disk_sectors * SECTOR, hostile.err().map(|e| e.to_string()))
         }
         Err(e) => (0, Some(e.to_string())),
     };
-    Some(Claim {
+    Ok(Some(Claim {
         file: name.to_owned(),
         name: OsStr::from_bytes(image).to_owned(),
         source: Source::Layers,
         stamp,
         size,
         problem,
-        parts: parts.iter().filter_map(|part| Some(self::stamp(&inner, part)?.identity)).collect(),
-    })
+        parts,
+    }))
 }
 
-/// Opens a regular file and sees what it is; None: not an image.
-fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> Option<Claim> {
+/// The host has no answer at the moment.
+struct Passing;
+
+/// What was found; None: it is not there, or not for us.
+fn there<T>(found: rustix::io::Result<T>) -> Result<Option<T>, Passing> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if is_passing(e.raw_os_error()) => Err(Passing),
+        Err(_) => Ok(None),
+    }
+}
+
+fn is_file_or_folder(stat: &Stat) -> bool {
+    matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::Directory)
+}
+
+/// Opens a regular file and sees what it is; None: not an image. And true where the host had no answer at the moment.
+fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
     let mut head = [0; HEAD_BYTES];
-    let read = match RealFile::open_at(dir, name, Access::ReadOnly) {
-        Ok(file) => read_full(&file, &mut head, 0).map_err(|e| format!("cannot be read: {e}")),
-        Err(e) => Err(format!("cannot be opened: {e}")),
+    let (read, unsure) = match RealFile::open_at(dir, name, Access::ReadOnly) {
+        Ok(file) => match read_full(&file, &mut head, 0) {
+            Ok(n) => (Ok(n), false),
+            Err(e) => {
+                (Err(format!("cannot be read: {}", words(&e))), e.raw_os_error().is_some_and(is_passing))
+            }
+        },
+        Err(e) => (Err(format!("cannot be opened: {e}")), e.is_passing()),
     };
+    (claim_of(name, stamp, read, &head), unsure)
+}
+
+fn claim_of(
+    name: &OsStr,
+    stamp: Stamp,
+    read: Result<usize, String>,
+    head: &[u8; HEAD_BYTES],
+) -> Option<Claim> {
     let head = &head[..*read.as_ref().unwrap_or(&0)];
     // A file that cannot be read is an image if its name says so, and its trouble is told.
     let Class::Image { name: image, kind } = kind::classify(name, true, head) else { return None };
@@ -233,7 +314,7 @@ mod tests {
 
     fn scan(path: &Path) -> Vec<Claim> {
         let dir = OwnedFd::from(fs::File::open(path).expect("the folder opens"));
-        let seen = read(&dir, false, &mut |_, _| Look::Inspect).expect("the folder can be read");
+        let seen = read(&dir, false, &mut |_, _| Look::Inspect, &|_| None).expect("the folder can be read");
         seen.into_iter().filter_map(|s| s.claim).collect()
     }
 

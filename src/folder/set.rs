@@ -202,7 +202,7 @@ impl Folder {
     /// Takes in at once what is new in the folder, but for files that somebody still writes.
     pub fn rescan_now(&self) -> Result<()> {
         let writing = locked(&self.writing).clone();
-        self.look(&mut |file, _, _| !writing.contains(file))
+        self.look(&mut |file, _, _| !writing.contains(file)).map(drop)
     }
 
     /// Looks at the folder again without taking in anything new.
@@ -212,8 +212,14 @@ impl Folder {
         }
     }
 
-    /// Reads the folder, decides, and changes the set.
-    pub(super) fn look(&self, accept: Accept<'_>) -> Result<()> {
+    /// True when an image comes, or would come, from this file: its going changes what is served.
+    pub(super) fn is_claim(&self, file: &OsStr) -> bool {
+        locked(&self.known).get(file).is_some_and(|seen| seen.claim.is_some())
+    }
+
+    /// Reads the folder, decides, and changes the set. False: for some files the host had no answer at the moment. What was
+    /// known of them goes on to hold; look again later.
+    pub(super) fn look(&self, accept: Accept<'_>) -> Result<bool> {
         let mut known = locked(&self.known);
         let held: HashSet<_> =
             read(&self.set).by_id.values().filter(|e| e.is_held()).map(|e| e.identity()).collect();
@@ -221,7 +227,7 @@ impl Folder {
             let old = known.get(file).filter(|old| old.stamp.identity == stamp.identity);
             match old {
                 // An open image changes all the time, and nobody but its own descriptor should touch it.
-                Some(old) if old.stamp == *stamp || held.contains(&stamp.identity) => {
+                Some(old) if !old.unsure && old.stamp == *stamp || held.contains(&stamp.identity) => {
                     Look::Same(Box::new(old.clone()))
                 }
                 Some(old) if old.claim.is_none() && !accept(file, stamp, true) => {
@@ -232,13 +238,15 @@ impl Folder {
                 None => Look::Skip,
             }
         };
-        let seen = scan::read(self.shared.place.fd(), self.shared.allow_outside, &mut judge)
+        let before = |file: &OsStr| known.get(file).cloned();
+        let seen = scan::read(self.shared.place.fd(), self.shared.allow_outside, &mut judge, &before)
             .map_err(|e| Error::io(&e, self.path(), "cannot read the images folder"))?;
         let claims = seen.iter().filter_map(|s| s.claim.clone()).collect();
+        let sure = !seen.iter().any(|s| s.unsure);
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
         let verdict = self.settle(claims);
         self.apply(verdict);
-        Ok(())
+        Ok(sure)
     }
 
     /// Decides, and makes sure that whatever is dropped is opened by nobody meanwhile: who is held after all

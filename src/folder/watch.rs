@@ -1,13 +1,16 @@
 //! Sees images come and go: one thread, blocked in poll while nothing happens.
+//!
+//! A look costs as much as the folder is large. So changes that come close together are looked at together: a loop of `touch`
+//! and `rm` in the folder, or a large clean-up, must not keep a processor from the guests.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -17,6 +20,18 @@ use super::settle::Settling;
 
 /// Room for events of one read: some 60 with the longest names. More are read in the next round.
 const EVENTS: usize = 16 << 10;
+
+/// Between two looks at least. A person does not see the difference.
+const LOOKS: Duration = Duration::from_millis(200);
+/// And at least so many times as long as the last one took, up to [`SLOWEST`]: a tenth of a processor, in a folder of any
+/// size.
+const SHARE: u32 = 10;
+/// Longest pause between looks.
+const SLOWEST: Duration = Duration::from_secs(1);
+/// Between two readings of events: those about one file that come meanwhile are one. The kernel keeps 16,384.
+const READINGS: Duration = Duration::from_millis(20);
+/// When the host had no answer, it is asked again after so long.
+const AGAIN: Duration = Duration::from_secs(3);
 
 /// The watching thread.
 pub struct Watcher {
@@ -42,11 +57,20 @@ impl Watcher {
     /// Begins to look at what `inotify` notes. The thread keeps no folder alive; it ends with it.
     pub fn start(folder: &Weak<Folder>, inotify: Inotify) -> io::Result<Watcher> {
         let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let mut watch = Watch { inotify, folder: folder.clone(), settling: Settling::default() };
+        let now = Instant::now();
+        let mut watch = Watch {
+            inotify,
+            folder: folder.clone(),
+            settling: Settling::default(),
+            batch: Batch::default(),
+            may_read: now,
+            may_look: now,
+            again: None,
+        };
         let wait_for = stop.clone();
         let thread = thread::Builder::new().name("ploopfs/watch".into()).spawn(move || {
             // What came between the first look and this watch has caused no event.
-            watch.look(&[], true);
+            watch.look(true);
             if let Err(e) = watch.run(&wait_for) {
                 log::warn!("the images folder is no longer watched: {e}; new images are not seen");
             }
@@ -79,6 +103,13 @@ struct Watch {
     inotify: Inotify,
     folder: Weak<Folder>,
     settling: Settling,
+    /// What was heard since the last look.
+    batch: Batch,
+    /// When events may be read, and the folder looked at, the next time.
+    may_read: Instant,
+    may_look: Instant,
+    /// When to ask again what the host could not say.
+    again: Option<Instant>,
 }
 
 /// What a batch of events asks for.
@@ -95,61 +126,81 @@ struct Batch {
 impl Watch {
     fn run(&mut self, stop: &OwnedFd) -> io::Result<()> {
         let mut buffer = vec![0; EVENTS];
-        loop {
-            if !self.wait(stop)? {
-                return Ok(());
+        while self.wait(stop)? {
+            self.take_events(&mut buffer)?;
+            if self.is_due(Instant::now()) {
+                self.look(false);
             }
-            let batch = self.take_events(&mut buffer)?;
-            let Some(folder) = self.folder.upgrade() else { return Ok(()) };
-            let ready = self.settling.ready(Instant::now(), |file| folder.stamp(file));
-            drop(folder);
-            if batch.look || batch.lost || batch.over || !ready.is_empty() {
-                self.look(&ready, batch.lost);
-            }
-            if batch.over {
+            if self.batch.over {
                 return Err(io::Error::other("it was removed"));
             }
+            if self.folder.strong_count() == 0 {
+                return Ok(());
+            }
         }
+        Ok(())
     }
 
-    /// Sleeps until there are events or a file may be ready; false: stop.
+    fn is_due(&self, now: Instant) -> bool {
+        let Batch { look, lost, over } = self.batch;
+        over || now >= self.may_look
+            && (look || lost || [self.settling.next(), self.again].iter().flatten().any(|due| *due <= now))
+    }
+
+    /// Sleeps until there are events, a file may be ready, or the folder may be looked at again; false: stop.
     fn wait(&self, stop: &OwnedFd) -> io::Result<bool> {
-        let timeout = self.settling.next().map(|due| {
-            let left = due.saturating_duration_since(Instant::now());
-            Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
-        });
+        let now = Instant::now();
+        if self.may_read > now && !sleep(&mut [PollFd::new(stop, PollFlags::IN)], Some(self.may_read))? {
+            return Ok(false);
+        }
+        let now = (self.batch.look || self.batch.lost).then_some(now);
+        let due = [now, self.settling.next(), self.again].into_iter().flatten().min();
         let events = self.inotify.as_fd();
-        let mut fds = [PollFd::new(&events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(fds[1].revents().is_empty()),
-            Err(e) => Err(e.into()),
-        }
+        let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(&events, PollFlags::IN)];
+        sleep(&mut fds, due.map(|due| due.max(self.may_look)))
     }
 
-    fn take_events(&mut self, buffer: &mut [u8]) -> io::Result<Batch> {
-        let mut batch = Batch::default();
-        let Some(folder) = self.folder.upgrade() else { return Ok(batch) };
-        let events = match self.inotify.read_events(buffer) {
-            Ok(events) => events,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Ok(batch);
+    /// Takes in all that there are: of each file what happened last.
+    fn take_events(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        let Some(folder) = self.folder.upgrade() else { return Ok(()) };
+        let mut heard: HashMap<OsString, (EventMask, bool)> = HashMap::new();
+        loop {
+            let events = match self.inotify.read_events(buffer) {
+                Ok(events) => events,
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
+                Err(e) => return Err(e),
+            };
+            for event in events {
+                self.batch.lost |= event.mask.contains(EventMask::Q_OVERFLOW);
+                self.batch.over |= event.mask.intersects(EventMask::IGNORED | EventMask::DELETE_SELF);
+                if let Some(file) = event.name.filter(|name| !name.as_bytes().starts_with(b".")) {
+                    let gone = event.mask.intersects(EventMask::DELETE | EventMask::MOVED_FROM);
+                    let (last, went) = heard.entry(file.to_owned()).or_insert((event.mask, false));
+                    (*last, *went) = (event.mask, *went || gone);
+                }
             }
-            Err(e) => return Err(e),
-        };
-        for event in events {
-            batch.lost |= event.mask.contains(EventMask::Q_OVERFLOW);
-            batch.over |= event.mask.intersects(EventMask::IGNORED | EventMask::DELETE_SELF);
-            if let Some(file) = event.name.filter(|name| !name.as_bytes().starts_with(b".")) {
-                batch.look |= note(&mut self.settling, &folder, file, event.mask);
+            // More may come as fast as they are read.
+            if self.batch.over || self.batch.lost {
+                break;
             }
         }
-        Ok(batch)
+        for (file, (last, went)) in heard {
+            self.batch.look |= note(&mut self.settling, &folder, &file, last);
+            // What is no image changes nothing by going.
+            self.batch.look |= went && folder.is_claim(&file);
+        }
+        self.may_read = Instant::now() + READINGS;
+        Ok(())
     }
 
-    /// Lets the folder look at itself, with `ready` taken in. With `all`, new files that caused no event are
-    /// watched until they are still.
-    fn look(&mut self, ready: &[OsString], all: bool) {
+    /// Lets the folder look at itself, with what is still for long enough taken in. With `all`, new files that caused no
+    /// event are watched until they are still.
+    fn look(&mut self, all: bool) {
         let Some(folder) = self.folder.upgrade() else { return };
+        let now = Instant::now();
+        let all = all || self.batch.lost || self.again.is_some_and(|again| again <= now);
+        (self.batch.look, self.batch.lost) = (false, false);
+        let ready = self.settling.ready(now, |file| folder.stamp(file));
         let ready: HashSet<&OsStr> = ready.iter().map(OsString::as_os_str).collect();
         let settling = &mut self.settling;
         let writing = folder.clone();
@@ -160,18 +211,47 @@ impl Watch {
             }
             accepted
         });
-        if let Err(e) = looked {
-            log::warn!("{e}");
+        let end = Instant::now();
+        self.may_look = end + LOOKS.max(SHARE * end.duration_since(now)).min(SLOWEST);
+        let first = self.again.is_none();
+        self.again = (!matches!(looked, Ok(true))).then(|| end + AGAIN);
+        match looked {
+            Ok(false) if first => log::warn!(
+                "{}: the host could not say what some files are; what is served stays, and they are looked at again",
+                folder.path().display()
+            ),
+            Err(e) if first => log::warn!("{e}; it is looked at again"),
+            _ => {}
+        }
+        // What was ready and could not be looked at has caused its events already.
+        if self.again.is_some() {
+            for file in ready {
+                if let Some(stamp) = folder.stamp(file) {
+                    self.settling.touch(file, stamp, end);
+                }
+            }
         }
     }
 }
 
-/// Notes one event; true when the folder must be looked at now.
+/// Waits for any of `fds` until `deadline`; false: the first of them is ready.
+fn sleep(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<bool> {
+    let timeout = deadline.map(|deadline| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
+    });
+    match rustix::event::poll(fds, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(fds[0].revents().is_empty()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Notes what happened to a file last; true when the folder must be looked at for it.
 fn note(settling: &mut Settling, folder: &Folder, file: &OsStr, mask: EventMask) -> bool {
     if mask.intersects(EventMask::DELETE | EventMask::MOVED_FROM) {
         folder.note_writing(file, false);
         settling.forget(file);
-        return true;
+        return false;
     }
     let Some(stamp) = folder.stamp(file) else { return false };
     // A second name for a finished file is created, and never closed.
