@@ -153,6 +153,31 @@ impl Files {
         }
     }
 
+    fn find(&self, parent: Ino, name: &OsStr) -> Answer<Attr> {
+        if parent != ROOT {
+            return Err(Errno(libc::ENOENT));
+        }
+        let status = std::fs::symlink_metadata(self.folder.join(name)).map_err(|e| errno(&e))?;
+        if !status.is_file() {
+            return Err(Errno(libc::ENOENT));
+        }
+        Ok(Files::attr(self.number(name), &status))
+    }
+
+    /// All names; the place of each follows from its number, which it keeps.
+    fn list(&self) -> Answer<Vec<Name>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&self.folder).map_err(|e| errno(&e))? {
+            let entry = entry.map_err(|e| errno(&e))?;
+            if entry.file_type().is_ok_and(|t| t.is_file()) {
+                let name = entry.file_name();
+                let ino = self.number(&name);
+                names.push(Name { ino, kind: FileKind::File, name, next: ino + 2 });
+            }
+        }
+        Ok(names)
+    }
+
     /// Calls `f` with the open file.
     fn with<T>(&self, handle: Handle, f: impl FnOnce(&File) -> Answer<T>) -> Answer<T> {
         let open = self.open.load();
@@ -164,50 +189,39 @@ impl Files {
 }
 
 impl FileSystem for Files {
-    fn lookup(&self, _: Caller, parent: Ino, name: &OsStr) -> Answer<Attr> {
-        if parent != ROOT {
-            return Err(Errno(libc::ENOENT));
-        }
-        let status = std::fs::symlink_metadata(self.folder.join(name)).map_err(|e| errno(&e))?;
-        if !status.is_file() {
-            return Err(Errno(libc::ENOENT));
-        }
-        Ok(Files::attr(self.number(name), &status))
+    fn lookup(&self, _: Caller, parent: Ino, name: &OsStr, done: Done<Attr>) {
+        done(self.find(parent, name));
     }
 
     fn forget(&self, _: Ino, _: u64) {}
 
-    fn getattr(&self, ino: Ino) -> Answer<Attr> {
-        let status = std::fs::symlink_metadata(self.path(ino)?).map_err(|e| errno(&e))?;
-        Ok(Files::attr(ino, &status))
+    fn getattr(&self, ino: Ino, done: Done<Attr>) {
+        let status = |path| std::fs::symlink_metadata(path).map_err(|e| errno(&e));
+        done(self.path(ino).and_then(status).map(|status| Files::attr(ino, &status)));
     }
 
     fn setattr(&self, _: Caller, _: Ino, _: SetAttr, done: Done<Attr>) {
         done(Err(Errno(libc::EPERM)));
     }
 
-    fn readdir(&self, _: Ino) -> Answer<Vec<Name>> {
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(&self.folder).map_err(|e| errno(&e))? {
-            let entry = entry.map_err(|e| errno(&e))?;
-            if entry.file_type().is_ok_and(|t| t.is_file()) {
-                let name = entry.file_name();
-                names.push(Name { ino: self.number(&name), kind: FileKind::File, name });
-            }
-        }
-        Ok(names)
+    fn readdir(&self, _: Ino, after: u64, most: usize, done: Done<Vec<Name>>) {
+        done(self.list().map(|mut names| {
+            names.retain(|name| name.next > after);
+            names.sort_by_key(|name| name.next);
+            names.truncate(most);
+            names
+        }));
     }
 
-    fn statfs(&self, _: Ino) -> Answer<Space> {
-        let s = host(rustix::fs::statvfs(&self.folder))?;
-        Ok(Space {
+    fn statfs(&self, _: Ino, done: Done<Space>) {
+        done(host(rustix::fs::statvfs(&self.folder)).map(|s| Space {
             block_size: s.f_bsize as u32,
             blocks: s.f_blocks,
             free: s.f_bfree,
             available: s.f_bavail,
             files: s.f_files,
             files_free: s.f_ffree,
-        })
+        }));
     }
 
     fn change_name(&self, _: Caller, _: Ino, _: &OsStr) -> Answer<()> {

@@ -14,7 +14,9 @@ use bytes::Bytes;
 use ploopfs::Kind;
 use ploopfs::folder::{Folder, FolderOptions};
 use ploopfs::format::header::{CLOSED, Header, IN_USE};
-use ploopfs::fuse::ops::{Answer, Attr, Caller, Done, FileKind, FileSystem, Now, OpenFlags, SetAttr, Whence};
+use ploopfs::fuse::ops::{
+    Answer, Attr, Caller, Done, FileKind, FileSystem, Name, Now, OpenFlags, SetAttr, Whence,
+};
 use ploopfs::io::lock::{DeltaLock, Use};
 use ploopfs::io::real::{Access, RealFile};
 use ploopfs::tree::{MountInfo, Tree};
@@ -383,8 +385,20 @@ fn errno<T: std::fmt::Debug>(answer: Answer<T>) -> i32 {
 }
 
 impl Mount {
+    fn find_in(&self, folder: u64, name: &str) -> Answer<Attr> {
+        ask(|done| self.tree.lookup(NOBODY, folder, name.as_ref(), done))
+    }
+
+    fn stat(&self, ino: u64) -> Answer<Attr> {
+        ask(|done| self.tree.getattr(ino, done))
+    }
+
+    fn names(&self, ino: u64, after: u64, most: usize) -> Vec<Name> {
+        ask(|done| self.tree.readdir(ino, after, most, done)).expect("listed")
+    }
+
     fn find(&self, name: &str) -> Answer<Attr> {
-        self.tree.lookup(NOBODY, ROOT, name.as_ref())
+        self.find_in(ROOT, name)
     }
 
     fn open(&self, name: &str, raw: i32) -> Answer<u64> {
@@ -424,12 +438,12 @@ impl Mount {
 #[test]
 fn the_root_shows_images_and_our_own_folder() {
     let mount = mount();
-    let names: Vec<_> = mount.tree.readdir(ROOT).expect("listed").into_iter().map(|n| n.name).collect();
+    let names: Vec<_> = mount.names(ROOT, 2, 100).into_iter().map(|n| n.name).collect();
     assert_eq!(names, [".ploopfs", ".snapshots", "vm1.img"]);
-    assert_eq!(mount.tree.getattr(ROOT).expect("stat").kind, FileKind::Folder);
+    assert_eq!(mount.stat(ROOT).expect("stat").kind, FileKind::Folder);
     assert_eq!(errno(mount.find("vm1")), libc::ENOENT);
     assert_eq!(errno(mount.find("nothing.img")), libc::ENOENT);
-    assert_eq!(errno(mount.tree.getattr(999)), libc::ENOENT);
+    assert_eq!(errno(mount.stat(999)), libc::ENOENT);
 }
 
 #[test]
@@ -445,7 +459,7 @@ fn stat_shows_the_disk_and_the_delta_files_owner_mode_and_space() {
     let after = mount.find("vm1.img").expect("stat");
     assert_eq!(after.ino, attr.ino);
     assert!(after.mtime > attr.mtime);
-    assert_eq!(mount.tree.statfs(attr.ino).expect("statfs").block_size, 4096);
+    assert_eq!(ask(|done| mount.tree.statfs(attr.ino, done)).expect("statfs").block_size, 4096);
 }
 
 #[test]
@@ -515,6 +529,74 @@ fn size_owner_and_mode_are_refused_and_times_are_taken() {
 }
 
 #[test]
+fn a_mode_or_owner_that_is_there_already_is_no_change() {
+    let mount = mount();
+    fs::set_permissions(&mount.path, fs::Permissions::from_mode(0o640)).expect("chmod");
+    let attr = mount.find("vm1.img").expect("found");
+    let set = |ino, change| ask(|done| mount.tree.setattr(NOBODY, ino, change, done));
+    let none = SetAttr::default();
+    // As the kernel sends it: with the bits that say "regular file".
+    set(attr.ino, SetAttr { mode: Some(0o100_640), ..none }).expect("cp -p");
+    set(attr.ino, SetAttr { uid: Some(attr.uid), gid: Some(attr.gid), ..none }).expect("chown");
+    set(attr.ino, SetAttr { mode: Some(0o640), times: true, ..none }).expect("tar");
+    let root = mount.stat(ROOT).expect("stat");
+    set(ROOT, SetAttr { mode: Some(u32::from(root.mode)), ..none }).expect("a folder, too");
+    assert_eq!(errno(set(attr.ino, SetAttr { mode: Some(0o104_640), ..none })), libc::EPERM);
+}
+
+#[test]
+fn the_counters_are_their_owners_until_he_says_otherwise() {
+    let mount = mount();
+    let own = mount.find(".ploopfs").expect("found").ino;
+    for name in ["stats.json", "metrics"] {
+        let attr = mount.find_in(own, name).expect("found");
+        assert_eq!(attr.mode, 0o400);
+        let set = |change| ask(|done| mount.tree.setattr(NOBODY, attr.ino, change, done));
+        let change = SetAttr { mode: Some(0o440), gid: Some(7), ..SetAttr::default() };
+        let changed = set(change).expect("changed");
+        assert_eq!((changed.mode, changed.gid), (0o440, 7));
+        assert_eq!(
+            (mount.stat(attr.ino).expect("stat").mode, mount.stat(own).expect("stat").mode),
+            (0o440, 0o755)
+        );
+        assert_eq!(errno(set(SetAttr { mode: Some(0o640), ..change })), libc::EPERM);
+    }
+}
+
+#[test]
+fn a_listing_goes_on_behind_its_place_whoever_comes_and_goes_meanwhile() {
+    let temp = temp();
+    for n in 0..10 {
+        make(&temp, &format!("vm{n}.hds"));
+    }
+    let engine = engine();
+    let folder = Folder::open(temp.path(), &engine, FolderOptions::default()).expect("the folder opens");
+    let info =
+        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
+    let tree = Tree::new(folder.clone(), engine, info);
+    let mount = Mount { path: temp.path().to_owned(), _temp: temp, folder, tree };
+    let first = mount.names(ROOT, 2, 5);
+    assert_eq!(first.len(), 5);
+    // One that was named goes, one that was not yet, and one comes.
+    for gone in [&first[2].name, &"vm8.img".into()] {
+        let file = gone.to_str().expect("ASCII").replace(".img", ".hds");
+        fs::remove_file(mount.path.join(file)).expect("removed");
+    }
+    fs::write(mount.path.join("aaa.hds"), image_bytes()).expect("written");
+    mount.folder.rescan_now().expect("looked");
+    let mut all: Vec<_> = first.iter().map(|n| n.name.clone()).collect();
+    let mut after = first[4].next;
+    while let Some(last) = mount.names(ROOT, after, 2).last() {
+        all.extend(mount.names(ROOT, after, 2).into_iter().map(|n| n.name));
+        after = last.next;
+    }
+    let mut want: Vec<std::ffi::OsString> = vec![".ploopfs".into(), ".snapshots".into(), "aaa.img".into()];
+    want.extend((0..10).filter(|n| *n != 8).map(|n| format!("vm{n}.img").into()));
+    all.sort();
+    assert_eq!(all, want);
+}
+
+#[test]
 fn punches_and_zeroes_read_as_zero_and_other_modes_are_unsupported() {
     let mount = mount();
     let handle = mount.vm1(libc::O_RDWR);
@@ -555,7 +637,7 @@ fn the_counters_are_json_and_one_handle_reads_one_moment() {
     let image = mount.vm1(libc::O_RDWR);
     mount.write(image, 0, &[1; 4096], 0).expect("writes");
     let own = mount.find(".ploopfs").expect("found").ino;
-    let ino = mount.tree.lookup(NOBODY, own, "stats.json".as_ref()).expect("found").ino;
+    let ino = mount.find_in(own, "stats.json").expect("found").ino;
     let open = |raw| ask(|done| mount.tree.open(NOBODY, ino, OpenFlags { raw }, done));
     assert_eq!(errno(open(libc::O_RDWR)), libc::EPERM);
     let handle = open(libc::O_RDONLY).expect("opens").handle;
@@ -578,7 +660,7 @@ fn an_image_that_comes_back_has_another_inode_number() {
     fs::rename(&mount.path, &away).expect("renamed");
     mount.folder.rescan_now().expect("looked");
     assert_eq!(errno(mount.find("vm1.img")), libc::ENOENT);
-    assert_eq!(errno(mount.tree.getattr(before)), libc::ENOENT);
+    assert_eq!(errno(mount.stat(before)), libc::ENOENT);
     fs::rename(&away, &mount.path).expect("renamed");
     mount.folder.rescan_now().expect("looked");
     assert_ne!(mount.find("vm1.img").expect("found").ino, before);
@@ -590,4 +672,23 @@ fn opens_are_refused_with_the_errno_of_their_reason() {
     assert_eq!(errno(ask(|done| mount.tree.open(NOBODY, ROOT, OpenFlags { raw: 0 }, done))), libc::EISDIR);
     mount.folder.refuse_new_opens();
     assert_eq!(errno(mount.open("vm1.img", libc::O_RDWR)), libc::EBUSY);
+}
+
+#[test]
+fn images_whose_names_are_no_text_have_each_a_name_in_the_counters_and_in_the_list() {
+    use std::os::unix::ffi::OsStrExt;
+    let temp = temp();
+    for name in [&b"a\xff.hds"[..], b"a\xfe.hds", b"b.hds"] {
+        fs::write(temp.path().join(OsStr::from_bytes(name)), image_bytes()).expect("written");
+    }
+    let folder = serve(&temp);
+    let info =
+        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
+    let document = ploopfs::tree::document(&folder, &info);
+    let names: Vec<&str> = document.images.keys().map(String::as_str).collect();
+    assert_eq!(names, ["a\\xfe", "a\\xff", "b"]);
+    // And by that name a command finds it.
+    let open = folder.open_image("a\\xfe", false).expect("opens");
+    assert_eq!(open.entry().name().as_bytes(), b"a\xfe");
+    assert_eq!(folder.busy(), ["a\\xfe"]);
 }

@@ -391,3 +391,66 @@ fn a_read_only_mount_makes_renames_and_removes_nothing() {
     assert_eq!(errno(fs::rename(mount.flat("vm1"), mount.flat("vm2"))), Some(libc::EROFS));
     assert_eq!(names(mount.images()), ["vm1.hds"]);
 }
+
+#[test]
+fn tools_that_keep_mode_and_owner_copy_a_disk_in_without_an_error() {
+    require!("fuse");
+    let mount = managed(&["--create", "vm1=4M"]);
+    let work = common::temp_dir();
+    let disk = work.path().join("disk.img");
+    fs::write(&disk, vec![0xA5; 4 << 20]).expect("written");
+    ok("chmod", &["640", text(&disk)]);
+    let rights = |path: &Path| {
+        let meta = fs::metadata(path).expect("stat");
+        (meta.mode() & 0o7777, meta.uid(), meta.gid())
+    };
+    let to = |name| text(&mount.flat(name)).to_owned();
+    ok("cp", &["-p", text(&disk), &to("p")]);
+    ok("cp", &["-a", text(&disk), &to("a")]);
+    ok("install", &["-m", "604", text(&disk), &to("i")]);
+    let tar = format!("tar -C {} -cf - disk.img | tar -C {} -xpf -", text(work.path()), text(mount.point()));
+    common::sh(&tar);
+    for name in ["p", "a", "disk"] {
+        assert_eq!(rights(&mount.flat(name)).0, 0o640, "{name}");
+        // They are those of the image's file, and so outlive the mount.
+        assert_eq!(rights(&mount.delta(name)).0, 0o640, "{name}");
+    }
+    assert_eq!(rights(&mount.delta("i")).0, 0o604);
+    for name in ["p", "a", "i", "disk"] {
+        assert!(fs::read(&disk).expect("read") == fs::read(mount.flat(name)).expect("read"), "{name}");
+    }
+    if rustix::process::geteuid().is_root() {
+        ok("chown", &["64055:106", &to("vm1")]);
+        assert_eq!(rights(&mount.flat("vm1")), rights(&mount.delta("vm1")));
+        assert_eq!((rights(&mount.flat("vm1")).1, rights(&mount.flat("vm1")).2), (64055, 106));
+    }
+    // Of an image with snapshots: its top file, and not those below.
+    Run::ploopfs().args(["snapshot", "create"]).arg(mount.flat("vm1")).arg("s1").ok();
+    let below = rights(&mount.point().join(".snapshots/vm1/s1.img"));
+    ok("chmod", &["600", &to("vm1")]);
+    ok("chmod", &["644", &to("vm1")]);
+    assert_eq!(rights(&mount.flat("vm1")).0, 0o644);
+    assert_eq!(rights(&mount.point().join(".snapshots/vm1/s1.img")), below);
+    let refused = Run::new("chmod").args(["4755", &to("vm1")]).run();
+    assert!(!refused.success(), "{refused}");
+}
+
+#[test]
+fn a_file_that_rsync_copies_in_has_its_name_when_it_is_whole() {
+    require!("fuse");
+    let mount = managed(&[]);
+    let unfinished = mount.point().join(".new.img.AbC123");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&unfinished).expect("made");
+    let data = vec![0x5A; 2 << 20];
+    for (n, part) in data.chunks(256 << 10).enumerate() {
+        file.write_all_at(part, (n as u64) * (256 << 10)).expect("a write");
+    }
+    drop(file);
+    ok("chmod", &["640", text(&unfinished)]);
+    fs::rename(&unfinished, mount.flat("new")).expect("renamed");
+    assert!(fs::read(mount.flat("new")).expect("read") == data);
+    assert_eq!(fs::metadata(mount.delta("new")).expect("stat").mode() & 0o777, 0o640);
+    assert_eq!(names(mount.point()), ["new.img"]);
+    // No other hidden name can be made.
+    assert_eq!(errno(File::create(mount.point().join(".new.img.tmp"))), Some(libc::EPERM));
+}

@@ -13,7 +13,7 @@ use crate::cli::{Outcome, layered, out, served, size, target};
 use crate::daemon::holders;
 use crate::error::Error;
 use crate::image::chain::Candidate;
-use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR};
+use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
 use crate::io::loopdev::LoopDevice;
 
 /// A descriptor larger than this (in bytes) names no files; ploop's own are some KiB.
@@ -138,7 +138,7 @@ fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
         let path = if folder == Path::new(".") { name.into() } else { folder.join(name) };
         match entry(&path, name, &descriptor, served) {
             Ok(row) => images.push(row),
-            Err(reason) => others.push(Other { path: path.to_string_lossy().into_owned(), reason }),
+            Err(reason) => others.push(Other { path: in_text(path.as_os_str()), reason }),
         }
     }
     refuse_shared_names(&mut images);
@@ -173,8 +173,8 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<R
         Err(e) => (None, Some(format!("damaged: {}", without_path(&e, path)))),
     };
     Ok(Row {
-        name: name.to_string_lossy().into_owned(),
-        path: path.to_string_lossy().into_owned(),
+        name: in_text(&name),
+        path: in_text(path.as_os_str()),
         kind: kind.as_str(),
         size,
         allocated,
@@ -197,8 +197,8 @@ fn layered_row(path: &Path, served: bool) -> Row {
         Err(e) => Some(format!("damaged: {}", without_path(&e, path))),
     };
     Row {
-        name: layered::name(path).to_string_lossy().into_owned(),
-        path: path.to_string_lossy().into_owned(),
+        name: in_text(&layered::name(path)),
+        path: in_text(path.as_os_str()),
         kind: "layered",
         size,
         allocated,
@@ -214,8 +214,8 @@ fn unreadable(path: &Path, name: &OsStr, e: &Error) -> Result<Row, String> {
     let reason = without_path(e, path);
     match (kind::classify(name, true, b""), path.symlink_metadata()) {
         (Class::Image { name, kind }, Ok(meta)) if meta.is_file() => Ok(Row {
-            name: name.to_string_lossy().into_owned(),
-            path: path.to_string_lossy().into_owned(),
+            name: in_text(&name),
+            path: in_text(path.as_os_str()),
             kind: kind.as_str(),
             size: None,
             allocated: meta.blocks() * SECTOR,
@@ -297,12 +297,8 @@ fn to_text(listing: &Listing) -> String {
         let _ = writeln!(text, "Not images:");
         for other in others {
             let name = Path::new(&other.path).file_name().map_or_else(OsString::new, OsStr::to_owned);
-            let _ = writeln!(
-                text,
-                "    {}: {}",
-                out::printable(&name.to_string_lossy()),
-                out::printable(&other.reason)
-            );
+            let _ =
+                writeln!(text, "    {}: {}", out::printable(&in_text(&name)), out::printable(&other.reason));
         }
     }
     text

@@ -83,7 +83,8 @@ pub struct Args {
     ///
     /// `truncate -s 20G new.img` and `fallocate` of a new file make a thin image, `truncate` to a larger size grows a disk
     /// (a smaller one is refused), `mv` renames an image that nobody uses and never replaces one, `rm` removes one that
-    /// nobody uses, and `cp vm1.img vm2.img` makes a clone. Without this each of them is refused (EPERM).
+    /// nobody uses, `cp vm1.img vm2.img` makes a clone, and `chmod` and `chown` change the image's file. Without this each
+    /// of them is refused (EPERM).
     #[arg(long)]
     manage: bool,
     /// Let the kernel read and write raw images in the daemon's place (FUSE passthrough: Linux 6.9, root)

@@ -11,6 +11,7 @@ use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fuse::session::Transport;
+use crate::image::kind::in_text;
 use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
@@ -65,8 +66,8 @@ impl Desk {
 
     fn images(&self) -> Vec<ImageLine> {
         let line = |image: crate::folder::ImageStatus| ImageLine {
-            name: image.name.to_string_lossy().into_owned(),
-            path: image.path.to_string_lossy().into_owned(),
+            name: in_text(&image.name),
+            path: in_text(image.path.as_os_str()),
             kind: image.kind.to_owned(),
             size: image.size,
             allocated: image.allocated,
@@ -90,15 +91,16 @@ impl Desk {
         }
     }
 
+    /// Who holds what is in use is named: the command waits for it, and nothing else does.
+    fn answer<T>(&self, result: Result<T>, filled: impl FnOnce(T) -> Answer) -> Answer {
+        result.map_or_else(|e| Answer::failed(&self.folder.named(e)), filled)
+    }
+
     fn snapshots(&self, image: &str) -> Result<Vec<SnapshotLine>> {
         let missing = || Error::at(Kind::NotFound, self.folder.path().join(image), "no such image is served");
-        let entry = self.folder.find(image.as_ref()).ok_or_else(missing)?;
+        let entry = self.folder.find_text(image).ok_or_else(missing)?;
         snapshots::of(&entry.path())
     }
-}
-
-fn answer<T>(result: Result<T>, filled: impl FnOnce(T) -> Answer) -> Answer {
-    result.map_or_else(|e| Answer::failed(&e), filled)
 }
 
 impl Service for Desk {
@@ -106,7 +108,7 @@ impl Service for Desk {
         match op {
             Op::Hello => Answer { hello: Some(self.hello()), ..Answer::done() },
             Op::List => Answer { images: Some(self.images()), ..Answer::done() },
-            Op::Rescan => answer(self.folder.rescan_now(), |()| Answer::done()),
+            Op::Rescan => self.answer(self.folder.rescan_now(), |()| Answer::done()),
             Op::Stop => {
                 self.ending.request("stop");
                 Answer::done()
@@ -117,28 +119,26 @@ impl Service for Desk {
                     return Answer::failed(&e);
                 }
                 match self.works.carry_out(&image, work, rate, caller) {
-                    Some(result) => answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
+                    Some(result) => self.answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
                     // Nobody hears it.
                     None => Answer::done(),
                 }
             }
-            Op::Cancel { image } => answer(self.works.cancel(&image), |()| Answer::done()),
+            Op::Cancel { image } => self.answer(self.works.cancel(&image), |()| Answer::done()),
             Op::Stats => Answer { stats: Some(self.stats()), ..Answer::done() },
             Op::Map { image, snapshot, offset } => {
                 let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
-                answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
+                self.answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
             }
-            Op::Changes { image, start } => answer(self.folder.changes(&image, start), |changes| Answer {
-                changes: Some(changes),
-                ..Answer::done()
+            Op::Changes { image, start } => self.answer(self.folder.changes(&image, start), |changes| {
+                Answer { changes: Some(changes), ..Answer::done() }
             }),
             Op::Diff { image, from, to, start } => {
                 let diff = self.folder.diff(&image, &from, to.as_deref(), start);
-                answer(diff, |diff| Answer { diff: Some(diff), ..Answer::done() })
+                self.answer(diff, |diff| Answer { diff: Some(diff), ..Answer::done() })
             }
-            Op::Snapshots { image } => {
-                answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() })
-            }
+            Op::Snapshots { image } => self
+                .answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() }),
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::folder::{Folder, FolderOptions};
 use crate::fuse::session::{self, Transport};
 use crate::fuse::uring;
 use crate::io::folder_lock::FolderLock;
+use crate::io::holder;
 use crate::io::reads::Reads;
 use crate::io::{foreign, process};
 use crate::tree::{MountInfo, Sandbox, Tree};
@@ -72,6 +73,8 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     log::open((!settings.foreground).then_some(&place))?;
 
     let link = Arc::new(Link::new());
+    // An open that finds a lock is answered before anybody looks for whose it is.
+    holder::name_later();
     let engine = Engine::new(settings.engine(), link.listener());
     match Reads::new() {
         Ok(reads) => engine.queue_reads(reads),

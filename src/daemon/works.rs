@@ -55,7 +55,9 @@ impl Works {
 
     /// The same, with the images of `folder`.
     pub fn in_folder(folder: Arc<Folder>) -> Works {
-        Works::new(Arc::new(move |name, work, progress| folder.work(name, work, progress)))
+        Works::new(Arc::new(move |name, work, progress| {
+            folder.work(name, work, progress).map_err(|e| folder.named(e))
+        }))
     }
 
     /// Begins `work` with the image `name`, and tells `caller` how it goes. None: the caller went away; the work

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 
@@ -15,7 +15,7 @@ use super::live::Live;
 use super::origin::Origin;
 use super::scan::{Claim, Identity};
 use super::set::{Folder, Shared};
-use super::strand::Strand;
+use super::strand::{Spawn, Strand};
 use super::views::Views;
 use super::{locked, read, write};
 use crate::error::{Error, Kind, Result};
@@ -38,7 +38,13 @@ pub struct Entry {
     origin: RwLock<Origin>,
     pub(super) shared: Arc<Shared>,
     pub(super) folder: Weak<Folder>,
+    /// Runs a job on a thread that may block, beside few others of this image.
+    pub(super) spawn: Spawn,
     pub(super) strand: Arc<Strand>,
+    /// What is asked about it ([`Entry::ask`]).
+    pub(super) questions: Arc<Strand>,
+    /// A look at all images has asked about it, and has no answer yet.
+    pub(super) asked: AtomicBool,
     /// Protects the count; only jobs of the strand lock it, so nobody ever waits. Before every other lock.
     pub(super) count: Mutex<Counted<Arc<Live>>>,
     /// Protects "somebody has it open, or is about to" against "it goes". A leaf.
@@ -80,6 +86,8 @@ struct Hold {
 #[derive(Default)]
 pub(super) struct Last {
     pub(super) status: HostStatus,
+    /// When the host was asked for it; None: never.
+    pub(super) asked: Option<Instant>,
     pub(super) trouble: Option<String>,
 }
 
@@ -96,6 +104,7 @@ pub struct Attributes {
 
 impl Entry {
     pub(super) fn new(id: u64, claim: &Claim, shared: &Arc<Shared>, folder: &Weak<Folder>) -> Entry {
+        let spawn = shared.spawn_for(id);
         Entry {
             id,
             name: claim.name.clone(),
@@ -106,7 +115,10 @@ impl Entry {
             }),
             shared: shared.clone(),
             folder: folder.clone(),
-            strand: Strand::new(shared.spawn.clone()),
+            strand: Strand::new(spawn.clone()),
+            questions: Strand::new(spawn.clone()),
+            asked: AtomicBool::new(false),
+            spawn,
             count: Mutex::default(),
             hold: Mutex::default(),
             live: ArcSwapOption::empty(),
@@ -197,18 +209,24 @@ impl Entry {
         locked(&self.last).trouble.clone()
     }
 
-    /// What stat shows. Asks the host, opens nothing.
+    /// What stat shows. Asks the host, and so may wait for it; opens nothing. Not for threads of a transport.
     pub fn attributes(&self) -> Attributes {
-        let live = self.live.load();
-        let status = match &*live {
+        let now = Instant::now();
+        let status = match &*self.live.load() {
             Some(live) => live.image.host_status().ok(),
             None => self.origin().status(self.shared.place.fd().as_fd(), &self.path()),
         };
         let mut last = locked(&self.last);
         // What was known stands in for a file that is gone.
         last.status = status.unwrap_or(last.status);
-        let host = last.status;
+        last.asked = Some(now);
         drop(last);
+        self.known_attributes()
+    }
+
+    /// What stat shows, as far as it is known: owner, mode and space are what the host said last. Never waits.
+    pub fn known_attributes(&self) -> Attributes {
+        let (live, host) = (self.live.load(), locked(&self.last).status);
         let (size, written) = match &*live {
             // Whoever writes past us makes it longer, too.
             Some(live) if live.image.may_be_passed() => (live.image.size().max(host.len), None),

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use arc_swap::ArcSwapOption;
 
@@ -15,7 +16,7 @@ use super::locked;
 use super::scan::Source;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{HEADER_BYTES, Header};
-use crate::image::kind::ImageKind;
+use crate::image::kind::{ImageKind, in_text};
 use crate::image::layers::{Layers, Opened, Opener};
 use crate::io::file::{HostFile, read_full};
 use crate::io::lock::Use;
@@ -98,7 +99,7 @@ impl Stage for Entry {
         };
         // What is written on a transport's thread goes to the top alone.
         let never_blocks = levels.last().is_some_and(|top| top.file.traits().never_blocks);
-        let name = self.name().to_string_lossy();
+        let name = in_text(self.name());
         let image = Image::open(&self.shared.engine, &name, levels)?;
         self.size.store(image.size(), Ordering::Release);
         let (layers, hold) = (ArcSwapOption::new(layers), Mutex::new(hold));
@@ -130,14 +131,15 @@ impl Stage for Entry {
     /// Order: (1) the image's own close: durable, mark cleared; (2) the lock. Swapped, somebody else would open
     /// an image that we still change.
     fn close(&self, live: Arc<Live>) -> Result<()> {
-        let status = live.image.host_status();
+        let (now, status) = (Instant::now(), live.image.host_status());
         let result = live.image.close();
         let passed = live.image.backing().is_some_and(|backing| backing.end());
         // Passed through, it is as long as its users made it.
         let len = status.as_ref().map_or(0, |status| if passed { status.len } else { 0 });
         self.size.store(live.image.size().max(len), Ordering::Release);
         if let Ok(status) = status {
-            locked(&self.last).status = status;
+            let mut last = locked(&self.last);
+            (last.status, last.asked) = (status, Some(now));
         }
         self.live.store(None);
         drop(locked(&live.hold).take());

@@ -12,6 +12,7 @@ use super::set::Folder;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::create::{Plan, create};
+use crate::image::kind::in_text;
 use crate::image::names;
 use crate::progress::Progress;
 use crate::vdisk::live::Work;
@@ -67,7 +68,7 @@ impl Folder {
     pub fn clone_image(&self, id: u64, source: &Entry, snapshot: Option<String>) -> Result<()> {
         let (name, _making) = self.begin_making(id)?;
         let work = Work::Clone { snapshot, to: self.path().join(&name), copy: false };
-        self.work(&source.name().to_string_lossy(), &work, &Progress::new())?;
+        self.work(&in_text(source.name()), &work, &Progress::new())?;
         self.has_come(&name)
     }
 
@@ -90,7 +91,7 @@ impl Folder {
     /// Makes a disk larger. `size` in bytes.
     pub fn grow_image(&self, entry: &Entry, size: u64) -> Result<()> {
         let work = Work::Resize { size };
-        self.work(&entry.name().to_string_lossy(), &work, &Progress::new()).map(drop)
+        self.work(&in_text(entry.name()), &work, &Progress::new()).map(drop)
     }
 
     /// Gives an image, or a file without a size, another name. Its number stays. Nothing is ever replaced.

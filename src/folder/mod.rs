@@ -12,22 +12,28 @@ mod diff;
 mod entry;
 mod lease;
 mod live;
+mod looks;
 mod manage;
 mod names;
 mod origin;
 mod passed;
 mod place;
+mod rights;
 mod scan;
 mod set;
 mod settle;
+mod status;
 mod strand;
 mod views;
+mod wanted;
 mod watch;
 mod work;
 
 pub use entry::{Attributes, Entry, OpenDone, OpenImage};
 pub use place::PRIVATE;
-pub use set::{Folder, FolderOptions, ImageStatus};
+pub use rights::Rights;
+pub use set::{FOLDER, Folder, FolderOptions};
+pub use status::ImageStatus;
 pub use views::{OpenSnapshot, Snapshot};
 
 /// Puts something around an image's file (`mount --fault`).

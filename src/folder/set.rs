@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
+use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
 
@@ -12,14 +13,16 @@ use inotify::Inotify;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenDone, OpenImage};
+use super::looks::KnownSnapshots;
 use super::names::Names;
 use super::place::{self, Place};
-use super::scan::{self, Claim, Look, Seen, Source, Stamp};
+use super::scan::{self, Claim, Look, Seen, Stamp};
 use super::strand::Spawn;
+use super::wanted::Wanted;
 use super::watch::{self, Watcher};
 use super::{Wrap, locked, read, write};
 use crate::error::{Error, Kind, Result};
-use crate::image::kind::SHOWN_SUFFIX;
+use crate::image::kind::{SHOWN_SUFFIX, in_text};
 use crate::io::file::HostSpace;
 use crate::vdisk::{Engine, Stats};
 
@@ -51,6 +54,9 @@ impl FolderOptions {
     }
 }
 
+/// The lane of jobs that are about no single image: images count from 1.
+pub const FOLDER: u64 = 0;
+
 /// What all images of a folder have in common.
 pub(super) struct Shared {
     pub(super) place: Place,
@@ -66,29 +72,15 @@ pub(super) struct Shared {
     pub(super) passthrough: AtomicBool,
     /// It was said that it does not.
     pub(super) passthrough_told: Arc<AtomicBool>,
+    pub(super) snapshots: KnownSnapshots,
 }
 
-/// One image of the folder, as `list` shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ImageStatus {
-    /// The image's name, without `.img`.
-    pub name: OsString,
-    /// Its file or folder.
-    pub path: PathBuf,
-    /// "ploop", "raw" or "layered".
-    pub kind: &'static str,
-    /// Disk size in bytes; 0 when it is not known.
-    pub size: u64,
-    /// Space taken on the host in bytes.
-    pub allocated: u64,
-    /// Shown in the mount.
-    pub served: bool,
-    /// Why it is not served, or what a person should know.
-    pub reason: Option<String>,
-    /// "closed", "read-only", "write", "full-queue" or "full-error".
-    pub mode: &'static str,
-    /// How often it is open.
-    pub openers: u32,
+impl Shared {
+    /// Runs jobs of the image number `id` on threads that may block, of which one image has few.
+    pub(super) fn spawn_for(&self, id: u64) -> Spawn {
+        let engine = self.engine.clone();
+        Arc::new(move |job| engine.blocking(id, job))
+    }
 }
 
 /// An images folder that is being served.
@@ -98,10 +90,13 @@ pub struct Folder {
     next_id: AtomicU64,
     /// Protects "one look at the folder at a time" and what was seen at the last. Before `set`.
     pub(super) known: Mutex<HashMap<OsString, Seen>>,
-    /// Protects the set. Before an entry's own locks; nothing blocks under it.
+    /// Protects the set. Before an entry's own locks. Threads of the transports take it: nothing blocks under it, and the
+    /// host is not asked.
     set: RwLock<Set>,
     /// Protects the names that have no image yet. A leaf.
     pub(super) names: Mutex<Names>,
+    /// Who holds images that could not be opened.
+    pub(super) wanted: Arc<Wanted>,
     /// Protects the names of files that were created and are not closed yet. A leaf.
     writing: Mutex<HashSet<OsString>>,
     /// Protects the watch that has no thread yet. A leaf.
@@ -113,7 +108,8 @@ pub struct Folder {
 #[derive(Default)]
 struct Set {
     by_name: BTreeMap<OsString, Arc<Entry>>,
-    by_id: HashMap<u64, Arc<Entry>>,
+    /// In the order in which they came.
+    by_id: BTreeMap<u64, Arc<Entry>>,
     left_out: BTreeMap<OsString, (Claim, String)>,
 }
 
@@ -138,13 +134,14 @@ impl Folder {
         let shared = Arc::new(Shared {
             place,
             engine: engine.clone(),
-            spawn: Arc::new(move |job| on.blocking(job)),
+            spawn: Arc::new(move |job| on.blocking(FOLDER, job)),
             deltas: Arc::new(Deltas::new(options.read_only, options.direct, options.wrap())),
             read_only: options.read_only,
             allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
             passthrough_told: Arc::default(),
+            snapshots: KnownSnapshots::default(),
         });
         let folder = Arc::new_cyclic(|own| Folder {
             own: own.clone(),
@@ -153,6 +150,7 @@ impl Folder {
             known: Mutex::default(),
             set: RwLock::default(),
             names: Mutex::default(),
+            wanted: Arc::default(),
             writing: Mutex::default(),
             watch: Mutex::default(),
             watcher: Mutex::default(),
@@ -245,14 +243,19 @@ impl Folder {
         let sure = !seen.iter().any(|s| s.unsure);
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
         let verdict = self.settle(claims);
-        self.apply(verdict);
+        // Outside of the set's lock: both ask the host.
+        verdict.leftovers.iter().for_each(|leftover| self.remove_leftover(leftover));
+        let new = self.apply(verdict);
+        if locked(&self.watcher).is_some() {
+            new.iter().for_each(|entry| entry.finish_interrupted());
+        }
         Ok(sure)
     }
 
     /// Decides, and makes sure that whatever is dropped is opened by nobody meanwhile: who is held after all
     /// stays, and then the decision is made anew.
     fn settle(&self, claims: Vec<Claim>) -> Verdict {
-        let entries: HashMap<u64, Arc<Entry>> = read(&self.set).by_id.clone();
+        let entries: BTreeMap<u64, Arc<Entry>> = read(&self.set).by_id.clone();
         let mut incumbents: Vec<Incumbent> = entries
             .values()
             .map(|e| Incumbent {
@@ -275,8 +278,9 @@ impl Folder {
         }
     }
 
-    fn apply(&self, verdict: Verdict) {
-        let mut set = write(&self.set);
+    /// Changes the set; the entries that are new.
+    fn apply(&self, verdict: Verdict) -> Vec<Arc<Entry>> {
+        let (mut set, mut new) = (write(&self.set), Vec::new());
         for (id, claim) in &verdict.kept {
             if let Some(entry) = set.by_id.get(id) {
                 entry.seen(Some(claim));
@@ -300,12 +304,7 @@ impl Folder {
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             set.by_name.insert(claim.name.clone(), entry.clone());
             set.by_id.insert(id, entry.clone());
-            if locked(&self.watcher).is_some() {
-                entry.finish_interrupted();
-            }
-        }
-        for leftover in &verdict.leftovers {
-            self.remove_leftover(leftover);
+            new.push(entry);
         }
         let mut left_out = BTreeMap::new();
         for (claim, reason) in verdict.left_out {
@@ -316,6 +315,7 @@ impl Folder {
             left_out.insert(claim.file.clone(), (claim, reason));
         }
         set.left_out = left_out;
+        new
     }
 
     /// A number that nothing had before.
@@ -400,44 +400,38 @@ impl Folder {
         read(&self.set).by_id.get(&id).cloned()
     }
 
+    /// The served image that is written so in text ([`in_text`]).
+    pub fn find_text(&self, text: &str) -> Option<Arc<Entry>> {
+        let as_it_is = self.find(text.as_ref());
+        // Only a name that is no text, or has a backslash, is written in another way.
+        as_it_is.or_else(|| {
+            let written = |entry: &&Arc<Entry>| in_text(entry.name()) == text;
+            text.contains('\\').then(|| read(&self.set).by_name.values().find(written).cloned())?
+        })
+    }
+
+    /// Served images whose number is above `after`, at most `most`, in the order of their numbers.
+    pub fn entries_behind(&self, after: u64, most: usize) -> Vec<Arc<Entry>> {
+        let set = read(&self.set);
+        let behind = set.by_id.range((Bound::Excluded(after), Bound::Unbounded));
+        behind.take(most).map(|(_, entry)| entry.clone()).collect()
+    }
+
     /// All served images, sorted by name.
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         read(&self.set).by_name.values().cloned().collect()
     }
 
-    /// All images, served or left out, sorted by name.
-    pub fn images(&self) -> Vec<ImageStatus> {
-        let mut images: Vec<ImageStatus> = self.entries().iter().map(status).collect();
-        let left_out: Vec<(Claim, String)> = read(&self.set).left_out.values().cloned().collect();
-        images.extend(left_out.into_iter().map(|(claim, reason)| self.left_out_status(&claim, reason)));
-        images.sort_by(|a, b| (&a.name, &a.path).cmp(&(&b.name, &b.path)));
-        images
-    }
-
-    fn left_out_status(&self, claim: &Claim, reason: String) -> ImageStatus {
-        let stat =
-            rustix::fs::statat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
-        ImageStatus {
-            name: claim.name.clone(),
-            path: self.path().join(&claim.file),
-            kind: match claim.source {
-                Source::File(kind) => kind.as_str(),
-                Source::Layers => "layered",
-            },
-            size: claim.size,
-            allocated: stat.map_or(0, |s| s.st_blocks as u64 * 512),
-            served: false,
-            reason: Some(reason),
-            mode: "closed",
-            openers: 0,
-        }
+    /// What is not served, and why.
+    pub(super) fn left_out(&self) -> Vec<(Claim, String)> {
+        read(&self.set).left_out.values().cloned().collect()
     }
 
     /// Live counters of every open image, sorted by name.
     pub fn stats(&self) -> Vec<(String, &'static str, Stats)> {
         let entries = self.entries();
         let open = entries.iter().filter_map(|e| Some((e.stats()?, e)));
-        open.map(|(stats, e)| (e.name().to_string_lossy().into_owned(), e.mode(), stats)).collect()
+        open.map(|(stats, e)| (in_text(e.name()), e.mode(), stats)).collect()
     }
 
     /// Opens an image; `done` is called from a thread of the engine.
@@ -451,7 +445,7 @@ impl Folder {
     /// Opens an image by name (without `.img`), and waits for it. Not for threads of the engine or a transport.
     pub fn open_image(&self, name: &str, write: bool) -> Result<OpenImage> {
         let missing = || Error::at(Kind::NotFound, self.path().join(name), "no such image is served");
-        let entry = self.find(name.as_ref()).ok_or_else(missing)?;
+        let entry = self.find_text(name).ok_or_else(missing)?;
         let (send, receive) = mpsc::channel();
         entry.open_later(write, Box::new(move |result| drop(send.send(result))));
         receive.recv().unwrap_or_else(|_| Err(Error::at(Kind::Io, entry.path(), "the open was abandoned")))
@@ -466,7 +460,7 @@ impl Folder {
     pub fn busy(&self) -> Vec<String> {
         let entries = self.entries();
         let busy = entries.iter().filter(|e| e.openers() > 0);
-        busy.map(|e| e.name().to_string_lossy().into_owned()).collect()
+        busy.map(|e| in_text(e.name())).collect()
     }
 
     /// Makes everything that was acknowledged durable, in every image that is open for writing, at the same
@@ -477,7 +471,7 @@ impl Folder {
         let synced = syncing.into_iter().map(|(entry, answer)| {
             let abandoned = || Err(Error::at(Kind::Io, entry.path(), "the sync was abandoned"));
             let result = answer.recv().unwrap_or_else(|_| abandoned());
-            (entry.name().to_string_lossy().into_owned(), result)
+            (in_text(entry.name()), result)
         });
         synced.collect()
     }
@@ -490,23 +484,8 @@ impl Folder {
         let ended = closing.into_iter().filter_map(|(entry, answer)| {
             let abandoned = || Some(Err(Error::at(Kind::Io, entry.path(), "the close was abandoned")));
             let result = answer.recv().unwrap_or_else(|_| abandoned())?;
-            Some((entry.name().to_string_lossy().into_owned(), result))
+            Some((in_text(entry.name()), result))
         });
         ended.collect()
-    }
-}
-
-fn status(entry: &Arc<Entry>) -> ImageStatus {
-    let attributes = entry.attributes();
-    ImageStatus {
-        name: entry.name().to_owned(),
-        path: entry.path(),
-        kind: entry.kind(),
-        size: attributes.size,
-        allocated: attributes.host.blocks * 512,
-        served: true,
-        reason: entry.trouble(),
-        mode: entry.mode(),
-        openers: entry.openers(),
     }
 }

@@ -1,17 +1,20 @@
 //! Snapshots that are looked at through the mount: read-only images of their own over the files that the live disk has.
 
 use std::collections::{HashMap, HashSet};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, TryLockError};
+use std::time::Instant;
 
 use super::entry::{Attributes, Entry, time_of};
 use super::scan::Source;
 use super::set::Folder;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
-use crate::format::descriptor::Guid;
+use crate::format::descriptor::{Descriptor, Guid};
 use crate::format::header::{HEADER_BYTES, Header};
+use crate::image::kind::in_text;
+use crate::image::labels::Labels;
 use crate::image::layers::Reader;
 use crate::image::map::Piece;
 use crate::image::paths;
@@ -44,15 +47,15 @@ pub struct Snapshot {
 pub struct OpenSnapshot {
     entry: Arc<Entry>,
     guid: Guid,
-    image: Arc<Image>,
-    /// Keeps the files locked, and those of a clone from being changed.
-    _reader: Reader,
+    /// Some until it is dropped. The reader keeps the files locked, and those of a clone from being changed.
+    held: Option<(Arc<Image>, Reader)>,
 }
 
 impl OpenSnapshot {
     /// The read-only image.
     pub fn image(&self) -> &Arc<Image> {
-        &self.image
+        let (image, _) = self.held.as_ref().expect("only dropping takes it");
+        image
     }
 
     /// Which snapshot it is.
@@ -68,20 +71,17 @@ impl OpenSnapshot {
 
 impl Drop for OpenSnapshot {
     fn drop(&mut self) {
-        let image = self.image.clone();
-        // A close waits for what runs.
-        (self.entry.shared.spawn)(Box::new(move || {
+        let Some((image, reader)) = self.held.take() else { return };
+        let (entry, guid) = (self.entry.clone(), self.guid);
+        // A close waits for what runs, and the last one to let go of the files gives their locks back: nothing for the
+        // thread of a transport.
+        (self.entry.spawn)(Box::new(move || {
             if let Err(e) = image.close() {
                 log::warn!("{e}");
             }
+            drop((image, reader));
+            entry.end_view(guid);
         }));
-        let mut views = locked(&self.entry.views);
-        if let Some(count) = views.open.get_mut(&self.guid) {
-            *count -= 1;
-            if *count == 0 {
-                views.open.remove(&self.guid);
-            }
-        }
     }
 }
 
@@ -105,9 +105,9 @@ impl Folder {
         let Some(wanted) = snapshot else {
             return self.open_image(name, false)?.image().map_piece(offset);
         };
-        let entry = self.find(name.as_ref()).ok_or_else(|| missing("no such image is served".into()))?;
+        let entry = self.find_text(name).ok_or_else(|| missing("no such image is served".into()))?;
         let is = |s: &&Snapshot| s.name == wanted || Guid::parse(wanted).is_some_and(|guid| guid == s.guid);
-        let found = entry.snapshots().iter().find(is).map(|s| s.guid);
+        let found = entry.snapshots()?.iter().find(is).map(|s| s.guid);
         let guid = found.ok_or_else(|| missing(format!("there is no snapshot {wanted}")))?;
         entry.open_snapshot(guid)?.image().map_piece(offset)
     }
@@ -119,66 +119,79 @@ impl Folder {
 }
 
 impl Entry {
-    /// Its snapshots, in the order of the descriptor. Reads the descriptor where the image is closed.
-    pub fn snapshots(&self) -> Vec<Snapshot> {
-        let origin = self.origin();
-        if !matches!(origin.source, Source::Layers) {
-            return Vec::new();
-        }
-        let list = |labels: &crate::image::labels::Labels, guids: Vec<Guid>| {
-            guids.into_iter().map(|guid| Snapshot { guid, name: labels.name(guid) }).collect()
-        };
-        if let Some(layers) = locked(&self.layers).get() {
-            let store = layers.store();
-            return list(store.labels(), store.snapshots().collect());
-        }
-        let path = self.path();
-        let read = origin
-            .folder(self.shared.place.fd().as_fd(), &path)
-            .and_then(|dir| Store::read(dir.as_fd(), &path));
-        match read {
-            Ok((descriptor, labels)) => {
-                let shots =
-                    descriptor.shots.iter().filter(|s| s.guid != descriptor.top && s.marker.is_none());
-                list(&labels, shots.map(|s| s.guid).collect())
-            }
-            Err(_) => Vec::new(),
-        }
+    /// Its snapshots, in the order of the descriptor. Reads the descriptor where the image is closed, or just being opened:
+    /// what waits for that open is not waited for.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        let now = Instant::now();
+        let snapshots = self.read_snapshots()?;
+        self.shared.snapshots.keep(self.id(), now, &snapshots);
+        Ok(snapshots)
     }
 
-    /// How many files its live disk, or a snapshot, is made of. None when it is gone.
-    pub fn levels(&self, snapshot: Option<Guid>) -> Option<usize> {
+    fn read_snapshots(&self) -> Result<Vec<Snapshot>> {
         let origin = self.origin();
         if !matches!(origin.source, Source::Layers) {
-            return Some(1);
+            return Ok(Vec::new());
         }
+        let list = |labels: &Labels, guids: Vec<Guid>| {
+            guids.into_iter().map(|guid| Snapshot { guid, name: labels.name(guid) }).collect()
+        };
+        let open = match self.layers.try_lock() {
+            Ok(layers) => layers.get(),
+            Err(TryLockError::Poisoned(layers)) => layers.into_inner().get(),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        if let Some(layers) = open {
+            let store = layers.store();
+            return Ok(list(store.labels(), store.snapshots().collect()));
+        }
+        let (_, descriptor, labels) = self.read_descriptor()?;
+        let shots = descriptor.shots.iter().filter(|s| s.guid != descriptor.top && s.marker.is_none());
+        Ok(list(&labels, shots.map(|s| s.guid).collect()))
+    }
+
+    fn read_descriptor(&self) -> Result<(OwnedFd, Descriptor, Labels)> {
         let path = self.path();
-        let dir = origin.folder(self.shared.place.fd().as_fd(), &path).ok()?;
-        let (descriptor, _) = Store::read(dir.as_fd(), &path).ok()?;
-        Some(descriptor.chain(snapshot.unwrap_or(descriptor.top)).ok()?.len())
+        let dir = self.origin().folder(self.shared.place.fd().as_fd(), &path)?;
+        let (descriptor, labels) = Store::read(dir.as_fd(), &path)?;
+        Ok((dir, descriptor, labels))
+    }
+
+    /// How many files its live disk, or a snapshot, is made of.
+    pub fn levels(&self, snapshot: Option<Guid>) -> Result<usize> {
+        if !matches!(self.origin().source, Source::Layers) {
+            return Ok(1);
+        }
+        let (_, descriptor, _) = self.read_descriptor()?;
+        let broken =
+            |bad: crate::format::descriptor::BadXml| Error::at(Kind::Damaged, self.path(), bad.to_string());
+        Ok(descriptor.chain(snapshot.unwrap_or(descriptor.top)).map_err(broken)?.len())
     }
 
     /// What stat shows of a snapshot: its top file, and the disk's size of its own time. Opens nothing of the image.
-    pub fn snapshot_attributes(&self, guid: Guid) -> Option<Attributes> {
-        let (path, images) = (self.path(), self.shared.place.fd());
-        let dir = self.origin().folder(images.as_fd(), &path).ok()?;
-        let (descriptor, _) = Store::read(dir.as_fd(), &path).ok()?;
-        let delta = descriptor.delta(guid).filter(|_| guid != descriptor.top)?;
+    pub fn snapshot_attributes(&self, guid: Guid) -> Result<Attributes> {
+        let path = self.path();
+        let (dir, descriptor, _) = self.read_descriptor()?;
+        let gone = || Error::at(Kind::NotFound, &path, "the snapshot is deleted");
+        let delta = descriptor.delta(guid).filter(|_| guid != descriptor.top).ok_or_else(gone)?;
         let file = Path::new(&delta.file);
         let shown = path.join(file);
-        let (folder, name) = paths::resolve(dir.as_fd(), file, &shown, self.shared.allow_outside).ok()?;
+        let (folder, name) = paths::resolve(dir.as_fd(), file, &shown, self.shared.allow_outside)?;
         // Another descriptor of the file takes no lock and, closed, gives none back.
-        let file = RealFile::open_as(&folder, Path::new(&name), &shown, Access::ReadOnly).ok()?;
-        let host = file.status().ok()?;
+        let file = RealFile::open_as(&folder, Path::new(&name), &shown, Access::ReadOnly)?;
+        let cannot = |e: std::io::Error| Error::io(&e, &shown, "cannot look at it");
+        let host = file.status().map_err(cannot)?;
         let mut head = [0; HEADER_BYTES as usize];
-        let read = read_full(&file, &mut head, 0).ok()?;
+        let read = read_full(&file, &mut head, 0).map_err(cannot)?;
         let is_base = descriptor.shot(guid).is_some_and(|shot| shot.parent == Guid::NONE);
         let size = if delta.plain && is_base {
             host.len
         } else {
-            Header::parse(&head[..read]).ok()?.geometry().disk
+            let damaged =
+                |field: crate::format::header::BadField| Error::at(Kind::Damaged, &shown, field.to_string());
+            Header::parse(&head[..read]).map_err(damaged)?.geometry().disk
         };
-        Some(Attributes { host, size, mtime: time_of(host.mtime) })
+        Ok(Attributes { host, size, mtime: time_of(host.mtime) })
     }
 
     /// Opens a snapshot read-only. Blocks; for threads of the engine that may.
@@ -195,20 +208,24 @@ impl Entry {
             let gone = || Error::at(Kind::NotFound, self.path(), "the snapshot is deleted");
             let there = layers.store().snapshots().any(|s| s == guid);
             let levels = if there { layers.chain(guid)? } else { return Err(gone()) };
-            let name = format!("{}@{}", self.name().to_string_lossy(), layers.store().labels().name(guid));
+            let name = format!("{}@{}", in_text(self.name()), layers.store().labels().name(guid));
             Ok((Image::open_beside(&self.shared.engine, &name, levels)?, reader))
         });
         match opened {
-            Ok((image, reader)) => Ok(OpenSnapshot { entry: self.clone(), guid, image, _reader: reader }),
+            Ok(held) => Ok(OpenSnapshot { entry: self.clone(), guid, held: Some(held) }),
             Err(e) => {
-                let mut views = locked(&self.views);
-                if let Some(count) = views.open.get_mut(&guid) {
-                    *count -= 1;
-                    if *count == 0 {
-                        views.open.remove(&guid);
-                    }
-                }
+                self.end_view(guid);
                 Err(e)
+            }
+        }
+    }
+
+    fn end_view(&self, guid: Guid) {
+        let mut views = locked(&self.views);
+        if let Some(count) = views.open.get_mut(&guid) {
+            *count -= 1;
+            if *count == 0 {
+                views.open.remove(&guid);
             }
         }
     }

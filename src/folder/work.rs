@@ -9,6 +9,7 @@ use super::scan::Source;
 use super::set::Folder;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
+use crate::image::kind::in_text;
 use crate::image::layers::Layers;
 use crate::image::make_folder::make_folder;
 use crate::image::store::Store;
@@ -21,13 +22,16 @@ impl Folder {
     /// threads of the engine or a transport.
     pub fn work(&self, name: &str, work: &Work, progress: &Progress) -> Result<Done> {
         let missing = || Error::at(Kind::NotFound, self.path().join(name), "no such image is served");
-        let entry = self.find(name.as_ref()).ok_or_else(missing)?;
+        let entry = self.find_text(name).ok_or_else(missing)?;
         if let Work::Switch { snapshot } = work {
-            return entry.switch(snapshot);
+            let done = entry.switch(snapshot);
+            self.shared.snapshots.forget(entry.id());
+            return done;
         }
         let open = self.open_image(name, true)?;
         entry.check_passthrough(work)?;
         let done = self.work_on(&open, work, progress);
+        self.shared.snapshots.forget(entry.id());
         entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
         done
     }
@@ -142,11 +146,14 @@ impl Entry {
 
     /// Goes on, in the background, with a merge that a crash interrupted. Looks at the descriptor only where nothing is
     /// to be done.
-    pub(super) fn finish_interrupted(&self) {
-        let (origin, path) = (self.origin(), self.path());
-        if self.shared.read_only || !matches!(origin.source, Source::Layers) {
-            return;
+    pub(super) fn finish_interrupted(self: &Arc<Self>) {
+        if !self.shared.read_only && matches!(self.origin().source, Source::Layers) {
+            self.ask(|entry| entry.finish_if_interrupted());
         }
+    }
+
+    fn finish_if_interrupted(&self) {
+        let (origin, path) = (self.origin(), self.path());
         let descriptor = origin
             .folder(self.shared.place.fd().as_fd(), &path)
             .and_then(|dir| Store::read(dir.as_fd(), &path));
@@ -156,13 +163,13 @@ impl Entry {
     }
 
     fn finish_later(&self) {
-        let (folder, name) = (self.folder.clone(), self.name().to_string_lossy().into_owned());
+        let (folder, name) = (self.folder.clone(), in_text(self.name()));
         let body = move || {
             let Some(folder) = folder.upgrade() else { return };
             // The image is being opened just now; this open comes behind it.
             match folder.work(&name, &Work::Finish, &Progress::new()) {
                 Ok(_) => log::info!("{name}: the deleted snapshots are merged"),
-                Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {e}"),
+                Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {}", folder.named(e)),
             }
         };
         if let Err(e) = crate::io::process::spawn_detached("ploopfs/merge", body) {

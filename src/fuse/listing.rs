@@ -1,64 +1,32 @@
-//! The names of opened folders, held still from the first name to the last.
+//! The names of a folder, a portion at a time.
 //!
-//! The kernel reads a folder in portions and names the portion by an offset. Asking the file system anew for each
-//! would skip or repeat names when an image comes or goes between, and cost the square of the folder's size.
+//! The kernel reads a folder in portions and names each by an offset that it got before. The offset is the place of a name
+//! ([`Name::next`]), which stays what it is when others come and go: nothing is skipped or named twice, and nothing is
+//! kept for an open folder, however many programs have however large a one open.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use crate::fuse::ops::{Answer, FileKind, FileSystem, Ino, Name};
+use crate::fuse::ops::{Done, FileKind, FileSystem, Ino, Name};
 
 /// The root of every mount.
 const ROOT: Ino = 1;
+/// The place of `..`; the folder's own names follow.
+const DOTS: u64 = 2;
+/// Most names of one portion: somewhat more than fit into what libc asks for at a time (32 KiB).
+const PORTION: usize = 1024;
 
-/// All opened folders of a session, by handle.
-#[derive(Debug, Default)]
-pub(crate) struct Listings {
-    next: AtomicU64,
-    /// Protects the table only; held for a look-up, never across a call. A leaf: no lock is taken under it.
-    open: Mutex<HashMap<u64, Arc<Vec<Name>>>>,
+/// The names behind `offset`, `.` and `..` first, for `done`; there may be more. None: the end.
+pub(crate) fn portion(fs: &dyn FileSystem, ino: Ino, offset: u64, done: Done<Vec<Name>>) {
+    // `..` has the number of the root: what the kernel shows for it comes from its own tree.
+    let dots = [dots(ino, ".", 1), dots(ROOT, "..", DOTS)];
+    let mut names: Vec<Name> = dots.into_iter().filter(|name| name.next > offset).collect();
+    let all = move |answer: super::ops::Answer<Vec<Name>>| {
+        done(answer.map(|more| {
+            names.extend(more);
+            names
+        }));
+    };
+    fs.readdir(ino, offset.max(DOTS), PORTION, Box::new(all));
 }
 
-impl Listings {
-    /// A new handle. Nothing is kept for it until names are asked for.
-    pub(crate) fn open(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
-    /// Forgets a handle.
-    pub(crate) fn close(&self, handle: u64) {
-        self.table().remove(&handle);
-    }
-
-    /// The names as they were when the folder was last read from its beginning, `.` and `..` first. A handle that
-    /// is not known (another process gave it out) is read now.
-    pub(crate) fn names(
-        &self,
-        fs: &dyn FileSystem,
-        ino: Ino,
-        handle: u64,
-        offset: u64,
-    ) -> Answer<Arc<Vec<Name>>> {
-        if offset != 0
-            && let Some(names) = self.table().get(&handle)
-        {
-            return Ok(names.clone());
-        }
-        // `..` has the number of the root: what the kernel shows for it comes from its own tree.
-        let mut names = vec![dots(ino, "."), dots(ROOT, "..")];
-        names.extend(fs.readdir(ino)?);
-        let names = Arc::new(names);
-        self.table().insert(handle, names.clone());
-        Ok(names)
-    }
-
-    fn table(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Vec<Name>>>> {
-        // No panic can happen between two changes of the table.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn dots(ino: Ino, name: &str) -> Name {
-    Name { ino, kind: FileKind::Folder, name: name.into() }
+fn dots(ino: Ino, name: &str, next: u64) -> Name {
+    Name { ino, kind: FileKind::Folder, name: name.into(), next }
 }

@@ -36,13 +36,6 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
     }
 }
 
-/// Attributes of a name of which nothing else is known.
-fn unknown(n: &ops::Name) -> ops::Attr {
-    let mtime = std::time::SystemTime::UNIX_EPOCH;
-    let (size, blocks, mode, links, uid, gid, block_size) = (0, 0, 0, 1, 0, 0, 0);
-    ops::Attr { ino: n.ino, kind: n.kind, size, blocks, mode, links, uid, gid, block_size, mtime }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,8 @@
 //! Reads and writes come in two steps, because a hand-over to another thread costs half of a small request
 //! (FUSE.md 0): `read_now`/`write_now` run on the transport thread, with the transport's own buffer, and finish
 //! only what cannot block; what they refuse goes through `read_later`/`write_later`, which own their bytes and
-//! answer from whichever thread finished. Everything else that may block takes a [`Done`].
+//! answer from whichever thread finished. Everything else that may block takes a [`Done`]: whatever asks the host, since a
+//! host that hangs below one image must stop no thread that serves the others.
 
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
@@ -130,6 +131,9 @@ pub struct Name {
     pub kind: FileKind,
     /// The name.
     pub name: OsString,
+    /// Where a listing goes on behind it. Stands for this name as long as the folder lives, so that a listing needs no copy
+    /// of the folder; above 2, and grows from name to name.
+    pub next: u64,
 }
 
 /// statfs: in blocks of `block_size` bytes.
@@ -169,20 +173,21 @@ pub enum Now<T> {
 
 /// One file system, as transports see it. All methods may be called from many threads at once.
 ///
-/// Methods without [`Done`] must not block.
+/// Methods without [`Done`] must not block, and none may wait on the thread that calls it.
 pub trait FileSystem: Send + Sync + 'static {
     /// Finds a name in a folder.
-    fn lookup(&self, caller: Caller, parent: Ino, name: &OsStr) -> Answer<Attr>;
+    fn lookup(&self, caller: Caller, parent: Ino, name: &OsStr, done: Done<Attr>);
     /// The kernel forgot `count` look-ups of `ino`.
     fn forget(&self, ino: Ino, count: u64);
     /// stat.
-    fn getattr(&self, ino: Ino) -> Answer<Attr>;
+    fn getattr(&self, ino: Ino, done: Done<Attr>);
     /// chmod, chown, truncate, utimes.
     fn setattr(&self, caller: Caller, ino: Ino, change: SetAttr, done: Done<Attr>);
-    /// The names of a folder, without `.` and `..`.
-    fn readdir(&self, ino: Ino) -> Answer<Vec<Name>>;
+    /// The names of a folder behind the place `after` ([`Name::next`]; 2 is the beginning), `most` at most, without `.` and
+    /// `..`. None: the folder ends.
+    fn readdir(&self, ino: Ino, after: u64, most: usize, done: Done<Vec<Name>>);
     /// statfs of the file system behind `ino`.
-    fn statfs(&self, ino: Ino) -> Answer<Space>;
+    fn statfs(&self, ino: Ino, done: Done<Space>);
     /// Any operation that would create, rename, link or remove a name.
     fn change_name(&self, caller: Caller, parent: Ino, name: &OsStr) -> Answer<()>;
     /// Makes a file and opens it.
@@ -213,9 +218,9 @@ pub trait FileSystem: Send + Sync + 'static {
         done(Err(Errno(libc::ENOSYS)));
     }
     /// The value of an extended attribute; ENODATA: it has none of that name. ENOSYS: the kernel never asks again.
-    fn getxattr(&self, ino: Ino, name: &OsStr) -> Answer<Vec<u8>> {
+    fn getxattr(&self, ino: Ino, name: &OsStr, done: Done<Vec<u8>>) {
         let _ = (ino, name);
-        Err(Errno(libc::ENOSYS))
+        done(Err(Errno(libc::ENOSYS)));
     }
     /// The names of the extended attributes.
     fn listxattr(&self, ino: Ino) -> Answer<Vec<&'static str>> {

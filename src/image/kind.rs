@@ -44,6 +44,20 @@ impl ImageKind {
     }
 }
 
+/// A name as text: what is UTF-8 as it is, and else its other bytes as `\xNN`, so that no two names are one. Where that
+/// could be mistaken, a backslash of the name itself is two.
+pub fn in_text(name: &OsStr) -> String {
+    if let Some(text) = name.to_str().filter(|text| !text.contains("\\x")) {
+        return text.to_owned();
+    }
+    let mut text = String::with_capacity(name.len());
+    for chunk in name.as_bytes().utf8_chunks() {
+        text.push_str(&chunk.valid().replace('\\', "\\\\"));
+        chunk.invalid().iter().for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
+    }
+    text
+}
+
 /// What an entry of the images folder is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Class {
@@ -152,6 +166,15 @@ mod tests {
 
     fn is_image(name: &str, regular: bool, head: &[u8]) -> bool {
         matches!(classify(name.as_ref(), regular, head), Class::Image { .. })
+    }
+
+    #[test]
+    fn two_names_that_are_no_text_are_two_texts() {
+        let text = |bytes: &[u8]| in_text(OsStr::from_bytes(bytes));
+        assert_eq!(text(b"vm1"), "vm1");
+        assert_eq!((text("Bär".as_bytes()), text(b"a\\b")), ("Bär".into(), "a\\b".into()));
+        assert_eq!((text(b"a\xff"), text(b"a\xfe")), ("a\\xff".into(), "a\\xfe".into()));
+        assert_ne!(text(b"a\xff"), text(b"a\\xff"));
     }
 
     #[test]

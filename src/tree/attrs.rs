@@ -58,9 +58,9 @@ impl Owner {
         self.own(node, FileKind::Folder, 0, 0o755, 2)
     }
 
-    /// A file that is made up when it is read.
+    /// A file; only its owner may read it.
     pub fn file(&self, node: Node, size: u64) -> Attr {
-        self.own(node, FileKind::File, size, 0o444, 1)
+        self.own(node, FileKind::File, size, 0o400, 1)
     }
 
     fn own(&self, node: Node, kind: FileKind, size: u64, mode: u16, links: u32) -> Attr {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::manage::Unborn;
+use super::own::Text;
 use super::trouble::Trouble;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, OpenImage, OpenSnapshot};
@@ -30,8 +31,8 @@ pub enum OpenFile {
     Snapshot(OpenSnapshot),
     /// A file that was opened before it was an image.
     Unborn(Arc<Unborn>),
-    /// A file that was made up at its open.
-    Text(Bytes),
+    /// A file that was made up for its open.
+    Text(Text),
 }
 
 /// Where failures of one file are reported.
@@ -111,7 +112,7 @@ impl OpenFile {
 
     fn text(&self, offset: u64, len: usize) -> Bytes {
         match self {
-            OpenFile::Text(text) => text_part(text, offset, len),
+            OpenFile::Text(text) => text_part(&text.bytes, offset, len),
             OpenFile::Image(_) | OpenFile::Snapshot(_) | OpenFile::Unborn(_) => Bytes::new(),
         }
     }
@@ -262,7 +263,7 @@ impl OpenFile {
         };
         let image = image.clone();
         let report = report(trouble, entry, "seek");
-        engine.blocking(Box::new(move || done(seek(&image, offset, whence, &report))));
+        engine.blocking(entry.id(), Box::new(move || done(seek(&image, offset, whence, &report))));
     }
 }
 

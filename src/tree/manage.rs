@@ -13,8 +13,9 @@ use super::data::OpenFile;
 use super::names::{self, Node};
 use super::{NOT_PERMITTED, Tree, keep};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Entry, OpenImage};
-use crate::fuse::ops::{Answer, Attr, Done, Errno, Handle, Ino, OpenFlags, Opened};
+use crate::folder::{Entry, OpenImage, Rights};
+use crate::fuse::ops::{Answer, Attr, Done, Errno, Handle, Ino, OpenFlags, Opened, SetAttr};
+use crate::image::kind::in_text;
 use crate::io::process::spawn_detached;
 
 /// "Read and write instead": the kernel copies by itself.
@@ -69,9 +70,16 @@ impl Tree {
         let done = Arc::new(Mutex::new(Some(done)));
         let answer = done.clone();
         let job = move || {
-            let result = body(&tree).map_err(|e| tree.trouble.refused(&e, doing));
+            let result = body(&tree);
+            let refused = |e: &Error| tree.trouble.refused(e, doing);
             if let Some(done) = answer.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                done(result);
+                match result {
+                    Ok(value) => done(Ok(value)),
+                    Err(e) => {
+                        done(Err(refused(&e)));
+                        tree.folder.name_later(&e, doing);
+                    }
+                }
             }
         };
         if let Err(e) = spawn_detached("ploopfs/manage", job)
@@ -114,9 +122,15 @@ impl Tree {
             if self.folder.get(id).is_some_and(|entry| entry.can_be_passed()) {
                 return done(Err(Errno(libc::ESTALE)));
             }
-            let attr = self.attr(Node::Image(id));
-            let opened = move |answer: Answer<Opened>| done(answer.and_then(|opened| Ok((attr?, opened))));
-            return self.open_image(id, flags, Box::new(opened));
+            let Some(tree) = self.own.upgrade() else { return done(Err(Errno(libc::EIO))) };
+            let known = move |answer: Answer<Attr>| match answer {
+                Ok(attr) => {
+                    let opened = move |answer: Answer<Opened>| done(answer.map(|opened| (attr, opened)));
+                    tree.open_image(id, flags, Box::new(opened));
+                }
+                Err(errno) => done(Err(errno)),
+            };
+            return self.attr(Node::Image(id), Box::new(known));
         }
         self.change("create", done, move |tree| {
             let id = tree.folder.begin_image(&image)?;
@@ -125,8 +139,8 @@ impl Tree {
             let file = OpenFile::Unborn(unborn);
             let opened = keep(&tree.handles, file);
             let opened = opened.map_err(|_| Error::at(Kind::Io, &image, "too many open files"))?;
-            let attr = tree.attr(Node::Image(id));
-            attr.map(|attr| (attr, opened)).map_err(|_| Error::at(Kind::NotFound, &image, "is gone again"))
+            let gone = || Error::at(Kind::NotFound, &image, "is gone again");
+            tree.image_attr(id).map(|attr| (attr, opened)).ok_or_else(gone)
         });
     }
 
@@ -145,6 +159,14 @@ impl Tree {
     pub(super) fn open_unborn(&self, id: u64, flags: OpenFlags) -> Option<Answer<Opened>> {
         self.folder.unborn(id)?;
         Some(keep(&self.handles, OpenFile::Unborn(Arc::new(self.unborn(id, flags, false)))))
+    }
+
+    /// What stat shows of an image, or of a file that has no size yet. Blocks.
+    fn image_attr(&self, id: u64) -> Option<Attr> {
+        match self.folder.get(id) {
+            Some(entry) => Some(attrs::image(Node::Image(id), &entry.attributes())),
+            None => self.unborn_attr(id),
+        }
     }
 
     /// What stat shows of a file that has no size yet.
@@ -173,10 +195,19 @@ impl Tree {
         }
     }
 
-    /// A size for the image number `id`, in bytes: makes it, or makes it larger. `now`: its size so far.
-    pub(super) fn resize_file(&self, id: u64, now: u64, size: u64, done: Done<Attr>) {
-        self.change("change the size", done, move |tree| {
+    /// Changes mode, owner, group and size of the image number `id`, of which `now` is shown so far.
+    pub(super) fn change_image(&self, id: u64, now: &Attr, change: SetAttr, done: Done<Attr>) {
+        let now = now.size;
+        self.change("change mode, owner or size", done, move |tree| {
             let gone = || Error::new(Kind::NotFound, "the image is gone");
+            let rights = Rights { mode: change.mode, uid: change.uid, gid: change.gid };
+            if rights != Rights::default() {
+                let why = "has no size yet, and so no file that could have another mode or owner";
+                let unborn = || Error::new(Kind::NotPermitted, why);
+                tree.folder.get(id).ok_or_else(unborn)?.set_rights(&rights)?;
+            }
+            let Some(size) = change.size else { return tree.image_attr(id).ok_or_else(gone) };
+            // A size in bytes: makes it, or makes it larger.
             match tree.folder.get(id) {
                 // Whoever copies a file in sets its length at the end, and disks end with a cluster.
                 Some(entry) if size < now && tree.is_rounded(&entry, size)? => {}
@@ -189,7 +220,7 @@ impl Tree {
                 Some(entry) => tree.folder.grow_image(&entry, size)?,
                 None => tree.folder.create_image(id, size)?,
             }
-            tree.attr(Node::Image(id)).map_err(|_| gone())
+            tree.image_attr(id).ok_or_else(gone)
         });
     }
 
@@ -232,9 +263,13 @@ impl Tree {
         };
         let path = entry.path();
         let opened = move |result: Result<OpenImage>| {
+            let failed = result.as_ref().err().cloned();
             // Another request of this handle may have come first; then this open is given back.
             let _ = unborn.image.set(result.map_err(|e| tree.trouble.errno(&e, &path, "open")));
             again(&tree, done);
+            if let Some(e) = failed {
+                tree.folder.name_later(&e, "open");
+            }
         };
         entry.open_later(self.writes(handle), Box::new(opened));
         None
@@ -256,7 +291,7 @@ impl Tree {
         let (Some(unborn), Some(end), Some(tree)) = (self.unborn_of(handle), end, self.own.upgrade()) else {
             return Some(done);
         };
-        let short = |tree: &Tree| tree.attr(Node::Image(unborn.id)).is_ok_and(|attr| attr.size < end);
+        let short = |tree: &Tree| tree.size_of(unborn.id).is_some_and(|size| size < end);
         if !unborn.made || !unborn.writes || !short(self) {
             return Some(done);
         }
@@ -268,12 +303,17 @@ impl Tree {
         self.change("write", longer, move |tree| {
             let _alone = unborn.growing.lock().unwrap_or_else(PoisonError::into_inner);
             match tree.folder.get(unborn.id) {
-                Some(entry) if entry.attributes().size < end => tree.folder.grow_image(&entry, end),
+                Some(entry) if entry.size() < end => tree.folder.grow_image(&entry, end),
                 Some(_) => Ok(()),
                 None => tree.folder.create_image(unborn.id, end),
             }
         });
         None
+    }
+
+    /// Size of an image, or of a file that has none yet, without asking the host.
+    fn size_of(&self, id: u64) -> Option<u64> {
+        self.folder.get(id).map(|entry| entry.size()).or_else(|| self.folder.unborn(id).map(|_| 0))
     }
 
     /// Remembers who makes an image, as long as the handle is open.
@@ -291,7 +331,7 @@ impl Tree {
         if !made {
             return Ok(false);
         }
-        let open = self.folder.open_image(&entry.name().to_string_lossy(), false)?;
+        let open = self.folder.open_image(&in_text(entry.name()), false)?;
         Ok(size.checked_next_multiple_of(open.image().cluster()) == Some(open.image().size()))
     }
 

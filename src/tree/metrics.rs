@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::stats::MountInfo;
 use crate::folder::{Entry, Folder};
+use crate::image::kind::in_text;
 use crate::vdisk::latency::{Histogram, Latencies, Op};
 use crate::vdisk::{Engine, Stats};
 
@@ -157,7 +158,7 @@ pub fn render(folder: &Folder, engine: &Engine, info: &MountInfo) -> Bytes {
 fn look(entry: Arc<Entry>) -> Seen {
     let of = |latencies: &Latencies| Op::ALL.map(|op| latencies.of(op));
     Seen {
-        name: escaped(&entry.name().to_string_lossy()),
+        name: escaped(&in_text(entry.name())),
         stats: entry.stats(),
         latency: entry.with_image(|image| of(image.latencies())),
         entry,

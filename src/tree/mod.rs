@@ -7,35 +7,40 @@
 //! .ploopfs/metrics             the same for Prometheus
 //! ```
 
+mod asking;
 mod attrs;
 mod data;
 mod handles;
 mod manage;
 mod metrics;
 mod names;
+mod own;
 mod snapshots;
 mod stats;
 mod trouble;
 mod xattrs;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use crate::error::Result;
-use crate::folder::{Entry, Folder, OpenImage, Snapshot};
+use crate::error::{Error, Result};
+use crate::folder::{Entry, FOLDER, Folder, OpenImage};
 use crate::fuse::ops::{
     Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
 };
 use crate::io::planned::Planned;
 use crate::vdisk::Engine;
+use asking::Question;
 use attrs::Owner;
 use data::OpenFile;
 use handles::{Borrowed, Handles};
 use names::{METRICS_NAME, Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
+use own::OwnFile;
 use snapshots::Numbers;
 pub use stats::{Document, Image as ImageStats, MountInfo, Sandbox, document};
 use trouble::Trouble;
@@ -50,6 +55,10 @@ pub struct Tree {
     handles: Arc<Handles<OpenFile>>,
     trouble: Arc<Trouble>,
     numbers: Numbers,
+    stats: OwnFile,
+    metrics: OwnFile,
+    /// Free space of the host.
+    space: Arc<Question<Answer<Space>>>,
     /// The open handles that made images. A leaf.
     makers: manage::Makers,
 }
@@ -77,6 +86,9 @@ impl Tree {
             handles,
             trouble,
             numbers,
+            stats: OwnFile::new(&owner),
+            metrics: OwnFile::new(&owner),
+            space: Question::new(0),
             makers: manage::Makers::default(),
         })
     }
@@ -89,51 +101,45 @@ impl Tree {
         self.folder.get(id).ok_or(NO_ENTRY)
     }
 
-    fn attr(&self, node: Node) -> Answer<Attr> {
-        Ok(match node {
-            Node::Root | Node::Private | Node::Snapshots => self.owner.folder(node),
-            Node::SnapshotFolder(id) => {
-                self.entry(id)?;
-                self.owner.folder(node)
-            }
-            Node::Snapshot(number) => {
-                let (id, guid) = self.numbers.snapshot(number).ok_or(NO_ENTRY)?;
-                let attributes = self.entry(id)?.snapshot_attributes(guid).ok_or(NO_ENTRY)?;
-                attrs::snapshot(node, &attributes)
-            }
-            Node::Stats | Node::Metrics => {
-                self.owner.file(node, self.text(node).map_or(0, |text| text.len() as u64))
-            }
-            Node::Image(id) => match self.folder.get(id) {
-                Some(entry) => attrs::image(node, &entry.attributes()),
-                None => self.unborn_attr(id).ok_or(NO_ENTRY)?,
-            },
-        })
-    }
-
-    /// What a file of our own has in it at this moment.
-    fn text(&self, node: Node) -> Option<Bytes> {
+    /// What stat shows of a node; what the host must be asked for is asked elsewhere.
+    fn attr(&self, node: Node, done: Done<Attr>) {
         match node {
-            Node::Stats => Some(stats::render(&self.folder, &self.info)),
-            Node::Metrics => Some(metrics::render(&self.folder, &self.engine, &self.info)),
-            _ => None,
+            Node::Root | Node::Private | Node::Snapshots => done(Ok(self.owner.folder(node))),
+            Node::SnapshotFolder(id) => done(self.entry(id).map(|_| self.owner.folder(node))),
+            Node::Stats | Node::Metrics => done(Ok(self.own_attr(node))),
+            Node::Image(id) => match self.folder.get(id) {
+                Some(entry) => entry.attributes_later(move |known| done(Ok(attrs::image(node, &known)))),
+                None => done(self.unborn_attr(id).ok_or(NO_ENTRY)),
+            },
+            Node::Snapshot(number) => {
+                let found = self.numbers.snapshot(number);
+                let entry = found.and_then(|(id, guid)| Some((self.folder.get(id)?, guid)));
+                let (Some((entry, guid)), Some(tree)) = (entry, self.own.upgrade()) else {
+                    return done(Err(NO_ENTRY));
+                };
+                entry.ask(move |entry| done(tree.snapshot_attr(entry, guid)));
+            }
         }
     }
 
-    /// The snapshots of an image, with their nodes.
-    fn snapshots(&self, entry: &Arc<Entry>) -> impl Iterator<Item = (Node, Snapshot)> {
-        let all = entry.snapshots().into_iter();
-        all.map(|snapshot| (Node::Snapshot(self.numbers.number(entry.id(), snapshot.guid)), snapshot))
+    /// The names of the mount's root behind the place `after`.
+    fn list_images(&self, after: u64, most: usize) -> Vec<Name> {
+        let mut all = vec![
+            listed(Node::Private, FileKind::Folder, PRIVATE_NAME.into()),
+            listed(Node::Snapshots, FileKind::Folder, SNAPSHOTS_NAME.into()),
+        ];
+        let entries = self.folder.entries_behind(names::image_before(after), most);
+        let image = |e: &Arc<Entry>| listed(Node::Image(e.id()), FileKind::File, names::shown(e.name()));
+        all.extend(entries.iter().map(image));
+        let unborn = self.folder.all_unborn().into_iter();
+        all.extend(unborn.map(|(of, id)| listed(Node::Image(id), FileKind::File, names::shown(&of))));
+        behind(all, after, most)
     }
 
-    fn open_snapshot(&self, number: u64, done: Done<Opened>) {
-        let found = self.numbers.snapshot(number).and_then(|(id, guid)| Some((self.folder.get(id)?, guid)));
-        let Some((entry, guid)) = found else { return done(Err(NO_ENTRY)) };
-        let (handles, trouble) = (self.handles.clone(), self.trouble.clone());
-        self.engine.blocking(Box::new(move || match entry.open_snapshot(guid) {
-            Ok(open) => done(keep(&handles, OpenFile::Snapshot(open))),
-            Err(e) => done(Err(trouble.errno(&e, &entry.path(), "open a snapshot"))),
-        }));
+    /// Answers an open that failed. Who holds what is locked is looked for behind the answer.
+    fn cannot_open<T>(&self, e: &Error, path: &Path, doing: &'static str, done: Done<T>) {
+        done(Err(self.trouble.errno(e, path, doing)));
+        self.folder.name_later(e, doing);
     }
 
     fn borrow(&self, handle: Handle) -> Option<Borrowed<OpenFile>> {
@@ -160,22 +166,35 @@ impl Tree {
         let borrowed = self.borrow(handle);
         let open = borrowed.as_ref().and_then(Borrowed::get).and_then(OpenFile::image);
         let Some((image, entry)) = open.filter(|(image, _)| image.may_be_passed()) else { return Some(done) };
-        let longer = image.host_status().is_ok_and(|status| status.len > image.size());
-        let (Some(tree), true) = (self.own.upgrade(), longer) else { return Some(done) };
-        let (image, path) = (image.clone(), entry.path());
-        self.engine.blocking(Box::new(move || match image.follow_file() {
-            Ok(()) => again(&tree, done),
-            Err(e) => done(Err(tree.trouble.errno(&e, &path, "follow the length of the file"))),
-        }));
+        let Some(tree) = self.own.upgrade() else { return Some(done) };
+        let (image, entry) = (image.clone(), entry.clone());
+        let follow = move || {
+            let longer = image.host_status().is_ok_and(|status| status.len > image.size());
+            match if longer { image.follow_file() } else { Ok(()) } {
+                Ok(()) => again(&tree, done),
+                Err(e) => done(Err(tree.trouble.errno(&e, &entry.path(), "follow the length of the file"))),
+            }
+        };
+        self.engine.blocking(id_of(borrowed.as_ref()), Box::new(follow));
         None
     }
 
-    /// Why `change` is refused; None: it is nothing. Times are taken and forgotten, so that `cp -p` and `touch`
-    /// go on: what is shown is the last write (DESIGN.md 2).
-    fn refusal(change: &SetAttr, size: u64) -> Option<Errno> {
-        let owner = change.mode.is_some() || change.uid.is_some() || change.gid.is_some();
-        let resize = change.size.is_some_and(|new| new != size);
-        (owner || resize).then_some(NOT_PERMITTED)
+    /// Carries out what of a `setattr` is a change to what stat shows now. What is so already is done, so that `cp -p`,
+    /// `tar` and `install` go on; times are taken and forgotten: what is shown is the last write (DESIGN.md 2).
+    fn change_attr(&self, node: Node, now: Attr, asked: &SetAttr, done: Done<Attr>) {
+        let change = SetAttr {
+            mode: asked.mode.map(|mode| mode & 0o7777).filter(|mode| *mode != u32::from(now.mode)),
+            uid: asked.uid.filter(|uid| *uid != now.uid),
+            gid: asked.gid.filter(|gid| *gid != now.gid),
+            size: asked.size.filter(|size| *size != now.size),
+            times: false,
+        };
+        match node {
+            _ if change == SetAttr::default() => done(Ok(now)),
+            Node::Stats | Node::Metrics => done(self.change_own(node, &change)),
+            Node::Image(id) if self.info.manage => self.change_image(id, &now, change, done),
+            _ => done(Err(NOT_PERMITTED)),
+        }
     }
 
     fn open_image(&self, id: u64, flags: OpenFlags, done: Done<Opened>) {
@@ -186,17 +205,36 @@ impl Tree {
             Ok(entry) => entry,
             Err(errno) => return done(Err(errno)),
         };
-        let (handles, trouble, path) = (self.handles.clone(), self.trouble.clone(), entry.path());
+        let (Some(tree), path) = (self.own.upgrade(), entry.path()) else { return done(Err(NO_ENTRY)) };
         let opened = move |result: Result<OpenImage>| {
             let open = match result {
                 Ok(open) => open,
-                Err(e) => return done(Err(trouble.errno(&e, &path, "open"))),
+                Err(e) => return tree.cannot_open(&e, &path, "open", done),
             };
             let backing = open.backing().cloned();
-            done(keep(&handles, OpenFile::Image(open)).map(|kept| Opened { backing, ..kept }));
+            done(keep(&tree.handles, OpenFile::Image(open)).map(|kept| Opened { backing, ..kept }));
         };
         entry.open_for_kernel(flags.writes(), Box::new(opened));
     }
+}
+
+/// One name of a folder.
+fn listed(node: Node, kind: FileKind, name: OsString) -> Name {
+    Name { ino: node.ino(), kind, name, next: node.place() }
+}
+
+/// The names behind the place `after`, at most `most`, in the order of their places.
+fn behind(mut names: Vec<Name>, after: u64, most: usize) -> Vec<Name> {
+    names.retain(|name| name.next > after);
+    names.sort_unstable_by_key(|name| name.next);
+    names.truncate(most);
+    names
+}
+
+/// The image that an open file is of, as a lane of jobs.
+fn id_of(open: Option<&Borrowed<OpenFile>>) -> u64 {
+    let image = open.and_then(Borrowed::get).and_then(OpenFile::image);
+    image.map_or(FOLDER, |(_, entry)| entry.id())
 }
 
 /// Gives what was opened a handle. Always direct: an image has no second cache in front of it, and a made-up
@@ -207,95 +245,85 @@ fn keep(handles: &Handles<OpenFile>, open: OpenFile) -> Answer<Opened> {
 }
 
 impl FileSystem for Tree {
-    fn lookup(&self, _caller: Caller, parent: Ino, name: &OsStr) -> Answer<Attr> {
-        match self.node(parent)? {
-            Node::Root if name == PRIVATE_NAME => self.attr(Node::Private),
-            Node::Root if name == SNAPSHOTS_NAME => self.attr(Node::Snapshots),
-            Node::Root => {
-                let image = names::image_of(name).ok_or(NO_ENTRY)?;
-                self.attr(Node::Image(self.folder.find_id(image).ok_or(NO_ENTRY)?))
+    fn lookup(&self, _caller: Caller, parent: Ino, name: &OsStr, done: Done<Attr>) {
+        let node = match Node::of(parent) {
+            None => Err(NO_ENTRY),
+            Some(Node::Root) if name == PRIVATE_NAME => Ok(Node::Private),
+            Some(Node::Root) if name == SNAPSHOTS_NAME => Ok(Node::Snapshots),
+            Some(Node::Root) => {
+                let image = names::image_of(name).and_then(|image| self.folder.find_id(image));
+                image.map(Node::Image).ok_or(NO_ENTRY)
             }
-            Node::Private if name == STATS_NAME => self.attr(Node::Stats),
-            Node::Private if name == METRICS_NAME => self.attr(Node::Metrics),
-            Node::Private => Err(NO_ENTRY),
-            Node::Snapshots => {
-                let entry = self.folder.find(name).ok_or(NO_ENTRY)?;
-                self.attr(Node::SnapshotFolder(entry.id()))
+            Some(Node::Private) if name == STATS_NAME => Ok(Node::Stats),
+            Some(Node::Private) if name == METRICS_NAME => Ok(Node::Metrics),
+            Some(Node::Private) => Err(NO_ENTRY),
+            Some(Node::Snapshots) => {
+                self.folder.find(name).map(|entry| Node::SnapshotFolder(entry.id())).ok_or(NO_ENTRY)
             }
-            Node::SnapshotFolder(id) => {
-                let label = names::image_of(name).ok_or(NO_ENTRY)?;
-                let entry = self.entry(id)?;
-                let found = self.snapshots(&entry).find(|(_, snapshot)| label == &*snapshot.name);
-                self.attr(found.ok_or(NO_ENTRY)?.0)
+            Some(Node::SnapshotFolder(id)) => return self.find_snapshot(id, name, done),
+            Some(Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_)) => {
+                Err(Errno(libc::ENOTDIR))
             }
-            Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
+        };
+        match node {
+            Ok(node) => self.attr(node, done),
+            Err(errno) => done(Err(errno)),
         }
     }
 
     /// Nothing is kept for the kernel's sake: a number leads to its image for as long as that is served.
     fn forget(&self, _ino: Ino, _count: u64) {}
 
-    fn getattr(&self, ino: Ino) -> Answer<Attr> {
-        self.attr(self.node(ino)?)
+    fn getattr(&self, ino: Ino, done: Done<Attr>) {
+        match self.node(ino) {
+            Ok(node) => self.attr(node, done),
+            Err(errno) => done(Err(errno)),
+        }
     }
 
     fn setattr(&self, _caller: Caller, ino: Ino, change: SetAttr, done: Done<Attr>) {
-        if self.info.manage
-            && let (Ok(Node::Image(id)), Ok(attr)) = (self.node(ino), self.getattr(ino))
-            && let Some(size) = change.size.filter(|size| *size != attr.size)
-            && Tree::refusal(&change, size).is_none()
-        {
-            return self.resize_file(id, attr.size, size, done);
-        }
-        let answer = self.getattr(ino).and_then(|attr| match Tree::refusal(&change, attr.size) {
-            Some(errno) => Err(errno),
-            None => Ok(attr),
-        });
-        done(answer);
+        let (Ok(node), Some(tree)) = (self.node(ino), self.own.upgrade()) else {
+            return done(Err(NO_ENTRY));
+        };
+        let known = move |answer: Answer<Attr>| match answer {
+            Ok(now) => tree.change_attr(node, now, &change, done),
+            Err(errno) => done(Err(errno)),
+        };
+        self.attr(node, Box::new(known));
     }
 
-    fn readdir(&self, ino: Ino) -> Answer<Vec<Name>> {
-        let name = |node: Node, kind, name| Name { ino: node.ino(), kind, name };
-        match self.node(ino)? {
-            Node::Root => {
-                let mut all = vec![
-                    name(Node::Private, FileKind::Folder, PRIVATE_NAME.into()),
-                    name(Node::Snapshots, FileKind::Folder, SNAPSHOTS_NAME.into()),
+    fn readdir(&self, ino: Ino, after: u64, most: usize, done: Done<Vec<Name>>) {
+        match self.node(ino) {
+            Ok(Node::Root) => done(Ok(self.list_images(after, most))),
+            Ok(Node::Private) => {
+                let own = vec![
+                    listed(Node::Stats, FileKind::File, STATS_NAME.into()),
+                    listed(Node::Metrics, FileKind::File, METRICS_NAME.into()),
                 ];
-                let entries = self.folder.entries();
-                let image =
-                    |e: &Arc<Entry>| name(Node::Image(e.id()), FileKind::File, names::shown(e.name()));
-                all.extend(entries.iter().map(image));
-                let unborn = self.folder.all_unborn().into_iter();
-                all.extend(unborn.map(|(of, id)| name(Node::Image(id), FileKind::File, names::shown(&of))));
-                Ok(all)
+                done(Ok(behind(own, after, most)));
             }
-            Node::Private => Ok(vec![
-                name(Node::Stats, FileKind::File, STATS_NAME.into()),
-                name(Node::Metrics, FileKind::File, METRICS_NAME.into()),
-            ]),
-            Node::Snapshots => {
-                let entries = self.folder.entries();
+            Ok(Node::Snapshots) => {
+                let entries = self.folder.entries_behind(names::image_before(after), most);
                 let folder = |e: &Arc<Entry>| {
-                    name(Node::SnapshotFolder(e.id()), FileKind::Folder, e.name().to_owned())
+                    listed(Node::SnapshotFolder(e.id()), FileKind::Folder, e.name().to_owned())
                 };
-                Ok(entries.iter().map(folder).collect())
+                done(Ok(entries.iter().map(folder).collect()));
             }
-            Node::SnapshotFolder(id) => {
-                let entry = self.entry(id)?;
-                let file =
-                    |(node, s): (Node, Snapshot)| name(node, FileKind::File, names::shown(s.name.as_ref()));
-                Ok(self.snapshots(&entry).map(file).collect())
+            Ok(Node::SnapshotFolder(id)) => self.list_snapshots(id, after, most, done),
+            Ok(Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_)) => {
+                done(Err(Errno(libc::ENOTDIR)));
             }
-            Node::Stats | Node::Metrics | Node::Image(_) | Node::Snapshot(_) => Err(Errno(libc::ENOTDIR)),
+            Err(errno) => done(Err(errno)),
         }
     }
 
-    fn statfs(&self, _ino: Ino) -> Answer<Space> {
-        match self.folder.space() {
-            Ok(space) => Ok(attrs::space(&space)),
-            Err(e) => Err(self.trouble.errno(&e, self.folder.path(), "statfs")),
-        }
+    fn statfs(&self, _ino: Ino, done: Done<Space>) {
+        let (folder, trouble) = (self.folder.clone(), self.trouble.clone());
+        let find = move || {
+            let space = folder.space();
+            space.map(|s| attrs::space(&s)).map_err(|e| trouble.errno(&e, folder.path(), "statfs"))
+        };
+        self.space.ask(|job| self.engine.blocking(FOLDER, job), find, done);
     }
 
     fn change_name(&self, _caller: Caller, _parent: Ino, _name: &OsStr) -> Answer<()> {
@@ -325,21 +353,22 @@ impl FileSystem for Tree {
         }
     }
 
-    fn getxattr(&self, ino: Ino, name: &OsStr) -> Answer<Vec<u8>> {
-        self.attribute(self.node(ino)?, name)
+    fn getxattr(&self, ino: Ino, name: &OsStr, done: Done<Vec<u8>>) {
+        match self.node(ino) {
+            Ok(node) => self.attribute(node, name, done),
+            Err(errno) => done(Err(errno)),
+        }
     }
 
     fn listxattr(&self, ino: Ino) -> Answer<Vec<&'static str>> {
         Ok(self.attribute_names(self.node(ino)?))
     }
 
-    fn open(&self, _caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
+    fn open(&self, caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
         match self.node(ino) {
             Ok(Node::Image(id)) => self.open_image(id, flags, done),
             Ok(Node::Stats | Node::Metrics) if flags.writes() => done(Err(NOT_PERMITTED)),
-            Ok(node @ (Node::Stats | Node::Metrics)) => {
-                done(keep(&self.handles, OpenFile::Text(self.text(node).unwrap_or_default())));
-            }
+            Ok(node @ (Node::Stats | Node::Metrics)) => self.open_own(caller, node, done),
             Ok(Node::Snapshot(_)) if flags.writes() => done(Err(Errno(libc::EROFS))),
             Ok(Node::Snapshot(number)) => self.open_snapshot(number, done),
             Ok(Node::Root | Node::Private | Node::Snapshots | Node::SnapshotFolder(_)) => {

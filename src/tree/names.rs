@@ -24,6 +24,12 @@ const FOLDERS: Ino = 1 << 62;
 /// Snapshot number 0.
 const SNAPSHOT: Ino = 1 << 63;
 
+/// Letters and digits that rsync puts behind the name of a file that is not whole yet.
+const RSYNC: usize = 6;
+
+/// Places of a listing up to here are those of `.` and `..`.
+const FIRST_PLACE: u64 = 2;
+
 /// The name of our own folder in the mount.
 pub const PRIVATE_NAME: &str = ".ploopfs";
 /// The name of the folder of snapshots in the mount.
@@ -83,6 +89,22 @@ impl Node {
             Node::Snapshot(number) => SNAPSHOT + number,
         }
     }
+
+    /// Its place in the listing of its folder: as little as its number does it ever stand for another. Far below 2^63, where
+    /// a program takes an offset for an error.
+    pub fn place(self) -> u64 {
+        FIRST_PLACE
+            + match self {
+                Node::SnapshotFolder(id) => Node::Image(id).ino(),
+                Node::Snapshot(number) => number + 1,
+                node => node.ino(),
+            }
+    }
+}
+
+/// The number of an image such that exactly those with a greater one are listed behind the place `after`.
+pub fn image_before(after: u64) -> u64 {
+    after.saturating_sub(IMAGES + FIRST_PLACE)
 }
 
 /// The name an image is shown under.
@@ -92,9 +114,18 @@ pub fn shown(image: &OsStr) -> OsString {
     OsString::from_vec(name)
 }
 
-/// The image that is shown under `name`; None: no image can be.
+/// The image that is shown under `name`; None: no image can be. What rsync calls a file until it is whole,
+/// `.vm1.img.AbC123`, is the image `vm1.img.AbC123`: those names begin with no dot.
 pub fn image_of(name: &OsStr) -> Option<&OsStr> {
-    name.as_bytes().strip_suffix(SHOWN_SUFFIX.as_bytes()).map(OsStr::from_bytes)
+    let bytes = name.as_bytes();
+    bytes.strip_suffix(SHOWN_SUFFIX.as_bytes()).or_else(|| unfinished(bytes)).map(OsStr::from_bytes)
+}
+
+fn unfinished(name: &[u8]) -> Option<&[u8]> {
+    let image = name.strip_prefix(b".")?;
+    let (front, random) = image.split_at_checked(image.len().checked_sub(RSYNC)?)?;
+    let whole = front.strip_suffix(b".")?.strip_suffix(SHOWN_SUFFIX.as_bytes())?;
+    (!whole.is_empty() && random.iter().all(u8::is_ascii_alphanumeric)).then_some(image)
 }
 
 #[cfg(test)]
@@ -113,11 +144,26 @@ mod tests {
     }
 
     #[test]
+    fn a_place_of_a_listing_is_behind_the_dots_and_leads_to_those_behind_it() {
+        for node in [Node::Private, Node::Stats, Node::Snapshot(0), Node::SnapshotFolder(1), Node::Image(1)] {
+            assert!(node.place() > 2, "{node:?}");
+        }
+        assert_eq!(image_before(Node::Image(7).place()), 7);
+        assert_eq!(image_before(Node::SnapshotFolder(7).place()), 7);
+        assert_eq!(image_before(Node::Snapshots.place()), 0);
+    }
+
+    #[test]
     fn shown_names_end_in_img_and_lead_back() {
         assert_eq!(shown("vm1".as_ref()), "vm1.img");
         assert_eq!(image_of("vm1.img".as_ref()), Some("vm1".as_ref()));
         assert_eq!(image_of("a.img.img".as_ref()), Some("a.img".as_ref()));
-        assert_eq!(image_of("vm1".as_ref()), None);
+        for none in
+            ["vm1", ".img.AbC123", "vm1.img.AbC123", ".vm1.img.AbC12", ".vm1.raw.AbC123", ".vm1.img.Ab.123"]
+        {
+            assert_eq!(image_of(none.as_ref()), None, "{none}");
+        }
+        assert_eq!(image_of(".vm1.img.AbC123".as_ref()), Some("vm1.img.AbC123".as_ref()));
         let odd = OsStr::from_bytes(b"\xff");
         assert_eq!(image_of(&shown(odd)), Some(odd));
     }

@@ -1,9 +1,16 @@
-//! `.snapshots/NAME/LABEL.img`: which number each snapshot has. A number is given at the first look and never again,
-//! so that an inode is one snapshot for as long as the mount lives, whatever its label.
+//! `.snapshots/NAME/LABEL.img`: what is shown of snapshots, and which number each has. A number is given at the first look
+//! and never again, so that an inode is one snapshot for as long as the mount lives, whatever its label.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 
+use super::data::OpenFile;
+use super::names::{self, Node};
+use super::{NO_ENTRY, Tree, attrs, behind, keep, listed};
+use crate::folder::{Entry, Snapshot};
 use crate::format::descriptor::Guid;
+use crate::fuse::ops::{Answer, Attr, Done, FileKind, Name, Opened};
 use crate::sync::{Mutex, lock};
 
 /// The numbers of all snapshots that were ever looked at.
@@ -35,6 +42,62 @@ impl Numbers {
     /// Image and snapshot of a number.
     pub fn snapshot(&self, number: u64) -> Option<(u64, Guid)> {
         lock(&self.known).snapshots.get(usize::try_from(number).ok()?).copied()
+    }
+}
+
+impl Tree {
+    /// What stat shows of a snapshot. Blocks.
+    pub(super) fn snapshot_attr(&self, entry: &Entry, guid: Guid) -> Answer<Attr> {
+        let node = Node::Snapshot(self.numbers.number(entry.id(), guid));
+        let cannot = |e| self.trouble.errno(&e, &entry.path(), "look at a snapshot");
+        entry.snapshot_attributes(guid).map(|known| attrs::snapshot(node, &known)).map_err(cannot)
+    }
+
+    /// Finds a snapshot by its name with `.img`.
+    pub(super) fn find_snapshot(&self, id: u64, name: &OsStr, done: Done<Attr>) {
+        let (Ok(entry), Some(label), Some(tree)) =
+            (self.entry(id), names::image_of(name), self.own.upgrade())
+        else {
+            return done(Err(NO_ENTRY));
+        };
+        let label = label.as_bytes().to_owned();
+        entry.ask(move |entry| {
+            done(match entry.find_snapshot(&label) {
+                Ok(Some(found)) => tree.snapshot_attr(entry, found.guid),
+                Ok(None) => Err(NO_ENTRY),
+                Err(e) => Err(tree.trouble.errno(&e, &entry.path(), "look for a snapshot")),
+            });
+        });
+    }
+
+    /// The snapshots of an image behind the place `after`.
+    pub(super) fn list_snapshots(&self, id: u64, after: u64, most: usize, done: Done<Vec<Name>>) {
+        let (Ok(entry), Some(tree)) = (self.entry(id), self.own.upgrade()) else {
+            return done(Err(NO_ENTRY));
+        };
+        entry.ask(move |entry| {
+            let cannot = |e| tree.trouble.errno(&e, &entry.path(), "list the snapshots");
+            let name = |s: Snapshot| {
+                let node = Node::Snapshot(tree.numbers.number(entry.id(), s.guid));
+                listed(node, FileKind::File, names::shown(s.name.as_ref()))
+            };
+            let all = entry.snapshots().map_err(cannot);
+            done(all.map(|all| behind(all.into_iter().map(name).collect(), after, most)));
+        });
+    }
+
+    pub(super) fn open_snapshot(&self, number: u64, done: Done<Opened>) {
+        let found = self.numbers.snapshot(number).and_then(|(id, guid)| Some((self.folder.get(id)?, guid)));
+        let (Some((entry, guid)), Some(tree)) = (found, self.own.upgrade()) else {
+            return done(Err(NO_ENTRY));
+        };
+        self.engine.blocking(
+            entry.id(),
+            Box::new(move || match entry.open_snapshot(guid) {
+                Ok(open) => done(keep(&tree.handles, OpenFile::Snapshot(open))),
+                Err(e) => tree.cannot_open(&e, &entry.path(), "open a snapshot", done),
+            }),
+        );
     }
 }
 

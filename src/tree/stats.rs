@@ -1,4 +1,4 @@
-//! `.ploopfs/stats.json`: the live counters, made up when the file is opened. Fields are added, never renamed.
+//! `.ploopfs/stats.json`: the live counters. Fields are added, never renamed.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -7,6 +7,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::folder::Folder;
+use crate::image::kind::in_text;
 use crate::vdisk::latency::{Histogram, Op};
 
 /// What the mount says of itself.
@@ -97,8 +98,10 @@ pub struct Image {
     pub latency: BTreeMap<String, Histogram>,
 }
 
-/// The counters at this moment. A closed image has the mode "closed" and counts nothing.
+/// The counters at this moment. A closed image has the mode "closed" and counts nothing. Asks the hosts of all images, and
+/// waits a second at most for those that do not answer.
 pub fn document(folder: &Folder, info: &MountInfo) -> Document {
+    folder.look_at_all();
     let image = |entry: &crate::folder::Entry| {
         let stats = entry.stats();
         let count = |of: fn(&crate::vdisk::Stats) -> u64| stats.as_ref().map_or(0, of);
@@ -120,7 +123,7 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
             written_bytes: count(|s| s.written_bytes),
             size: entry.size(),
             // stat(2) counts units of 512 bytes.
-            allocated: entry.attributes().host.blocks * 512,
+            allocated: entry.known_attributes().host.blocks * 512,
             latency: entry
                 .with_image(|image| Op::ALL.map(|op| histogram(op, image)).into_iter().collect())
                 .unwrap_or_default(),
@@ -135,7 +138,7 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
         sandbox: info.sandbox.get().copied().unwrap_or_default(),
         host_available: space.as_ref().map_or(0, |space| space.available),
         host_size: space.as_ref().map_or(0, |space| space.total),
-        images: entries.iter().map(|e| (e.name().to_string_lossy().into_owned(), image(e))).collect(),
+        images: entries.iter().map(|e| (in_text(e.name()), image(e))).collect(),
     }
 }
 

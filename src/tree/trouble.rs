@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::error::{Error, Kind};
 use crate::fuse::ops::Errno;
+use crate::io::holder;
 
 /// Lines a second. A dead disk fails every request; the log must survive that, and the first lines say it all.
 const PER_SECOND: u64 = 10;
@@ -27,7 +28,9 @@ impl Trouble {
     pub fn errno(&self, e: &Error, path: &Path, doing: &str) -> Errno {
         // The others are answers to the caller, or have an event of their own (a full host).
         let serious = matches!(e.kind(), Kind::Io | Kind::Damaged | Kind::InUse);
-        if serious && self.may_log() {
+        // Logged with the name of who holds it, once that is known.
+        let unnamed = holder::unnamed(e).is_some();
+        if serious && !unnamed && self.may_log() {
             match e.file() {
                 Some(file) if file == path => log::error!("{doing} failed: {e}"),
                 _ => log::error!("{doing} failed: {}: {e}", path.display()),

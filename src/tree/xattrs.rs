@@ -5,12 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 
 use super::Tree;
 use super::names::Node;
-use crate::fuse::ops::{Answer, Errno};
+use crate::error::Result;
+use crate::folder::Entry;
+use crate::format::descriptor::Guid;
+use crate::fuse::ops::{Done, Errno};
 
 const NO_SUCH: Errno = Errno(libc::ENODATA);
-/// What every attribute of ours begins with.
-const OURS: &[u8] = b"user.ploopfs.";
-
 /// The file or folder that the image is in.
 const SOURCE: &str = "user.ploopfs.source";
 /// ploop, raw or layered.
@@ -35,32 +35,38 @@ impl Tree {
     }
 
     /// One of them. The kernel asks for others as well, such as security.capability before each punch: those cost nothing.
-    pub(super) fn attribute(&self, node: Node, name: &OsStr) -> Answer<Vec<u8>> {
-        if !name.as_bytes().starts_with(OURS) {
-            return Err(NO_SUCH);
-        }
+    pub(super) fn attribute(&self, node: Node, name: &OsStr, done: Done<Vec<u8>>) {
+        let known = ALL.into_iter().find(|known| name.as_bytes() == known.as_bytes());
         let (id, snapshot) = match node {
-            Node::Image(id) => (id, None),
-            Node::Snapshot(number) => {
-                let (id, guid) = self.numbers.snapshot(number).ok_or(NO_SUCH)?;
-                (id, Some(guid))
-            }
-            _ => return Err(NO_SUCH),
+            Node::Image(id) => (Some(id), None),
+            Node::Snapshot(number) => self.numbers.snapshot(number).unzip(),
+            _ => (None, None),
         };
-        let entry = self.folder.get(id).ok_or(NO_SUCH)?;
-        let number = |n: u64| n.to_string().into_bytes();
-        match name.to_str() {
-            Some(SOURCE) => Ok(entry.path().as_os_str().as_bytes().to_vec()),
-            Some(FORMAT) => Ok(entry.kind().as_bytes().to_vec()),
-            Some(LEVELS) => entry.levels(snapshot).map(|n| number(n as u64)).ok_or(NO_SUCH),
-            Some(ALLOCATED) => {
-                let attributes = match snapshot {
-                    None => Some(entry.attributes()),
-                    Some(guid) => entry.snapshot_attributes(guid),
-                };
-                attributes.map(|attributes| number(attributes.host.blocks * 512)).ok_or(NO_SUCH)
-            }
-            _ => Err(NO_SUCH),
+        let entry = id.and_then(|id| self.folder.get(id));
+        let (Some(name), Some(entry), Some(tree)) = (known, entry, self.own.upgrade()) else {
+            return done(Err(NO_SUCH));
+        };
+        match name {
+            SOURCE => done(Ok(entry.path().as_os_str().as_bytes().to_vec())),
+            FORMAT => done(Ok(entry.kind().as_bytes().to_vec())),
+            // The host knows.
+            _ => entry.ask(move |entry| {
+                let number = asked(entry, name, snapshot);
+                let cannot = |e| tree.trouble.errno(&e, &entry.path(), "look at it");
+                done(number.map(|number| number.to_string().into_bytes()).map_err(cannot));
+            }),
         }
     }
+}
+
+/// One that is a number. Blocks.
+fn asked(entry: &Entry, name: &str, snapshot: Option<Guid>) -> Result<u64> {
+    if name == LEVELS {
+        return Ok(entry.levels(snapshot)? as u64);
+    }
+    let attributes = match snapshot {
+        None => entry.attributes(),
+        Some(guid) => entry.snapshot_attributes(guid)?,
+    };
+    Ok(attributes.host.blocks * 512)
 }

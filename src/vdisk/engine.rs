@@ -112,6 +112,9 @@ pub type Listener = Box<dyn Fn(Event) + Send + Sync>;
 /// not wait for each other's.
 const SYNC_THREADS: usize = 64;
 
+/// Threads that open, close, seek and ask for one image: an open, a question and two seeks or snapshots at a time.
+const OPEN_SHARE: usize = 4;
+
 /// Threads, BAT cache budget and clock, shared by all images of a process.
 pub struct Engine {
     pub(super) options: Options,
@@ -139,7 +142,7 @@ impl Engine {
             runners: Pool::new("ploopfs/r", 2 * runners, runners),
             // A lane of two: a round and an extension or scrub of one image may overlap.
             syncers: Pool::new("ploopfs/sync", SYNC_THREADS, 2),
-            openers: Pool::new("ploopfs/open", SYNC_THREADS, SYNC_THREADS / 2),
+            openers: Pool::new("ploopfs/open", SYNC_THREADS, OPEN_SHARE),
             clock: Clock::default(),
             budget: Arc::new(Budget::new(options.bat_cache)),
             parked: AtomicUsize::new(0),
@@ -162,9 +165,10 @@ impl Engine {
         self.reads.get()
     }
 
-    /// Runs `job` on a thread that may block: opens, closes, seeks.
-    pub fn blocking(&self, job: Job) {
-        self.openers.submit(0, job);
+    /// Runs `job` on a thread that may block: opens, closes, seeks, questions to the host. `lane` is the image it is about:
+    /// one whose host hangs keeps its share of the threads and no more.
+    pub fn blocking(&self, lane: u64, job: Job) {
+        self.openers.submit(lane, job);
     }
 
     pub(super) fn new_id(&self) -> u64 {

@@ -62,6 +62,7 @@ use crate::sync::{
 pub use engine::{Engine, Event, Listener, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
+pub use runner::Job;
 pub(crate) use stack::MAX_LEVELS;
 use stack::Stack;
 

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, FopenFlags, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::convert::{GENERATION, attr, caller, errno, file_type};
@@ -21,19 +21,18 @@ use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
 };
 use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
-use crate::fuse::listing::Listings;
-use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Whence};
-use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of, unknown};
+use crate::fuse::listing;
+use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
+use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
 use crate::io::buffers;
 
-/// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses.
-const WANTED: [(InitFlags, &str); 6] = [
+/// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses. Not READDIRPLUS: one
+/// answer would need the attributes of all images, and wait for the slowest host.
+const WANTED: [(InitFlags, &str); 4] = [
     (InitFlags::FUSE_ASYNC_DIO, "loop and libaio requests run one at a time"),
     (InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP, "images cannot be mapped shared"),
     (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups in one folder run one at a time"),
-    (InitFlags::FUSE_DO_READDIRPLUS, "ls -l asks for each file on its own"),
-    (InitFlags::FUSE_READDIRPLUS_AUTO, "plain ls fetches attributes too"),
     // Images show neither set-user-id bits nor capabilities: there is nothing to take away.
     (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "each write that is passed through asks for capabilities first"),
 ];
@@ -41,7 +40,6 @@ const WANTED: [(InitFlags, &str); 6] = [
 pub(super) struct Bridge {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) lanes: Arc<Lanes>,
-    pub(super) listings: Listings,
     pub(super) max_background: u16,
     /// Some where passthrough is wanted; true once the kernel has agreed.
     pub(super) passthrough: Option<Arc<AtomicBool>>,
@@ -91,30 +89,6 @@ impl Bridge {
     fn removal(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         answer_empty(reply, self.fs.change_name(caller(request), parent.0, name));
     }
-
-    /// One entry of readdirplus, which is a look-up the kernel remembers unless the entry did not fit.
-    fn add_plus(
-        &self,
-        r: &Request,
-        folder: INodeNo,
-        next: u64,
-        n: &Name,
-        out: &mut ReplyDirectoryPlus,
-    ) -> bool {
-        let dot = n.name == "." || n.name == "..";
-        let found = if dot { self.fs.getattr(n.ino) } else { self.fs.lookup(caller(r), folder.0, &n.name) };
-        match found {
-            Ok(a) => {
-                let full = out.add(INodeNo(a.ino), next, &n.name, &TTL, &attr(&a), GENERATION);
-                if full && !dot {
-                    self.fs.forget(a.ino, 1);
-                }
-                full
-            }
-            // Gone meanwhile: node 0 tells the kernel that there is a name and nothing known of it.
-            Err(_) => out.add(INodeNo(0), next, &n.name, &TTL, &attr(&unknown(n)), GENERATION),
-        }
-    }
 }
 
 impl fuser::Filesystem for Bridge {
@@ -144,9 +118,12 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn lookup(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.serve("lookup", || match self.fs.lookup(caller(r), parent.0, name) {
-            Ok(a) => reply.entry(&TTL, &attr(&a), GENERATION),
-            Err(e) => reply.error(errno(e)),
+        self.serve("lookup", || {
+            let done: Done<Attr> = Box::new(move |answer| match answer {
+                Ok(a) => reply.entry(&TTL, &attr(&a), GENERATION),
+                Err(e) => reply.error(errno(e)),
+            });
+            self.fs.lookup(caller(r), parent.0, name, done);
         });
     }
 
@@ -155,7 +132,9 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.serve("getattr", || answer_attr(reply, self.fs.getattr(ino.0)));
+        self.serve("getattr", || {
+            self.fs.getattr(ino.0, Box::new(move |answer| answer_attr(reply, answer)));
+        });
     }
 
     fn setattr(
@@ -379,51 +358,30 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn opendir(&self, _: &Request, _: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
-        self.serve("opendir", || reply.opened(FileHandle(self.listings.open()), FopenFlags::empty()));
+        // Nothing is kept for it.
+        self.serve("opendir", || reply.opened(FileHandle(0), FopenFlags::empty()));
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.serve("readdir", || {
-            let names = match self.listings.names(self.fs.as_ref(), ino.0, fh.0, offset) {
-                Ok(names) => names,
-                Err(e) => return reply.error(errno(e)),
-            };
-            for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
-                if reply.add(INodeNo(n.ino), next, file_type(n.kind), &n.name) {
-                    break;
+            let done: Done<Vec<Name>> = Box::new(move |answer| {
+                let names = match answer {
+                    Ok(names) => names,
+                    Err(e) => return reply.error(errno(e)),
+                };
+                for n in &names {
+                    if reply.add(INodeNo(n.ino), n.next, file_type(n.kind), &n.name) {
+                        break;
+                    }
                 }
-            }
-            reply.ok();
+                reply.ok();
+            });
+            listing::portion(self.fs.as_ref(), ino.0, offset, done);
         });
     }
 
-    fn readdirplus(
-        &self,
-        r: &Request,
-        ino: INodeNo,
-        fh: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectoryPlus,
-    ) {
-        self.serve("readdirplus", || {
-            let names = match self.listings.names(self.fs.as_ref(), ino.0, fh.0, offset) {
-                Ok(names) => names,
-                Err(e) => return reply.error(errno(e)),
-            };
-            for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
-                if self.add_plus(r, ino, next, n, &mut reply) {
-                    break;
-                }
-            }
-            reply.ok();
-        });
-    }
-
-    fn releasedir(&self, _: &Request, _: INodeNo, fh: FileHandle, _: fuser::OpenFlags, reply: ReplyEmpty) {
-        self.serve("releasedir", || {
-            self.listings.close(fh.0);
-            reply.ok();
-        });
+    fn releasedir(&self, _: &Request, _: INodeNo, _: FileHandle, _: fuser::OpenFlags, reply: ReplyEmpty) {
+        self.serve("releasedir", || reply.ok());
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
@@ -432,12 +390,15 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        self.serve("statfs", || match self.fs.statfs(ino.0) {
-            Ok(s) => {
-                let bs = s.block_size;
-                reply.statfs(s.blocks, s.free, s.available, s.files, s.files_free, bs, NAME_MAX, bs);
-            }
-            Err(e) => reply.error(errno(e)),
+        self.serve("statfs", || {
+            let done: Done<Space> = Box::new(move |answer| match answer {
+                Ok(s) => {
+                    let bs = s.block_size;
+                    reply.statfs(s.blocks, s.free, s.available, s.files, s.files_free, bs, NAME_MAX, bs);
+                }
+                Err(e) => reply.error(errno(e)),
+            });
+            self.fs.statfs(ino.0, done);
         });
     }
 
@@ -456,7 +417,10 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.serve("getxattr", || answer_xattr(reply, size, self.fs.getxattr(ino.0, name)));
+        self.serve("getxattr", || {
+            let done: Done<Vec<u8>> = Box::new(move |answer| answer_xattr(reply, size, answer));
+            self.fs.getxattr(ino.0, name, done);
+        });
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {

@@ -16,7 +16,6 @@ use fuser::{INodeNo, SessionACL};
 use self::bridge::Bridge;
 use crate::error::{Error, Result};
 use crate::fuse::lanes::Lanes;
-use crate::fuse::listing::Listings;
 use crate::fuse::mount::{self, DEVICE};
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
@@ -48,7 +47,6 @@ pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) ->
     let bridge = Bridge {
         fs: fs.clone(),
         lanes: lanes.clone(),
-        listings: Listings::default(),
         max_background: settings.max_background,
         passthrough: passthrough.clone(),
     };

@@ -234,7 +234,7 @@ pub(super) fn space(s: &Space) -> StatFsOut {
     }
 }
 
-/// The answer of READDIR and READDIRPLUS, name by name into its place.
+/// The answer of READDIR, name by name into its place.
 pub(super) struct Names<'a> {
     room: &'a mut [u8],
     used: usize,
@@ -247,27 +247,17 @@ impl Names<'_> {
     }
 
     /// True when a name of this length would still fit.
-    pub(super) fn fits(&self, name: &OsStr, plus: bool) -> bool {
-        size(name, plus) <= self.room.len() - self.used
+    pub(super) fn fits(&self, name: &OsStr) -> bool {
+        size(name) <= self.room.len() - self.used
     }
 
-    /// Adds a name, whose successor is number `next`; with READDIRPLUS and its attributes, which `known` says the kernel
-    /// may keep. To be called while it [`fits`](Self::fits); else nothing happens.
-    pub(super) fn add(&mut self, n: &Name, next: u64, plus: Option<(&Attr, bool)>) {
-        let size = size(&n.name, plus.is_some());
-        let Some(mut place) = self.room.get_mut(self.used..self.used + size) else { return };
+    /// Adds a name. To be called while it [`fits`](Self::fits); else nothing happens.
+    pub(super) fn add(&mut self, n: &Name) {
+        let size = size(&n.name);
+        let Some(place) = self.room.get_mut(self.used..self.used + size) else { return };
         place.fill(0);
-        let mut ino = n.ino;
-        if let Some((a, keep)) = plus {
-            ino = a.ino;
-            // Node 0 tells the kernel that there is a name and nothing known of it.
-            let out = known(if keep { a.ino } else { 0 }, a);
-            let (front, rest) = place.split_at_mut(size_of::<EntryOut>());
-            front.copy_from_slice(out.as_bytes());
-            place = rest;
-        }
         let kind = mode_of(n.kind) >> 12;
-        let dirent = Dirent { ino, next, name_len: n.name.len() as u32, kind };
+        let dirent = Dirent { ino: n.ino, next: n.next, name_len: n.name.len() as u32, kind };
         let (front, rest) = place.split_at_mut(size_of::<Dirent>());
         front.copy_from_slice(dirent.as_bytes());
         rest[..n.name.len()].copy_from_slice(n.name.as_bytes());
@@ -280,9 +270,8 @@ impl Names<'_> {
     }
 }
 
-fn size(name: &OsStr, plus: bool) -> usize {
-    let front = if plus { size_of::<EntryOut>() } else { 0 };
-    front + (size_of::<Dirent>() + name.len()).next_multiple_of(8)
+fn size(name: &OsStr) -> usize {
+    (size_of::<Dirent>() + name.len()).next_multiple_of(8)
 }
 
 #[cfg(test)]
@@ -313,14 +302,14 @@ mod tests {
     fn names_are_packed_in_steps_of_8_until_the_room_is_full() {
         let mut room = [0xff; 70];
         let mut names = Names::new(&mut room);
-        let n = Name { ino: 5, kind: FileKind::Folder, name: "vm".into() };
-        let mut next = 0;
-        while names.fits(&n.name, false) {
-            next += 1;
-            names.add(&n, next, None);
+        let n = Name { ino: 5, kind: FileKind::Folder, name: "vm".into(), next: 7 };
+        let mut fitted = 0;
+        while names.fits(&n.name) {
+            fitted += 1;
+            names.add(&n);
         }
-        assert_eq!((next, names.used()), (2, 64));
-        names.add(&n, 3, None);
+        assert_eq!((fitted, names.used()), (2, 64));
+        names.add(&n);
         assert_eq!(names.used(), 64);
         assert_eq!(&room[24..32], b"vm\0\0\0\0\0\0");
         assert_eq!((room[20], room[64]), (4, 0xff));

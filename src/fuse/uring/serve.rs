@@ -1,6 +1,5 @@
 //! One request, from its bytes to its answer: the same for a ring's entry and for a message of /dev/fuse.
 
-use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,9 +11,9 @@ use super::answer::{self, Names, OpenOut};
 use super::device::{Device, Registered};
 use super::wire::{self, Operation, Parts, Request};
 use crate::fuse::lanes::{Inside, Lanes};
-use crate::fuse::listing::Listings;
-use crate::fuse::ops::{Answer, Caller, Done, Errno, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened};
-use crate::fuse::{text_of, unknown};
+use crate::fuse::listing;
+use crate::fuse::ops::{Answer, Done, Errno, FileSystem, Handle, Name, Now, OpenFlags, Opened};
+use crate::fuse::text_of;
 use crate::io::backing::Registration;
 use crate::io::planned::Planned;
 
@@ -97,6 +96,24 @@ impl<E: Exchange> Reply<E> {
         }
     }
 
+    /// As many names as there is room for.
+    fn names(mut self, answer: Answer<Vec<Name>>, size: usize) {
+        let names = match answer {
+            Ok(names) => names,
+            Err(e) => return self.send(Err(e)),
+        };
+        let Some(room) = self.exchange().room(size) else { return self.error(libc::EINVAL) };
+        let mut out = Names::new(room);
+        for n in &names {
+            if !out.fits(&n.name) {
+                break;
+            }
+            out.add(n);
+        }
+        let used = out.used();
+        self.send(Ok(used));
+    }
+
     fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
         match answer.map(fields) {
             Ok(fields) => self.bytes(Ok(fields.as_bytes())),
@@ -116,7 +133,6 @@ impl<E: Exchange> Drop for Reply<E> {
 /// What all threads of a session share.
 pub(super) struct Server {
     fs: Arc<dyn FileSystem>,
-    listings: Listings,
     /// The threads that may wait in a write; see [`Lanes`].
     lanes: Lanes,
     /// The connection has ended: nothing reaches the file system any more.
@@ -158,13 +174,7 @@ enum Place<'a> {
 impl Server {
     /// `helpers`: how many threads may wait in writes.
     pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize, device: Option<Arc<Device>>) -> Server {
-        Server {
-            fs,
-            listings: Listings::default(),
-            lanes: Lanes::new(helpers),
-            closed: AtomicBool::new(false),
-            device,
-        }
+        Server { fs, lanes: Lanes::new(helpers), closed: AtomicBool::new(false), device }
     }
 
     /// True when a write to `handle` may wait for the host.
@@ -205,8 +215,9 @@ impl Server {
         };
         match operation {
             Operation::Lookup { name } => {
-                let answer = self.fs.lookup(caller, ino, name);
-                reply.fields(answer, |a| answer::entry(&a));
+                let name = name.to_owned();
+                let done = Box::new(move |answer| reply.fields(answer, |a| answer::entry(&a)));
+                self.fs.lookup(caller, ino, &name, done);
             }
             Operation::Forget { count } => {
                 self.fs.forget(ino, count);
@@ -216,7 +227,9 @@ impl Server {
                 wire::forgets(list).for_each(|(ino, count)| self.fs.forget(ino, count));
                 reply.forget();
             }
-            Operation::GetAttr => reply.fields(self.fs.getattr(ino), |a| answer::attr(&a)),
+            Operation::GetAttr => {
+                self.fs.getattr(ino, Box::new(move |answer| reply.fields(answer, |a| answer::attr(&a))));
+            }
             Operation::SetAttr(change) => {
                 let done = Box::new(move |answer| reply.fields(answer, |a| answer::attr(&a)));
                 self.fs.setattr(caller, ino, change, done);
@@ -258,8 +271,8 @@ impl Server {
                 self.fs.copy_range(from, to, len, done);
             }
             Operation::GetXattr { name, size } => {
-                let answer = self.fs.getxattr(ino, name);
-                reply.sized(answer, size);
+                let name = name.to_owned();
+                self.fs.getxattr(ino, &name, Box::new(move |answer| reply.sized(answer, size)));
             }
             Operation::ListXattr { size } => {
                 let names = self.fs.listxattr(ino);
@@ -288,7 +301,9 @@ impl Server {
                     }
                 }
             }
-            Operation::StatFs => reply.fields(self.fs.statfs(ino), |s| answer::space(&s)),
+            Operation::StatFs => {
+                self.fs.statfs(ino, Box::new(move |answer| reply.fields(answer, |s| answer::space(&s))));
+            }
             Operation::Release { handle } => {
                 self.fs.release(handle);
                 reply.empty(Ok(()));
@@ -296,19 +311,15 @@ impl Server {
             Operation::Fsync { handle } => {
                 self.fs.fsync(handle, Box::new(move |answer| reply.empty(answer)));
             }
+            // Nothing is kept for it.
             Operation::OpenDir => {
-                let handle = self.listings.open();
-                reply.fields(Ok(handle), |handle| {
-                    answer::opened(&Opened { handle, direct: false, backing: None })
-                });
+                reply.fields(Ok(0), |handle| answer::opened(&Opened { handle, direct: false, backing: None }))
             }
-            Operation::ReadDir { handle, offset, size, plus } => {
-                self.read_dir(reply, caller, ino, Portion { handle, offset, size, plus });
+            Operation::ReadDir { offset, size } => {
+                let done = Box::new(move |answer| reply.names(answer, size as usize));
+                listing::portion(self.fs.as_ref(), ino, offset, done);
             }
-            Operation::ReleaseDir { handle } => {
-                self.listings.close(handle);
-                reply.empty(Ok(()));
-            }
+            Operation::ReleaseDir => reply.empty(Ok(())),
             // Names do not change through the mount; what changes them syncs its folder itself (R8).
             Operation::FsyncDir => reply.empty(Ok(())),
             Operation::Fallocate { handle, offset, len, mode } => {
@@ -353,54 +364,13 @@ impl Server {
         let inside = if thread == Thread::Helper { self.lanes.enter() } else { None };
         inside.map_or(Place::Elsewhere, |inside| Place::Here(Some(inside)))
     }
-
-    fn read_dir<E: Exchange>(&self, mut reply: Reply<E>, caller: Caller, ino: Ino, portion: Portion) {
-        let Portion { handle, offset, size, plus } = portion;
-        let names = match self.listings.names(self.fs.as_ref(), ino, handle, offset) {
-            Ok(names) => names,
-            Err(e) => return reply.send(Err(e)),
-        };
-        let Some(room) = reply.exchange().room(size as usize) else { return reply.error(libc::EINVAL) };
-        let mut out = Names::new(room);
-        for (next, n) in (1u64..).zip(names.iter()).skip(usize::try_from(offset).unwrap_or(usize::MAX)) {
-            // Before the look-up, which the kernel would otherwise have to forget.
-            if !out.fits(&n.name, plus) {
-                break;
-            }
-            if plus {
-                self.add_plus(caller, ino, next, n, &mut out);
-            } else {
-                out.add(n, next, None);
-            }
-        }
-        let used = out.used();
-        reply.send(Ok(used));
-    }
-
-    /// One entry of readdirplus, which is a look-up that the kernel remembers.
-    fn add_plus(&self, caller: Caller, folder: Ino, next: u64, n: &Name, out: &mut Names<'_>) {
-        let dot = n.name == OsStr::new(".") || n.name == OsStr::new("..");
-        let found = if dot { self.fs.getattr(n.ino) } else { self.fs.lookup(caller, folder, &n.name) };
-        match found {
-            Ok(a) => out.add(n, next, Some((&a, true))),
-            // Gone meanwhile.
-            Err(_) => out.add(n, next, Some((&unknown(n), false))),
-        }
-    }
-}
-
-/// A part of a folder's names that is asked for.
-struct Portion {
-    handle: Handle,
-    offset: u64,
-    size: u32,
-    plus: bool,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuse::ops::{Attr, FileKind, SetAttr, Space, Whence};
+    use crate::fuse::ops::{Attr, Caller, FileKind, Ino, SetAttr, Space, Whence};
+    use std::ffi::OsStr;
     use std::sync::Mutex;
     use std::time::SystemTime;
 
@@ -413,24 +383,23 @@ mod tests {
     }
 
     impl FileSystem for Anything {
-        fn lookup(&self, _: Caller, _: Ino, _: &OsStr) -> Answer<Attr> {
-            Ok(attr(2))
+        fn lookup(&self, _: Caller, _: Ino, _: &OsStr, done: Done<Attr>) {
+            done(Ok(attr(2)));
         }
         fn forget(&self, _: Ino, _: u64) {}
-        fn getattr(&self, ino: Ino) -> Answer<Attr> {
+        fn getattr(&self, ino: Ino, done: Done<Attr>) {
             assert_ne!(ino, 666, "the trap of the test");
-            Ok(attr(ino))
+            done(Ok(attr(ino)));
         }
         fn setattr(&self, _: Caller, _: Ino, _: SetAttr, done: Done<Attr>) {
             done(Err(Errno(libc::EPERM)));
         }
-        fn readdir(&self, _: Ino) -> Answer<Vec<Name>> {
-            Ok((0..100)
-                .map(|n| Name { ino: 3, kind: FileKind::File, name: format!("n{n}").into() })
-                .collect())
+        fn readdir(&self, _: Ino, after: u64, most: usize, done: Done<Vec<Name>>) {
+            let name = |next| Name { ino: 3, kind: FileKind::File, name: format!("n{next}").into(), next };
+            done(Ok((after.saturating_add(1)..103).take(most).map(name).collect()));
         }
-        fn statfs(&self, _: Ino) -> Answer<Space> {
-            Err(Errno(libc::EIO))
+        fn statfs(&self, _: Ino, done: Done<Space>) {
+            done(Err(Errno(libc::EIO)));
         }
         fn change_name(&self, _: Caller, _: Ino, _: &OsStr) -> Answer<()> {
             Ok(())

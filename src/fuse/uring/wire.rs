@@ -155,20 +155,13 @@ pub enum Operation<'a> {
     OpenDir,
     /// Reads names.
     ReadDir {
-        /// Of which handle.
-        handle: Handle,
-        /// After how many names.
+        /// Behind which place.
         offset: u64,
         /// Room for the answer in bytes.
         size: u32,
-        /// With the attributes of each.
-        plus: bool,
     },
     /// Closes a folder.
-    ReleaseDir {
-        /// Which handle.
-        handle: Handle,
-    },
+    ReleaseDir,
     /// fsync of a folder.
     FsyncDir,
     /// fallocate.
@@ -249,7 +242,7 @@ struct OpenIn {
     _open_flags: u32,
 }
 
-/// READ, READDIR and READDIRPLUS; WRITE has the same fields.
+/// READ and READDIR; WRITE has the same fields.
 #[derive(FromBytes, KnownLayout, Immutable)]
 #[repr(C)]
 struct ReadIn {
@@ -369,7 +362,6 @@ const DESTROY: u32 = 38;
 const IOCTL: u32 = 39;
 const BATCH_FORGET: u32 = 42;
 const FALLOCATE: u32 = 43;
-const READDIRPLUS: u32 = 44;
 const RENAME2: u32 = 45;
 const LSEEK: u32 = 46;
 const COPY_FILE_RANGE: u32 = 47;
@@ -410,7 +402,7 @@ fn structure_size(opcode: u32) -> usize {
         MKNOD | GETATTR | FSYNC | FSYNCDIR | CREATE | RENAME2 => 16,
         RELEASE | RELEASEDIR | LSEEK => 24,
         FALLOCATE | IOCTL => 32,
-        READ | READDIR | READDIRPLUS | WRITE => 40,
+        READ | READDIR | WRITE => 40,
         COPY_FILE_RANGE | COPY_FILE_RANGE_64 => size_of::<CopyIn>(),
         INIT => 64,
         SETATTR => size_of::<SetAttrIn>(),
@@ -510,12 +502,11 @@ fn operation(opcode: u32, parts: Parts<'_>) -> Result<Operation<'_>, Malformed> 
         RELEASE => Operation::Release { handle: handle()? },
         FSYNC => Operation::Fsync { handle: handle()? },
         OPENDIR => Operation::OpenDir,
-        READDIR | READDIRPLUS => {
+        READDIR => {
             let r: ReadIn = structure(parts.operation)?;
-            let plus = opcode == READDIRPLUS;
-            Operation::ReadDir { handle: r.handle, offset: r.offset, size: r.size, plus }
+            Operation::ReadDir { offset: r.offset, size: r.size }
         }
-        RELEASEDIR => Operation::ReleaseDir { handle: handle()? },
+        RELEASEDIR => Operation::ReleaseDir,
         FSYNCDIR => Operation::FsyncDir,
         FALLOCATE => {
             let f: FallocateIn = structure(parts.operation)?;

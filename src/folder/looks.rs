@@ -1,0 +1,155 @@
+//! What is asked of the host about an image, its snapshots or the whole folder on behalf of those who must not wait.
+//!
+//! A host may take its time, or hang, below one image alone: another file system, a server that is gone. So a question
+//! about an image is carried out on a thread of the engine, one at a time for each image; whoever asked goes on, and
+//! the answer finds its way from there. What hangs holds up who asks about that image, and one thread.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+
+use super::entry::{Attributes, Entry};
+use super::locked;
+use super::set::Folder;
+use super::views::Snapshot;
+
+/// Most images whose snapshots' names are known: each has tens, of some 100 bytes.
+const MOST: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
+/// How long they are taken for true where only one name is wanted: as long as the kernel does.
+const FRESH: Duration = Duration::from_secs(1);
+/// How long a look at all images waits for one whose host does not answer. What was known of it then has to do.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// When they were read, and what they were.
+type Read = (Instant, Arc<[Snapshot]>);
+
+/// The names of snapshots that were read last, by image.
+pub(super) struct KnownSnapshots {
+    /// A leaf.
+    lists: Mutex<LruCache<u64, Read>>,
+}
+
+impl Default for KnownSnapshots {
+    fn default() -> KnownSnapshots {
+        KnownSnapshots { lists: Mutex::new(LruCache::new(MOST)) }
+    }
+}
+
+impl KnownSnapshots {
+    pub(super) fn keep(&self, image: u64, read: Instant, list: &[Snapshot]) {
+        locked(&self.lists).put(image, (read, list.into()));
+    }
+
+    pub(super) fn get(&self, image: u64) -> Option<Arc<[Snapshot]>> {
+        let mut lists = locked(&self.lists);
+        let (read, list) = lists.get(&image)?;
+        (read.elapsed() < FRESH).then(|| list.clone())
+    }
+
+    /// They have changed.
+    pub(super) fn forget(&self, image: u64) {
+        locked(&self.lists).pop(&image);
+    }
+}
+
+impl Entry {
+    /// Runs `question` behind those that were asked about this image before, on a thread that may wait for its host.
+    pub fn ask(self: &Arc<Self>, question: impl FnOnce(&Arc<Entry>) + Send + 'static) {
+        let entry = self.clone();
+        self.questions.submit(Box::new(move || question(&entry)));
+    }
+
+    /// What stat shows, for `done`. Never older than the call; those who ask at the same time share one look.
+    pub fn attributes_later(self: &Arc<Self>, done: impl FnOnce(Attributes) + Send + 'static) {
+        let now = Instant::now();
+        self.ask(move |entry| {
+            let known = locked(&entry.last).asked.is_some_and(|asked| asked >= now);
+            done(if known { entry.known_attributes() } else { entry.attributes() });
+        });
+    }
+
+    /// The snapshot of this name. Blocks.
+    pub fn find_snapshot(&self, name: &[u8]) -> crate::Result<Option<Snapshot>> {
+        let is = |snapshot: &&Snapshot| snapshot.name.as_bytes() == name;
+        let known = self.shared.snapshots.get(self.id());
+        if let Some(found) = known.as_deref().and_then(|list| list.iter().find(is)) {
+            return Ok(Some(found.clone()));
+        }
+        Ok(self.snapshots()?.iter().find(is).cloned())
+    }
+}
+
+impl Folder {
+    /// Asks the hosts of all images, all at the same time, so that what is known of them is of now. Waits a second at most:
+    /// an image whose host hangs keeps what was known before. Not for threads of the engine or a transport.
+    pub fn look_at_all(&self) {
+        let (answered, all) = channel::<std::convert::Infallible>();
+        for entry in self.entries() {
+            // One that has not answered since the last time is not asked once more.
+            if entry.asked.swap(true, Ordering::AcqRel) {
+                continue;
+            }
+            let answered = answered.clone();
+            entry.ask(move |entry| {
+                entry.attributes();
+                entry.asked.store(false, Ordering::Release);
+                drop(answered);
+            });
+        }
+        drop(answered);
+        // Nothing is ever sent: the end of the last question ends the wait.
+        if all.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            log::debug!("{}: the hosts of some images do not answer", self.path().display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::folder::FolderOptions;
+    use crate::vdisk::{Engine, Options};
+    use std::sync::mpsc;
+
+    fn folder_of(names: &[&str]) -> (tempfile::TempDir, Arc<Folder>) {
+        let temp = tempfile::tempdir().expect("a folder");
+        for name in names {
+            std::fs::write(temp.path().join(name), [1; 4096]).expect("written");
+        }
+        let engine = Engine::new(Options::default(), Box::new(|_| {}));
+        let folder = Folder::open(temp.path(), &engine, FolderOptions::default()).expect("opens");
+        (temp, folder)
+    }
+
+    #[test]
+    fn an_image_whose_host_hangs_holds_up_who_asks_about_it_and_no_other() {
+        let (_temp, folder) = folder_of(&["a.raw", "b.raw"]);
+        let [a, b] = ["a", "b"].map(|name| folder.find(name.as_ref()).expect("served"));
+        let (open, gate) = mpsc::channel::<()>();
+        a.ask(move |_| {
+            let _ = gate.recv();
+        });
+        let (send, receive) = mpsc::channel();
+        // More than the pool has threads.
+        for _ in 0..100 {
+            let send = send.clone();
+            a.attributes_later(move |_| {
+                let _ = send.send("a");
+            });
+        }
+        b.attributes_later(move |_| {
+            let _ = send.send("b");
+        });
+        let limit = Duration::from_secs(20);
+        assert_eq!(receive.recv_timeout(limit), Ok("b"));
+        // A look at all of them ends, and has what is known of the one that hangs.
+        folder.look_at_all();
+        assert_eq!(b.known_attributes().host.len, 4096);
+        drop(open);
+        assert_eq!(receive.iter().take(100).filter(|who| *who == "a").count(), 100);
+    }
+}

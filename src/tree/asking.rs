@@ -1,0 +1,176 @@
+//! One answer for all who ask the same question at the same time, found on a thread that may wait.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::sync::{Mutex, lock};
+use crate::vdisk::Job;
+
+/// An answer is never older than this.
+const OLDEST: Duration = Duration::from_secs(1);
+
+type Waiter<T> = Box<dyn FnOnce(T) + Send>;
+
+/// One question.
+pub struct Question<T> {
+    /// An answer holds for so many times as long as it took to find; 0: whoever asks later asks anew.
+    worth: u32,
+    /// Protects the answer and who waits for it. A leaf; no waiter is called under it.
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
+    /// The last answer, and until when it holds.
+    last: Option<(T, Instant)>,
+    waiting: Vec<Waiter<T>>,
+    /// A thread is finding the answer.
+    running: bool,
+}
+
+impl<T: Clone + Send + 'static> Question<T> {
+    /// Nobody has asked yet.
+    pub fn new(worth: u32) -> Arc<Question<T>> {
+        let state = State { last: None, waiting: Vec::new(), running: false };
+        Arc::new(Question { worth, state: Mutex::new(state) })
+    }
+
+    /// Calls `done` with the answer: at once where there is one that holds, else from the thread that finds it, on which
+    /// `spawn` runs jobs. What came while it was being found is not answered with it unless it holds for longer.
+    pub fn ask(
+        self: &Arc<Self>,
+        spawn: impl FnOnce(Job),
+        find: impl Fn() -> T + Send + 'static,
+        done: impl FnOnce(T) + Send + 'static,
+    ) {
+        let mut state = lock(&self.state);
+        if let Some(answer) = state.fresh() {
+            drop(state);
+            return done(answer);
+        }
+        state.waiting.push(Box::new(done));
+        if std::mem::replace(&mut state.running, true) {
+            return;
+        }
+        drop(state);
+        let question = self.clone();
+        spawn(Box::new(move || question.find(find)));
+    }
+
+    fn find(&self, find: impl Fn() -> T) {
+        // Should it panic, those who wait are let go, and the next one to ask tries again.
+        let guard = Abandon(self);
+        loop {
+            let mut state = lock(&self.state);
+            let waiting = std::mem::take(&mut state.waiting);
+            if waiting.is_empty() {
+                state.running = false;
+                drop(state);
+                return std::mem::forget(guard);
+            }
+            let fresh = state.fresh();
+            drop(state);
+            let answer = fresh.unwrap_or_else(|| {
+                let began = Instant::now();
+                let answer = find();
+                let holds = (began.elapsed() * self.worth).min(OLDEST);
+                lock(&self.state).last = Some((answer.clone(), began + holds));
+                answer
+            });
+            waiting.into_iter().for_each(|done| done(answer.clone()));
+        }
+    }
+
+    /// The last answer, however old.
+    pub fn last(&self) -> Option<T> {
+        lock(&self.state).last.as_ref().map(|(answer, _)| answer.clone())
+    }
+}
+
+impl<T: Clone> State<T> {
+    fn fresh(&self) -> Option<T> {
+        let (answer, until) = self.last.as_ref()?;
+        (Instant::now() < *until).then(|| answer.clone())
+    }
+}
+
+struct Abandon<'a, T>(&'a Question<T>);
+
+impl<T> Drop for Abandon<'_, T> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.running = false;
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        drop(waiting);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc::{Sender, channel};
+    use std::thread;
+
+    fn spawn(job: Job) {
+        thread::spawn(job);
+    }
+
+    fn ask(question: &Arc<Question<u32>>, found: &Arc<AtomicU32>, time: Duration, answers: &Sender<u32>) {
+        let (found, answers) = (found.clone(), answers.clone());
+        let find = move || {
+            let n = found.fetch_add(1, Ordering::SeqCst);
+            thread::sleep(time);
+            n
+        };
+        question.ask(spawn, find, move |n| {
+            let _ = answers.send(n);
+        });
+    }
+
+    #[test]
+    fn many_who_ask_at_once_are_one_rendering() {
+        let (question, found, (send, receive)) = (Question::new(1000), Arc::default(), channel());
+        for _ in 0..500 {
+            ask(&question, &found, Duration::from_millis(20), &send);
+        }
+        assert!(receive.iter().take(500).all(|n| n == 0));
+        ask(&question, &found, Duration::from_millis(20), &send);
+        assert_eq!((receive.recv(), found.load(Ordering::SeqCst)), (Ok(0), 1));
+        assert_eq!(question.last(), Some(0));
+    }
+
+    #[test]
+    fn without_worth_nobody_is_answered_with_what_was_found_before() {
+        let (question, found, (send, receive)) = (Question::new(0), Arc::default(), channel());
+        for n in 0..10 {
+            ask(&question, &found, Duration::ZERO, &send);
+            assert_eq!(receive.recv(), Ok(n));
+        }
+    }
+
+    #[test]
+    fn a_question_that_panics_lets_its_askers_go_and_can_be_asked_again() {
+        let question = Question::<u32>::new(0);
+        let (send, receive) = channel();
+        let told = send.clone();
+        question.ask(
+            spawn,
+            || panic!("on purpose"),
+            move |n| {
+                let _ = told.send(n);
+            },
+        );
+        while receive.try_recv().is_err() {
+            let told = send.clone();
+            question.ask(
+                spawn,
+                || 7,
+                move |n| {
+                    let _ = told.send(n);
+                },
+            );
+            thread::yield_now();
+        }
+    }
+}

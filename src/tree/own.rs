@@ -1,0 +1,148 @@
+//! `.ploopfs/stats.json` and `.ploopfs/metrics`: who may read them, and how often they are made up.
+//!
+//! Making one up takes as long as there are images, and memory that is locked. So those who open it share what was made up
+//! last, as long as that is young for what it cost; a user has a few open at a time; and only the owner of the mount may,
+//! until he says otherwise with chmod or chgrp.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::asking::Question;
+use super::attrs::Owner;
+use super::names::Node;
+use super::{NOT_PERMITTED, Tree, keep, metrics, stats};
+use crate::folder::FOLDER;
+use crate::fuse::ops::{Answer, Attr, Caller, Done, Errno, Opened, SetAttr};
+use crate::sync::{Mutex, lock};
+
+use super::data::OpenFile;
+
+/// What was made up holds for twenty times what it cost, up to a second: making them up takes a twentieth of a processor at
+/// most, and a small mount's counters are as good as new.
+const WORTH: u32 = 20;
+/// Most that one user has open of one file. Each may hold a text of its own, of some 350 bytes an image.
+const MOST_OPEN: u32 = 64;
+
+/// One of the two files.
+pub(super) struct OwnFile {
+    text: Arc<Question<Bytes>>,
+    /// Mode, owner and group. A leaf.
+    rights: Mutex<Rights>,
+    readers: Arc<Readers>,
+}
+
+struct Rights {
+    mode: u16,
+    uid: u32,
+    gid: u32,
+}
+
+/// How many each user has open. A leaf.
+#[derive(Default)]
+struct Readers(Mutex<HashMap<u32, u32>>);
+
+/// One text that a user has open; counted until it is dropped.
+pub(super) struct Text {
+    pub(super) bytes: Bytes,
+    _seat: Seat,
+}
+
+struct Seat {
+    uid: u32,
+    readers: Arc<Readers>,
+}
+
+impl Readers {
+    fn enter(self: &Arc<Self>, uid: u32) -> Option<Seat> {
+        let mut open = lock(&self.0);
+        let count = open.entry(uid).or_default();
+        if *count == MOST_OPEN {
+            return None;
+        }
+        *count += 1;
+        Some(Seat { uid, readers: self.clone() })
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut open = lock(&self.readers.0);
+        if let Some(count) = open.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.uid);
+            }
+        }
+    }
+}
+
+impl OwnFile {
+    pub(super) fn new(owner: &Owner) -> OwnFile {
+        let rights = Rights { mode: 0o400, uid: owner.uid, gid: owner.gid };
+        OwnFile { text: Question::new(WORTH), rights: Mutex::new(rights), readers: Arc::default() }
+    }
+}
+
+impl Tree {
+    fn own_file(&self, node: Node) -> &OwnFile {
+        if node == Node::Metrics { &self.metrics } else { &self.stats }
+    }
+
+    /// What stat shows. The length is that of what was made up last.
+    pub(super) fn own_attr(&self, node: Node) -> Attr {
+        let file = self.own_file(node);
+        let size = file.text.last().map_or(0, |text| text.len() as u64);
+        let rights = lock(&file.rights);
+        Attr { mode: rights.mode, uid: rights.uid, gid: rights.gid, ..self.owner.file(node, size) }
+    }
+
+    /// chmod, chown and chgrp, until the mount ends. The kernel has seen that the caller may.
+    pub(super) fn change_own(&self, node: Node, change: &SetAttr) -> Answer<Attr> {
+        // Nothing but reading can be allowed.
+        let mode = change.mode.unwrap_or(0);
+        if change.size.is_some() || mode & !0o444 != 0 {
+            return Err(NOT_PERMITTED);
+        }
+        let mut rights = lock(&self.own_file(node).rights);
+        rights.mode = change.mode.map_or(rights.mode, |mode| mode as u16);
+        rights.uid = change.uid.unwrap_or(rights.uid);
+        rights.gid = change.gid.unwrap_or(rights.gid);
+        drop(rights);
+        Ok(self.own_attr(node))
+    }
+
+    pub(super) fn open_own(&self, caller: Caller, node: Node, done: Done<Opened>) {
+        let file = self.own_file(node);
+        let Some(seat) = file.readers.enter(caller.uid) else { return done(Err(Errno(libc::EMFILE))) };
+        let (folder, engine, info) = (self.folder.clone(), self.engine.clone(), self.info.clone());
+        let render = move || match node {
+            Node::Metrics => metrics::render(&folder, &engine, &info),
+            _ => stats::render(&folder, &info),
+        };
+        let handles = self.handles.clone();
+        file.text.ask(
+            |job| self.engine.blocking(FOLDER, job),
+            render,
+            move |bytes| done(keep(&handles, OpenFile::Text(Text { bytes, _seat: seat }))),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_user_cannot_keep_any_number_of_texts() {
+        let readers = Arc::<Readers>::default();
+        let mut seats: Vec<Seat> = (0..MOST_OPEN).map(|_| readers.enter(1000).expect("room")).collect();
+        assert!(readers.enter(1000).is_none());
+        assert!(readers.enter(1001).is_some(), "others have their own");
+        seats.pop();
+        assert!(readers.enter(1000).is_some());
+        drop(seats);
+        assert!(lock(&readers.0).is_empty());
+    }
+}

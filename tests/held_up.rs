@@ -1,0 +1,256 @@
+//! What one image, one user or one change of the folder must not hold up, drop or use up for all others.
+
+mod common;
+
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Holder, Mount, Run, ok, qemu_holds, signal, text, until};
+
+/// Longer than anything here takes on a busy machine, shorter than a wait for what hangs.
+const SOON: Duration = Duration::from_secs(8);
+
+fn log(mount: &Mount) -> String {
+    fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default()
+}
+
+/// The number behind a word in /proc/PID/status.
+fn status(pid: u32, word: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("alive");
+    let line = text.lines().find_map(|line| line.strip_prefix(word)).expect("a line");
+    line.split_whitespace().find_map(|word| word.parse().ok()).expect("a number")
+}
+
+/// Processor time that a process has used.
+fn cpu(pid: u32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("alive");
+    let words: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks: u64 =
+        words[11].parse::<u64>().expect("a number") + words[12].parse::<u64>().expect("a number");
+    Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+}
+
+/// A stopped process, which goes on when the test ends.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(pid: u32) -> Stopped {
+        signal(pid, rustix::process::Signal::STOP);
+        Stopped(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        signal(self.0, rustix::process::Signal::CONT);
+    }
+}
+
+/// A command that may hang; ended with the test.
+fn begin(program: &str, args: &[&Path]) -> Holder {
+    let mut command = Command::new(program);
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Holder(command.spawn().expect("it starts"))
+}
+
+/// Fails unless `program` ends well and soon.
+#[track_caller]
+fn soon(program: &str, args: &[&str]) {
+    let done = Run::new(program).args(args).limit(SOON.as_secs()).run();
+    assert!(done.success(), "{done}");
+}
+
+/// Copies of an empty image, as files without data.
+fn many_images(images: &Path, count: usize) {
+    Run::ploopfs().args(["create", "--size", "1M"]).arg(images.join("base")).ok();
+    let base = fs::read(images.join("base.hds")).expect("the image");
+    for n in 0..count {
+        let file = File::create(images.join(format!("i{n}.hds"))).expect("created");
+        file.write_all_at(&base[..4096], 0).expect("written");
+        file.set_len(base.len() as u64).expect("as long");
+    }
+    fs::remove_file(images.join("base.hds")).expect("removed");
+}
+
+#[test]
+fn an_open_of_a_locked_image_is_answered_before_its_holder_is_looked_for_and_holds_up_no_other() {
+    require!("fuse", "qemu");
+    let mount = Mount::new(&["--create", "vm1=20M", "--create", "vm2=20M"]);
+    let holder = qemu_holds(&mount.delta("vm1"));
+    let keeper = status(mount.pid(), "PPid:") as u32;
+    let stopped = Stopped::new(keeper);
+    // Both would wait for the keeper, 20 s each.
+    for _ in 0..2 {
+        let began = Instant::now();
+        let refused = File::open(mount.flat("vm1")).expect_err("in use");
+        assert_eq!(refused.raw_os_error(), Some(libc::EBUSY));
+        File::open(mount.flat("vm2")).expect("opens");
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    }
+    drop(stopped);
+    let named = format!("(pid {}", holder.pid());
+    assert!(until(Duration::from_secs(30), || log(&mount).contains(&named)), "{}", log(&mount));
+    // A command waits for the name.
+    let snapshot = Run::ploopfs().args(["snapshot", "create"]).arg(mount.delta("vm1")).status(4);
+    assert!(snapshot.stderr.contains(&named), "{snapshot}");
+}
+
+#[test]
+fn an_image_whose_host_hangs_holds_up_nobody_who_uses_another() {
+    require!("fuse");
+    // The base of an image lies on a mount whose daemon is stopped.
+    let host = Mount::new(&[]);
+    Run::ploopfs().args(["create", "--size", "20M", "--format", "raw"]).arg(host.images().join("base")).ok();
+    assert!(until(SOON, || host.flat("base").exists()), "not shown");
+    let images = common::temp_dir();
+    let deep = images.path().join("deep");
+    Run::ploopfs().args(["create", "--size", "20M", "--format", "raw"]).arg(&deep).ok();
+    Run::ploopfs().args(["snapshot", "create"]).arg(images.path().join("deep.raw")).arg("s1").ok();
+    let descriptor = deep.join("DiskDescriptor.xml");
+    let xml = fs::read_to_string(&descriptor).expect("the descriptor");
+    let named =
+        xml.split("<File>").find_map(|part| part.split("</File>").next().filter(|f| f.ends_with(".raw")));
+    let named = named.expect("a raw base").to_owned();
+    let moved = xml.replace(&format!("<File>{named}<"), &format!("<File>{}<", text(&host.flat("base"))));
+    fs::write(&descriptor, moved).expect("written");
+    let args = ["--allow-outside", "--threads", "2", "--create", "vm2=20M", "--create", "vm4=20M"];
+    let mount = Mount::over(images.path(), &args);
+    let snapshots = mount.point().join(".snapshots/deep");
+    assert_eq!(fs::read_dir(&snapshots).expect("listed").count(), 1);
+    assert_eq!(fs::metadata(mount.flat("deep")).expect("stat").len(), 20 << 20);
+    let vm2 =
+        OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(mount.flat("vm2")).expect("opens");
+    let stopped = Stopped::new(host.pid());
+    // The kernel asks for attributes anew after a second.
+    thread::sleep(Duration::from_millis(1200));
+    let snapshot = snapshots.join("s1.img");
+    let hanging: Vec<Holder> = (0..12)
+        .map(|n| match n % 4 {
+            0 => begin("stat", &[&mount.flat("deep")]),
+            1 => begin("stat", &[&snapshot]),
+            2 => begin("cat", &[&mount.flat("deep")]),
+            _ => begin("ls", &[Path::new("-l"), &snapshots]),
+        })
+        .collect();
+    thread::sleep(Duration::from_millis(300));
+    let flat = |name| text(&mount.flat(name)).to_owned();
+    let (send, receive) = std::sync::mpsc::channel();
+    let reader = thread::spawn(move || {
+        // O_DIRECT wants it aligned.
+        let mut memory = vec![0; 2 << 12];
+        let start = memory.as_ptr().align_offset(4096);
+        let read = vm2.read_at(&mut memory[start..start + 4096], 77 << 12);
+        let _ = send.send(read.map_err(|e| e.to_string()));
+    });
+    assert_eq!(receive.recv_timeout(SOON), Ok(Ok(4096)), "a read of another image");
+    reader.join().expect("no panic");
+    soon("cat", &[&flat("vm4")]);
+    soon("stat", &[&flat("vm4")]);
+    soon("stat", &["-f", text(mount.point())]);
+    soon("ls", &[text(mount.point())]);
+    soon("cat", &[text(&mount.point().join(".ploopfs/stats.json"))]);
+    let listed = Run::ploopfs().args(["snapshot", "list"]).arg(mount.flat("vm4")).limit(SOON.as_secs()).run();
+    assert_ne!(listed.code(), None, "{listed}");
+    drop(stopped);
+    drop(hanging);
+    assert_eq!(fs::metadata(mount.flat("deep")).expect("stat").len(), 20 << 20);
+}
+
+#[test]
+fn the_counters_cost_little_however_often_they_are_opened_and_are_not_for_everybody() {
+    require!("fuse");
+    let folder = common::temp_dir();
+    many_images(folder.path(), 500);
+    let mount = Mount::over(folder.path(), &[]);
+    let stats = mount.point().join(".ploopfs/stats.json");
+    let pid = mount.pid();
+    let before = status(pid, "VmRSS:");
+    let mut held = Vec::new();
+    let refused = loop {
+        match File::open(&stats) {
+            Ok(file) if held.len() < 500 => held.push(file),
+            Ok(_) => break None,
+            Err(error) => break error.raw_os_error(),
+        }
+    };
+    assert_eq!(refused, Some(libc::EMFILE), "after {}", held.len());
+    assert!(held.len() >= 16, "{}", held.len());
+    let grown = status(pid, "VmRSS:").saturating_sub(before);
+    assert!(grown < 50 << 10, "{} opens: {grown} KiB", held.len());
+    drop(held);
+    assert!(until(SOON, || File::open(&stats).is_ok()), "places are given back");
+    let nobody =
+        Run::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "cat"]).arg(&stats);
+    let nobody = nobody.run();
+    assert!(!nobody.success(), "{nobody}");
+    // Until the owner says otherwise.
+    ok("chmod", &["444", text(&stats)]);
+    fs::read_to_string(&stats).expect("still there");
+}
+
+#[test]
+fn a_clean_up_of_a_large_folder_is_looked_at_in_few_looks() {
+    require!("fuse");
+    const IMAGES: usize = 1500;
+    let folder = common::temp_dir();
+    many_images(folder.path(), IMAGES);
+    let mount = Mount::over(folder.path(), &[]);
+    let pid = mount.pid();
+    let shown = || fs::read_dir(mount.point()).expect("listed").count() - 2;
+    assert!(until(SOON, || shown() == IMAGES), "{}", shown());
+    let before = cpu(pid);
+    for n in (0..IMAGES).step_by(2) {
+        fs::remove_file(folder.path().join(format!("i{n}.hds"))).expect("removed");
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert!(until(SOON, || shown() == IMAGES / 2), "{}", shown());
+    let spent = cpu(pid) - before;
+    println!("HELD_UP {} of {IMAGES} images removed, one each 2 ms: {spent:?} of CPU", IMAGES / 2);
+    assert!(spent < Duration::from_millis(900), "{spent:?}");
+    let before = cpu(pid);
+    let end = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < end {
+        fs::write(folder.path().join("notes"), "").expect("written");
+        fs::remove_file(folder.path().join("notes")).expect("removed");
+    }
+    let spent = cpu(pid) - before;
+    println!("HELD_UP 2 s of touch and rm: {spent:?} of CPU");
+    assert!(spent < Duration::from_millis(600), "{spent:?}");
+    // What comes is seen all the same.
+    fs::copy(folder.path().join("i1.hds"), folder.path().join("late.hds")).expect("copied");
+    assert!(until(SOON, || mount.flat("late").exists()), "not shown");
+}
+
+#[test]
+fn a_daemon_that_has_no_descriptors_left_goes_on_serving_what_it_serves() {
+    require!("fuse");
+    let folder = common::temp_dir();
+    let deep = folder.path().join("deep");
+    Run::ploopfs().args(["create", "--size", "20M"]).arg(&deep).ok();
+    Run::ploopfs().args(["snapshot", "create"]).arg(folder.path().join("deep.hds")).arg("s1").ok();
+    let mount = Mount::over(folder.path(), &["--create", "vm1=20M"]);
+    let pid = mount.pid();
+    // No more than it has: the lowest number that is free.
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("listed").flatten();
+    let used: Vec<u32> = fds.filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
+    let free = (0..).find(|fd| !used.contains(fd)).expect("a free one");
+    let limit = |n: &str| ok("prlimit", &["--pid", &pid.to_string(), &format!("--nofile={n}:524288")]);
+    limit(&free.to_string());
+    // A look at the folder: an image comes, one goes.
+    fs::copy(mount.delta("vm1"), mount.delta("new")).expect("copied");
+    fs::remove_file(mount.delta("vm1")).expect("removed");
+    let seen = until(Duration::from_secs(10), || log(&mount).contains("looked at"));
+    let kept = mount.flat("deep").exists();
+    limit("524288");
+    assert!(seen, "no look failed: {}", log(&mount));
+    assert!(kept, "{}", log(&mount));
+    // And looks again by itself.
+    assert!(until(Duration::from_secs(20), || mount.flat("new").exists() && !mount.flat("vm1").exists()));
+    assert_eq!(fs::read_dir(mount.point().join(".snapshots/deep")).expect("listed").count(), 1);
+    assert!(!log(&mount).contains("deep: no longer served"), "{}", log(&mount));
+    fs::read(mount.flat("deep")).expect("opens and reads");
+}
