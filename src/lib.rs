@@ -21,5 +21,6 @@ pub mod sync;
 pub mod transfer;
 pub mod tree;
 pub mod vdisk;
+pub mod words;
 
 pub use error::{Error, Kind, Result};

@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::io::loopdev::{self, LoopDevice};
+use crate::words::quoted;
 
 /// Where a mount shows snapshots.
 const SNAPSHOTS: &str = ".snapshots";
@@ -90,7 +91,7 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
         return Err(Error::at(Kind::Invalid, image, "is not an image in a folder"));
     };
     let (Some(mount), Some(_)) = (served::mount_of(folder)?, Client::find(folder)?) else {
-        let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", folder.display());
+        let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", quoted(folder));
         return Err(Error::at(Kind::NotFound, image, what));
     };
     let mut name = name_of(image, &source)?;

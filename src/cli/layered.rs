@@ -23,6 +23,7 @@ use crate::image::check::{Report, check_level};
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
 use crate::image::paths;
+use crate::words::quoted;
 
 /// The image's name: that of its folder, without .hdd.
 pub fn name(folder: &Path) -> OsString {
@@ -117,7 +118,7 @@ impl Layered {
         let Some(name) = snapshot else { return Ok(self.descriptor.top) };
         let what = format!(
             "has no snapshot {name}; these are there: ploopfs snapshot list {}",
-            self.folder.display()
+            quoted(&self.folder)
         );
         let found = self.labels.find(&self.descriptor, name).filter(|guid| *guid != self.descriptor.top);
         found.ok_or_else(|| Error::at(Kind::NotFound, &self.folder, what))

@@ -22,6 +22,7 @@ use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::transfer::disk::{Disk, FlatFile};
 use crate::vdisk::{Engine, Image, Options};
+use crate::words::quoted;
 
 /// An opened image or snapshot. As long as it is open, nobody takes the snapshot away.
 pub struct Source {
@@ -100,7 +101,8 @@ fn line(target: &Target, lines: Vec<SnapshotLine>) -> Result<SnapshotLine> {
     };
     let missing = || match &target.snapshot {
         Some(name) => {
-            let what = format!("has no snapshot {name}; ploopfs snapshot list shows what it has");
+            let list = quoted(&target.path);
+            let what = format!("has no snapshot {name}; these are there: ploopfs snapshot list {list}");
             Error::at(Kind::NotFound, &target.path, what)
         }
         None => Error::at(Kind::Damaged, &target.path, "its descriptor has no live disk"),

@@ -12,6 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{HEADER_BYTES, SECTOR};
 use crate::image::chain::{AtRest, Form};
 use crate::image::check::{Report, check};
+use crate::words::quoted;
 
 /// Bytes of two maps that are compared at a time.
 const PIECE: usize = 64 << 10;
@@ -141,7 +142,7 @@ impl Reclaimable {
         match (self.leaked, &self.leaked_unknown) {
             (Some(0), _) => row("reclaimable", "nothing leaked"),
             (Some(bytes), _) => {
-                let command = format!("ploopfs check {} --repair", image.display());
+                let command = format!("ploopfs check {} --repair", quoted(image));
                 row("reclaimable", &format!("{} leaked: {command}", size::human(bytes)));
             }
             (None, Some(why)) => row("reclaimable", &format!("leaks are not known: {why}")),

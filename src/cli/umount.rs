@@ -16,6 +16,7 @@ use crate::daemon::{holders, mounts};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::io::unmount::unmount;
+use crate::words::quoted;
 
 /// How long the kernel may take to let go of a loop device that nobody uses: udev may be looking at it.
 const LET_GO: Duration = Duration::from_secs(5);
@@ -110,7 +111,7 @@ fn take_dead_away(mount: &Mount) -> anyhow::Result<Outcome> {
 
 /// EBUSY, with who it is and how to end it.
 fn busy(mount: &Mount) -> Error {
-    let point = mount.point.display();
+    let point = quoted(&mount.point);
     let found = holders::of(mount);
     if found.is_empty() {
         let what = format!(

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use super::mounts::{self, Mount};
 use crate::io::loopdev::{self, LoopDevice};
+use crate::words::quoted;
 
 /// One thing that keeps a mount busy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,9 +44,9 @@ impl Holder {
     /// The command that ends it.
     pub fn remedy(&self) -> String {
         match self {
-            Holder::Loop(device) => format!("ploopfs detach {}", device.dev.display()),
+            Holder::Loop(device) => format!("ploopfs detach {}", quoted(&device.dev)),
             Holder::Process { pid, .. } => format!("kill {pid}"),
-            Holder::Mount(point) => format!("umount {}", point.display()),
+            Holder::Mount(point) => format!("umount {}", quoted(point)),
         }
     }
 }
@@ -80,9 +81,10 @@ pub fn without_direct_io(point: &Path) -> Vec<LoopDevice> {
 /// One line about a loop device without direct I/O, with the command that mends it.
 pub fn direct_io_advice(device: &LoopDevice) -> String {
     format!(
-        "{0} over {1} runs without direct I/O, one request at a time; switch it on: losetup --direct-io=on {0}",
+        "{} over {} runs without direct I/O, one request at a time; switch it on: losetup --direct-io=on {}",
         device.dev.display(),
-        device.backing.display()
+        device.backing.display(),
+        quoted(&device.dev)
     )
 }
 

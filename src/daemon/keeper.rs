@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
 use crate::io::{foreign, process};
+use crate::words::quoted;
 
 /// How often loop devices without direct I/O are looked for. A person who has just typed losetup reads the log
 /// later than that.
@@ -393,8 +394,7 @@ impl<'a> Keeper<'a> {
 }
 
 fn mount_line(settings: &Settings) -> String {
-    let shown = |path: &Path| path.display().to_string();
-    format!("ploopfs mount {} {}", shown(settings.images()), shown(settings.mountpoint()))
+    format!("ploopfs mount {} {}", quoted(settings.images()), quoted(settings.mountpoint()))
 }
 
 fn spelled(status: &io::Result<ExitStatus>) -> String {

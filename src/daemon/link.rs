@@ -13,6 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::holder::{self, Held, Holder};
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount;
+use crate::words::quoted;
 
 /// Events on their way to the keeper; more are dropped, because nobody waits for a person to be told.
 const MAX_EVENTS: usize = 256;
@@ -74,7 +75,10 @@ impl Link {
             Some(Order::Unmounted { error: None }) => Ok(()),
             Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
             _ if self.confined.load(Ordering::Relaxed) => {
-                let what = "the keeper process is gone, and the daemon's sandbox forbids it to unmount; run: ploopfs umount";
+                let what = format!(
+                    "the keeper process is gone, and the daemon's sandbox forbids it to unmount; run: ploopfs umount {}",
+                    quoted(settings.mountpoint())
+                );
                 Err(Error::at(Kind::NotPermitted, settings.mountpoint(), what))
             }
             _ => unmount(settings.mountpoint(), detach),

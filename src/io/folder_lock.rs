@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::foreign;
 use super::holder::{self, Held, Holder};
 use super::lock::{no_locks_here, set, taken};
+use crate::words::quoted;
 use crate::{Error, Kind, Result};
 
 /// Name of the lock file in `.ploopfs`.
@@ -111,7 +112,7 @@ fn folder_in_use(lock: Option<File>, dir: Option<&OwnedFd>, path: &Path) -> Erro
     let holder = lines.next().and_then(|pid| pid.parse().ok()).and_then(Holder::of);
     let what = match (holder, lines.next().filter(|note| !note.is_empty())) {
         (Some(Holder { pid, name, .. }), Some(note)) => {
-            format!("is served by {name} (pid {pid}) at {note}; to end that: ploopfs umount {note}")
+            format!("is served by {name} (pid {pid}) at {note}; to end that: ploopfs umount {}", quoted(note))
         }
         (Some(holder), None) => format!("is in use by {holder}; end that first"),
         (None, _) => match dir.and_then(|dir| rustix::fs::fstat(dir).ok()) {

@@ -20,6 +20,7 @@ use crate::image::paths::image_folder;
 use crate::io::real::Access;
 use crate::progress::Progress;
 use crate::vdisk::Image;
+use crate::words::quoted;
 
 /// A stream whose head was read.
 pub struct Stream {
@@ -180,8 +181,9 @@ impl Stream {
         if !chain.last().map_or(Ok(false), diff::is_empty)? {
             let why = format!(
                 "the disk was written since its snapshot {base}, and would lose that; go back first: ploopfs snapshot \
-                 switch {} {base}",
-                folder.display()
+                 switch {} {}",
+                quoted(folder),
+                quoted(&base)
             );
             return Err(Error::at(Kind::Busy, folder, why));
         }
