@@ -1,5 +1,5 @@
-//! Names in messages: for eyes, and for a shell into which a command is pasted. Names come from elsewhere: what they say
-//! must not drive a terminal, and must not run.
+//! Names in commands that a message suggests, for the shell into which they are pasted. Names come from elsewhere: what
+//! they say must not run.
 
 use std::ffi::OsStr;
 use std::fmt::Write;
@@ -32,19 +32,6 @@ pub fn quoted(name: impl AsRef<OsStr>) -> String {
             text + "'"
         }
     }
-}
-
-/// `name` for eyes: what is no text is shown as `\xff`, so that two names never look alike for that reason.
-pub fn shown(name: impl AsRef<OsStr>) -> String {
-    let mut text = String::new();
-    for chunk in name.as_ref().as_bytes().utf8_chunks() {
-        text.push_str(chunk.valid());
-        for byte in chunk.invalid() {
-            // Writing into a String cannot fail.
-            let _ = write!(text, "\\x{byte:02x}");
-        }
-    }
-    text
 }
 
 #[cfg(test)]
@@ -80,11 +67,5 @@ mod tests {
         assert_eq!(quoted("images/vm1.hds"), "images/vm1.hds");
         assert_eq!(quoted("-rf"), "./-rf");
         assert_eq!(quoted("-r f"), "'./-r f'");
-    }
-
-    #[test]
-    fn two_names_that_are_no_text_look_different() {
-        assert_eq!(shown(OsStr::from_bytes(b"a\xff")), "a\\xff");
-        assert_eq!(shown(OsStr::from_bytes(b"\xc3\xa4\xfeb")), "\u{e4}\\xfeb");
     }
 }

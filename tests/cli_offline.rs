@@ -378,3 +378,51 @@ fn man_pages_and_completions_cover_every_command_and_man_is_up_to_date() {
         }
     }
 }
+
+#[test]
+fn a_command_that_is_printed_can_be_pasted_whatever_the_image_is_called() {
+    let folder = Folder::new();
+    let program = Path::new(env!("CARGO_BIN_EXE_ploopfs")).parent().expect("a folder");
+    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap_or_default());
+    for name in ["my disk", "it's", "a; touch PWNED #", "b$(touch PWNED)", "-rf", "gr\u{fc}n"] {
+        let at = format!("./{name}");
+        folder.ok(&["create", &at, "--size", "8M"]);
+        let file = folder.path(&format!("{name}.hds"));
+        let len = fs::metadata(&file).expect("stat").len();
+        let opened = fs::OpenOptions::new().write(true).open(&file).expect("open");
+        opened.write_all_at(&vec![7; MIB as usize], len).expect("a leak");
+        let info = folder.ok(&["info", &at]);
+        let command = info.lines().find_map(|line| line.split_once("leaked: ")).expect("a leak is said").1;
+        let mut bash = Command::new("bash");
+        let done = bash.args(["-c", command]).current_dir(folder.0.path()).env("PATH", &path).output();
+        assert!(done.expect("bash").status.success(), "{command}");
+        assert!(!folder.path("PWNED").exists(), "{command}");
+        assert_eq!(folder.json(&["check", &at, "--json"])["leaks"], 0, "{command}");
+        fs::remove_file(file).expect("remove");
+    }
+}
+
+#[test]
+fn a_bare_number_is_not_taken_for_so_few_bytes() {
+    let folder = Folder::new();
+    folder.ok(&["create", "vm", "--size", "10MiB"]);
+    let said = folder.fails(2, &["resize", "vm", "20"]);
+    assert!(said.contains("20G or 20M") && !said.contains("cut off"), "{said}");
+    folder.fails(2, &["create", "small", "--size", "20"]);
+    folder.ok(&["resize", "vm", "12Mi"]);
+    assert_eq!(folder.json(&["info", "vm", "--json"])["size"], 12 * MIB);
+}
+
+#[test]
+fn two_names_that_are_no_text_are_two_names() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = Folder::new();
+    for name in [&b"a\xff.raw"[..], b"a\xfe.raw"] {
+        fs::write(folder.0.path().join(std::ffi::OsStr::from_bytes(name)), [0; 512]).expect("write");
+    }
+    let listing = folder.json(&["list", ".", "--json"]);
+    let images = listing["images"].as_array().expect("a list");
+    let names: Vec<_> = images.iter().map(|row| row["name"].as_str().expect("a name")).collect();
+    assert_eq!(names, ["a\\xfe", "a\\xff"]);
+    assert!(images.iter().all(|row| row["reason"].is_null()), "{listing}");
+}

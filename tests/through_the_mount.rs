@@ -362,6 +362,27 @@ fn attach_prints_the_device_alone_and_refuses_a_second_one() {
 }
 
 #[test]
+fn list_without_a_folder_shows_every_mount_and_what_it_serves() {
+    require!("fuse");
+    let (folder, elsewhere) = (temp_dir(), temp_dir());
+    let mut mount = Mount::over(folder.path(), &["--create", "vm1=8M"]);
+    for (run, from) in [(elsewhere.path(), "elsewhere"), (folder.path(), "in its folder")] {
+        let list = Run::ploopfs().args(["list", "--json"]).in_folder(run).ok();
+        let list: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+        let mounts = list["mounts"].as_array().expect("a list of mounts");
+        let ours: Vec<_> = mounts.iter().filter(|m| m["mountpoint"] == text(mount.point())).collect();
+        assert_eq!(ours.len(), 1, "{from}: {list}");
+        assert_eq!(ours[0]["images"][0]["name"], "vm1", "{from}: {list}");
+        assert_eq!(ours[0]["images"][0]["served"], true, "{from}: {list}");
+        let text = Run::ploopfs().arg("list").in_folder(run).ok();
+        assert_eq!(text.matches(&format!("mounted on {}\n", mount.point().display())).count(), 1, "{text}");
+    }
+    mount.umount();
+    let text = Run::ploopfs().arg("list").in_folder(elsewhere.path()).run().output();
+    assert!(!text.contains(&mount.point().display().to_string()), "{text}");
+}
+
+#[test]
 fn list_names_a_loop_device_without_direct_io_and_the_line_that_switches_it_on() {
     require!("fuse", "loop");
     let mount = mount_with_text();

@@ -145,10 +145,6 @@ fn to_text(changes: &Changes) -> String {
     if let (Some(uuid), []) = (&changes.uuid, &changes.ranges[..]) {
         return format!("nothing of {all} has changed since {}\n", out::printable(uuid));
     }
-    let _ = writeln!(text, "{:>20} {:>20}", "START", "LENGTH");
-    for (start, length) in &changes.ranges {
-        let _ = writeln!(text, "{start:>20} {length:>20}");
-    }
     let _ = match &changes.uuid {
         Some(uuid) => {
             let part = size::human(bytes(changes));
@@ -159,6 +155,10 @@ fn to_text(changes: &Changes) -> String {
             writeln!(text, "all of {all} count as changed: {reason}")
         }
     };
+    let _ = writeln!(text, "{:>20} {:>20}", "START", "LENGTH");
+    for (start, length) in &changes.ranges {
+        let _ = writeln!(text, "{start:>20} {length:>20}");
+    }
     text
 }
 
@@ -172,13 +172,13 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_says_how_much_has_changed_since_when_or_why_everything_has() {
+    fn before_the_table_is_said_how_much_has_changed_since_when_or_why_everything_has() {
         let text = to_text(&tracked());
         assert_eq!(text.lines().count(), 4, "{text}");
-        assert!(text.ends_with("1.1 MiB of 10 MiB have changed since a-b\n"), "{text}");
+        assert!(text.starts_with("1.1 MiB of 10 MiB have changed since a-b\n"), "{text}");
         let lost =
             Changes { uuid: None, reason: Some("lost".into()), ranges: vec![(0, 10 << 20)], ..tracked() };
-        assert!(to_text(&lost).ends_with("all of 10 MiB count as changed: lost\n"), "{}", to_text(&lost));
+        assert!(to_text(&lost).starts_with("all of 10 MiB count as changed: lost\n"), "{}", to_text(&lost));
     }
 
     #[test]

@@ -90,12 +90,13 @@ pub fn to_text(report: &Report) -> String {
         let cluster = report.header.map_or(0, |header| u64::from(header.cluster_sectors) * SECTOR);
         let (bytes, tail) = (size::human(report.leaks.saturating_mul(cluster)), report.tail);
         line(format_args!(
-            "leaks: {} clusters ({bytes}) are not referred to, {tail} of them at the end",
-            report.leaks
+            "leaks: {} ({bytes}) that nothing refers to, {tail} at the end",
+            size::count(report.leaks, "cluster")
         ));
     }
     if report.free > 0 {
-        line(format_args!("free: {} clusters inside the file are holes; they cost nothing", report.free));
+        let holes = size::count(report.free, "cluster");
+        line(format_args!("free: {holes} inside the file, as holes, which cost nothing"));
     }
     for note in &report.notes {
         line(format_args!("note: {note}"));

@@ -75,11 +75,11 @@ fn to_text(name: &str, gain: &Gain, dry_run: bool) -> String {
     };
     let then = |before: u64, after: u64| format!("{} -> {}", size::human(before), size::human(after));
     let mut text = format!(
-        "{name}, {title}:\n  file length: {}\n  allocated:   {}\n  zeroes:      {} clusters {freed}\n  moves:       {} clusters {moved}\n",
+        "{name}, {title}:\n  file length: {}\n  allocated:   {}\n  zeroes:      {} {freed}\n  moves:       {} {moved}\n",
         then(gain.length, gain.length_after),
         then(gain.allocated, gain.allocated_after),
-        gain.zero_clusters,
-        gain.moved_clusters,
+        size::count(gain.zero_clusters, "cluster"),
+        size::count(gain.moved_clusters, "cluster"),
     );
     if let Some(Pieces { pieces, pieces_after, spare }) = gain.defrag {
         text += &format!("  pieces:      {pieces} -> {pieces_after}\n");

@@ -13,7 +13,7 @@ pub struct Args {
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
     /// Size of the disk, such as 10G; rounded up to a cluster
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse_disk)]
     size: u64,
     /// Cluster size: a power of two from 32K to 64M [default: 1M]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -40,7 +40,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Format::Ploop => ImageKind::Ploop,
         Format::Raw => ImageKind::Raw,
     });
-    let plan = Plan { size: args.size, kind, cluster: args.cluster, preallocate: args.preallocate };
+    let plan = Plan { kind, cluster: args.cluster, preallocate: args.preallocate, ..Plan::thin(args.size) };
     let created = create(&args.image, &plan)?;
     // Shown when we return, not 2 s later.
     if let Some(folder) = created.path.parent()

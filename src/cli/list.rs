@@ -1,6 +1,6 @@
 //! `ploopfs list`: the images of a folder, and what its daemon says of them where one serves it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::io::{Read, Write as _};
@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::cli::{Outcome, layered, out, served, size, target};
-use crate::daemon::holders;
-use crate::error::Error;
+use crate::daemon::{holders, mounts};
+use crate::error::{Error, Kind};
 use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
 use crate::io::loopdev::LoopDevice;
+use crate::words;
 
 /// A descriptor larger than this (in bytes) names no files; ploop's own are some KiB.
 const MAX_DESCRIPTOR: u64 = 16 << 20;
@@ -25,9 +26,9 @@ const SECTOR: u64 = 512;
 /// Arguments of `list`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The folder, or where it is mounted
-    #[arg(value_name = "IMAGES|MOUNTPOINT", default_value = ".")]
-    folder: PathBuf,
+    /// The folder, or where it is mounted [default: this folder's images, and those of all mounts]
+    #[arg(value_name = "IMAGES|MOUNTPOINT")]
+    folder: Option<PathBuf>,
     /// Also name what is no image, and say why
     #[arg(long)]
     all: bool,
@@ -79,26 +80,87 @@ struct Listing {
     /// Only with `--all`.
     #[serde(skip_serializing_if = "Option::is_none")]
     others: Option<Vec<Other>>,
+    /// Only where no folder was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mounts: Option<Vec<Mounted>>,
+}
+
+/// A mount of ours.
+#[derive(Debug, Serialize)]
+struct Mounted {
+    mountpoint: String,
+    /// The images folder.
+    folder: String,
+    images: Vec<Row>,
+    /// Why nothing is known of its images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let (folder, mut daemon) = served::behind(&args.folder)?;
-    let mut listing = look(&folder, args.all, daemon.is_some())?;
-    if let Some(daemon) = &mut daemon {
-        add_live(&mut listing.images, daemon)?;
-    }
+    let listing = match &args.folder {
+        Some(folder) => of(folder, args.all)?.1,
+        None => of_all(args.all)?,
+    };
     if args.json {
         out::json(&listing)?;
         return Ok(Outcome::Done);
     }
-    if listing.images.is_empty() {
-        let line = format!("ploopfs: {}: no images in this folder", folder.display());
-        // Not on standard output, which is the list. Nobody is left to hear it where stderr is closed.
+    if listing.images.is_empty() && listing.mounts.as_ref().is_none_or(Vec::is_empty) {
+        let folder = args.folder.as_deref().unwrap_or(Path::new("."));
+        let nor = if args.folder.is_none() { ", and nothing is mounted" } else { "" };
+        let line = format!("ploopfs: {}: no images in this folder{nor}", in_text(folder.as_os_str()));
+        // Not on standard output, which is the list. Nothing is lost where stderr is closed.
         let _ = writeln!(std::io::stderr(), "{}", out::printable(&line));
     }
     out::text(&to_text(&listing))?;
     Ok(Outcome::Done)
+}
+
+/// The images of a folder, or of the one that is mounted at `named`; and the folder.
+fn of(named: &Path, all: bool) -> Result<(PathBuf, Listing), Error> {
+    let (folder, mut daemon) = served::behind(named)?;
+    let mut listing = look(&folder, all, daemon.is_some())?;
+    if let Some(daemon) = &mut daemon {
+        add_live(&mut listing.images, daemon)?;
+    }
+    Ok((folder, listing))
+}
+
+/// This folder's images, and what every mount shows whose daemon listens to this user.
+fn of_all(all: bool) -> Result<Listing, Error> {
+    let mut mounted: Vec<Mounted> = Vec::new();
+    // A second place of a mount (a bind mount) has the same source.
+    let mut sources = HashSet::new();
+    let ours = mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours());
+    for mount in ours.filter(|mount| sources.insert(mount.source.clone())) {
+        let (images, reason) = match served::of_folder(&mount.source) {
+            Ok(Some(_)) => match of(&mount.source, false) {
+                Ok((_, listing)) => (listing.images, None),
+                Err(e) => (Vec::new(), Some(e.to_string())),
+            },
+            Ok(None) => {
+                let end = words::quoted(&mount.point);
+                (Vec::new(), Some(format!("its daemon does not answer; ploopfs umount {end} takes it away")))
+            }
+            // Another user's.
+            Err(e) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
+            Err(e) => (Vec::new(), Some(e.to_string())),
+        };
+        mounted.push(Mounted {
+            mountpoint: in_text(mount.point.as_os_str()),
+            folder: in_text(mount.source.as_os_str()),
+            images,
+            reason,
+        });
+    }
+    mounted.reverse();
+    let here = Path::new(".");
+    let is_mounted = here.canonicalize().is_ok_and(|here| sources.contains(&here));
+    // What is listed with its mount is not listed twice.
+    let own = if is_mounted && !all { Listing::default() } else { of(here, all)?.1 };
+    Ok(Listing { mounts: Some(mounted), ..own })
 }
 
 /// What the daemon knows better than the files say.
@@ -142,7 +204,7 @@ fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
         }
     }
     refuse_shared_names(&mut images);
-    Ok(Listing { images, others: all.then_some(others) })
+    Ok(Listing { images, others: all.then_some(others), mounts: None })
 }
 
 /// One entry of the folder as an image, or why it is none.
@@ -264,12 +326,44 @@ fn read_descriptor(path: &Path) -> Vec<u8> {
 }
 
 fn to_text(listing: &Listing) -> String {
+    let mut text = rows(&listing.images);
+    for mount in listing.mounts.iter().flatten() {
+        let gap = if text.is_empty() { "" } else { "\n" };
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "{gap}mounted on {}", out::printable(&mount.mountpoint));
+        let _ = writeln!(text, "    images: {}", out::printable(&mount.folder));
+        if let Some(reason) = &mount.reason {
+            let _ = writeln!(text, "    {}", out::printable(reason));
+        } else if mount.images.is_empty() {
+            let _ = writeln!(text, "    no images");
+        }
+        text += &rows(&mount.images);
+    }
+    if let Some(others) = &listing.others
+        && !others.is_empty()
+    {
+        let _ = writeln!(text, "Not images:");
+        for other in others {
+            let name = Path::new(&other.path).file_name().map_or_else(OsString::new, OsStr::to_owned);
+            let _ = writeln!(
+                text,
+                "    {}: {}",
+                out::printable(&name.to_string_lossy()),
+                out::printable(&other.reason)
+            );
+        }
+    }
+    text
+}
+
+/// The table of some images; empty where there are none.
+fn rows(images: &[Row]) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
-    if !listing.images.is_empty() {
+    if !images.is_empty() {
         let _ = writeln!(text, "{:<32} {:<7} {:>10} {:>10}  STATE", "NAME", "KIND", "SIZE", "ALLOCATED");
     }
-    for row in &listing.images {
+    for row in images {
         let shown = row.size.map_or("-".into(), size::human);
         let state = match (&row.reason, row.served) {
             (_, true) => row.mode.as_deref().unwrap_or("served"),
@@ -289,16 +383,6 @@ fn to_text(listing: &Listing) -> String {
         for device in &row.loops {
             let plain = || format!("{} is attached to it", device.device.display());
             let _ = writeln!(text, "    {}", out::printable(&device.advice.clone().unwrap_or_else(plain)));
-        }
-    }
-    if let Some(others) = &listing.others
-        && !others.is_empty()
-    {
-        let _ = writeln!(text, "Not images:");
-        for other in others {
-            let name = Path::new(&other.path).file_name().map_or_else(OsString::new, OsStr::to_owned);
-            let _ =
-                writeln!(text, "    {}: {}", out::printable(&in_text(&name)), out::printable(&other.reason));
         }
     }
     text

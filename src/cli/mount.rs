@@ -18,6 +18,7 @@ use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
 use crate::io::process;
 use crate::io::unmount::unmount;
+use crate::words::quoted;
 
 /// Options of mount(8) that say nothing to us: they are about when and by whom to mount, or are what a mount of ours is
 /// anyway (there is nothing in it to execute, and no device).
@@ -207,7 +208,7 @@ fn parse_create(text: &str) -> std::result::Result<Create, String> {
     if name.is_empty() || name.contains('/') || name.starts_with('.') {
         return Err(format!("'{name}' is no name for an image: no '/' in it, and no '.' in front"));
     }
-    Ok(Create { name: name.to_owned(), size: size::parse(size)? })
+    Ok(Create { name: name.to_owned(), size: size::parse_disk(size)? })
 }
 
 /// Only to parse `-o`: its options are options of `mount` behind two dashes.
@@ -357,8 +358,10 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
         return Ok(Outcome::Done);
     }
     let why = format!(
-        "is served on {0} by process {1}; end that with: ploopfs umount {0}",
-        hello.mountpoint, hello.pid
+        "is served on {} by process {}; end that with: ploopfs umount {}",
+        hello.mountpoint,
+        hello.pid,
+        quoted(&hello.mountpoint)
     );
     Err(Error::at(Kind::InUse, images, why).into())
 }
@@ -367,7 +370,10 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
 fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
     match mounts::at(mountpoint)? {
         Some(mount) if mount.is_ours() && mount.source == images => {
-            let what = "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach";
+            let what = format!(
+                "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach {}",
+                quoted(mountpoint)
+            );
             Err(Error::at(Kind::InUse, mountpoint, what))
         }
         Some(mount) if mount.is_ours() => {

@@ -17,7 +17,7 @@ pub struct Args {
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
     /// The disk's new size, such as 20G; rounded up to a cluster
-    #[arg(value_name = "SIZE", value_parser = size::parse)]
+    #[arg(value_name = "SIZE", value_parser = size::parse_disk)]
     size: u64,
     #[command(flatten)]
     pace: Pace,

@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::sample::{Found, ImageRow};
 use super::screen::{Key, Line, Look};
-use crate::cli::out;
+use crate::cli::{out, size};
 
 /// What the columns behind the name take, blanks included.
 const FIGURES: usize = 62;
@@ -169,8 +169,8 @@ fn summary(found: &Found) -> String {
     let open = images().filter(|image| image.openers > 0).count();
     let sum = |of: fn(&ImageRow) -> f64| images().map(of).sum::<f64>();
     format!(
-        "ploopfs top: {} images, {open} open; {} reads/s, {} writes/s, read {}/s, written {}/s",
-        images().count(),
+        "ploopfs top: {}, {open} open; {} reads/s, {} writes/s, read {}/s, written {}/s",
+        size::count(images().count() as u64, "image"),
         short(sum(|image| image.reads), 1000.0),
         short(sum(|image| image.writes), 1000.0),
         short(sum(|image| image.read_bytes), 1024.0),

@@ -33,10 +33,14 @@ impl Image {
         let _alone = self.begin_operation()?;
         if size < self.size() {
             let context = format!(
-                "the disk has {} bytes; making it smaller would cut off what the guest keeps there, and is not done",
+                "the disk has {} bytes, and {size} would cut off what the guest keeps there; it is not made smaller",
                 self.size()
             );
             return Err(Error::at(Kind::Invalid, self.path(), context));
+        }
+        // As large as it is: also where that is no whole cluster.
+        if size == self.size() {
+            return Ok(size);
         }
         self.mark_and_wait()?;
         let stack = arc_swap::Guard::into_inner(self.stack());
