@@ -2,13 +2,13 @@
 //! same locks. A bar on a terminal, nothing in a pipe; Ctrl-C cancels.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::cli::served::{self, Daemon};
 use crate::cli::{offline, size};
@@ -16,9 +16,10 @@ use crate::control::client::Client;
 use crate::control::protocol::{Amount, SnapshotLine};
 use crate::control::snapshots;
 use crate::error::{Error, Kind, Result};
-use crate::io::process::spawn_detached;
+use crate::io::process::{is_ignored, spawn_detached};
 use crate::progress::Progress;
 use crate::vdisk::live::{Done, Work};
+use crate::words::quoted;
 
 /// How often work in this process is looked at: an even bar, and a Ctrl-C that is heard at once.
 const LOOK: Duration = Duration::from_millis(100);
@@ -49,12 +50,20 @@ impl Place {
 
 /// Does `work` with the image at `path`, and waits for it.
 pub fn carry_out(path: &Path, work: &Work, pace: Pace) -> Result<Done> {
-    let interrupted = watch_interrupts()?;
+    attempt(path, work, pace, watch_interrupts()?)
+}
+
+/// The same, also after a Ctrl-C: it clears up. A second one ends this process.
+pub fn clear_up(path: &Path, work: &Work) -> Result<Done> {
+    attempt(path, work, Pace { rate: None }, &TO_THE_END)
+}
+
+fn attempt(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool) -> Result<Done> {
     let mut place = Place::of(path)?;
     let bar = Bar::new();
     let result = match &mut place {
-        Place::Live(daemon, name) => live(daemon, name, work, pace, &interrupted, &bar),
-        Place::Offline => here(path, work, pace, &interrupted, &bar),
+        Place::Live(daemon, name) => live(daemon, name, work, pace, interrupted, &bar),
+        Place::Offline => here(path, work, pace, interrupted, &bar),
     };
     bar.end();
     match result {
@@ -68,16 +77,30 @@ pub fn carry_out(path: &Path, work: &Work, pace: Pace) -> Result<Done> {
     }
 }
 
-/// The first Ctrl-C cancels, the second ends this process at once.
-fn watch_interrupts() -> Result<Arc<AtomicBool>> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+/// Set by the first signal that ends a program, for the rest of this process.
+static INTERRUPTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+/// Of work that clears up after an interrupted one, and is not itself interrupted.
+static TO_THE_END: AtomicBool = AtomicBool::new(false);
+
+/// The first Ctrl-C, and the end of the terminal likewise, cancels; the second ends this process at once. A signal that was
+/// to be ignored from the start (nohup) stays ignored.
+fn watch_interrupts() -> Result<&'static AtomicBool> {
+    if let Some(watched) = INTERRUPTED.get() {
+        return Ok(watched);
+    }
+    let interrupted = INTERRUPTED.get_or_init(Arc::default);
+    for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_ignored(*signal)) {
         // The order matters: the first signal finds the flag unset, and then sets it.
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, interrupted.clone())
             .and_then(|_| signal_hook::flag::register(signal, interrupted.clone()))
             .map_err(|e| Error::new(Kind::Io, format!("cannot watch for Ctrl-C: {e}")))?;
     }
     Ok(interrupted)
+}
+
+/// True when the work of this process is to end.
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.get().is_some_and(|interrupted| interrupted.load(Ordering::Relaxed))
 }
 
 fn live(
@@ -113,13 +136,24 @@ pub fn watched<T: Send + 'static>(
     pace: Pace,
     work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    watched_with(path, pace, "nothing is left of it", work)
+}
+
+/// The same; `left` says what a cancelled one leaves.
+pub fn watched_with<T: Send + 'static>(
+    path: &Path,
+    pace: Pace,
+    left: &str,
+    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let interrupted = watch_interrupts()?;
     let bar = Bar::new();
-    let result = watch(path, pace, &interrupted, &bar, work);
+    let result = watch(path, pace, interrupted, &bar, work);
     bar.end();
-    result.map_err(|e| match e.kind() {
-        Kind::Cancelled => Error::at(Kind::Cancelled, path, "cancelled; nothing is left of it"),
-        _ => e,
+    // Whatever it failed with after that: it was on its way to its end.
+    result.map_err(|e| match is_interrupted() {
+        true => Error::at(Kind::Cancelled, path, format!("cancelled; {left}")),
+        false => e,
     })
 }
 
@@ -170,8 +204,9 @@ fn cancelled(path: &Path, work: &Work) -> Error {
         Work::Delete { snapshot } | Work::Merge { snapshot } => match snapshots(path) {
             Ok(lines) if lines.iter().any(|l| l.is(snapshot) && l.temporary) => format!(
                 "the snapshot {snapshot} is marked as deleted and not merged yet; nothing is lost, and this goes on: \
-                 ploopfs snapshot delete {} {snapshot}",
-                path.display()
+                 ploopfs snapshot delete {} {}",
+                quoted(path),
+                quoted(snapshot)
             ),
             Ok(lines) if lines.iter().any(|l| l.is(snapshot)) => {
                 format!("the snapshot {snapshot} is there as before")

@@ -115,7 +115,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         },
     )?;
 
-    let mut notes: Vec<String> = process::harden(DESCRIPTORS).iter().map(ToString::to_string).collect();
+    let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
     if !root {
         notes.insert(

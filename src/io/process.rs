@@ -1,7 +1,6 @@
 //! What a process that serves block devices asks of the kernel for itself. All of it may be refused where root's
 //! powers are cut; then the mount goes on, and the caller says once what is missing ([`Refused`]).
 
-use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -30,12 +29,6 @@ pub struct Refused {
     pub error: io::Error,
 }
 
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} was refused ({}): {}", self.what, crate::error::words(&self.error), self.consequence)
-    }
-}
-
 fn refused(what: &'static str, consequence: &'static str) -> impl FnOnce(io::Error) -> Refused {
     move |error| Refused { what, consequence, error }
 }
@@ -46,6 +39,18 @@ fn refused(what: &'static str, consequence: &'static str) -> impl FnOnce(io::Err
 pub fn harden(files: u64) -> Vec<Refused> {
     let results = [raise_open_files(files), lock_memory(), become_io_flusher(), avoid_oom_killer()];
     results.into_iter().filter_map(Result::err).collect()
+}
+
+/// All refusals in one line: in a container they have one reason.
+pub fn in_one_line(refused: &[Refused]) -> Option<String> {
+    let list = |of: fn(&Refused) -> String| {
+        let mut all: Vec<String> = refused.iter().map(of).collect();
+        all.dedup();
+        all.join(", ")
+    };
+    let why = list(|refused| crate::error::words(&refused.error));
+    let (what, consequence) = (list(|r| r.what.to_owned()), list(|r| r.consequence.to_owned()));
+    (!refused.is_empty()).then(|| format!("refused here ({why}): {what}; {consequence}"))
 }
 
 /// Memory that this thread asks for is never got by writing to the devices it serves.
@@ -180,6 +185,16 @@ fn scheduling() -> io::Result<libc::sched_attr> {
     }
 }
 
+/// True for a signal that this process was started to ignore, as `nohup` does with SIGHUP, and a shell with SIGINT for
+/// what it puts into the background.
+pub fn is_ignored(signal: i32) -> bool {
+    // SAFETY: the fields are numbers and a set of bits, which may be zero.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: nothing is set, and the kernel writes one structure to where one is.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
+}
+
 /// Starts a named thread that nobody waits for.
 pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate::error::Result<()> {
     let started = spawn_thread(name, body);
@@ -312,7 +327,9 @@ mod tests {
         }
         let refused = harden(1 << 40);
         assert_eq!(refused.len(), 4, "{refused:?}");
-        assert!(refused.iter().all(|r| r.to_string().contains("was refused")), "{refused:?}");
+        let line = in_one_line(&refused).expect("refusals");
+        assert!(refused.iter().all(|r| line.contains(r.what)) && line.lines().count() == 1, "{line}");
+        assert_eq!(line.matches("the mount may hang").count(), 1, "{line}");
         assert_eq!(status_field("VmLck"), "0 kB");
         let working = vec![1u8; 16 << 20];
         assert_eq!(working.len(), 16 << 20, "memory can still be had");
