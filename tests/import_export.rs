@@ -3,12 +3,12 @@
 mod common;
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Finished, Folder, Mount, Rng, Run, allocated, ok, text, until};
+use common::{Finished, Folder, Loop, Mount, Rng, Run, allocated, ok, text, until};
 
 const MIB: u64 = 1 << 20;
 
@@ -34,7 +34,7 @@ impl Folder {
     }
 }
 
-/// qemu-img finds both alike; sizes may differ by what rounding adds.
+/// qemu-img finds both alike; sizes may differ by what rounding adds in some formats.
 #[track_caller]
 fn alike(a: (&str, &Path), b: (&str, &Path)) {
     let done: Finished =
@@ -58,7 +58,9 @@ fn raw_files_come_in_and_go_out_byte_for_byte_and_thin() {
             folder.ok(&["export", &image, &out]);
             let (mut before, after) =
                 (std::fs::read(&raw).expect("read"), std::fs::read(folder.path(&out)).expect("read"));
-            // A disk has whole clusters.
+            // A disk has whole sectors, and no more.
+            assert_eq!(after.len() as u64, size.next_multiple_of(512), "{size}, {cluster}");
+            assert_eq!(said.contains("24 zeroes stand behind them"), size == 1000, "{said}");
             before.resize(after.len(), 0);
             assert!(before == after, "{size}, {cluster}");
             // The zeroes in the middle take no space: not there, nor in the file that comes out.
@@ -92,6 +94,10 @@ fn other_formats_come_in_through_qemu_img_and_qcow2_goes_out() {
         folder.ok(&["check", &image]);
         let made = folder.path(&format!("{image}.hds"));
         alike((format, &file), ("parallels", &made));
+        // VMDK and VHD round a disk themselves.
+        let exact = ["qcow2", "vhdx", "vdi"].contains(&format);
+        let size = folder.ok(&["info", &image, "--json"]);
+        assert!(!exact || size.contains(&format!("\"size\": {}", 17 * MIB + 512)), "{format}: {size}");
         assert!(allocated(&made) < 8 * MIB + allocated(&raw), "{format}: {}", allocated(&made));
         assert!(std::fs::read(&file).expect("read") == before, "{format}: the source was written");
         let out = format!("{image}.qcow2");
@@ -124,6 +130,202 @@ fn a_file_that_looks_like_another_format_or_stands_on_others_is_not_taken_withou
     folder.ok(&["import", "cloud.img", "vm", "--format", "qcow2"]);
     folder.ok(&["import", "over.qcow2", "over", "--with-backing"]);
     alike(("raw", &folder.path("base.raw")), ("parallels", &folder.path("over.hds")));
+}
+
+/// Pieces of 4 KiB, one in each MiB: what QEMU's formats hold as whole clusters.
+fn pieces(folder: &Folder, name: &str, size: u64) -> PathBuf {
+    let path = folder.path(name);
+    let file = File::create(&path).expect("create");
+    file.set_len(size).expect("extend");
+    let mut rng = Rng::new(57);
+    for i in 0..size / MIB {
+        file.write_all_at(&rng.bytes(4096), i * MIB + i * 37 % 256 * 4096).expect("write");
+    }
+    path
+}
+
+#[test]
+fn an_import_through_qemu_takes_no_more_space_than_one_of_raw() {
+    require!("qemu");
+    let folder = Folder::new();
+    let raw = pieces(&folder, "in.raw", 60 * MIB);
+    folder.ok(&["import", "in.raw", "raw"]);
+    let least = allocated(&folder.path("raw.hds"));
+    for format in ["qcow2", "vmdk", "vhdx"] {
+        let file = folder.path(&format!("d.{format}"));
+        ok("qemu-img", &["convert", "-f", "raw", "-O", format, text(&raw), text(&file)]);
+        folder.ok(&["import", text(&file), format]);
+        let made = folder.path(&format!("{format}.hds"));
+        assert!(allocated(&made) <= least * 3 / 2, "{format}: {} for {least}", allocated(&made));
+        alike(("raw", &raw), ("parallels", &made));
+    }
+}
+
+#[test]
+fn imports_and_exports_through_qemu_keep_the_rate() {
+    require!("qemu");
+    let folder = Folder::new();
+    std::fs::write(folder.path("in.raw"), Rng::new(58).bytes(8 << 20)).expect("write");
+    ok(
+        "qemu-img",
+        &[
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            text(&folder.path("in.raw")),
+            text(&folder.path("in.qcow2")),
+        ],
+    );
+    for args in [["import", "in.qcow2", "vm"], ["export", "vm", "out.qcow2"]] {
+        let begun = std::time::Instant::now();
+        folder.ok(&[&args[..], &["--rate", "8M"]].concat());
+        // A second, without the first burst.
+        assert!(begun.elapsed() > Duration::from_millis(800), "{args:?}: {:?}", begun.elapsed());
+    }
+    alike(("qcow2", &folder.path("in.qcow2")), ("qcow2", &folder.path("out.qcow2")));
+}
+
+#[test]
+fn a_qcow2_export_lays_no_copy_as_long_as_the_disk_beside_it() {
+    require!("qemu");
+    let folder = Folder::new();
+    folder.raw("in.raw", 20 * MIB);
+    folder.ok(&["import", "in.raw", "vm"]);
+    // No file on the host may be longer than a half of the disk.
+    let line = format!("ulimit -f {}; exec \"$0\" export vm out.qcow2", 10 * 1024);
+    Run::new("bash").args(["-c", &line, env!("CARGO_BIN_EXE_ploopfs")]).in_folder(folder.0.path()).ok();
+    alike(("raw", &folder.path("in.raw")), ("qcow2", &folder.path("out.qcow2")));
+}
+
+/// Runs a line of shell in the folder, with `ploopfs` in it; it must succeed.
+#[track_caller]
+fn shell(folder: &Folder, line: &str) -> Finished {
+    let line =
+        format!("set -o pipefail; {}", line.replace("ploopfs ", concat!(env!("CARGO_BIN_EXE_ploopfs"), " ")));
+    let done = Run::new("bash").args(["-c", &line]).in_folder(folder.0.path()).run();
+    assert!(done.success(), "{done}");
+    done
+}
+
+#[test]
+fn a_minus_is_the_pipe_and_no_file_of_that_name() {
+    let folder = Folder::new();
+    let raw = std::fs::read(folder.raw("in.raw", 5 * MIB + 512)).expect("read");
+    folder.ok(&["import", "in.raw", "vm"]);
+    folder.ok(&["snapshot", "create", "vm", "s"]);
+    let names = folder.names();
+    for (from, to) in [("vm", "-"), ("vm@s", "-"), ("vm", "/dev/stdout"), ("vm@s", ">(cat > out; touch end)")]
+    {
+        let pipe =
+            if to.starts_with('>') { "; until [ -e end ]; do sleep 0.01; done" } else { " | cat > out" };
+        let done = shell(&folder, &format!("ploopfs export {from} {to}{pipe}"));
+        assert_eq!(done.stdout, "", "{from} {to}");
+        assert!(std::fs::read(folder.path("out")).expect("read") == raw, "{from} {to}");
+        std::fs::remove_file(folder.path("out")).expect("remove");
+        let _ = std::fs::remove_file(folder.path("end"));
+        assert_eq!(folder.names(), names, "{from} {to}");
+    }
+    // A file that the shell made stays as thin as the disk.
+    shell(&folder, "ploopfs export vm - > out; ploopfs export vm - >> out");
+    let out = std::fs::read(folder.path("out")).expect("read");
+    assert!(out == [&raw[..], &raw[..]].concat());
+    for (to, line) in [
+        ("a", "cat in.raw | ploopfs import - a"),
+        ("b", "ploopfs import - b < in.raw"),
+        ("c.raw", "ploopfs import <(cat in.raw) c.raw"),
+        ("d", "cat in.raw | ploopfs import - d --cluster 32K"),
+    ] {
+        shell(&folder, line);
+        folder.ok(&["export", to, "back"]);
+        assert!(std::fs::read(folder.path("back")).expect("read") == raw, "{line}");
+        std::fs::remove_file(folder.path("back")).expect("remove");
+        if to != "c.raw" {
+            folder.ok(&["check", to]);
+        }
+    }
+    let done = shell(&folder, "head -c 3000000 in.raw | ploopfs import - part");
+    assert!(done.stdout.contains("320 zeroes stand behind them"), "{done}");
+    assert!(folder.ok(&["info", "part", "--json"]).contains("\"size\": 3000320"));
+    let names = folder.names();
+    assert!(folder.fails(1, &["import", "-", "none"]).contains("is empty"));
+    assert!(folder.fails(2, &["export", "vm", "-", "--format", "qcow2"]).contains("only raw can go there"));
+    assert_eq!(folder.names(), names);
+}
+
+#[test]
+fn a_device_is_written_to_if_it_is_large_enough_and_in_no_use() {
+    require!("loop");
+    let folder = Folder::new();
+    let raw = std::fs::read(folder.raw("in.raw", 5 * MIB)).expect("read");
+    folder.ok(&["import", "in.raw", "vm"]);
+    for (name, size) in [("large", 6 * MIB), ("same", 5 * MIB), ("small", 5 * MIB - 512)] {
+        std::fs::write(folder.path(name), vec![7; size as usize]).expect("write");
+    }
+    let device = Loop::attach(&folder.path("large"), false);
+    let said = folder.ok(&["export", "vm", text(device.device())]);
+    assert!(said.contains("has the disk of 5 MiB; the 1048576 bytes behind it are as they were"), "{said}");
+    let read = std::fs::read(device.device()).expect("read");
+    assert!(read[..raw.len()] == raw && read[raw.len()..].iter().all(|byte| *byte == 7));
+    drop(device);
+    let device = Loop::attach(&folder.path("same"), false);
+    folder.ok(&["export", "vm", text(device.device())]);
+    assert!(std::fs::read(device.device()).expect("read") == raw);
+    // Held, as a mount holds it.
+    let held =
+        File::options().read(true).custom_flags(rustix::fs::OFlags::EXCL.bits() as i32).open(device.device());
+    let held = held.expect("for us alone");
+    assert!(folder.fails(4, &["export", "vm", text(device.device())]).contains("lsblk"));
+    drop(held);
+    drop(device);
+    let device = Loop::attach(&folder.path("small"), false);
+    assert!(folder.fails(2, &["export", "vm", text(device.device())]).contains("nothing was written"));
+    assert!(std::fs::read(device.device()).expect("read").iter().all(|byte| *byte == 7));
+}
+
+#[test]
+fn a_known_format_that_is_not_understood_is_refused_unless_it_is_said_to_be_raw() {
+    let folder = Folder::new();
+    let body = Rng::new(67).bytes(5000);
+    let padded = |mark: &[u8]| [mark, &vec![0; 512 - mark.len()]].concat();
+    std::fs::write(folder.path("mac.dmg"), [&body[..], &padded(b"koly\0\0\0\x04")].concat()).expect("write");
+    std::fs::write(folder.path("live.img"), [&padded(b"#!/bin/sh\n#V2.0 Format\n")[..], &body].concat())
+        .expect("write");
+    std::fs::write(folder.path("bochs"), [&padded(b"Bochs Virtual HD Image")[..], &body].concat())
+        .expect("write");
+    std::fs::write(folder.path("fixed"), [&body[..], &padded(b"conectix")].concat()).expect("write");
+    std::fs::write(folder.path("disk.img.gz"), [&b"\x1f\x8b\x08\0"[..], &body].concat()).expect("write");
+    let names = folder.names();
+    for (file, word) in [
+        ("mac.dmg", "dmg"),
+        ("live.img", "cloop"),
+        ("bochs", "Bochs"),
+        ("fixed", "--format vpc"),
+        ("disk.img.gz", "gzip"),
+    ] {
+        let said = folder.fails(1, &["import", file, "vm"]);
+        assert!(said.contains(word) && said.contains("--format raw"), "{said}");
+        assert_eq!(folder.names(), names, "{file}");
+        let piped = Run::new("bash")
+            .args(["-c", &format!("cat {file} | {} import - vm", env!("CARGO_BIN_EXE_ploopfs"))]);
+        let done = piped.in_folder(folder.0.path()).status(1);
+        assert!(done.stderr.contains(word), "{done}");
+        assert_eq!(folder.names(), names, "{file}");
+        folder.ok(&["import", file, "vm", "--format", "raw"]);
+        std::fs::remove_file(folder.path("vm.hds")).expect("remove");
+    }
+}
+
+#[test]
+fn an_encrypted_qcow2_is_refused_with_a_word() {
+    require!("qemu");
+    let folder = Folder::new();
+    shell(
+        &folder,
+        "qemu-img create -q --object secret,id=s,data=x -f qcow2 -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 e.qcow2 1M",
+    );
+    assert!(folder.fails(1, &["import", "e.qcow2", "vm"]).contains("is encrypted"));
 }
 
 #[test]
@@ -197,6 +399,8 @@ fn a_snapshot_is_exported_from_a_disk_in_use_and_the_disk_itself_is_not() {
     folder.ok(&["export", "vm@a", "a.qcow2"]);
     alike(("raw", &raw), ("raw", &folder.path("a.raw")));
     alike(("raw", &raw), ("qcow2", &folder.path("a.qcow2")));
+    // What is an image in this folder, by its name, is shown, too.
+    assert!(mount.flat("a").exists());
     // An import is shown when the command returns, by the name that the mount gives it.
     folder.ok(&["import", "disk", text(&mount.point().join("new"))]);
     assert!(mount.flat("new").exists());

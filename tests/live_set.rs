@@ -18,6 +18,7 @@ use ploopfs::fuse::ops::{
     Answer, Attr, Caller, Done, FileKind, FileSystem, Name, Now, OpenFlags, SetAttr, Whence,
 };
 use ploopfs::io::lock::{DeltaLock, Use};
+use ploopfs::io::new_file::NewFile;
 use ploopfs::io::real::{Access, RealFile};
 use ploopfs::tree::{MountInfo, Tree};
 use ploopfs::vdisk::{Engine, Options};
@@ -118,6 +119,18 @@ fn an_image_is_locked_while_open_and_free_while_idle() {
     drop(open);
     until("the lock is given back", || is_free(&path));
     assert!(folder.busy().is_empty());
+}
+
+#[test]
+fn an_image_that_got_its_name_when_it_was_finished_is_taken_in() {
+    let temp = temp();
+    let folder = serve(&temp);
+    folder.start_watch().expect("watched");
+    // Linked to its name, and not written and closed under it.
+    let new = NewFile::begin(&temp.path().join("vm1.hds")).expect("begun");
+    new.file().write_all_at(&image_bytes(), 0).expect("written");
+    new.commit().expect("named");
+    until("it is served", || served(&folder) == ["vm1"]);
 }
 
 #[test]

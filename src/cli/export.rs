@@ -1,16 +1,20 @@
 //! `ploopfs export`.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::cli::source::Source;
+use crate::cli::output::{self, Pipe};
+use crate::cli::source::{self, Source};
 use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, served, size};
 use crate::error::{Error, Kind, Result};
 use crate::io::new_file::NewFile;
-use crate::transfer::disk::FlatFile;
-use crate::transfer::{export, qemu};
+use crate::progress::Progress;
+use crate::transfer::device::Device;
+use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::export;
+use crate::words::quoted;
 
 /// Arguments of `export`.
 #[derive(Debug, clap::Args)]
@@ -18,7 +22,7 @@ pub struct Args {
     /// The image, or IMAGE@SNAPSHOT
     #[arg(value_name = "IMAGE[@SNAPSHOT]")]
     image: PathBuf,
-    /// The new file
+    /// The new file; for raw also a block device, which is overwritten, or a pipe; -: standard output
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// What it shall be [default: qcow2 where the name ends so, else raw]
@@ -36,42 +40,98 @@ enum Format {
     Qcow2,
 }
 
+/// Where the disk goes.
+enum To {
+    New(NewFile),
+    Device(Device),
+    Pipe(Pipe),
+}
+
+impl To {
+    /// Opens what was named, for a disk of `bytes`.
+    fn open(file: &Path, format: Format, bytes: u64) -> Result<To> {
+        let raw_only = |what| match format {
+            Format::Raw => Ok(()),
+            Format::Qcow2 => {
+                let what = format!("is {what}, and only raw can go there; give a new file");
+                Err(Error::at(Kind::Invalid, file, what))
+            }
+        };
+        if let Some(pipe) = output::pipe(file, "a disk")? {
+            raw_only("a pipe")?;
+            return Ok(To::Pipe(pipe));
+        }
+        if Device::is_at(file) {
+            raw_only("a device")?;
+            return Device::open(file, bytes).map(To::Device);
+        }
+        NewFile::begin(file).map(To::New)
+    }
+
+    /// What a cancelled export leaves.
+    fn left(&self) -> &'static str {
+        match self {
+            To::New(_) => "nothing is left of it",
+            To::Device(_) => "a part of the disk is on the device",
+            To::Pipe(_) => "a part of the disk was written",
+        }
+    }
+
+    fn write(&mut self, format: Format, disk: &dyn Disk, path: &Path, progress: &Progress) -> Result<()> {
+        match (self, format) {
+            (To::New(file), Format::Raw) => export::raw(disk, file.file(), path, progress),
+            (To::New(file), Format::Qcow2) => export::qcow2(disk, file, progress),
+            (To::Device(device), _) => export::device(disk, device, progress),
+            (To::Pipe(pipe), _) => pipe.write_disk(disk, progress),
+        }
+    }
+
+    /// The end of what was written, and what a person should know.
+    fn finish(self, path: &Path, bytes: u64) -> Result<Option<String>> {
+        let (shown, human) = (out::printable(&path.to_string_lossy()), size::human(bytes));
+        match self {
+            To::New(file) => {
+                file.commit()?;
+                // Not what was asked for, and done all the same: the mount sees a new file in its folder by itself.
+                source::show(path).unwrap_or_else(|e| log::debug!("{e}"));
+                Ok(Some(format!("created {shown}, {human}\n")))
+            }
+            To::Device(device) => {
+                let rest = match device.size() - bytes {
+                    0 => String::new(),
+                    rest => format!("; the {rest} bytes behind it are as they were"),
+                };
+                Ok(Some(format!("{shown}: has the disk of {human}{rest}\n")))
+            }
+            // Words may go where the disk went.
+            To::Pipe(pipe) => pipe.finish().map(|()| None),
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.image)?;
     let named = args.file.extension().is_some_and(|suffix| suffix == "qcow2");
     let format = args.format.unwrap_or(if named { Format::Qcow2 } else { Format::Raw });
-    let file = NewFile::begin(&args.file)?;
     nobody_writes(&target)?;
     let source = Source::open(&target)?;
     let bytes = source.disk().size();
+    let mut to = To::open(&args.file, format, bytes)?;
     let path = args.file.clone();
     let before = source.shown().map(stamp).transpose()?;
-    let source = work::watched(&args.file, args.pace, move |progress| {
-        match (format, source.shown()) {
-            (Format::Raw, _) => export::raw(source.disk(), file.file(), &path, progress)?,
-            (Format::Qcow2, Some(flat)) => {
-                qemu::convert(&[], ("raw", flat.path()), ("qcow2", &file.open_path()), bytes, progress)?;
-            }
-            (Format::Qcow2, None) => {
-                // qemu-img cannot see what only we can read: a thin copy beside it, without a name, for as long as it takes.
-                let flat = NewFile::begin(&path)?;
-                export::raw(source.disk(), flat.file(), &path, progress)?;
-                progress.restart();
-                let from = flat.open_path();
-                qemu::convert(&[], ("raw", &from), ("qcow2", &file.open_path()), bytes, progress)?;
-            }
-        }
+    let (source, said) = work::watched_with(&args.file, args.pace, to.left(), move |progress| {
+        to.write(format, source.disk(), &path, progress)?;
         // Before it gets its name: what was written meanwhile is half in it.
         if target.snapshot.is_none() {
             unchanged(&target, source.shown(), before)?;
         }
-        file.commit()?;
-        Ok(source)
+        Ok((source, to.finish(&path, bytes)?))
     })?;
     drop(source);
-    let shown = out::printable(&args.file.to_string_lossy());
-    out::text(&format!("created {shown}, {}\n", size::human(bytes)))?;
+    if let Some(said) = said {
+        out::text(&said)?;
+    }
     Ok(Outcome::Done)
 }
 
@@ -82,7 +142,7 @@ fn nobody_writes(target: &Target) -> Result<()> {
     }
     match served::serving(&target.path)? {
         Some((_, image)) if image.openers > 0 && image.mode != "read-only" => {
-            let path = target.path.display();
+            let path = quoted(&target.path);
             let what = format!(
                 "is open for writing; take a snapshot and export that: ploopfs snapshot create {path} NAME; ploopfs export \
                  {path}@NAME"

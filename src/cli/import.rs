@@ -1,21 +1,24 @@
 //! `ploopfs import`.
 
-use std::os::unix::fs::FileExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, clone, out, restore, size, source};
+use crate::cli::{Outcome, clone, input, out, restore, size, source};
 use crate::error::{Error, Kind, Result};
-use crate::format::header::has_magic;
-use crate::image::create::{Draft, Plan};
+use crate::format::header::SECTOR;
+use crate::image::create::{DEFAULT_CLUSTER, Draft, Plan};
 use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::foreign::Foreign;
 use crate::transfer::layers::{self, Link};
-use crate::transfer::{import, qemu};
+use crate::transfer::qemu::Reach;
+use crate::transfer::{import, known, qemu};
 
 /// Arguments of `import`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The disk: a file, or a block device for raw
+    /// The disk: a file, or for raw a block device or a pipe; -: standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// The new image, such as images/vm1
@@ -95,8 +98,16 @@ impl Format {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let to = clone::new_place(&args.image)?;
-    let flat = FlatFile::open(&args.file)?;
     let format = args.format.unwrap_or_else(|| Format::of_name(&args.file));
+    let flat = match input::open(&args.file, "a disk")? {
+        input::Input::Disk(flat) => {
+            if args.file == Path::new("-") {
+                raw_only(&args, format, "standard input")?;
+            }
+            flat
+        }
+        input::Input::Pipe(pipe, name) => return piped(args, pipe, &name, format, &to),
+    };
     if args.format.is_none() && format == Format::Raw {
         not_another(&flat)?;
     }
@@ -105,7 +116,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         _ if args.layers => layers::chain(&args.file, format.as_str(), args.with_backing)?,
         _ => vec![alone(&args, format)?],
     };
-    let notes = notes(&args, &chain);
+    if let Some(link) = chain.iter().find(|link| link.info.encrypted) {
+        let what = "is encrypted, and its key is not asked for here; decrypt it first (qemu-img convert)";
+        return Err(Error::at(Kind::Unsupported, &link.path, what).into());
+    }
+    let mut notes = notes(&args, &chain);
     if chain.len() > 1 {
         return layered(args, chain, to, notes);
     }
@@ -113,17 +128,76 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if bytes == 0 {
         return Err(Error::at(Kind::Unsupported, &args.file, "is empty: there is no disk in it").into());
     }
-    let plan = Plan { cluster: args.cluster, ..Plan::thin(bytes) };
+    notes.extend(filled_up(bytes));
+    let plan = Plan { cluster: args.cluster, ..Plan::copy_of(bytes) };
     let draft = Draft::begin(&to, &plan)?;
     let file = args.file.clone();
     let created = work::watched(&args.file, args.pace, move |progress| {
         match format {
-            Format::Raw => import::raw(&flat, &draft, progress)?,
-            _ => import::other(&file, format.as_str(), bytes, &draft, progress)?,
+            Format::Raw => import::disk(&flat, &draft, progress)?,
+            _ => {
+                let disk = Foreign::open(&file, format.as_str(), bytes, Reach::Chain, progress)?;
+                import::disk(&disk, &draft, progress)?;
+            }
         }
         draft.finish()
     })?;
     say(&created.path, created.size, notes)
+}
+
+/// A disk that comes through a pipe: plain bytes, as many as come.
+fn piped(
+    args: Args,
+    mut pipe: Box<dyn Read + Send>,
+    name: &str,
+    format: Format,
+    to: &Path,
+) -> anyhow::Result<Outcome> {
+    if format != Format::Raw || args.layers {
+        let what =
+            "comes through a pipe, and only raw can: other formats are read here and there; give a file";
+        return Err(Error::at(Kind::Unsupported, name, what).into());
+    }
+    let asked = args.format.is_some();
+    let mut plan = Plan { cluster: args.cluster, ..Plan::copy_of(1) };
+    // Judged before it can be calculated with; a raw image has none.
+    let kind = Draft::begin(to, &plan)?.kind();
+    plan.size = import::first_size(kind, args.cluster.unwrap_or(DEFAULT_CLUSTER));
+    let mut draft = Draft::begin(to, &plan)?;
+    let shown = name.to_owned();
+    let (created, came) = work::watched(Path::new(name), args.pace, move |progress| {
+        let mut tail = Vec::new();
+        let refuse = |head: &[u8], tail: &[u8]| match known::looks_like(head, tail) {
+            Some(what) if !asked => Err(Error::at(Kind::Unsupported, &shown, what)),
+            _ => Ok(()),
+        };
+        let mut look = |at: u64, bytes: &[u8]| {
+            tail.extend_from_slice(&bytes[bytes.len().saturating_sub(known::TAIL)..]);
+            tail.drain(..tail.len().saturating_sub(known::TAIL));
+            if at == 0 { refuse(&bytes[..bytes.len().min(known::HEAD)], &[]) } else { Ok(()) }
+        };
+        let came = import::pipe(&mut *pipe, &shown, &mut draft, progress, &mut look)?;
+        refuse(&[], &tail)?;
+        Ok((draft.finish()?, came))
+    })?;
+    say(&created.path, created.size, filled_up(came).into_iter().collect())
+}
+
+/// What has no name, and perhaps no other end than its end, is plain bytes.
+fn raw_only(args: &Args, format: Format, name: &str) -> Result<()> {
+    if format == Format::Raw && !args.layers {
+        return Ok(());
+    }
+    let what = "only raw can come this way: other formats are not read from front to back; give a file";
+    Err(Error::at(Kind::Invalid, name, what))
+}
+
+/// A disk has whole sectors.
+fn filled_up(bytes: u64) -> Option<String> {
+    let more = bytes.next_multiple_of(SECTOR) - bytes;
+    let what =
+        format!("{bytes} bytes are no whole sectors: {more} zeroes stand behind them, as qemu-img does it");
+    (more > 0).then_some(what)
 }
 
 /// With the files on which it stands as snapshots.
@@ -182,27 +256,19 @@ fn alone(args: &Args, format: Format) -> Result<Link> {
 }
 
 /// What is about to be taken for plain bytes must not look like something else: cloud images are qcow2 and end in .img.
-/// Only asked, never believed: the guest of a raw disk writes its first bytes.
 fn not_another(flat: &FlatFile) -> Result<()> {
-    let mut head = [0; 64];
-    let len = flat.size().min(head.len() as u64) as usize;
-    let read = flat.file().read_exact_at(&mut head[..len], 0);
-    read.map_err(|e| Error::io(&e, flat.path(), "cannot read"))?;
-    let known: [(&[u8], &str); 5] = [
-        (b"QFI\xfb", "qcow2"),
-        (b"KDMV", "vmdk"),
-        (b"vhdxfile", "vhdx"),
-        (b"conectix", "vpc"),
-        (b"<<< ", "vdi"),
-    ];
-    if let Some((_, name)) = known.iter().find(|(magic, _)| head.starts_with(magic)) {
-        let what = format!("begins like a {name} file; say what it is: --format {name}, or --format raw");
-        return Err(Error::at(Kind::Unsupported, flat.path(), what));
+    let read = |at: u64, len: u64| {
+        let mut bytes = vec![0; len as usize];
+        let read = flat.file().read_exact_at(&mut bytes, at);
+        read.map(|()| bytes).map_err(|e| Error::io(&e, flat.path(), "cannot read"))
+    };
+    let head = read(0, flat.size().min(known::HEAD as u64))?;
+    // A device has its own end, and not that of what was written to it.
+    let is_file = flat.file().metadata().is_ok_and(|meta| !meta.file_type().is_block_device());
+    let tail = if is_file { flat.size().min(known::TAIL as u64) } else { 0 };
+    let tail = read(flat.size() - tail, tail)?;
+    match known::looks_like(&head, &tail) {
+        Some(what) => Err(Error::at(Kind::Unsupported, flat.path(), what)),
+        None => Ok(()),
     }
-    if has_magic(&head) {
-        let what =
-            "is an image of ours: copy it with ploopfs clone, or say --format raw if it is a disk's content";
-        return Err(Error::at(Kind::Unsupported, flat.path(), what));
-    }
-    Ok(())
 }

@@ -24,6 +24,7 @@ pub mod export;
 pub mod freeze;
 pub mod import;
 pub mod info;
+mod input;
 pub mod layered;
 pub mod list;
 pub mod man;
@@ -33,6 +34,7 @@ pub mod meta;
 pub mod mount;
 pub mod offline;
 pub mod out;
+mod output;
 pub mod repair;
 pub mod resize;
 pub mod restore;
@@ -93,7 +95,8 @@ pub enum Command {
     /// List the images of a folder
     ///
     /// An image is a file that ends in .hds or .raw, or begins with the ploop magic. Damaged images are listed with the
-    /// reason; --all names everything else as well, and says why it is no image.
+    /// reason; --all names everything else as well, and says why it is no image. Without a folder, the images of this folder
+    /// are listed, and every mount of this user with what it shows.
     List(list::Args),
     /// Show what an image is
     ///
@@ -146,19 +149,20 @@ pub enum Command {
     /// the newest one then, and the disk stands on it. Any other image is refused. Nothing can be seen of it before the whole
     /// stream was read and every checksum was right; if it is cut off or damaged (exit status 3), all is as before.
     Restore(restore::Args),
-    /// Make an image from a raw file, a block device, or a qcow2, VMDK, VHDX, VHD, VDI or QED file
+    /// Make an image from a raw file, a block device, a pipe, or a qcow2, VMDK, VHDX, VHD, VDI or QED file
     ///
-    /// Holes and zeroes take no space. Formats other than raw are read by the programs qemu-img and, for --layers, qemu-nbd,
-    /// which must be installed. A file that names others (an overlay's base, a file with the data) is refused without
+    /// Holes and zeroes take no space, and the disk keeps its size, to the sector. Formats other than raw are read by the
+    /// programs qemu-img and qemu-nbd, which must be installed. What looks like a format that is not read here, or is
+    /// compressed, is refused unless --format raw says that it is a disk all the same. A file that names others (an overlay's base, a file with the data) is refused without
     /// --with-backing or --layers: whoever wrote it chose which files of this machine would be read. The image appears
     /// whole, or not at all; nothing is ever replaced.
     Import(import::Args),
-    /// Write an image or a snapshot to a new raw or qcow2 file
+    /// Write an image or a snapshot to a new raw or qcow2 file, into a pipe, or to a block device
     ///
-    /// Holes and zeroes take no space. A disk that somebody writes is refused (exit status 4): take a snapshot and export
-    /// IMAGE@SNAPSHOT, which may be done at any time. qcow2 is written by the program qemu-img, which must be installed; of an
-    /// image that no mount serves a thin copy without a name lies beside FILE meanwhile. FILE appears whole, or not at all;
-    /// nothing is ever replaced.
+    /// Holes and zeroes take no space. Into a pipe: ploopfs export vm1@monday - | zstd > monday.zst. A device, such as
+    /// /dev/sdx, is overwritten; it must be large enough, and neither mounted nor in use. A disk that is open for writing is refused (exit status 4): take a snapshot and export
+    /// IMAGE@SNAPSHOT, which may be done at any time. qcow2 is written by the programs qemu-img and
+    /// qemu-nbd, which must be installed. A new FILE appears whole, or not at all; no file is ever replaced.
     Export(export::Args),
     /// Track which parts of a disk change, for backup programs
     ///

@@ -1,13 +1,13 @@
 //! `ploopfs restore`.
 
 use std::fs::File;
-use std::io::{IsTerminal, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, clone, out, size, source, target, utc};
+use crate::cli::{Outcome, clone, input, out, size, source, target, utc};
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::Head;
 use crate::transfer::restore::Stream;
@@ -33,7 +33,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
-    let (from, name) = input(&args.file)?;
+    let (from, name) = stream(&args.file)?;
     let shown = PathBuf::from(&name);
     let Some(image) = args.image else {
         let head =
@@ -73,13 +73,9 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// The stream, and its name for messages.
-fn input(file: &Path) -> Result<(Box<dyn Read + Send>, String)> {
+fn stream(file: &Path) -> Result<(Box<dyn Read + Send>, String)> {
     if file == Path::new("-") {
-        let stdin = std::io::stdin();
-        if stdin.is_terminal() {
-            return Err(Error::new(Kind::Invalid, "a backup does not come from a terminal; give a file"));
-        }
-        return Ok((Box::new(stdin), "standard input".to_owned()));
+        return input::stdin_to_end("a backup");
     }
     let opened = File::open(file).map_err(|e| Error::io(&e, file, "cannot open the backup"))?;
     if opened.metadata().is_ok_and(|meta| meta.is_dir()) {

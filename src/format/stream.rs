@@ -43,6 +43,11 @@ const HEAD_BYTES: usize = 62;
 /// Longest text in a HEAD: a file's name has 255 bytes at most.
 const MAX_TEXT: usize = 1024;
 
+/// True for a file that begins like a backup.
+pub fn is_stream(bytes: &[u8]) -> bool {
+    bytes.starts_with(MAGIC)
+}
+
 /// What is wrong with a stream, in words that follow "FILE: ".
 pub type BadStream = String;
 

@@ -1,14 +1,14 @@
 //! Making a new single-file image. It appears under its name complete and durable, or not at all.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, OpenOptions};
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FallocateFlags, RenameFlags};
+use rustix::fs::FallocateFlags;
 
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, FLAG_EMPTY, HEADER_BYTES, Header, SECTOR, Version};
@@ -41,6 +41,9 @@ pub fn check_cluster(cluster: u64) -> std::result::Result<(), String> {
 pub struct Plan {
     /// Disk size in bytes; rounded up to a cluster (ploop) or a sector (raw).
     pub size: u64,
+    /// The disk exists already: its size is rounded up to a sector only, and the last cluster may be a part. What stands at
+    /// a disk's end (GPT's second header, labels of md and ZFS) is looked for at the end.
+    pub exact: bool,
     /// ploop or raw; None: as the name ends, else ploop.
     pub kind: Option<ImageKind>,
     /// Cluster size in bytes; None: [`DEFAULT_CLUSTER`]. A raw image has none.
@@ -52,7 +55,12 @@ pub struct Plan {
 impl Plan {
     /// A thin ploop image with default clusters, as `mount --create NAME=SIZE` makes it. `size` in bytes.
     pub fn thin(size: u64) -> Plan {
-        Plan { size, kind: None, cluster: None, preallocate: false }
+        Plan { size, exact: false, kind: None, cluster: None, preallocate: false }
+    }
+
+    /// The same for a copy of a disk of `size` bytes.
+    pub fn copy_of(size: u64) -> Plan {
+        Plan { exact: true, ..Plan::thin(size) }
     }
 }
 
@@ -69,14 +77,7 @@ pub struct Created {
 
 /// Creates an image. `image` is its path; `.hds` or `.raw` is put behind a name that ends in neither.
 pub fn create(image: &Path, plan: &Plan) -> Result<Created> {
-    let place = Place::of(image, plan.kind)?;
-    let shape = Shape::of(plan, place.kind).map_err(|e| invalid(&place.path(), &e))?;
-    place.check_folder()?;
-    if let Some(taken) = place.taken()? {
-        return Err(Error::at(Kind::Exists, taken, already(&place)));
-    }
-    build(&place, &shape)?;
-    Ok(Created { path: place.path(), size: shape.size(), existed: false })
+    Draft::begin(image, plan)?.finish()
 }
 
 /// Creates an image, or uses the one that has this name and size already. Another size is an error and touches
@@ -163,12 +164,31 @@ impl Draft {
         Ok(Level { file, path: self.path().to_owned(), layout })
     }
 
-    /// Takes the flag "Empty" from the header: somebody who knows nothing of it is about to fill the image.
-    pub fn clear_empty_flag(&self) -> Result<()> {
-        let Shape::Ploop { header, .. } = &self.shape else { return Ok(()) };
-        let header = Header { flags: header.flags & !FLAG_EMPTY, ..*header };
-        let written = self.file.file().write_all_at(&header.encode(), 0);
-        written.map_err(|e| Error::io(&e, self.path(), "cannot write the header"))
+    /// The disk ends with the sector in which byte `bytes` would be the next: less than was planned. The image was closed,
+    /// and nothing is mapped behind that.
+    pub fn cut(&mut self, bytes: u64) -> Result<()> {
+        let path = self.place.path();
+        let cannot = |e: io::Error| Error::io(&e, &path, "cannot write the disk's size");
+        let bytes = bytes.next_multiple_of(SECTOR);
+        match &mut self.shape {
+            Shape::Raw { size, .. } => {
+                *size = bytes;
+                self.file.file().set_len(bytes).map_err(cannot)
+            }
+            Shape::Ploop { header, .. } => {
+                let mut now = [0; HEADER_BYTES as usize];
+                self.file.file().read_exact_at(&mut now, 0).map_err(cannot)?;
+                let bad = |bad: BadField| Error::at(Kind::Damaged, &path, bad.to_string());
+                let now = Header::parse(&now).map_err(bad)?;
+                let like = Header::new(now.version, bytes, now.geometry().cluster).map_err(bad)?;
+                // ploop's kernel wants the first cluster right behind the BAT.
+                if like.first_block != now.first_block || like.entries > now.entries {
+                    return Err(Error::at(Kind::Invalid, &path, "its BAT does not fit the disk's size"));
+                }
+                *header = Header { flags: now.flags, ..like };
+                self.file.file().write_all_at(&header.encode(), 0).map_err(cannot)
+            }
+        }
     }
 
     /// Gives it its name, durably ([`NewFile::commit`]).
@@ -296,7 +316,8 @@ impl Shape {
             ImageKind::Ploop => {
                 let cluster = plan.cluster.unwrap_or(DEFAULT_CLUSTER);
                 check_cluster(cluster)?;
-                let size = plan.size.checked_next_multiple_of(cluster).ok_or_else(too_large)?;
+                let unit = if plan.exact { SECTOR } else { cluster };
+                let size = plan.size.checked_next_multiple_of(unit).ok_or_else(too_large)?;
                 let mut header = Header::new(Version::V2, size, cluster)
                     .map_err(|BadField { reason, .. }| format!("the size is too large: {reason}"))?;
                 if plan.preallocate {
@@ -411,81 +432,6 @@ fn write_sequential_bat(file: &File, header: &Header) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the unfinished file unless it was renamed.
-struct Unfinished<'a> {
-    path: &'a Path,
-    armed: bool,
-}
-
-impl Drop for Unfinished<'_> {
-    fn drop(&mut self) {
-        if self.armed {
-            // Best effort: the name begins with a dot, so a leftover is never taken for an image.
-            let _ = std::fs::remove_file(self.path);
-        }
-    }
-}
-
-/// Builds the file under a dot-name and gives it its name.
-///
-/// 1. write it under a dot-name; 2. fsync it; 3. rename it without replacing; 4. fsync the folder.
-///
-/// With 3 before 2 a power cut could leave the name on a file without a header; without 4 the command could report
-/// an image that a power cut takes back. 3 refuses where someone else took the name meanwhile.
-fn build(place: &Place, shape: &Shape) -> Result<()> {
-    let path = place.path();
-    let temporary = path.with_file_name(dot_name(&place.file_name));
-    let cannot =
-        |e: &io::Error, doing: &str| Error::io(e, &path, format!("cannot create the image: {doing}"));
-    let open = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary);
-    let file = match open() {
-        // Left over from a process with our number that was killed: the name carries it, so it is nobody's.
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            std::fs::remove_file(&temporary).and_then(|()| open())
-        }
-        other => other,
-    }
-    .map_err(|e| cannot(&e, "making the file"))?;
-    let mut unfinished = Unfinished { path: &temporary, armed: true };
-    // 1.
-    shape.write(&file).map_err(|e| cannot(&e, "writing it"))?;
-    // 2.
-    file.sync_all().map_err(|e| cannot(&e, "syncing it"))?;
-    // 3.
-    rename_new(&temporary, &path).map_err(|e| match e.kind() {
-        io::ErrorKind::AlreadyExists => Error::at(Kind::Exists, &path, already(place)),
-        _ => cannot(&e, "giving it its name"),
-    })?;
-    unfinished.armed = false;
-    // 4.
-    File::open(&place.folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(|e| cannot(&e, "syncing the folder"))
-}
-
-fn dot_name(file_name: &OsStr) -> OsString {
-    // A long name is cut, so that the dot-name is a legal name as well; 200 leaves room for the rest.
-    let bytes = file_name.as_bytes();
-    let mut name = OsString::from(".");
-    name.push(OsStr::from_bytes(&bytes[..bytes.len().min(200)]));
-    // Two threads of one process (tests) must not share a name.
-    name.push(format!(".new-{}-{:?}", std::process::id(), std::thread::current().id()));
-    name
-}
-
-/// Renames; fails with EEXIST where `to` exists, on any file system.
-fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    use rustix::io::Errno;
-    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // Network file systems without RENAME_NOREPLACE: a hard link does not replace either.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            rustix::fs::linkat(CWD, from, CWD, to, AtFlags::empty())?;
-            std::fs::remove_file(from)
-        }
-        other => Ok(other?),
-    }
-}
-
 fn invalid(path: &Path, why: &str) -> Error {
     Error::at(Kind::Invalid, path, why)
 }
@@ -577,11 +523,11 @@ mod tests {
     #[test]
     fn a_name_taken_at_the_last_moment_is_not_replaced_and_no_unfinished_file_is_left() {
         let folder = tempfile::tempdir().expect("tmp");
-        let place = Place::of(&folder.path().join("vm"), None).expect("a good name");
-        let shape = Shape::of(&Plan::thin(MIB), place.kind).expect("a good size");
-        std::fs::write(place.path(), "somebody else's").expect("write");
-        assert_eq!(build(&place, &shape).expect_err("taken").kind(), Kind::Exists);
-        assert_eq!(std::fs::read(place.path()).expect("read"), b"somebody else's");
+        let path = folder.path().join("vm.hds");
+        let draft = Draft::begin(&path, &Plan::thin(MIB)).expect("begun");
+        std::fs::write(&path, "another's").expect("write");
+        assert_eq!(draft.finish().expect_err("taken").kind(), Kind::Exists);
+        assert_eq!(std::fs::read(&path).expect("read"), b"another's");
         assert_eq!(names(folder.path()), ["vm.hds"]);
     }
 

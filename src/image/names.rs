@@ -15,6 +15,7 @@ use crate::image::labels::LABELS_NAME;
 use crate::image::make_folder::{remove_abandoned, remove_folder};
 use crate::image::paths;
 use crate::image::store::{Store, sync_folder, unlink};
+use crate::io::new_file;
 use crate::rules::{Rule, Step, broken, step};
 
 /// Behind the dot-name of a layered image's folder that is being removed.
@@ -122,8 +123,9 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
 
 /// Removes what a crash left: of a removed image, a folder of that dot-name with a descriptor in it, or empty; of one that
 /// was being made, a folder of that dot-name with an image's files alone. Others are not ours. The latter takes space,
-/// and may hold hard links, by which another image's files would count as shared for ever (R9).
+/// and may hold hard links, by which another image's files would count as shared for ever (R9). Likewise of single files.
 pub fn sweep(images: BorrowedFd<'_>, path: &Path) {
+    new_file::sweep(images, path);
     let Ok(entries) = Dir::read_from(images) else { return };
     for entry in entries.flatten() {
         let name = OsStr::from_bytes(entry.file_name().to_bytes());

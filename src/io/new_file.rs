@@ -1,18 +1,24 @@
 //! A host file that appears under its name complete and durable, or not at all, whatever ends the program.
+//!
+//! Where the host has files without a name, nothing else is ever seen. Elsewhere (network file systems, mostly) the file has
+//! a dot-name until then, which says whose it is, and a lock, which says that its program still runs: what a killed one left
+//! goes with the next new file in that folder, or with its next mount ([`sweep`]).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
 
 /// Owner alone: disks hold what their guests keep secret.
 const MODE: u32 = 0o600;
+/// Behind the dot-name of a file on its way: unlike anything that others make.
+const ON_ITS_WAY: &[u8] = b".ploopfs-new";
 
 /// A file without a name, or, where the host has no such files, with one that begins with a dot. Dropped, it goes.
 #[derive(Debug)]
@@ -39,15 +45,14 @@ impl NewFile {
             .map_err(|e| Error::io(&e.into(), parent, "cannot open the folder"))?;
         let cannot = |e: Errno| Error::io(&e.into(), path, "cannot make the file");
         let (mode, flags) = (Mode::from_raw_mode(MODE), OFlags::RDWR | OFlags::CLOEXEC);
+        sweep(folder.as_fd(), parent);
         let nameless = retry_on_intr(|| rustix::fs::openat(&folder, ".", flags | OFlags::TMPFILE, mode));
         let (file, temporary) = match nameless {
             Ok(file) => (file, None),
-            // Hosts without nameless files: network file systems, mostly.
+            // Hosts without nameless files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
-                let temporary = dot_name(name);
-                let flags = flags | OFlags::CREATE | OFlags::EXCL;
-                let made = retry_on_intr(|| rustix::fs::openat(&folder, &temporary, flags, mode));
-                (made.map_err(cannot)?, Some(temporary))
+                let (file, temporary) = named(folder.as_fd(), name).map_err(cannot)?;
+                (file, Some(temporary))
             }
             Err(e) => return Err(cannot(e)),
         };
@@ -70,56 +75,50 @@ impl NewFile {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
     }
 
-    /// Gives it its name: 1. its content is synced; 2. a nameless one gets its dot-name; 3. renamed to its name, which must
-    /// be free; 4. the folder is synced.
+    /// Gives it its name, which must be free: 1. its content is synced; 2. it is linked to its name, or renamed to it; 3. the
+    /// folder is synced; 4. a nameless one is opened by its name and closed.
     ///
-    /// 3 before 1: a power cut could leave the name on a file with holes where data was. Without 4 a power cut could take
-    /// the name back after we said that it is there. 2, because who watches a folder takes a file that was moved in for a
-    /// finished one, and a new name of a nameless one for a file that is still being written.
+    /// 2 before 1: a power cut could leave the name on a file with holes where data was. Without 3 a power cut could take
+    /// the name back after we said that it is there. 4, because what watches a folder takes a file that was created and not
+    /// closed for one that is still being written.
     pub fn commit(mut self) -> Result<()> {
         let shown = self.path.clone();
         let cannot = |e: Errno, doing: &str| Error::io(&e.into(), &shown, doing);
         // 1.
         retry_on_intr(|| rustix::fs::fsync(&self.file)).map_err(|e| cannot(e, "cannot sync"))?;
         // 2.
-        let temporary = match &self.temporary {
-            Some(temporary) => temporary.clone(),
-            None => self.link().map_err(|e| cannot(e, "cannot give the file a name"))?,
-        };
-        self.temporary = Some(temporary.clone());
-        // 3.
-        let (from, to) = (&self.folder, &self.folder);
-        match rustix::fs::renameat_with(from, &temporary, to, &self.name, RenameFlags::NOREPLACE) {
-            // A hard link does not replace either; the other name goes when this is dropped.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                rustix::fs::linkat(from, &temporary, to, &self.name, AtFlags::empty())
+        match &self.temporary {
+            None => {
+                let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                let (to, flags) = (&self.folder, AtFlags::SYMLINK_FOLLOW);
+                retry_on_intr(|| rustix::fs::linkat(CWD, &own, to, &self.name, flags))
             }
-            other => other,
+            Some(temporary) => {
+                let (from, to) = (&self.folder, &self.folder);
+                match rustix::fs::renameat_with(from, temporary, to, &self.name, RenameFlags::NOREPLACE) {
+                    // A hard link does not replace either; the other name goes when this is dropped.
+                    Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                        rustix::fs::linkat(from, temporary, to, &self.name, AtFlags::empty())
+                    }
+                    other => other,
+                }
+            }
         }
         .map_err(|e| match e {
             Errno::EXIST => exists(&shown),
             e => cannot(e, "cannot give the file its name"),
         })?;
-        // 4.
+        // 3.
         retry_on_intr(|| rustix::fs::fsync(&self.folder)).map_err(|e| cannot(e, "cannot sync the folder"))?;
+        // 4.
+        if self.temporary.is_none() {
+            let flags =
+                OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            // Gone again already: then there is nothing to be seen either.
+            let _ = rustix::fs::openat(&self.folder, &self.name, flags, Mode::empty());
+        }
         self.forget();
         Ok(())
-    }
-
-    /// Gives a nameless file its dot-name.
-    fn link(&self) -> rustix::io::Result<OsString> {
-        let temporary = dot_name(&self.name);
-        let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let link = || rustix::fs::linkat(CWD, &own, &self.folder, &temporary, AtFlags::SYMLINK_FOLLOW);
-        match link() {
-            // Left by a process of our number that was killed: the name carries it.
-            Err(Errno::EXIST) => {
-                rustix::fs::unlinkat(&self.folder, &temporary, AtFlags::empty())?;
-                link()?;
-            }
-            other => other?,
-        }
-        Ok(temporary)
     }
 
     fn forget(&mut self) {
@@ -136,13 +135,68 @@ impl Drop for NewFile {
     }
 }
 
+/// A new file with a dot-name, locked.
+fn named(folder: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<(OwnedFd, OsString)> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mut attempt = 0;
+    loop {
+        let temporary = dot_name(name, attempt);
+        attempt += 1;
+        let made = retry_on_intr(|| rustix::fs::openat(folder, &temporary, flags, Mode::from_raw_mode(MODE)));
+        let file = match made {
+            // Of a killed process of our number, or of another thread of ours.
+            Err(Errno::EXIST) if attempt < 100 => continue,
+            other => other?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // A host without such locks: what is left there stays.
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NOLCK) => {}
+            // It is just being swept.
+            Err(_) => continue,
+        }
+        // Swept before it was locked: made anew.
+        if rustix::fs::fstat(&file)?.st_nlink > 0 {
+            return Ok((file, temporary));
+        }
+    }
+}
+
+/// Removes from the folder `dir` (`path`, for messages) what programs left that were killed on their way: files of our
+/// sort of name, and with no program's lock on them.
+pub fn sweep(dir: BorrowedFd<'_>, path: &Path) {
+    let Ok(entries) = Dir::read_from(dir) else { return };
+    for entry in entries.flatten() {
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
+        let ours = name.as_bytes().starts_with(b".") && name.as_bytes().ends_with(ON_ITS_WAY);
+        // Locked until its name has gone: its maker, if it has just begun, then makes another.
+        let Some(_locked) = ours.then(|| left_over(dir, name)).flatten() else { continue };
+        let shown = path.join(name);
+        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            Ok(()) => log::info!("{}: removed; it was left of a file that was not finished", shown.display()),
+            Err(e) => {
+                log::warn!("{}: cannot remove what is left of an unfinished file: {e}", shown.display())
+            }
+        }
+    }
+}
+
+/// A regular file that no program has locked, and we now have.
+fn left_over(dir: BorrowedFd<'_>, name: &OsStr) -> Option<OwnedFd> {
+    // For writing: a network file system locks no other.
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(dir, name, flags, Mode::empty()).ok()?;
+    let is_file = FileType::from_raw_mode(rustix::fs::fstat(&file).ok()?.st_mode) == FileType::RegularFile;
+    (is_file && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()).then_some(file)
+}
+
 /// Names that begin with a dot are taken for no image.
-fn dot_name(name: &OsStr) -> OsString {
+fn dot_name(name: &OsStr, attempt: u32) -> OsString {
     // 255 bytes are a name's limit.
     let bytes = name.as_bytes();
     let mut dotted = OsString::from(".");
     dotted.push(OsStr::from_bytes(&bytes[..bytes.len().min(200)]));
-    dotted.push(format!(".{}.new", std::process::id()));
+    dotted.push(format!(".{}-{attempt}", std::process::id()));
+    dotted.push(OsStr::from_bytes(ON_ITS_WAY));
     dotted
 }
 
@@ -170,6 +224,40 @@ mod tests {
         drop(file);
         assert!(names(folder.path()).is_empty());
         let mut file = NewFile::begin(&path).expect("begun");
+        file.file.write_all(b"all").expect("write");
+        file.commit().expect("committed");
+        assert_eq!(std::fs::read(&path).expect("there"), b"all");
+        assert_eq!(names(folder.path()), ["new"]);
+    }
+
+    #[test]
+    fn where_every_file_has_a_name_a_killed_ones_goes_and_a_running_ones_stays() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let dir = File::open(folder.path()).expect("a folder");
+        let (running, running_name) = named(dir.as_fd(), "new".as_ref()).expect("made");
+        let (killed, killed_name) = named(dir.as_fd(), "new".as_ref()).expect("made");
+        assert_ne!(running_name, killed_name);
+        drop(killed);
+        std::fs::create_dir(folder.path().join(".folder.ploopfs-new")).expect("mkdir");
+        for strangers in [".new.1.new", "x.ploopfs-new", ".ploopfs-new.x"] {
+            std::fs::write(folder.path().join(strangers), "").expect("write");
+        }
+        NewFile::begin(&folder.path().join("other")).expect("begun");
+        let left = names(folder.path());
+        assert!(left.contains(&running_name) && !left.contains(&killed_name), "{left:?}");
+        assert_eq!(left.len(), 5, "{left:?}");
+        drop(running);
+        sweep(dir.as_fd(), folder.path());
+        assert!(!names(folder.path()).contains(&running_name));
+    }
+
+    #[test]
+    fn a_file_with_a_dot_name_gets_its_own_and_nothing_else_is_left() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let path = folder.path().join("new");
+        let mut file = NewFile::begin(&path).expect("begun");
+        let (named, temporary) = named(file.folder.as_fd(), "new".as_ref()).expect("made");
+        (file.file, file.temporary) = (File::from(named), Some(temporary));
         file.file.write_all(b"all").expect("write");
         file.commit().expect("committed");
         assert_eq!(std::fs::read(&path).expect("there"), b"all");

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::disk::Disk;
-use super::nbd::Nbd;
+use super::foreign::Foreign;
+use super::import::GRAIN;
 use super::pieces::{copy, runs};
-use super::qemu::{self, Extent, Info};
+use super::qemu::{self, Info, Reach};
 use super::{filled, writer};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Guid, MAX_CHAIN};
@@ -18,9 +19,8 @@ use crate::image::create::{self, DEFAULT_CLUSTER, MIN_CLUSTER, check_cluster};
 use crate::image::labels::{Labels, MAX_LABEL};
 use crate::progress::Progress;
 use crate::vdisk::Image;
+use crate::words::quoted;
 
-/// A run of zeroes of this many bytes is left out of the base: as in every import.
-const GRAIN: usize = 64 << 10;
 /// Bytes that are discarded between two looks at the progress.
 const STRIDE: u64 = 1 << 30;
 /// Most clusters that are chosen unasked: a map of 16 MiB for each level, 256 GiB of disk in clusters of 64 KiB.
@@ -114,8 +114,8 @@ fn below(link: &Link) -> Result<Option<(PathBuf, String)>> {
                 "does not say of which format the file {} is on which it stands; write that into it: qemu-img rebase \
                  -u -b {} -F FORMAT {}",
                 backing.name,
-                backing.name,
-                link.path.display()
+                quoted(&backing.name),
+                quoted(&link.path)
             );
             return refuse(Kind::Unsupported, what);
         }
@@ -189,19 +189,19 @@ pub fn import(chain: &[Link], names: &[String], cluster: u64, to: &Path, progres
     check_cluster(cluster).map_err(invalid)?;
     let mut headers = Vec::new();
     for link in chain {
-        let size = link.info.size.checked_next_multiple_of(cluster);
-        let size = size.ok_or_else(|| invalid("the size is too large".into()))?;
-        headers.push(Header::new(Version::V2, size, cluster).map_err(|bad| invalid(bad.to_string()))?);
+        // As large as it is there: what stands at a disk's end is looked for at its end.
+        let header = Header::new(Version::V2, link.info.size, cluster);
+        headers.push(header.map_err(|bad| invalid(bad.to_string()))?);
     }
     progress.set_total(chain.iter().map(|link| link.info.size).sum());
     let mut new = Assembly::begin(to)?;
     // 1.
     let mut levels = Vec::new();
     for (link, header) in chain.iter().zip(&headers) {
-        let layer = Layer::open(link, &new, progress)?;
+        let layer = Foreign::open(&link.path, &link.format, link.info.size, Reach::Own, progress)?;
         levels.push(new.delta(header)?);
         let image = writer(&link.path.to_string_lossy(), levels.clone())?;
-        filled(&image, |image| layer.pour(image, levels.len() == 1, progress))?;
+        filled(&image, |image| pour(&layer, image, levels.len() == 1, progress))?;
     }
     // 2.
     let snapshots: Vec<_> = names.iter().map(|name| (Guid::random(), Some(name.clone()))).collect();
@@ -209,64 +209,34 @@ pub fn import(chain: &[Link], names: &[String], cluster: u64, to: &Path, progres
     Ok(headers.last().map_or(0, |header| header.geometry().disk))
 }
 
-/// What one file of a chain allocates.
-struct Layer {
-    nbd: Nbd,
-    size: u64,
-    extents: Vec<Extent>,
-}
-
-impl Layer {
-    fn open(link: &Link, new: &Assembly, progress: &Progress) -> Result<Layer> {
-        let extents = qemu::map(&link.path, &link.format, progress)?;
-        let nbd = Nbd::open(&link.path, &link.format, new.open_path().join(".nbd"), progress)?;
-        Ok(Layer { nbd, size: link.info.size, extents })
+/// Puts what a file of the chain allocates into the top of `image`. `base`: nothing lies below, so that a zero need not be
+/// written.
+fn pour(layer: &Foreign, image: &Arc<Image>, base: bool, progress: &Progress) -> Result<()> {
+    let size = layer.size();
+    if !base {
+        layer.zeroes().try_for_each(|zero| {
+            // The disk ends with a whole sector.
+            let end = if zero.end >= size { image.size() } else { zero.end };
+            let strides = (zero.begin..end).step_by(STRIDE as usize);
+            strides.map(|at| (at, STRIDE.min(end - at))).try_for_each(|(at, len)| {
+                progress.check()?;
+                image.discard_at(at, len)
+            })
+        })?;
     }
-
-    /// Puts it into the top of `image`. `base`: nothing lies below, so that a zero need not be written.
-    fn pour(&self, image: &Arc<Image>, base: bool, progress: &Progress) -> Result<()> {
-        if !base {
-            self.extents.iter().filter(|extent| extent.zero).try_for_each(|zero| {
-                // The disk's last cluster is whole.
-                let end = if zero.end >= self.size { image.size() } else { zero.end };
-                let strides = (zero.begin..end).step_by(STRIDE as usize);
-                strides.map(|at| (at, STRIDE.min(end - at))).try_for_each(|(at, len)| {
-                    progress.check()?;
-                    image.discard_at(at, len)
-                })
-            })?;
-        }
-        // Zeroes over data are worth looking for only where they make a whole cluster.
-        let grain = if base { GRAIN } else { PIECE.min(image.cluster() as usize) };
-        copy(self, &[(0, self.size)], progress, &|offset, bytes| {
-            for (range, zero) in runs(bytes, grain) {
-                let at = offset + range.start as u64;
-                match zero {
-                    true if base => {}
-                    true => image.discard_at(at, range.len() as u64)?,
-                    false => image.write_at(at, &bytes[range])?,
-                }
+    // Zeroes over data are worth looking for only where they make a whole cluster.
+    let grain = if base { GRAIN } else { PIECE.min(image.cluster() as usize) };
+    copy(layer, &[(0, size)], progress, &|offset, bytes| {
+        for (range, zero) in runs(bytes, grain) {
+            let at = offset + range.start as u64;
+            match zero {
+                true if base => {}
+                true => image.discard_at(at, range.len() as u64)?,
+                false => image.write_at(at, &bytes[range])?,
             }
-            Ok(())
-        })
-    }
-}
-
-/// The data in it; its zeroes, and what lies below, are holes.
-impl Disk for Layer {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.nbd.read(offset, buf)
-    }
-
-    fn data(&self, from: u64) -> Result<Option<(u64, u64)>> {
-        let first = self.extents.partition_point(|extent| extent.end <= from);
-        let data = self.extents[first..].iter().find(|extent| !extent.zero);
-        Ok(data.map(|extent| (extent.begin.max(from), extent.end.min(self.size))))
-    }
+        }
+        Ok(())
+    })
 }
 
 #[cfg(test)]

@@ -2,13 +2,17 @@
 //! it; what is written is a live image without a transport, in files that nobody sees before they are complete.
 
 pub mod backup;
+pub mod device;
 pub mod disk;
 pub mod export;
+pub mod foreign;
 pub mod import;
+pub mod known;
 pub mod layers;
-pub mod nbd;
+mod nbd;
 pub mod pieces;
 pub mod qemu;
+mod qemu_nbd;
 pub mod restore;
 
 use std::sync::Arc;

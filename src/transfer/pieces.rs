@@ -106,6 +106,17 @@ pub fn copy(
     progress: &Progress,
     each: &(dyn Fn(u64, &[u8]) -> Result<()> + Sync),
 ) -> Result<()> {
+    copy_and_clear(disk, ranges, progress, each, &|_, _| Ok(()))
+}
+
+/// The same, where something may be already: `hole` hears offset and length of what is known to be zero.
+pub fn copy_and_clear(
+    disk: &dyn Disk,
+    ranges: &[(u64, u64)],
+    progress: &Progress,
+    each: &(dyn Fn(u64, &[u8]) -> Result<()> + Sync),
+    hole: &(dyn Fn(u64, u64) -> Result<()> + Sync),
+) -> Result<()> {
     let pieces = Mutex::new(Pieces::new(disk, ranges));
     let failed = AtomicBool::new(false);
     let work = || -> Result<()> {
@@ -117,7 +128,10 @@ pub fn copy(
             match piece {
                 None => break,
                 Some(piece) => match piece? {
-                    Piece::Hole(_, len) => progress.skip(len),
+                    Piece::Hole(offset, len) => {
+                        hole(offset, len)?;
+                        progress.skip(len);
+                    }
                     Piece::Data(offset, len) => {
                         disk.read(offset, &mut buf[..len])?;
                         each(offset, &buf[..len])?;

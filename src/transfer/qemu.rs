@@ -1,11 +1,11 @@
-//! Formats of other programs, by the `qemu-img` program: the reader of qcow2, VMDK, VHDX, VHD and VDI that is tested most
-//! and repaired first, in its own process, where what it makes of a hostile file harms nobody here.
+//! Formats of other programs, by the `qemu-img` program: what is tested most and repaired first for qcow2, VMDK, VHDX, VHD
+//! and VDI, in its own process, where what it makes of a hostile file harms nothing here. The disk itself is read and
+//! written by way of [`super::qemu_nbd`].
 
 use std::io::{self, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -32,6 +32,8 @@ pub struct Info {
     pub data: Option<String>,
     /// The names of the snapshots in it.
     pub snapshots: Vec<String>,
+    /// Its content is encrypted.
+    pub encrypted: bool,
 }
 
 /// The file below another, as that names it.
@@ -68,6 +70,7 @@ impl Info {
             backing,
             data: other,
             snapshots: snapshots.filter_map(|snapshot| text(&snapshot["name"])).collect(),
+            encrypted: said["encrypted"].as_bool() == Some(true),
         })
     }
 
@@ -116,18 +119,28 @@ fn yes() -> bool {
     true
 }
 
-/// What `file` itself allocates, ascending; neighbours of one sort are one.
-pub fn map(file: &Path, format: &str, progress: &Progress) -> Result<Vec<Extent>> {
+/// What of a disk is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// What the file itself allocates.
+    Own,
+    /// What the files allocate, too, on which it stands.
+    Chain,
+}
+
+/// What `file` allocates, ascending; neighbours of one sort are one.
+pub fn map(file: &Path, format: &str, reach: Reach, progress: &Progress) -> Result<Vec<Extent>> {
     let mut command = Command::new(PROGRAM);
     command.args(["map", "--output=json", "-f", format]).arg(absolute(file)?);
     let read = |stdout: ChildStdout| serde_json::from_reader::<_, Vec<Mapped>>(BufReader::new(stdout));
-    let ranges = run(&mut command, file, progress, read, || ())?;
-    ranges.map(|ranges| own(&ranges)).map_err(|_| not_understood(file, "map"))
+    let ranges = run(&mut command, file, progress, read)?;
+    ranges.map(|ranges| extents(&ranges, reach)).map_err(|_| not_understood(file, "map"))
 }
 
-fn own(ranges: &[Mapped]) -> Vec<Extent> {
+fn extents(ranges: &[Mapped], reach: Reach) -> Vec<Extent> {
     let mut extents: Vec<Extent> = Vec::new();
-    for range in ranges.iter().filter(|range| range.depth == 0 && range.present) {
+    let wanted = |range: &&Mapped| range.present && (range.depth == 0 || reach == Reach::Chain);
+    for range in ranges.iter().filter(wanted) {
         let end = range.start.saturating_add(range.length);
         match extents.last_mut() {
             Some(last) if last.end == range.start && last.zero == range.zero => last.end = end,
@@ -137,35 +150,22 @@ fn own(ranges: &[Mapped]) -> Vec<Extent> {
     extents
 }
 
-/// Converts a file of one format into one of another; each is format and path. `size` of the disk in bytes.
-pub fn convert(
-    options: &[&str],
-    from: (&str, &Path),
-    to: (&str, &Path),
-    size: u64,
-    progress: &Progress,
-) -> Result<()> {
-    progress.set_total(size);
+/// Makes `file`, which is there and empty, an empty disk of `size` bytes in `format`; `shown` is for messages.
+pub fn create(file: &Path, format: &str, size: u64, shown: &Path, progress: &Progress) -> Result<()> {
     let mut command = Command::new(PROGRAM);
-    command.args(["convert", "-p"]).args(options).args(["-f", from.0, "-O", to.0]);
-    command.arg(absolute(from.1)?).arg(to.1);
-    let (percent, mut shown) = (AtomicU64::new(0), 0);
-    let look = || {
-        let done = size / 100 * percent.load(Ordering::Relaxed);
-        progress.skip(done.saturating_sub(shown));
-        shown = done.max(shown);
-    };
-    run(&mut command, from.1, progress, |stdout| follow(stdout, &percent), look)
+    command.args(["create", "-q", "-f", format]).arg(file).arg(size.to_string());
+    run(&mut command, shown, progress, |mut stdout: ChildStdout| {
+        // It says nothing; what it says all the same must not stop it.
+        let _ = io::copy(&mut stdout, &mut io::sink());
+    })
 }
 
-/// Runs `command` to its end, with `read` on what it prints and `look` now and then; ends it when the work is cancelled.
-/// `file` is for messages.
+/// Runs `command` to its end, with `read` on what it prints; ends it when the work is cancelled. `file` is for messages.
 fn run<T: Send>(
     command: &mut Command,
     file: &Path,
     progress: &Progress,
     read: impl FnOnce(ChildStdout) -> T + Send,
-    mut look: impl FnMut(),
 ) -> Result<T> {
     let lost = |e: io::Error| Error::new(Kind::Io, format!("cannot wait for {PROGRAM}: {e}"));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -185,7 +185,6 @@ fn run<T: Send>(
                 child.wait().map_err(lost)?;
                 return Err(cancelled);
             }
-            look();
             std::thread::sleep(LOOK);
         };
         let (read, said) = (read.join().ok().flatten(), said.join().unwrap_or_default());
@@ -206,20 +205,6 @@ pub(super) fn said(mut stderr: impl Read) -> Vec<u8> {
     let mut said = Vec::new();
     let _ = stderr.read_to_end(&mut said);
     said
-}
-
-/// Reads `    (12.34/100%)` after `    (12.34/100%)`.
-fn follow(mut stdout: impl Read, percent: &AtomicU64) {
-    let (mut buf, mut text) = ([0; 256], Vec::new());
-    while let Ok(n @ 1..) = stdout.read(&mut buf) {
-        text.extend_from_slice(&buf[..n]);
-        if let Some(end) = text.iter().rposition(|byte| *byte == b'/') {
-            let begin = text[..end].iter().rposition(|byte| *byte == b'(').map_or(0, |at| at + 1);
-            let number = String::from_utf8_lossy(&text[begin..end]).trim().parse::<f64>();
-            percent.store(number.map_or(0, |n| n as u64).min(100), Ordering::Relaxed);
-            text.drain(..=end);
-        }
-    }
 }
 
 /// With a slash in front no part of a name is taken for a protocol or an option.
@@ -256,22 +241,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_percentage_is_found_however_the_text_is_cut() {
-        struct Bits<'a>(&'a [u8]);
-        impl Read for Bits<'_> {
-            fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-                let n = self.0.len().min(7);
-                buf[..n].copy_from_slice(&self.0[..n]);
-                self.0 = &self.0[n..];
-                Ok(n)
-            }
-        }
-        let percent = AtomicU64::new(0);
-        follow(Bits(b"    (0.00/100%)\r    (41.66/100%)\r    (7"), &percent);
-        assert_eq!(percent.load(Ordering::Relaxed), 41);
-    }
-
-    #[test]
     fn every_other_file_that_a_file_names_is_seen() {
         let other =
             |said: Value| Info::of(&said, Path::new("/d/own")).expect("a size").other().map(str::to_owned);
@@ -300,12 +269,13 @@ mod tests {
             backing: Some(backing),
             data: None,
             snapshots: vec!["one".into(), "two".into()],
+            encrypted: false,
         };
         assert_eq!(Info::of(&said, Path::new("/d/own")), Some(expected));
     }
 
     #[test]
-    fn only_what_the_file_itself_allocates_is_in_its_map_and_neighbours_are_one() {
+    fn what_was_asked_for_is_in_the_map_and_neighbours_are_one() {
         let said = r#"[
             {"start": 0, "length": 10, "depth": 0, "present": true, "zero": false, "data": true, "offset": 7},
             {"start": 10, "length": 10, "depth": 0, "present": true, "zero": false, "data": true, "compressed": true},
@@ -314,7 +284,9 @@ mod tests {
             {"start": 40, "length": 10, "depth": 0, "present": false, "zero": true, "data": false}]"#;
         let ranges: Vec<Mapped> = serde_json::from_str(said).expect("as qemu-img prints it");
         let extent = |begin, end, zero| Extent { begin, end, zero };
-        assert_eq!(own(&ranges), [extent(0, 20, false), extent(20, 30, true)]);
+        assert_eq!(extents(&ranges, Reach::Own), [extent(0, 20, false), extent(20, 30, true)]);
+        let all = [extent(0, 20, false), extent(20, 30, true), extent(30, 40, false)];
+        assert_eq!(extents(&ranges, Reach::Chain), all);
     }
 
     #[test]
