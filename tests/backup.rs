@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use common::{Folder, Mount, Rng, Run, memory_dir, text, until};
+use common::{Folder, Mount, Rng, Run, memory_dir, temp_dir, text, until};
 use ploopfs::progress::Progress;
 use ploopfs::transfer::restore::Stream;
 use serde_json::Value;
@@ -414,4 +414,107 @@ fn an_interrupted_backup_or_restore_leaves_nothing() {
     folder.ok(&["restore", "full", "new"]);
     assert_eq!(folder.names(), ["disk.raw", "full", "new", "vm"]);
     assert!(folder.content("new") == std::fs::read(folder.path("disk.raw")).expect("the source"));
+}
+
+#[test]
+fn a_hangup_leaves_as_little_as_a_ctrl_c_and_under_nohup_the_work_goes_on() {
+    let folder = with_data();
+    folder.ok(&["snapshot", "create", "vm", "s"]);
+    folder.ok(&["backup", "vm@s", "-o", "full"]);
+    let names = folder.names();
+    let hang_up = |child: &Child| common::signal(child.id(), rustix::process::Signal::HUP);
+    let restores = || folder.names().contains(&".new.new".to_owned());
+    let slow = ["restore", "full", "new", "--rate", "1M"];
+    let mut child = folder.start(&slow, Stdio::null(), Stdio::null());
+    assert!(until(Duration::from_secs(20), restores));
+    hang_up(&child);
+    assert_eq!(child.wait().expect("our child").code(), Some(1));
+    assert_eq!(folder.names(), names);
+    // Of a disk without a snapshot of its own.
+    let mut child = folder.start(&["backup", "vm", "-o", "b", "--rate", "1M"], Stdio::null(), Stdio::null());
+    assert!(until(Duration::from_secs(20), || folder.snapshots("vm").len() == 3));
+    hang_up(&child);
+    assert_eq!(child.wait().expect("our child").code(), Some(1));
+    assert_eq!((folder.names(), folder.snapshots("vm").len()), (names, 2));
+    let mut command = Command::new("nohup");
+    command.arg(env!("CARGO_BIN_EXE_ploopfs")).args(["restore", "full", "new", "--rate", "8M"]);
+    command.current_dir(folder.0.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("nohup starts");
+    assert!(until(Duration::from_secs(20), restores));
+    hang_up(&child);
+    assert!(child.wait().expect("our child").success(), "a signal that was to be ignored ended it");
+    assert!(folder.content("new") == std::fs::read(folder.path("disk.raw")).expect("the source"));
+}
+
+#[test]
+fn a_signal_is_heard_while_a_pipe_is_silent() {
+    let folder = with_data();
+    for args in [["restore", "-", "new"], ["import", "-", "new"]] {
+        // Held open, and silent.
+        let mut child = folder.start(&args, Stdio::piped(), Stdio::null());
+        std::thread::sleep(Duration::from_millis(300));
+        common::signal(child.id(), rustix::process::Signal::TERM);
+        assert!(
+            until(Duration::from_secs(20), || child.try_wait().expect("our child").is_some()),
+            "{args:?}"
+        );
+        assert!(!child.wait().expect("our child").success());
+        assert_eq!(folder.names(), ["disk.raw", "vm.hds"], "{args:?}");
+    }
+}
+
+/// Bind-mounted read-only; undone when dropped.
+struct ReadOnly(PathBuf);
+
+impl ReadOnly {
+    fn over(folder: &Path, point: PathBuf) -> ReadOnly {
+        std::fs::create_dir(&point).expect("mkdir");
+        common::ok("mount", &["--bind", text(folder), text(&point)]);
+        let bound = ReadOnly(point);
+        common::ok("mount", &["-o", "remount,bind,ro", text(&bound.0)]);
+        bound
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        Run::new("umount").arg(&self.0).run();
+    }
+}
+
+#[test]
+fn a_disk_on_a_read_only_host_is_backed_up_as_it_stands() {
+    require!("loop");
+    let folder = with_data();
+    folder.ok(&["import", "disk.raw", "layered"]);
+    folder.ok(&["snapshot", "create", "layered", "s"]);
+    let around = temp_dir();
+    let bound = ReadOnly::over(folder.0.path(), around.path().join("ro"));
+    for (image, options) in [("vm", &[][..]), ("layered", &[]), ("layered", &["--since", "s"])] {
+        let stream = around.path().join("stream");
+        let done =
+            Run::ploopfs().arg("backup").arg(bound.0.join(image)).arg("-o").arg(&stream).args(options).run();
+        assert!(done.success() && done.stderr.contains("as it stands"), "{done}");
+        let said = Run::ploopfs().args(["restore", "--check"]).arg(&stream).ok();
+        assert!(said.contains("whole and undamaged"), "{said}");
+        if options.is_empty() {
+            folder.ok(&["restore", text(&stream), "back"]);
+            assert!(folder.content("back") == std::fs::read(folder.path("disk.raw")).expect("the source"));
+            assert_eq!(folder.snapshots("back").len(), 2, "the restored one has a snapshot");
+            std::fs::remove_dir_all(folder.path("back")).expect("remove");
+        }
+        std::fs::remove_file(stream).expect("remove");
+    }
+    assert_eq!(folder.snapshots("layered"), ["s", ""]);
+}
+
+#[test]
+fn a_backup_to_a_minus_goes_to_the_pipe() {
+    let folder = with_data();
+    folder.ok(&["snapshot", "create", "vm", "s"]);
+    let names = folder.names();
+    let line = format!("{0} backup vm@s -o - | {0} restore --check -", env!("CARGO_BIN_EXE_ploopfs"));
+    let said = Run::new("bash").args(["-c", &line]).in_folder(folder.0.path()).ok();
+    assert!(said.contains("whole and undamaged"), "{said}");
+    assert_eq!(folder.names(), names);
 }

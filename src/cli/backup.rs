@@ -1,22 +1,23 @@
 //! `ploopfs backup`.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
-use std::os::fd::AsFd;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::cli::output::{pipe, stdout};
 use crate::cli::source::Source;
 use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, layered, out};
+use crate::cli::{Outcome, layered, served};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::stream::Head;
 use crate::image::create::DEFAULT_CLUSTER;
 use crate::io::new_file::NewFile;
 use crate::transfer::backup;
-use crate::vdisk::live::Work;
+use crate::vdisk::live::{Work, time_label};
+use crate::words::quoted;
 
 /// Arguments of `backup`.
 #[derive(Debug, clap::Args)]
@@ -42,7 +43,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Where the stream goes.
 enum Output {
     New(NewFile),
-    Stdout(File),
+    Pipe(File),
 }
 
 /// Runs the command.
@@ -52,6 +53,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let since = args.since.as_deref().map(|name| base(&target, name)).transpose()?;
     let own = match &target.snapshot {
         Some(_) => None,
+        // Nothing can change it, so that it stands still by itself; and no snapshot can be put there.
+        None if cannot_change(&target)? => None,
         None => {
             let work = Work::Snapshot { label: None };
             let name = work::carry_out(&target.path, &work, Pace { rate: None })?.name.unwrap_or_default();
@@ -60,8 +63,17 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             Some(name)
         }
     };
+    let as_it_stands = target.snapshot.is_none();
     let result = write(&target, since, output, args.pace);
-    let Some(name) = own else { return Ok(result.map(|()| Outcome::Done)?) };
+    let Some(name) = own else {
+        result?;
+        if as_it_stands {
+            let what = "backed up as it stands: the host is read-only, so that no snapshot was taken, and no later backup \
+                        can be made --since this one";
+            let _ = writeln!(std::io::stderr(), "{what}");
+        }
+        return Ok(Outcome::Done);
+    };
     if let Err(e) = result {
         // Nobody can use it as a base: of this backup there is nothing.
         if let Err(e) = take_back(&target.path, &name) {
@@ -72,10 +84,25 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     // Not on standard output, which may be the backup. Nobody may be listening.
     let _ = writeln!(
         std::io::stderr(),
-        "snapshot {} was taken and is kept: the base for --since; `ploopfs snapshot delete` removes it",
-        out::printable(&name)
+        "snapshot {0} was taken and is kept: the base for --since; this removes it: ploopfs snapshot delete {1} {0}",
+        quoted(&name),
+        quoted(&target.path)
     );
     Ok(Outcome::Done)
+}
+
+/// True for a disk that neither we nor anything else here can write: its place is read-only, or the mount that serves it.
+fn cannot_change(target: &Target) -> Result<bool> {
+    if let Some((_, image)) = served::serving(&target.path)? {
+        return Ok(image.mode == "read-only" && is_read_only(&target.path)?);
+    }
+    is_read_only(&target.path)
+}
+
+/// True where the host's file system says so.
+fn is_read_only(path: &Path) -> Result<bool> {
+    let status = rustix::fs::statvfs(path).map_err(|e| Error::io(&e.into(), path, "cannot look at it"))?;
+    Ok(status.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
 }
 
 /// Deletes the snapshot. The daemon hears a moment after us that we have closed it.
@@ -83,7 +110,7 @@ fn take_back(path: &Path, name: &str) -> Result<()> {
     let deadline = Instant::now() + CLOSING;
     loop {
         let work = Work::Delete { snapshot: name.to_owned() };
-        match work::carry_out(path, &work, Pace { rate: None }) {
+        match work::clear_up(path, &work) {
             Err(e) if e.kind() == Kind::InUse && Instant::now() < deadline => std::thread::sleep(LOOK),
             other => return other.map(drop),
         }
@@ -92,17 +119,12 @@ fn take_back(path: &Path, name: &str) -> Result<()> {
 
 fn output(path: Option<&Path>) -> Result<Output> {
     let Some(path) = path else {
-        let stdout = std::io::stdout();
-        if stdout.is_terminal() {
-            let what = "a backup is not for a terminal; give it a file: -o FILE, or > FILE";
-            return Err(Error::new(Kind::Invalid, what));
-        }
-        // Past the buffer of standard output, which looks for ends of lines.
-        let fd = stdout.as_fd().try_clone_to_owned();
-        let fd = fd.map_err(|e| Error::io(&e, "standard output", "cannot use it"))?;
-        return Ok(Output::Stdout(File::from(fd)));
+        return stdout("a backup", "give it a file: -o FILE, or > FILE").map(Output::Pipe);
     };
-    NewFile::begin(path).map(Output::New)
+    match pipe(path, "a backup")? {
+        Some(pipe) => Ok(Output::Pipe(pipe.into_file())),
+        None => NewFile::begin(path).map(Output::New),
+    }
 }
 
 /// GUID and name of the snapshot that is the base. Before anything is done.
@@ -110,7 +132,8 @@ fn base(target: &Target, name: &str) -> Result<(String, String)> {
     let lines = work::snapshots(&target.path)?;
     let found = lines.into_iter().find(|line| line.is(name) && !line.temporary);
     let missing = || {
-        let what = format!("has no snapshot {name}; ploopfs snapshot list shows what it has");
+        let list = quoted(&target.path);
+        let what = format!("has no snapshot {name}; these are there: ploopfs snapshot list {list}");
         Error::at(Kind::NotFound, &target.path, what)
     };
     let line = found.ok_or_else(missing)?;
@@ -132,14 +155,19 @@ fn write(target: &Target, since: Option<(String, String)>, output: Output, pace:
         true => layered::name(&target.path),
         false => target.path.file_stem().unwrap_or_default().to_owned(),
     };
+    // The live disk has no identity that a snapshot could have.
+    let (guid, label) = match &target.snapshot {
+        Some(_) => (Guid::parse(&source.line.guid).ok_or_else(no_guid)?, source.line.name.clone()),
+        None => (Guid::random(), time_label(now.as_ref().map_or(0, Duration::as_secs))),
+    };
     let head = Head {
         size: source.disk().size(),
         cluster: cluster.unwrap_or(DEFAULT_CLUSTER),
-        guid: Guid::parse(&source.line.guid).ok_or_else(no_guid)?,
+        guid,
         base: Guid::parse(&base).unwrap_or(Guid::NONE),
         made: now.map_or(0, |now| now.as_secs()),
         image: name.to_string_lossy().into_owned(),
-        name: source.line.name.clone(),
+        name: label,
         base_name,
     };
     work::watched(&target.path, pace, move |progress| {
@@ -149,7 +177,7 @@ fn write(target: &Target, since: Option<(String, String)>, output: Output, pace:
                 backup::write(source.disk(), &head, ranges, &mut file.file(), progress)?;
                 file.commit()
             }
-            Output::Stdout(mut file) => backup::write(source.disk(), &head, ranges, &mut file, progress),
+            Output::Pipe(mut file) => backup::write(source.disk(), &head, ranges, &mut file, progress),
         }
     })
 }

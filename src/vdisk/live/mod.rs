@@ -13,7 +13,7 @@ mod pull;
 pub mod snapshot;
 mod work;
 
-pub use work::carry_out;
+pub use work::{carry_out, time_label};
 
 use std::path::PathBuf;
 

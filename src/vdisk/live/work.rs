@@ -374,7 +374,7 @@ impl Image {
 }
 
 /// 2026-11-20T22.45.01 (UTC); colons would not do in file names everywhere.
-fn time_label(seconds: u64) -> String {
+pub fn time_label(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     // Days to a date of the Gregorian calendar, counted from 1 March of year 0: leap days then come last in a year.
     let days = days + 719_468;
