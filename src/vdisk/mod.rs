@@ -436,6 +436,12 @@ impl Image {
         self.stack().top().path.clone()
     }
 
+    /// The disk, for messages: its file where it has no other, else the image's name and not that of its newest file.
+    fn shown(&self) -> std::path::PathBuf {
+        let stack = self.stack();
+        if stack.top_down().nth(1).is_none() { stack.top().path.clone() } else { self.name.clone().into() }
+    }
+
     fn dirty_pages(&self) -> u64 {
         self.stack().bat.as_ref().map_or(0, |bat| bat.dirty_pages())
     }

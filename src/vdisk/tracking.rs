@@ -59,7 +59,7 @@ impl Image {
     /// the name of this moment. Blocks; not for runners or transport threads.
     pub fn start_tracking(self: &Arc<Self>, granularity: Option<u64>) -> Result<Guid> {
         let _alone = self.begin_operation()?;
-        let invalid = |why: String| Err(Error::at(Kind::Invalid, self.path(), why));
+        let invalid = |why: String| Err(Error::at(Kind::Invalid, self.shown(), why));
         let disk = self.size();
         let granularity = granularity.unwrap_or_else(|| Changed::usual_granularity(disk));
         if self.stack().bat.is_none() {

@@ -155,7 +155,7 @@ impl Image {
         let stack = arc_swap::Guard::into_inner(self.stack());
         if stack.bat.is_none() {
             let why = "is raw: there is nothing to move in it (`fallocate --dig-holes` frees its zeroes)";
-            return Err(Error::at(Kind::Unsupported, self.path(), why));
+            return Err(Error::at(Kind::Unsupported, self.shown(), why));
         }
         let (length, allocated) = self.own_file()?;
         let (mut used, mut own, mut zero, mut freed) = (Bits::default(), 0, Vec::new(), 0);

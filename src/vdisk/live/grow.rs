@@ -36,7 +36,7 @@ impl Image {
                 "the disk has {} bytes, and {size} would cut off what the guest keeps there; it is not made smaller",
                 self.size()
             );
-            return Err(Error::at(Kind::Invalid, self.path(), context));
+            return Err(Error::at(Kind::Invalid, self.shown(), context));
         }
         // As large as it is: also where that is no whole cluster.
         if size == self.size() {
@@ -45,7 +45,7 @@ impl Image {
         self.mark_and_wait()?;
         let stack = arc_swap::Guard::into_inner(self.stack());
         let old = stack.geometry;
-        let too_large = || Error::at(Kind::Invalid, self.path(), "the size is too large for this image");
+        let too_large = || Error::at(Kind::Invalid, self.shown(), "the size is too large for this image");
         if stack.bat.is_none() {
             return self.grow_raw(&stack, size.checked_next_multiple_of(512).ok_or_else(too_large)?);
         }
@@ -54,7 +54,7 @@ impl Image {
             return Ok(size);
         }
         let header = lock(&stack.state.header).ok_or_else(|| self.closed_error())?;
-        let header = header.grown(size).map_err(|e| Error::at(Kind::Invalid, self.path(), e.to_string()))?;
+        let header = header.grown(size).map_err(|e| Error::at(Kind::Invalid, self.shown(), e.to_string()))?;
         let new = header.geometry();
         let reserved = (new.first - old.first) / self.cluster;
         stack.allocator().reserve(reserved); // 1
