@@ -172,6 +172,36 @@ fn a_full_image_notices_that_there_is_space_though_the_guest_only_overwrites() {
     }
 }
 
+/// As many requests as may be parked hold gigabytes where each is large.
+#[test]
+fn what_waits_for_space_is_bounded_in_bytes() {
+    const MIB: usize = 1 << 20;
+    let header = Header::new(Version::V2, 256 << 20, MIB as u64).expect("fits the format");
+    let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
+    file.set_len(header.geometry().first).expect("memory grows");
+    let plan = Arc::new(Plan::default());
+    let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file, plan.clone()));
+    let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
+    let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");
+    image.make_writable().expect("sound");
+    image.write_at(0, &[1; 512]).expect("marked");
+    plan.set_full(true);
+    let data = bytes::Bytes::from(vec![1; MIB]);
+    let (tell, refused) = mpsc::channel();
+    for n in 1..=140 {
+        let tell = tell.clone();
+        image.write(n * MIB as u64, data.clone(), false, Box::new(move |r| drop(tell.send(r.is_err()))));
+    }
+    let most = (crate::io::buffers::PARKED_OF_ONE >> 20) as usize;
+    for _ in most..140 - 1 {
+        assert!(refused.recv_timeout(LONG).expect("at once"), "it does not wait");
+    }
+    assert!(image.stats().queued >= most as u64 - 1 && refused.try_iter().count() <= 1);
+    plan.set_full(false);
+    until(|| image.mode() == Mode::Write && image.stats().queued == 0);
+    image.close().expect("closes");
+}
+
 /// One level in memory over one on a disk: each is read as it can be.
 #[test]
 fn a_level_on_a_slow_host_takes_the_fast_path_from_no_other() {

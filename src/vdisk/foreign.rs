@@ -18,29 +18,40 @@ impl Image {
     /// writes or says that something is durable, before the mark is set, and before it is cleared.
     pub(super) fn still_ours(self: &Arc<Self>, stack: &Stack) -> Result<()> {
         let top = stack.top();
-        let io = |e: std::io::Error| Error::io(&e, &top.path, "cannot look at the file");
-        let of_allocator = stack.state.allocator.get().map(|alloc| alloc.made());
-        let least = match of_allocator {
-            _ if stack.bat.is_none() => stack.geometry.disk,
-            // The build that breaks R2 does not make it so long.
-            Some(made) if !broken(Rule::R2) => stack.geometry.cluster_position(made),
-            _ => stack.geometry.bat_end(),
-        };
-        let len = top.file.len().map_err(io)?;
-        if len < least {
+        if let Some((len, least)) = self.too_short(stack) {
             return Err(self.is_foreign(stack, &format!("it ends at byte {len}, where {least} were")));
         }
         // Held across the read: bytes 0 to 4095 have one writer (R5), and this is no other's half of a write.
         let header = lock(&stack.state.header);
         let Some(ours) = &*header else { return Ok(()) };
         let mut bytes = [0; HEADER_BYTES as usize];
-        let n = read_full(&*top.file, &mut bytes, 0).map_err(io)?;
+        let Ok(n) = read_full(&*top.file, &mut bytes, 0) else { return Ok(()) };
         let same = Header::parse(&bytes[..n]).is_ok_and(|found| found == *ours);
         // The build that breaks R1 leaves its header as it was.
         if same || broken(Rule::R1) {
             return Ok(());
         }
         Err(self.is_foreign(stack, "its header is not what was written last"))
+    }
+
+    /// How long the file is, and should be at least; None: it is long enough, or that is not known.
+    fn too_short(&self, stack: &Stack) -> Option<(u64, u64)> {
+        let least = || match stack.state.allocator.get() {
+            _ if stack.bat.is_none() => stack.geometry.disk,
+            // The build that breaks R2 does not make it so long.
+            Some(alloc) if !broken(Rule::R2) => stack.geometry.cluster_position(alloc.made()),
+            _ => stack.geometry.bat_end(),
+        };
+        let look = || {
+            // Asked on both sides: an extension counts when it is there, a cut before it is. Both in one look is what the
+            // second look is for.
+            let before = least();
+            // One that fails says nothing: whether the data is safe the sync tells.
+            let len = stack.top().file.len().ok()?;
+            let least = before.min(least());
+            (len < least).then_some((len, least))
+        };
+        look().and_then(|_| look()).and_then(|_| look())
     }
 
     /// A mapped cluster of the top ends behind the end of the file. Where we have it in use, we have made it longer (R2).
