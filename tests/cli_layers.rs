@@ -229,7 +229,7 @@ struct Frozen {
 impl Frozen {
     fn new(point: &Path) -> Frozen {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
-        command.arg("thaw-guard").arg(point).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg("thaw-guard").args([point, point]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut guard = command.spawn().expect("the guard");
         let says = BufReader::new(guard.stdout.take().expect("its output"));
         let mut frozen = Frozen { guard, says, point: point.to_owned() };

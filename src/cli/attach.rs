@@ -9,7 +9,7 @@ use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
-use crate::io::loopdev::{self, LoopDevice};
+use crate::io::loopdev;
 use crate::words::quoted;
 
 /// Where a mount shows snapshots.
@@ -29,7 +29,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let Shown { path: shown, frozen, mount } = shown_or_snapshot(&args.image)?;
-    if let Some(device) = over(&shown)?.into_iter().next() {
+    if let Some(device) = loopdev::over(&shown)?.into_iter().next() {
         let what =
             format!("is attached already: {0}; end that with: ploopfs detach {0}", device.dev.display());
         return Err(Error::at(Kind::InUse, &shown, what).into());
@@ -47,14 +47,6 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         })?;
     out::text(&format!("{}\n", device.dev.display()))?;
     Ok(Outcome::Done)
-}
-
-/// The loop devices over a file.
-pub fn over(file: &Path) -> Result<Vec<LoopDevice>> {
-    let mut devices =
-        loopdev::list().map_err(|e| Error::io(&e, "/sys/block", "cannot look for loop devices"))?;
-    devices.retain(|device| device.backing == file);
-    Ok(devices)
 }
 
 /// The flat file that a mount shows of the live disk of `image`.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::cli::attach::{over, shown};
+use crate::cli::attach::shown;
 use crate::cli::{Outcome, out};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
@@ -39,7 +39,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 
 /// The loop devices that are meant; none when nothing is attached.
 fn devices(target: &Path) -> Result<Vec<PathBuf>> {
-    let all = loopdev::list().map_err(|e| Error::io(&e, "/sys/block", "cannot look for loop devices"))?;
+    let all = loopdev::list()?;
     if target.starts_with("/dev") {
         target.symlink_metadata().map_err(|e| Error::io(&e, target, "no such device"))?;
         return Ok(all.into_iter().map(|device| device.dev).filter(|dev| dev == target).collect());
@@ -51,5 +51,5 @@ fn devices(target: &Path) -> Result<Vec<PathBuf>> {
     if !named.is_empty() {
         return Ok(named);
     }
-    Ok(over(&shown(target)?)?.into_iter().map(|device| device.dev).collect())
+    Ok(loopdev::over(&shown(target)?)?.into_iter().map(|device| device.dev).collect())
 }

@@ -20,7 +20,8 @@ pub(crate) const LONGEST: Duration = Duration::from_secs(10);
 /// Arguments of the hidden command.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    points: Vec<PathBuf>,
+    /// For each file system the path of our caller's descriptor, and its mount point
+    paths: Vec<PathBuf>,
 }
 
 /// The guard: freezes, says so, and thaws when its standard input ends (the command is done, or was killed) or after
@@ -29,8 +30,8 @@ pub fn guard(args: Args) -> anyhow::Result<Outcome> {
     let _ = process::name_this_thread("ploopfs/thaw");
     let mut say = std::io::stdout().lock();
     let mut held = Held(Vec::new());
-    for point in &args.points {
-        let frozen = FileSystem::open(point).and_then(|fs| fs.freeze().map(|()| fs));
+    for pair in args.paths.chunks_exact(2) {
+        let frozen = FileSystem::inherit(&pair[0], &pair[1]).and_then(|fs| fs.freeze().map(|()| fs));
         match frozen {
             Ok(fs) => held.0.push(fs),
             Err(e) => {
@@ -43,7 +44,7 @@ pub fn guard(args: Args) -> anyhow::Result<Outcome> {
     let asked = input_ends_within(LONGEST);
     let mut in_time = asked;
     for fs in held.0.drain(..) {
-        // Somebody else thawed it before us: then it was not frozen all the time.
+        // Another program thawed it before us: then it was not frozen all the time.
         in_time &= fs.thaw().unwrap_or(false);
     }
     // The command may be gone.
@@ -84,27 +85,39 @@ fn input_ends_within(limit: Duration) -> bool {
 pub struct Frozen {
     guard: Child,
     says: BufReader<ChildStdout>,
-    points: Vec<PathBuf>,
+    /// Held open, so that they can be thawed should the guard be killed.
+    file_systems: Vec<FileSystem>,
 }
 
 impl Frozen {
     /// Freezes every file system that is mounted from one of `devices`.
     pub fn new(image: &Path, devices: &[LoopDevice]) -> Result<Frozen> {
-        let points: Vec<PathBuf> = devices.iter().flat_map(loopdev::mounted_on).collect();
-        if points.is_empty() {
+        let mut file_systems = Vec::new();
+        for device in devices {
+            let numbers = loopdev::numbers(device.number);
+            for mounts in loopdev::mounted_on(device)? {
+                let found = FileSystem::open(&mounts, &numbers).map_err(|e| nothing_done(&e))?;
+                file_systems.push(found);
+            }
+        }
+        if file_systems.is_empty() {
             let what = "no file system of it is mounted through a loop device here; --freeze is for those";
             return Err(Error::at(Kind::Invalid, image, what));
         }
         let failed = |e: &std::io::Error| Error::io(e, image, "cannot start the guard that thaws");
         let mut command = process::daemon_command("ploopfs");
-        command.arg("thaw-guard").args(&points).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg("thaw-guard");
+        for one in &file_systems {
+            command.arg(one.descriptor()).arg(one.point());
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut guard = command.spawn().map_err(|e| failed(&e))?;
         let out = guard.stdout.take().ok_or_else(|| failed(&std::io::ErrorKind::BrokenPipe.into()))?;
-        let mut frozen = Frozen { guard, says: BufReader::new(out), points };
+        let mut frozen = Frozen { guard, says: BufReader::new(out), file_systems };
         match &*frozen.line() {
             "frozen" => Ok(frozen),
             "" => Err(Error::at(Kind::Io, image, "the guard that freezes and thaws died; nothing was done")),
-            why => Err(Error::new(Kind::Io, format!("{why}; no snapshot was made"))),
+            why => Err(nothing_done(&Error::new(Kind::Io, why))),
         }
     }
 
@@ -130,8 +143,12 @@ impl Drop for Frozen {
             return;
         }
         // The guard was killed: then this is on us.
-        for fs in self.points.iter().filter_map(|point| FileSystem::open(point).ok()) {
+        for fs in &self.file_systems {
             let _ = fs.thaw();
         }
     }
+}
+
+fn nothing_done(why: &Error) -> Error {
+    Error::new(why.kind(), format!("{why}; no snapshot was made"))
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, attach, out, served, size, snapshot, target};
+use crate::cli::{Outcome, out, served, size, snapshot, target};
 use crate::error::{Error, Result};
 use crate::io::loopdev;
 use crate::vdisk::live::Work;
@@ -42,7 +42,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 /// asks it back.
 fn tell_loops(path: &Path) -> Result<Vec<PathBuf>> {
     let Some(live) = served::image(path)? else { return Ok(Vec::new()) };
-    let devices = attach::over(&live.shown)?;
+    let devices = loopdev::over(&live.shown)?;
     if !devices.is_empty() {
         // The kernel takes the length that it knows of the file, and that may be the old one.
         rustix::fs::statx(CWD, &live.shown, AtFlags::STATX_FORCE_SYNC, StatxFlags::SIZE)

@@ -10,10 +10,10 @@ use rustix::fs::OFlags;
 use crate::cli::out;
 use crate::control::client::Client;
 use crate::control::protocol::ImageLine;
-use crate::daemon::holders;
+use crate::daemon::holders::{self, Holder};
 use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
-use crate::io::loopdev::LoopDevice;
+use crate::io::loopdev::{self, LoopDevice};
 use crate::transfer::disk::FlatFile;
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
@@ -173,6 +173,13 @@ fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
     let Some(mount) = mounts::at(&daemon.mountpoint)? else { return Ok(Vec::new()) };
     let mut found = holders::of(&mount);
     found.retain(|holder| holder.file() == Some(&shown));
+    // By what they are, too: one may have come to the file by a mount that only another namespace has.
+    for device in loopdev::over(&shown)? {
+        let named = |holder: &Holder| matches!(holder, Holder::Loop(known) if known.number == device.number);
+        if !found.iter().any(named) {
+            found.push(Holder::Loop(device));
+        }
+    }
     Ok(found.iter().map(ToString::to_string).collect())
 }
 

@@ -10,6 +10,7 @@ use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, size, target, utc};
 use crate::control::protocol::SnapshotLine;
 use crate::error::{Error, Kind, Result};
+use crate::io::loopdev;
 use crate::vdisk::live::{Done, Work};
 
 /// Arguments of `snapshot`.
@@ -119,7 +120,7 @@ pub fn say(done: &Done) -> anyhow::Result<()> {
 fn create(path: &Path, name: Option<String>, freeze: bool) -> Result<String> {
     let frozen = if freeze {
         let shown = attach::shown(path)?;
-        Some(Frozen::new(path, &attach::over(&shown)?)?)
+        Some(Frozen::new(path, &loopdev::over(&shown)?)?)
     } else {
         None
     };

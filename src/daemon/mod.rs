@@ -9,7 +9,6 @@ pub mod holders;
 pub mod keeper;
 mod link;
 mod log;
-pub mod mounts;
 mod notify;
 mod sandbox;
 mod service;
@@ -18,3 +17,5 @@ pub mod start;
 mod stop;
 pub mod wire;
 mod works;
+
+pub use crate::io::mounts;

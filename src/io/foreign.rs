@@ -41,9 +41,13 @@ pub fn folder_in(dir: &impl AsFd, name: impl AsRef<Path>) -> io::Result<OwnedFd>
 /// The kernel's number of the mount that `fd` lies on. It asks no file system, so a dead mount does not hold it up.
 pub fn mount_id(fd: &impl AsFd) -> io::Result<u64> {
     let info = std::fs::read(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))?;
-    let line = info.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"mnt_id:"));
-    let number = line.and_then(|line| std::str::from_utf8(line).ok()?.trim().parse().ok());
-    number.ok_or_else(|| io::Error::other("the kernel names no mount in /proc/self/fdinfo"))
+    mount_id_in(&info).ok_or_else(|| io::Error::other("the kernel names no mount in /proc/self/fdinfo"))
+}
+
+/// The number of the mount in a file of `/proc/PID/fdinfo`.
+pub fn mount_id_in(info: &[u8]) -> Option<u64> {
+    let line = info.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"mnt_id:"))?;
+    std::str::from_utf8(line).ok()?.trim().parse().ok()
 }
 
 /// Opens the regular file `path` below the folder `root`, on the same mount; a link or a mount anywhere in it is an error

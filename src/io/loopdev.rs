@@ -4,15 +4,19 @@
 //! daemon that serves that file must never call them: it would wait for itself. [`list`] reads sysfs only, which
 //! asks nobody, and is safe everywhere.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::mounts::{self, Mount};
 use crate::{Error, Kind, Result};
 
 // linux/loop.h
@@ -22,12 +26,18 @@ const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
 const LOOP_SET_DIRECT_IO: libc::Ioctl = 0x4C08;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
+// linux/fs.h and linux/blkpg.h
+const BLKPG: libc::Ioctl = 0x1269;
+const BLKPG_DEL_PARTITION: libc::c_int = 2;
 const LO_FLAGS_READ_ONLY: u32 = 1;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 const LO_NAME_SIZE: usize = 64;
 
 /// Others may take a free device before we configure it: then the next one is tried, so many times.
 const ATTACH_TRIES: u32 = 64;
+/// How long files under loop devices may take to say which they are. One may lie on a server that is gone, and the
+/// question then has no end.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How often a device that is going away is looked at.
 const POLL: Duration = Duration::from_millis(10);
 
@@ -75,6 +85,25 @@ struct LoopConfig {
     block_size: u32,
     info: LoopInfo,
     reserved: [u64; 8],
+}
+
+/// `struct blkpg_partition`.
+#[repr(C)]
+struct Partition {
+    start: i64,
+    length: i64,
+    number: libc::c_int,
+    device_name: [u8; 64],
+    volume_name: [u8; 64],
+}
+
+/// `struct blkpg_ioctl_arg`.
+#[repr(C)]
+struct PartitionCall {
+    what: libc::c_int,
+    flags: libc::c_int,
+    length: libc::c_int,
+    partition: *mut Partition,
 }
 
 /// A loop device with a file behind it.
@@ -129,17 +158,19 @@ pub fn attach_opened(
         _ => Err(e),
     });
     let file = file.map_err(|e| failed(&e))?;
-    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| {
-        Error::io(&e, "/dev/loop-control", "cannot attach (is the module loop loaded? modprobe loop)")
-    })?;
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control");
+    let control = control.map_err(|e| no_control(&e))?;
     let mut busy = io::Error::from_raw_os_error(libc::EBUSY);
     for _ in 0..ATTACH_TRIES {
         // SAFETY: the descriptor is open, and this ioctl takes no argument.
         let number = retry(|| unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) });
         let number = number.map_err(|e| failed(&e))?;
         match configure(number, &file, path, read_only) {
-            Ok(()) => {
-                let found = describe(number.unsigned_abs());
+            Ok(dev) => {
+                let number = number.unsigned_abs();
+                // What partx made over an earlier file is left when that goes, and would lie over this one.
+                drop_partitions(&dev, number).map_err(|e| failed(&e))?;
+                let found = describe(number);
                 return found.ok_or_else(|| failed(&io::Error::from_raw_os_error(libc::ENXIO)));
             }
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => busy = e,
@@ -149,7 +180,18 @@ pub fn attach_opened(
     Err(failed(&busy))
 }
 
-fn configure(number: i32, file: &File, path: &Path, read_only: bool) -> io::Result<()> {
+fn no_control(e: &io::Error) -> Error {
+    let advice = match e.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => "cannot attach; loop devices are for root and the group disk",
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            "cannot attach (is the module loop loaded? modprobe loop)"
+        }
+        _ => "cannot attach",
+    };
+    Error::io(e, "/dev/loop-control", advice)
+}
+
+fn configure(number: i32, file: &File, path: &Path, read_only: bool) -> io::Result<File> {
     let dev = OpenOptions::new().read(true).write(!read_only).open(format!("/dev/loop{number}"))?;
     let mut info = LoopInfo::ZERO;
     info.flags = LO_FLAGS_DIRECT_IO | if read_only { LO_FLAGS_READ_ONLY } else { 0 };
@@ -161,6 +203,26 @@ fn configure(number: i32, file: &File, path: &Path, read_only: bool) -> io::Resu
     let config = LoopConfig { fd, block_size: 0, info, reserved: [0; 8] };
     // SAFETY: both descriptors are open, and the kernel reads one whole `loop_config`.
     retry(|| unsafe { libc::ioctl(dev.as_raw_fd(), LOOP_CONFIGURE, &raw const config) })?;
+    Ok(dev)
+}
+
+/// Takes the partitions of a device away. Busy: one of them is open.
+fn drop_partitions(dev: &File, number: u32) -> io::Result<()> {
+    for name in partitions(number) {
+        let Some(number) = name.rsplit(|b| !b.is_ascii_digit()).next().and_then(parse) else { continue };
+        let mut partition =
+            Partition { start: 0, length: 0, number, device_name: [0; 64], volume_name: [0; 64] };
+        let length = libc::c_int::try_from(size_of::<Partition>()).unwrap_or_default();
+        let call =
+            PartitionCall { what: BLKPG_DEL_PARTITION, flags: 0, length, partition: &raw mut partition };
+        // SAFETY: the descriptor is open, and the kernel reads one whole `blkpg_ioctl_arg` and the `blkpg_partition`
+        // that it names, both alive during the call.
+        match retry(|| unsafe { libc::ioctl(dev.as_raw_fd(), BLKPG, &raw const call) }) {
+            // It went away by itself.
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {}
+            result => drop(result?),
+        }
+    }
     Ok(())
 }
 
@@ -186,12 +248,45 @@ pub fn update_size(dev: &Path) -> Result<()> {
     set().map_err(|e| Error::io(&e, dev, "cannot tell this loop device its new size; try: losetup -c"))
 }
 
-/// Where the file systems on a loop device and its partitions are mounted, each file system once.
-pub fn mounted_on(device: &LoopDevice) -> Vec<PathBuf> {
-    let mut found: Vec<(String, PathBuf)> = mounts(device.number, &device.dev);
-    let mut seen = std::collections::HashSet::new();
-    found.retain(|(file_system, _)| seen.insert(file_system.clone()));
-    found.into_iter().map(|(_, point)| point).collect()
+/// The file systems on a loop device and its partitions that are mounted: of each all its mounts.
+pub fn mounted_on(device: &LoopDevice) -> Result<Vec<Vec<Mount>>> {
+    let mut found: Vec<Vec<Mount>> = Vec::new();
+    for mount in mounts_of(device.number)? {
+        match found.iter_mut().find(|others| others[0].device == mount.device) {
+            Some(others) => others.push(mount),
+            None => found.push(vec![mount]),
+        }
+    }
+    Ok(found)
+}
+
+/// The mounts of a device and of its partitions.
+fn mounts_of(number: u32) -> Result<Vec<Mount>> {
+    let numbers = numbers(number);
+    let mut found = mounts::all()?;
+    found.retain(|mount| {
+        // btrfs shows a device number of its own, so the source is looked at as well.
+        numbers.contains(&mount.device)
+            || (mount.device.0 == 0 && source_number(mount).is_some_and(|source| numbers.contains(&source)))
+    });
+    Ok(found)
+}
+
+/// The number of the device that a mount names as its source.
+fn source_number(mount: &Mount) -> Option<(u32, u32)> {
+    // A network file system names something else there, which is not to be asked for.
+    let meta = mount.source.starts_with("/dev").then(|| fs::metadata(&mount.source).ok()).flatten()?;
+    Some((rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())))
+}
+
+/// The numbers of a device and of its partitions.
+pub fn numbers(number: u32) -> Vec<(u32, u32)> {
+    let read = |place: PathBuf| {
+        let text = fs::read(place.join("dev")).ok()?;
+        let mut halves = text.trim_ascii().split(|b| *b == b':').map(parse);
+        Some((halves.next()??, halves.next()??))
+    };
+    places(number).into_iter().filter_map(read).collect()
 }
 
 /// Takes the file away from a loop device and returns when it is really gone, at most `wait` later.
@@ -204,13 +299,15 @@ pub fn detach(dev: &Path, wait: Duration) -> Result<()> {
     let Some(attached) = attached_as(number) else {
         return Err(Error::at(Kind::NotFound, dev, "has no file attached"));
     };
-    let held = holders(number, dev);
+    let held = holders(number)?;
     if !held.is_empty() {
         let what = format!("is {}; end that, then detach again", held.join(", "));
         return Err(Error::at(Kind::Busy, dev, what));
     }
     let clear = || -> io::Result<()> {
         let file = File::open(dev)?;
+        // First: a partition outlives the file, and lies over the next one that is attached here.
+        drop_partitions(&file, number)?;
         // SAFETY: the descriptor is open, and this ioctl takes no argument.
         retry(|| unsafe { libc::ioctl(file.as_raw_fd(), LOOP_CLR_FD) })?;
         Ok(())
@@ -218,13 +315,18 @@ pub fn detach(dev: &Path, wait: Duration) -> Result<()> {
     match clear() {
         // Somebody else detached it just now.
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {}
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+            let held = openers(number);
+            let who = if held.is_empty() { "in use".to_owned() } else { held.join(", ") };
+            return Err(Error::at(Kind::Busy, dev, format!("has a partition that is {who}; end that first")));
+        }
         result => result.map_err(|e| Error::io(&e, dev, "cannot detach"))?,
     }
     let deadline = Instant::now() + wait;
     while attached_as(number).as_ref() == Some(&attached) {
         if Instant::now() >= deadline {
-            let mut held = holders(number, dev);
-            held.extend(openers(dev));
+            let mut held = holders(number)?;
+            held.extend(openers(number));
             let who = if held.is_empty() { "still in use".to_owned() } else { held.join(", ") };
             let what = format!("is {who}; it goes away when that ends");
             return Err(Error::at(Kind::Busy, dev, what));
@@ -235,47 +337,92 @@ pub fn detach(dev: &Path, wait: Duration) -> Result<()> {
 }
 
 /// All loop devices with a file behind them, by number.
-pub fn list() -> io::Result<Vec<LoopDevice>> {
+pub fn list() -> Result<Vec<LoopDevice>> {
+    const TABLE: &str = "/sys/block";
+    let failed = |e: &io::Error| match e.kind() {
+        io::ErrorKind::NotFound => {
+            let what = "is not mounted, and loop devices are found there: mount -t sysfs sysfs /sys";
+            Error::at(Kind::Unsupported, "/sys", what)
+        }
+        _ => Error::io(e, TABLE, "cannot look for loop devices"),
+    };
     let mut devices = Vec::new();
-    for entry in fs::read_dir("/sys/block")? {
-        let name = entry?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("loop")?.parse().ok());
+    for entry in fs::read_dir(TABLE).map_err(|e| failed(&e))? {
+        let name = entry.map_err(|e| failed(&e))?.file_name();
+        let number = name.as_bytes().strip_prefix(b"loop").and_then(parse);
         devices.extend(number.and_then(describe));
     }
     devices.sort_by_key(|device| device.number);
     Ok(devices)
 }
 
-/// What sysfs says of one loop device; None where no file is attached.
+/// The loop devices over one file, however they came to it: by another path, a bind mount, another namespace, or before
+/// it was renamed. `path` finds those whose file does not say which it is (its daemon is gone).
+pub fn over(path: &Path) -> Result<Vec<LoopDevice>> {
+    let wanted = fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let mut devices = list()?;
+    let said = identities(&devices);
+    devices.retain(|device| {
+        let same =
+            said.iter().any(|(number, identity)| *number == device.number && Some(*identity) == wanted);
+        same || device.backing == path
+    });
+    Ok(devices)
+}
+
+/// Device and inode number of the file behind each, as far as those files answer in time.
+fn identities(devices: &[LoopDevice]) -> Vec<(u32, (u64, u64))> {
+    let (say, said) = crossbeam_channel::unbounded();
+    for device in devices.iter().cloned() {
+        let say = say.clone();
+        // A thread each: one that waits for ever keeps only itself, and goes with this process.
+        let asked = super::process::spawn_thread("ploopfs/loop", move || {
+            let _ = device.backing_identity().map(|identity| say.send((device.number, identity)));
+        });
+        if asked.is_err() {
+            break;
+        }
+    }
+    drop(say);
+    let deadline = Instant::now() + ANSWER;
+    std::iter::from_fn(|| said.recv_deadline(deadline).ok()).collect()
+}
+
+/// What sysfs says of one loop device; None where no file is attached. Names are bytes there, as everywhere.
 fn describe(number: u32) -> Option<LoopDevice> {
     let sys = PathBuf::from(format!("/sys/block/loop{number}"));
-    let read = |name: &str| fs::read_to_string(sys.join(name)).ok();
+    let read = |name: &str| fs::read(sys.join(name)).ok();
     let backing = read("loop/backing_file")?;
-    let backing = backing.strip_suffix('\n').unwrap_or(&backing);
+    let backing = backing.strip_suffix(b"\n").unwrap_or(&backing);
     if backing.is_empty() {
         return None;
     }
-    let (backing, deleted) = match backing.strip_suffix(" (deleted)") {
+    let (backing, deleted) = match backing.strip_suffix(b" (deleted)") {
         Some(name) => (name, true),
         None => (backing, false),
     };
-    let flag = |name: &str| read(name).is_some_and(|text| text.trim_end() == "1");
+    let flag = |name: &str| read(name).is_some_and(|text| text.trim_ascii() == b"1");
     Some(LoopDevice {
         dev: PathBuf::from(format!("/dev/loop{number}")),
         number,
-        backing: PathBuf::from(backing),
+        backing: PathBuf::from(OsStr::from_bytes(backing)),
         deleted,
         direct_io: flag("loop/dio"),
         read_only: flag("ro"),
-        offset: read("loop/offset").and_then(|text| text.trim_end().parse().ok()).unwrap_or(0),
+        offset: read("loop/offset").and_then(|text| parse(text.trim_ascii())).unwrap_or(0),
     })
+}
+
+/// A number in the kernel's text.
+fn parse<N: std::str::FromStr>(text: &[u8]) -> Option<N> {
+    std::str::from_utf8(text).ok()?.parse().ok()
 }
 
 /// The file behind a device and the kernel's count of its attachments: somebody else may attach the same number
 /// again while we wait for it to go.
-fn attached_as(number: u32) -> Option<(PathBuf, String)> {
+fn attached_as(number: u32) -> Option<(PathBuf, Vec<u8>)> {
     let device = describe(number)?;
-    let count = fs::read_to_string(format!("/sys/block/loop{number}/diskseq")).unwrap_or_default();
+    let count = fs::read(format!("/sys/block/loop{number}/diskseq")).unwrap_or_default();
     Some((device.backing, count))
 }
 
@@ -286,71 +433,55 @@ fn number_of(dev: &Path) -> Result<u32> {
 }
 
 /// What holds the device for long, in words: mounts, swap, devices on top of it or of its partitions.
-fn holders(number: u32, dev: &Path) -> Vec<String> {
+fn holders(number: u32) -> Result<Vec<String>> {
     let mut held = Vec::new();
     for place in places(number) {
         for stacked in fs::read_dir(place.join("holders")).into_iter().flatten().flatten() {
-            held.push(format!("used by /dev/{}", stacked.file_name().to_string_lossy()));
+            held.push(format!("used by /dev/{}", stacked.file_name().display()));
         }
     }
-    held.extend(mounts(number, dev).into_iter().map(|(_, point)| format!("mounted at {}", point.display())));
-    for line in fs::read_to_string("/proc/swaps").unwrap_or_default().lines().skip(1) {
-        if line.split_whitespace().next().is_some_and(|source| is_device_or_partition(source, dev)) {
+    held.extend(mounts_of(number)?.iter().map(|mount| format!("mounted at {}", mount.point.display())));
+    let swaps = fs::read("/proc/swaps").unwrap_or_default();
+    for line in swaps.split(|b| *b == b'\n').skip(1) {
+        let source = line.split(|b| b.is_ascii_whitespace()).next().unwrap_or_default();
+        if is_device_or_partition(OsStr::from_bytes(source), number) {
             held.push("used as swap".to_owned());
         }
     }
-    held
+    Ok(held)
 }
 
 /// The device itself and its partitions in sysfs.
 fn places(number: u32) -> Vec<PathBuf> {
     let sys = PathBuf::from(format!("/sys/block/loop{number}"));
-    let partition = format!("loop{number}p");
-    let is_partition =
-        |path: &PathBuf| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&partition));
-    let inside = fs::read_dir(&sys).into_iter().flatten().flatten().map(|entry| entry.path());
-    inside.filter(is_partition).chain([sys.clone()]).collect()
+    let inside = partitions(number).into_iter().map(|name| sys.join(OsString::from_vec(name)));
+    inside.chain([sys.clone()]).collect()
 }
 
-/// The mounts of a device and its partitions: the file system ("major:minor") and the mount point.
-fn mounts(number: u32, dev: &Path) -> Vec<(String, PathBuf)> {
-    let numbers = places(number).into_iter().filter_map(|place| fs::read_to_string(place.join("dev")).ok());
-    let numbers: Vec<String> = numbers.map(|dev| dev.trim_end().to_owned()).collect();
-    let mut found = Vec::new();
-    // btrfs shows a device number of its own, so the source is compared as well.
-    for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
-        let words: Vec<&str> = line.split(' ').collect();
-        let source = words.iter().position(|w| *w == "-").and_then(|dash| words.get(dash + 2));
-        let same_number = words.get(2).is_some_and(|place| numbers.iter().any(|n| n == place));
-        let same_name = source.is_some_and(|source| is_device_or_partition(source, dev));
-        if let (true, Some(file_system), Some(point)) = (same_number || same_name, words.get(2), words.get(4))
-        {
-            found.push(((*file_system).to_owned(), PathBuf::from(unescape(point))));
-        }
-    }
-    found
+/// The names of a device's partitions.
+fn partitions(number: u32) -> Vec<Vec<u8>> {
+    let prefix = format!("loop{number}p").into_bytes();
+    let entries = fs::read_dir(format!("/sys/block/loop{number}")).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().into_vec());
+    names.filter(|name| name.starts_with(&prefix)).collect()
 }
 
-fn is_device_or_partition(source: &str, dev: &Path) -> bool {
-    let rest = dev.to_str().and_then(|dev| source.strip_prefix(dev));
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('p'))
+fn is_device_or_partition(source: &OsStr, number: u32) -> bool {
+    let rest = source.as_bytes().strip_prefix(format!("/dev/loop{number}").as_bytes());
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"p"))
 }
 
-/// mountinfo writes space, tab, newline and backslash as octal.
-fn unescape(text: &str) -> String {
-    let codes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    codes.iter().fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain))
-}
-
-/// Processes that have the device open, by their links in /proc, which ask no file.
-fn openers(dev: &Path) -> Vec<String> {
+/// Processes that have the device or a partition of it open, by their links in /proc, which ask no file.
+fn openers(number: u32) -> Vec<String> {
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let fds = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        if fds.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == dev)) {
-            let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let mut links = fds.into_iter().filter_map(|fd| fs::read_link(fd.path()).ok());
+        if links.any(|link| is_device_or_partition(link.as_os_str(), number)) {
+            let name = fs::read(process.path().join("comm")).unwrap_or_default();
             let pid = process.file_name();
-            found.push(format!("open in {} (pid {})", name.trim_end(), pid.to_string_lossy()));
+            let name = String::from_utf8_lossy(name.trim_ascii_end());
+            found.push(format!("open in {name} (pid {})", pid.to_string_lossy()));
         }
     }
     found
@@ -370,173 +501,4 @@ fn retry(mut call: impl FnMut() -> libc::c_int) -> io::Result<libc::c_int> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::{FileExt, MetadataExt};
-    use std::process::Command;
-
-    const WAIT: Duration = Duration::from_secs(10);
-
-    /// A 16 MiB file with a loop device, both gone at the end.
-    struct Attached {
-        dir: tempfile::TempDir,
-        path: PathBuf,
-        device: LoopDevice,
-    }
-
-    impl Attached {
-        fn new(read_only: bool) -> Attached {
-            let dir = tempfile::tempdir().expect("temp folder");
-            let path = dir.path().join("disk.img");
-            File::create(&path).and_then(|f| f.set_len(16 << 20)).expect("create");
-            let device = attach(&path, read_only).expect("attach");
-            Attached { dir, path, device }
-        }
-    }
-
-    impl Drop for Attached {
-        fn drop(&mut self) {
-            if describe(self.device.number).is_some_and(|d| d.backing == self.path) {
-                let _ = detach(&self.device.dev, WAIT);
-            }
-        }
-    }
-
-    fn run(program: &str, args: &[&Path]) {
-        let output = Command::new(program).args(args).output().expect(program);
-        assert!(output.status.success(), "{program}: {output:?}");
-    }
-
-    #[test]
-    fn an_attached_file_is_written_through_its_device_with_direct_io() {
-        let a = Attached::new(false);
-        assert!(a.device.direct_io && !a.device.read_only && !a.device.deleted, "{:?}", a.device);
-        assert_eq!((&a.device.backing, a.device.offset), (&a.path, 0));
-        let dev = OpenOptions::new().write(true).open(&a.device.dev).expect("open device");
-        dev.write_all_at(&[7; 4096], 8192).expect("write");
-        dev.sync_all().expect("sync");
-        let mut buf = [0; 4096];
-        File::open(&a.path).expect("open").read_exact_at(&mut buf, 8192).expect("read");
-        assert_eq!(buf, [7; 4096]);
-    }
-
-    #[test]
-    fn the_list_names_the_file_and_the_ioctl_its_inode() {
-        let a = Attached::new(true);
-        let listed = list().expect("list");
-        let found = listed.iter().find(|d| d.dev == a.device.dev).expect("listed");
-        assert_eq!((found, found.read_only), (&a.device, true));
-        let meta = fs::metadata(&a.path).expect("stat");
-        assert_eq!(found.backing_identity().expect("status"), (meta.dev(), meta.ino()));
-        let dev = OpenOptions::new().write(true).open(&a.device.dev);
-        dev.and_then(|dev| dev.write_all_at(&[1; 512], 0)).expect_err("read-only");
-    }
-
-    #[test]
-    fn a_detached_device_is_gone_when_detach_returns() {
-        let a = Attached::new(false);
-        detach(&a.device.dev, WAIT).expect("detach");
-        assert_ne!(describe(a.device.number).map(|d| d.backing), Some(a.path.clone()));
-    }
-
-    #[test]
-    fn a_mounted_device_is_not_detached_and_the_mount_point_is_named() {
-        struct Mounted(PathBuf);
-        impl Drop for Mounted {
-            fn drop(&mut self) {
-                let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-            }
-        }
-        let a = Attached::new(false);
-        run("mkfs.ext4", &[Path::new("-q"), &a.device.dev]);
-        let point = a.dir.path().join("a point");
-        fs::create_dir(&point).expect("mkdir");
-        run("mount", &[&a.device.dev, &point]);
-        let mounted = Mounted(point.clone());
-        let error = detach(&a.device.dev, WAIT).expect_err("mounted");
-        assert_eq!(error.kind(), Kind::Busy);
-        assert!(error.to_string().contains(&format!("mounted at {}", point.display())), "{error}");
-        assert!(describe(a.device.number).is_some(), "nothing was done");
-        run("umount", &[&point]);
-        drop(mounted);
-        assert!(describe(a.device.number).is_some(), "and it is not marked to go");
-        detach(&a.device.dev, WAIT).expect("detach");
-    }
-
-    #[test]
-    fn a_device_that_somebody_has_open_is_waited_for_and_the_opener_named() {
-        let a = Attached::new(false);
-        let opener = File::open(&a.device.dev).expect("open device");
-        let error = detach(&a.device.dev, Duration::from_millis(100)).expect_err("open");
-        assert_eq!(error.kind(), Kind::Busy);
-        assert!(error.to_string().contains(&format!("(pid {})", std::process::id())), "{error}");
-        drop(opener);
-        let deadline = Instant::now() + WAIT;
-        while describe(a.device.number).is_some_and(|d| d.backing == a.path) {
-            assert!(Instant::now() < deadline, "it goes away by itself");
-            thread::sleep(POLL);
-        }
-    }
-
-    #[test]
-    fn many_that_attach_at_once_each_get_a_device_of_their_own() {
-        let all: Vec<Attached> = thread::scope(|scope| {
-            let each: Vec<_> = (0..6).map(|_| scope.spawn(|| Attached::new(false))).collect();
-            each.into_iter().map(|one| one.join().expect("no panic")).collect()
-        });
-        let mut numbers: Vec<u32> = all.iter().map(|a| a.device.number).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        assert_eq!(numbers.len(), all.len());
-        assert!(all.iter().all(|a| a.device.backing == a.path));
-    }
-
-    #[test]
-    fn direct_io_is_switched_off_and_on() {
-        let a = Attached::new(false);
-        set_direct_io(&a.device.dev, false).expect("off");
-        assert!(!describe(a.device.number).expect("attached").direct_io);
-        set_direct_io(&a.device.dev, true).expect("on");
-        assert!(describe(a.device.number).expect("attached").direct_io);
-    }
-
-    #[test]
-    fn a_device_over_a_file_that_grew_is_as_large_as_it_once_it_is_told() {
-        let a = Attached::new(false);
-        let sectors = || {
-            let text = fs::read_to_string(format!("/sys/block/loop{}/size", a.device.number)).expect("size");
-            text.trim_end().parse::<u64>().expect("a number")
-        };
-        OpenOptions::new().write(true).open(&a.path).and_then(|f| f.set_len(32 << 20)).expect("grow");
-        assert_eq!(sectors() * 512, 16 << 20);
-        update_size(&a.device.dev).expect("told");
-        assert_eq!(sectors() * 512, 32 << 20);
-    }
-
-    #[test]
-    fn a_file_system_is_named_once_however_often_it_is_mounted() {
-        struct Mounted(PathBuf);
-        impl Drop for Mounted {
-            fn drop(&mut self) {
-                let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-            }
-        }
-        let a = Attached::new(false);
-        run("mkfs.ext4", &[Path::new("-q"), &a.device.dev]);
-        assert!(mounted_on(&a.device).is_empty());
-        let points = ["one", "other"].map(|name| a.dir.path().join(name));
-        points.iter().for_each(|point| fs::create_dir(point).expect("mkdir"));
-        let mounted = points.each_ref().map(|point| {
-            run("mount", &[&a.device.dev, point]);
-            Mounted(point.clone())
-        });
-        assert_eq!(mounted_on(&a.device), [points[0].clone()]);
-        drop(mounted);
-    }
-
-    #[test]
-    fn what_is_no_loop_device_or_has_no_file_is_refused() {
-        assert_eq!(detach(Path::new("/dev/null"), WAIT).expect_err("null").kind(), Kind::Invalid);
-        assert_eq!(detach(Path::new("/dev/loop99999"), WAIT).expect_err("none").kind(), Kind::NotFound);
-    }
-}
+mod tests;

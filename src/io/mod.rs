@@ -15,6 +15,7 @@ pub mod holder;
 pub mod lock;
 pub mod loopdev;
 pub mod memory;
+pub mod mounts;
 pub mod new_file;
 mod pages;
 pub mod planned;

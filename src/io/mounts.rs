@@ -1,0 +1,398 @@
+//! The kernel's tables of mounts (`/proc/PID/mountinfo`), as far as ours need them.
+//!
+//! A mount of ours has the type `fuse.ploopfs` and the images folder as its source; that is how a command given a
+//! mount point finds the folder and its daemon. A path leads to what lies there now, a mount's number to that mount:
+//! so what was found is asked for by number again before it is touched ([`Mount::is_reached`]).
+//!
+//! One file system may be mounted several times: bound to a second place, or copied into another mount namespace
+//! (containers, services with private mounts). It lives until the last of them is gone ([`Everywhere`]).
+
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use super::foreign;
+use crate::error::{Error, Kind, Result};
+
+/// The type that a mount of ours has.
+pub const OUR_TYPE: &str = "fuse.ploopfs";
+
+/// One mount.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The kernel's number of the mount; not reused while it is mounted.
+    pub id: u64,
+    /// Number of the mount it lies on.
+    pub parent: u64,
+    /// The file system's device number, major and minor. All mounts of one file system have the same; it may be another
+    /// one than `stat` tells (btrfs).
+    pub device: (u32, u32),
+    /// What of the file system is mounted: `/`, or the folder or file that was bound.
+    pub root: PathBuf,
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// The group of mounts that what is mounted below it goes to, too.
+    shared: Option<u64>,
+    /// The groups from which it receives what is mounted below them.
+    masters: Vec<u64>,
+    /// File system type.
+    pub kind: OsString,
+    /// What is mounted; for ours the images folder.
+    pub source: PathBuf,
+    /// The user who made it, of a FUSE mount: the kernel's word, not the file system's.
+    pub owner: Option<u32>,
+    /// The options of the file system, as the kernel escapes them.
+    options: Vec<u8>,
+}
+
+impl Mount {
+    /// True for a ploopfs mount, alive or not.
+    pub fn is_ours(&self) -> bool {
+        self.kind == OUR_TYPE
+    }
+
+    /// The mount itself, unless another user made it, who may have named any folder as its source, and shows in it what
+    /// he likes.
+    pub fn trusted(self) -> Result<Mount> {
+        match self.owner {
+            Some(0) => Ok(self),
+            Some(owner) if owner == rustix::process::geteuid().as_raw() => Ok(self),
+            Some(owner) => {
+                let what =
+                    format!("is a mount of user {owner}, who is neither root nor you; {}", as_user(owner));
+                Err(Error::at(Kind::Access, &self.point, what))
+            }
+            None => {
+                Err(Error::at(Kind::Access, &self.point, "is a mount, and the kernel does not say whose"))
+            }
+        }
+    }
+
+    /// Opens a file of this mount, by its path in it, and of nothing else: not of what lies over it now, and through no link.
+    pub fn open(&self, inside: &Path, flags: OFlags) -> io::Result<File> {
+        let root = foreign::folder(&self.point)?;
+        if foreign::mount_id(&root)? != self.id {
+            return Err(io::Error::other("something else lies on the mount point now"));
+        }
+        foreign::open_beneath(&root, inside, flags)
+    }
+
+    /// True when the daemon behind the mount is gone. Asks for free space, which the kernel never answers from
+    /// its caches.
+    pub fn is_dead(&self) -> bool {
+        use rustix::io::Errno;
+        matches!(rustix::fs::statvfs(&self.point), Err(Errno::NOTCONN | Errno::CONNABORTED))
+    }
+
+    /// True when the path of its mount point leads to it, and not to something that was mounted over it, or over a
+    /// folder above it. Asks no file system that is mounted there: the descriptor is for its place alone.
+    pub fn is_reached(&self) -> bool {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let opened = rustix::fs::open(&self.point, flags, Mode::empty());
+        opened.is_ok_and(|root| foreign::mount_id(&root).is_ok_and(|id| id == self.id))
+    }
+
+    /// `path` as a path inside of the file system; None where it does not lie below this mount.
+    pub fn inside(&self, path: &Path) -> Option<PathBuf> {
+        path.strip_prefix(&self.point).ok().map(|rest| self.root.join(rest))
+    }
+
+    /// The folders that an overlay takes its files from and puts them into.
+    pub fn layers(&self) -> Vec<PathBuf> {
+        if self.kind != "overlay" {
+            return Vec::new();
+        }
+        let options = self.options.split(|b| *b == b',').filter_map(|option| {
+            let at = option.iter().position(|b| *b == b'=')?;
+            let name = option[..at].strip_suffix(b"+").unwrap_or(&option[..at]);
+            let known: [&[u8]; 4] = [b"lowerdir", b"upperdir", b"workdir", b"datadir"];
+            known.contains(&name).then(|| unescape(&option[at + 1..]))
+        });
+        let folders = options.flat_map(|value| {
+            let parts = value.as_bytes().split(|b| *b == b':').filter(|part| !part.is_empty());
+            parts.map(|part| PathBuf::from(OsStr::from_bytes(part))).collect::<Vec<_>>()
+        });
+        folders.collect()
+    }
+}
+
+/// What to do where only another user can help.
+pub fn as_user(owner: u32) -> String {
+    format!("as that user it works: sudo -u '#{owner}' ploopfs ...")
+}
+
+/// All mounts of our namespace.
+pub fn all() -> Result<Vec<Mount>> {
+    const TABLE: &str = "/proc/self/mountinfo";
+    let text = fs::read(TABLE).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => {
+            let what = "is not mounted, and the table of mounts stands there: mount -t proc proc /proc";
+            Error::at(Kind::Unsupported, "/proc", what)
+        }
+        _ => Error::io(&e, TABLE, "cannot read the table of mounts"),
+    })?;
+    Ok(table(&text))
+}
+
+fn table(text: &[u8]) -> Vec<Mount> {
+    text.split(|b| *b == b'\n').filter_map(parse).collect()
+}
+
+/// The uppermost mount whose mount point is `point` (absolute, without links).
+pub fn at(point: &Path) -> Result<Option<Mount>> {
+    let mut here = all()?;
+    here.retain(|mount| mount.point == point);
+    // By what lies on what: the order of the table is that of mounting, which is another one once a mount was moved.
+    let below: HashSet<u64> = here.iter().map(|mount| mount.parent).collect();
+    Ok(here.into_iter().rev().find(|mount| !below.contains(&mount.id)))
+}
+
+/// The mount with this number, wherever it is now; None where it is gone.
+pub fn by_id(id: u64) -> Result<Option<Mount>> {
+    Ok(all()?.into_iter().find(|mount| mount.id == id))
+}
+
+/// The mount on which `path` (absolute, without links) lies.
+pub fn covering(path: &Path) -> Result<Option<Mount>> {
+    Ok(covering_in(&all()?, path).cloned())
+}
+
+/// The mount of `table` on which `path` (absolute, without links) lies.
+pub fn covering_in<'a>(table: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    let over = table.iter().filter(|mount| path.starts_with(&mount.point));
+    // The last of the longest: it lies uppermost.
+    over.max_by_key(|mount| mount.point.as_os_str().len())
+}
+
+/// The absolute path of a mount point, without links. It may be missing, and a dead mount may lie on it: its last
+/// name is then taken as it is.
+pub fn resolve(path: &Path) -> Result<PathBuf> {
+    match fs::canonicalize(path) {
+        Ok(found) => return Ok(found),
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) || e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io(&e, path, "cannot resolve the path")),
+    }
+    let absolute = std::path::absolute(path).map_err(|e| Error::io(&e, path, "cannot resolve the path"))?;
+    match (absolute.parent(), absolute.file_name()) {
+        // Several missing levels: nothing of them can be a link.
+        (Some(parent), Some(name)) => Ok(resolve(parent)?.join(name)),
+        _ => Err(Error::at(Kind::Invalid, path, "not a path that ends in a name")),
+    }
+}
+
+/// The mounts of one other namespace, as one of its processes sees them.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    /// A process in it.
+    pub pid: u32,
+    /// Its mounts.
+    pub mounts: Vec<Mount>,
+}
+
+/// The tables of every mount namespace that has a process which we may look at.
+#[derive(Clone, Debug)]
+pub struct Everywhere {
+    /// Of our own namespace.
+    pub here: Vec<Mount>,
+    /// Of the others.
+    pub others: Vec<Namespace>,
+}
+
+impl Everywhere {
+    /// Looks at all processes.
+    pub fn look() -> Result<Everywhere> {
+        let here = all()?;
+        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let own = namespace("self");
+        let (mut seen, mut others) = (HashSet::new(), Vec::new());
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            // Processes of others cannot be looked at; those that just ended are no matter.
+            let Some(theirs) = namespace(&pid.to_string()) else { continue };
+            // A process in a chroot sees what lies below it only.
+            let root = fs::read_link(entry.path().join("root")).unwrap_or_default();
+            if Some(&theirs) == own.as_ref() || !seen.insert((theirs, root)) {
+                continue;
+            }
+            if let Ok(text) = fs::read(entry.path().join("mountinfo")) {
+                others.push(Namespace { pid, mounts: table(&text) });
+            }
+        }
+        Ok(Everywhere { here, others })
+    }
+
+    /// All mounts of all namespaces, each with a process of its namespace; None: ours.
+    pub fn all(&self) -> impl Iterator<Item = (Option<u32>, &Mount)> {
+        let here = self.here.iter().map(|mount| (None, mount));
+        here.chain(self.others.iter().flat_map(|ns| ns.mounts.iter().map(|mount| (Some(ns.pid), mount))))
+    }
+
+    /// The other mounts of `mount`'s file system that stay when it is unmounted.
+    ///
+    /// A copy goes along where it came along: where the mount that it lies on receives what happens on the one that
+    /// `mount` lies on (directly, or handed on), in the same place.
+    pub fn staying(&self, mount: &Mount) -> Vec<(Option<u32>, Mount)> {
+        let place = |one: &Mount, all: &[Mount]| {
+            let parent = all.iter().find(|other| other.id == one.parent)?;
+            Some((parent.shared, parent.masters.clone(), parent.inside(&one.point)?))
+        };
+        let own = place(mount, &self.here);
+        let mut reached: HashSet<u64> = own.iter().filter_map(|(shared, ..)| *shared).collect();
+        loop {
+            let known = reached.len();
+            let slaves =
+                self.all().filter(|(_, one)| one.masters.iter().any(|group| reached.contains(group)));
+            let next: Vec<u64> = slaves.filter_map(|(_, one)| one.shared).collect();
+            reached.extend(next);
+            if reached.len() == known {
+                break;
+            }
+        }
+        let goes_along = |one: &Mount, all: &[Mount]| {
+            let (Some((_, _, ours)), Some((shared, masters, theirs))) = (&own, place(one, all)) else {
+                return false;
+            };
+            *ours == theirs && shared.iter().chain(&masters).any(|group| reached.contains(group))
+        };
+        let mut found = Vec::new();
+        let tables = std::iter::once((None, &self.here));
+        for (pid, table) in tables.chain(self.others.iter().map(|ns| (Some(ns.pid), &ns.mounts))) {
+            let same = table.iter().filter(|one| one.device == mount.device && one.id != mount.id);
+            found.extend(same.filter(|one| !goes_along(one, table)).map(|one| (pid, one.clone())));
+        }
+        found
+    }
+}
+
+/// One line: `36 35 98:0 /root /point options optional... - type source superoptions`.
+fn parse(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|b| *b == b' ');
+    let id = number(fields.next()?)?;
+    let parent = number(fields.next()?)?;
+    let mut device = fields.next()?.split(|b| *b == b':');
+    let mut half = || u32::try_from(number(device.next()?)?).ok();
+    let device = (half()?, half()?);
+    let root = unescape(fields.next()?).into();
+    let point = unescape(fields.next()?).into();
+    let optional: Vec<&[u8]> = fields.by_ref().skip(1).take_while(|field| *field != b"-").collect();
+    let tagged = |tag: &[u8]| optional.iter().find_map(|field| number(field.strip_prefix(tag)?));
+    let shared = tagged(b"shared:");
+    let masters = [tagged(b"master:"), tagged(b"propagate_from:")].into_iter().flatten().collect();
+    let kind = unescape(fields.next()?);
+    let source = unescape(fields.next()?).into();
+    let options = fields.next().unwrap_or_default().to_vec();
+    let mut each = options.split(|b| *b == b',');
+    let owner = each.find_map(|option| u32::try_from(number(option.strip_prefix(b"user_id=")?)?).ok());
+    Some(Mount { id, parent, device, root, point, shared, masters, kind, source, owner, options })
+}
+
+fn number(field: &[u8]) -> Option<u64> {
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// Blanks, tabs, newlines and backslashes are written as a backslash and three octal digits.
+fn unescape(field: &[u8]) -> OsString {
+    let mut out = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, behind)) = rest.split_first() {
+        let code = (first == b'\\').then(|| behind.get(..3)).flatten().and_then(octal);
+        match code {
+            Some(byte) => {
+                out.push(byte);
+                rest = &behind[3..];
+            }
+            None => {
+                out.push(first);
+                rest = behind;
+            }
+        }
+    }
+    OsString::from_vec(out)
+}
+
+fn octal(digits: &[u8]) -> Option<u8> {
+    u8::from_str_radix(OsStr::from_bytes(digits).to_str()?, 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_with_blanks_in_its_paths_and_optional_fields_is_read() {
+        let line = br"612 30 0:57 / /mnt/a\040b rw,nosuid shared:5 master:1 - fuse.ploopfs /srv/my\040disks rw,user_id=0";
+        let mount = parse(line).expect("a whole line");
+        assert_eq!((mount.id, mount.parent), (612, 30));
+        assert_eq!(mount.point, Path::new("/mnt/a b"));
+        assert_eq!(mount.source, Path::new("/srv/my disks"));
+        assert!(mount.is_ours());
+        assert_eq!(mount.owner, Some(0));
+        assert_eq!((mount.device, mount.root.as_path()), ((0, 57), Path::new("/")));
+    }
+
+    #[test]
+    fn a_line_with_bytes_that_are_no_utf8_is_a_line_like_others() {
+        let mut line = b"612 30 0:57 / /mnt/caf".to_vec();
+        line.extend_from_slice(b"\xe9 rw - ext4 /dev/loop3 rw");
+        let mount = parse(&line).expect("a whole line");
+        assert_eq!(mount.point.as_os_str().as_bytes(), b"/mnt/caf\xe9");
+        assert_eq!(mount.source, Path::new("/dev/loop3"));
+    }
+
+    fn of(lines: &[&str]) -> Vec<Mount> {
+        lines.iter().map(|line| parse(line.as_bytes()).expect("a whole line")).collect()
+    }
+
+    #[test]
+    fn a_copy_in_a_namespace_that_follows_ours_goes_along_and_a_private_one_stays() {
+        let here = of(&[
+            "1 0 8:1 / / rw shared:1 - ext4 /dev/sda1 rw",
+            "50 1 0:57 / /mnt/v rw shared:9 - fuse.ploopfs /srv rw",
+            "51 1 0:57 / /bound rw shared:9 - fuse.ploopfs /srv rw",
+        ]);
+        let follows = of(&[
+            "100 0 8:1 / / rw shared:2 master:1 - ext4 /dev/sda1 rw",
+            "101 100 0:57 / /mnt/v rw master:9 - fuse.ploopfs /srv rw",
+        ]);
+        let second_hand = of(&[
+            "200 0 8:1 / / rw master:2 - ext4 /dev/sda1 rw",
+            "201 200 0:57 / /mnt/v rw - fuse.ploopfs /srv rw",
+        ]);
+        let private =
+            of(&["300 0 8:1 / / rw - ext4 /dev/sda1 rw", "301 300 0:57 / /mnt/v rw - fuse.ploopfs /srv rw"]);
+        let others = [(7, follows), (8, second_hand), (9, private)];
+        let others = others.into_iter().map(|(pid, mounts)| Namespace { pid, mounts }).collect();
+        let tables = Everywhere { here, others };
+        let staying: Vec<_> =
+            tables.staying(&tables.here[1]).into_iter().map(|(pid, mount)| (pid, mount.id)).collect();
+        assert_eq!(staying, [(None, 51), (Some(9), 301)]);
+    }
+
+    #[test]
+    fn an_overlay_names_its_folders() {
+        let line =
+            "9 1 0:60 / /o rw - overlay overlay rw,lowerdir=/a\\040b:/c,upperdir=/u,workdir=/w,uuid=on";
+        let layers = parse(line.as_bytes()).expect("a whole line").layers();
+        assert_eq!(layers, ["/a b", "/c", "/u", "/w"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn a_broken_line_is_skipped() {
+        assert_eq!(parse(b"12 13 0:1 / /mnt"), None);
+        assert_eq!(parse(b""), None);
+    }
+
+    #[test]
+    fn a_missing_mount_point_resolves_below_its_existing_folder() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let real = dir.path().canonicalize().expect("it exists");
+        assert_eq!(resolve(&dir.path().join("a/b")).expect("missing is fine"), real.join("a/b"));
+    }
+}
