@@ -1,25 +1,39 @@
 //! `ploopfs umount`.
+//!
+//! The end of a mount point is not the end of the mount: a bind mount, another mount namespace or an overlay may keep the
+//! file system, a stopped process may never close its images. So all of that is looked for before anything is taken away,
+//! and what is waited for afterwards is said, and has a limit.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::cli::{Outcome, out, served};
 use crate::control::client::{Client, Waiting};
 use crate::control::protocol::Closed;
-use crate::daemon::mounts::Mount;
-use crate::daemon::{holders, mounts};
+use crate::daemon::holders::{self, Holder};
+use crate::daemon::processes::{self, Pair};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
-use crate::io::unmount::unmount;
+use crate::io::mounts::{self, Mount};
+use crate::io::unmount::{unmount, unmount_this};
 use crate::words::quoted;
 
-/// How long the kernel may take to let go of a loop device that nobody uses: udev may be looking at it.
+/// How long the kernel may take to let go of a loop device that nothing uses: udev may be looking at it.
 const LET_GO: Duration = Duration::from_secs(5);
+/// How often the wait for the end looks around.
+const LOOK: Duration = Duration::from_millis(200);
+/// After so long, and then each time so long again, it is said what is waited for.
+const WORD: Duration = Duration::from_secs(4);
+/// How long a daemon may take to notice that it was unmounted, or to end once its images are closed. It does so at once,
+/// unless it was stopped, or something keeps the file system that could not be seen.
+const NOTICE: Duration = Duration::from_secs(10);
+/// How long closing the images may take: everything unsynced of all of them goes to the disk.
+const CLOSING: Duration = Duration::from_secs(600);
 
 /// Arguments of `umount`.
 #[derive(Debug, clap::Args)]
@@ -30,7 +44,7 @@ pub struct Args {
     /// Detach idle loop devices first, and take the mount point away even while files are open
     ///
     /// With nothing open any more it returns when every image is closed, as without it. Else the daemon goes on until
-    /// the last file is closed, and who has it open is said.
+    /// the last file is closed and the last other mount of it is gone, and what keeps it is said.
     #[arg(long)]
     detach: bool,
 }
@@ -40,40 +54,60 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let point = mounts::resolve(&args.mountpoint)?;
     let Some(mount) = mounts::at(&point)? else { return not_mounted(&point) };
     if !mount.is_ours() {
-        let what = format!("is a mount of type {}, not of ploopfs; use umount", mount.kind.display());
-        return Err(Error::at(Kind::Invalid, &point, what).into());
+        return Err(not_ours(&mount)?.into());
+    }
+    let pair = processes::serving(&mount.source);
+    if let Some((who, pid)) = pair.as_ref().and_then(Pair::stopped) {
+        if !args.detach {
+            return Err(stopped(&point, who, pid).into());
+        }
+        let kept = holders::beyond(&mount);
+        unmount_this(&mount, true)?;
+        say(&format!(
+            "{}: detached; {who} (process {pid}) is stopped, and closes the images when it goes on: kill -CONT {pid}",
+            point.display()
+        ));
+        name_all(&kept);
+        return Ok(Outcome::Done);
     }
     // Before the unmount: afterwards the socket may be gone. A daemon that does not answer is unmounted all the same.
     let daemon = match served::has_died(&mount) {
         Ok(true) => return take_dead_away(&mount),
-        Ok(false) => Client::find(&mount.source).ok().flatten().map(Daemon::new).transpose()?,
+        Ok(false) => Client::find(&mount.source)
+            .ok()
+            .flatten()
+            .map(|client| Daemon::new(client, &mount))
+            .transpose()?,
         Err(e) => {
             say(&e.to_string());
             None
         }
     };
+    let mut kept = holders::beyond(&mount);
+    if !kept.is_empty() && !args.detach {
+        return Err(busy(&mount).into());
+    }
     if args.detach {
         detach_idle_loops(&point);
     }
-    let mut open = Vec::new();
-    match unmount(&point, false) {
+    match unmount_this(&mount, false) {
         Err(e) if e.kind() == Kind::Busy && args.detach => {
-            // Before the name goes: afterwards nobody can tell who uses it.
-            open = holders::of(&mount);
-            unmount(&point, true)?;
+            // Before the name goes: afterwards it cannot be seen who uses it.
+            kept = holders::of(&mount);
+            unmount_this(&mount, true)?;
         }
         Err(e) if e.kind() == Kind::Busy => return Err(busy(&mount).into()),
         result => result?,
     }
-    if !open.is_empty() {
-        let who: Vec<String> = open.iter().map(ToString::to_string).collect();
-        let pid =
-            daemon.map_or_else(|| "the daemon".to_owned(), |d| format!("the daemon (process {})", d.pid));
+    if !kept.is_empty() {
+        let who: Vec<String> = kept.iter().map(ToString::to_string).collect();
+        let pid = pair
+            .map_or_else(|| "the daemon".to_owned(), |pair| format!("the daemon (process {})", pair.daemon));
         say(&format!("{}: detached; {pid} goes on until this ends: {}", point.display(), who.join(", ")));
         return Ok(Outcome::Done);
     }
     match daemon {
-        Some(daemon) => daemon.end(&point),
+        Some(daemon) => daemon.end(),
         None => {
             // No success: a script that goes on to copy the images would copy them in the middle of something.
             let what = "unmounted, but its daemon did not answer and may still be closing images";
@@ -82,7 +116,28 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Takes away the loop devices that nobody uses. One that is mounted, or open, is said with the others that hold on.
+fn stopped(point: &Path, who: &str, pid: u32) -> Error {
+    let what = format!(
+        "{who} (process {pid}) is stopped, and nothing can end before it goes on; nothing was done. Let it go on: kill -CONT \
+         {pid}; or give it up: kill -9 {pid}"
+    );
+    Error::at(Kind::InUse, point, what)
+}
+
+/// Another file system lies uppermost; below it there may be one of ours.
+fn not_ours(mount: &Mount) -> Result<Error> {
+    let (point, kind) = (&mount.point, mount.kind.display());
+    let ours = mounts::all()?.into_iter().any(|below| below.point == *point && below.is_ours());
+    Ok(if ours {
+        let what =
+            format!("a mount of type {kind} lies over the one of ploopfs; first: umount {}", quoted(point));
+        Error::at(Kind::InUse, point, what)
+    } else {
+        Error::at(Kind::Invalid, point, format!("is a mount of type {kind}, not of ploopfs; use umount"))
+    })
+}
+
+/// Takes away the loop devices that nothing uses. One that is mounted, or open, is said with the others that hold on.
 fn detach_idle_loops(point: &Path) {
     for device in holders::loops_below(point) {
         if let Err(e) = loopdev::detach(&device.dev, LET_GO) {
@@ -91,12 +146,31 @@ fn detach_idle_loops(point: &Path) {
     }
 }
 
+/// Nothing is mounted there. Its daemon may live all the same: it was moved, or detached, and something keeps it.
 fn not_mounted(point: &Path) -> anyhow::Result<Outcome> {
     if let Err(e) = point.symlink_metadata() {
         return Err(Error::io(&e, point, "no such mount point").into());
     }
-    say(&format!("{}: not mounted", point.display()));
-    Ok(Outcome::Done)
+    let Some(pair) = processes::mounted_at(point) else {
+        say(&format!("{}: not mounted", point.display()));
+        return Ok(Outcome::Done);
+    };
+    Err(Error::at(Kind::InUse, point, format!("is not mounted here any more, but {}", goes_on(&pair))).into())
+}
+
+/// That a daemon without its mount point goes on, why, and what ends it.
+pub fn goes_on(pair: &Pair) -> String {
+    let pid = pair.daemon;
+    let mut what = format!("its daemon (process {pid}) still serves {}", pair.images.display());
+    if let Some((who, stopped)) = pair.stopped() {
+        what += &format!(":\n  {who} (process {stopped}) is stopped; let it go on: kill -CONT {stopped}");
+    }
+    let kept = holders::of_folder(&pair.images);
+    what += if kept.is_empty() { "; files of it are open" } else { ":" };
+    for holder in &kept {
+        what += &format!("\n  {holder}; end it with: {}", holder.remedy());
+    }
+    what + &format!("\nor end the daemon, which closes its images in order: kill {pid}")
 }
 
 fn take_dead_away(mount: &Mount) -> anyhow::Result<Outcome> {
@@ -131,31 +205,50 @@ fn busy(mount: &Mount) -> Error {
 }
 
 /// The daemon behind a mount, asked to tell its end.
-struct Daemon {
-    pid: u32,
+struct Daemon<'a> {
+    mount: &'a Mount,
     waiting: Waiting,
-    /// Daemon and keeper, held so that their numbers cannot become someone else's.
-    processes: Vec<OwnedFd>,
+    /// Daemon and keeper, held so that their numbers cannot become those of others.
+    processes: Vec<(u32, OwnedFd)>,
 }
 
-impl Daemon {
-    fn new(client: Client) -> Result<Daemon> {
+/// What a daemon does that was unmounted and has not ended.
+enum State {
+    Closing,
+    /// It has not noticed: the file system is alive. What keeps it, as far as that can be seen.
+    Serves(Vec<Holder>),
+    /// A process of it does not run, or does not answer.
+    Silent(String),
+}
+
+impl<'a> Daemon<'a> {
+    fn new(client: Client, mount: &'a Mount) -> Result<Daemon<'a>> {
         let hello = client.hello();
-        let pid = hello.pid;
-        let handle = |pid: u32| {
-            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
-            pidfd_open(pid, PidfdFlags::empty()).ok()
+        let handle = |number: u32| {
+            let pid = i32::try_from(number).ok().and_then(Pid::from_raw)?;
+            Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
         };
         let processes = [hello.pid, hello.keeper].into_iter().filter_map(handle).collect();
-        Ok(Daemon { pid, waiting: client.wait()?, processes })
+        Ok(Daemon { mount, waiting: client.wait()?, processes })
     }
 
     /// Waits until the images are closed and the processes gone, so that what follows finds them clean.
-    fn end(self, point: &Path) -> anyhow::Result<Outcome> {
-        let closed = self.waiting.end()?;
-        for process in &self.processes {
-            let mut fds = [PollFd::new(process, PollFlags::IN)];
-            while let Err(rustix::io::Errno::INTR) = poll(&mut fds, None) {}
+    fn end(self) -> anyhow::Result<Outcome> {
+        self.wait()?;
+        let point = &self.mount.point;
+        let Daemon { waiting, processes, .. } = self;
+        let closed = waiting.end()?;
+        let deadline = Instant::now() + NOTICE;
+        for (pid, process) in &processes {
+            if !ends_before(process, deadline) {
+                let how = if processes::is_stopped(*pid) {
+                    "is stopped: kill -CONT"
+                } else {
+                    "does not end: kill -9"
+                };
+                let what = format!("unmounted, but process {pid} {how} {pid}");
+                return Err(Error::at(Kind::Io, point, what).into());
+            }
         }
         let Some(closed) = closed else {
             let what =
@@ -170,9 +263,86 @@ impl Daemon {
         Err(Error::at(Kind::Io, point, format!("unmounted, but not every image was closed cleanly:{failed}"))
             .into())
     }
+
+    /// Until the daemon says how it ended, or is gone.
+    fn wait(&self) -> Result<()> {
+        let point = &self.mount.point;
+        let (began, mut say_next) = (Instant::now(), Instant::now() + WORD);
+        let mut unmoved = began;
+        while !self.waiting.is_over(LOOK) {
+            if Instant::now() < say_next {
+                continue;
+            }
+            say_next = Instant::now() + WORD;
+            let state = self.state();
+            let given_up = match &state {
+                State::Closing => {
+                    unmoved = Instant::now();
+                    began.elapsed() >= CLOSING
+                }
+                _ => unmoved.elapsed() >= NOTICE,
+            };
+            let (kind, what) = match state {
+                State::Closing => (Kind::Io, "the images are still being closed".to_owned()),
+                State::Silent(who) => (Kind::Io, who),
+                State::Serves(kept) => {
+                    let mut what = "its file system is still in use".to_owned();
+                    if kept.is_empty() {
+                        what += ", by what cannot be seen from here (another mount namespace?)";
+                    }
+                    for holder in kept {
+                        what += &format!(": {holder}; end it with: {}", holder.remedy());
+                    }
+                    (Kind::InUse, what)
+                }
+            };
+            if given_up {
+                let what = format!("unmounted, and its daemon (process {}) goes on: {what}", self.pid());
+                return Err(Error::at(kind, point, what));
+            }
+            say(&format!("{}: unmounted; waiting for the end: {what}", point.display()));
+        }
+        Ok(())
+    }
+
+    fn pid(&self) -> u32 {
+        self.processes.first().map_or(0, |(pid, _)| *pid)
+    }
+
+    fn state(&self) -> State {
+        if let Some((pid, _)) = self.processes.iter().find(|(pid, _)| processes::is_stopped(*pid)) {
+            return State::Silent(format!("process {pid} of it is stopped; let it go on: kill -CONT {pid}"));
+        }
+        match Client::find(&self.mount.source) {
+            Ok(Some(client)) if client.hello().closing => State::Closing,
+            Ok(Some(_)) => State::Serves(holders::of_folder(&self.mount.source)),
+            // Just gone.
+            Ok(None) => State::Closing,
+            Err(e) => State::Silent(e.to_string()),
+        }
+    }
+}
+
+/// Waits for a process.
+fn ends_before(process: &OwnedFd, deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let mut fds = [PollFd::new(process, PollFlags::IN)];
+        match poll(&mut fds, Some(&limit)) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return result.is_ok_and(|ready| ready > 0),
+        }
+    }
+}
+
+fn name_all(kept: &[Holder]) {
+    for holder in kept {
+        say(&format!("it stays in use: {holder}; end it with: {}", holder.remedy()));
+    }
 }
 
 fn say(line: &str) {
-    // Nobody is left to hear it where stderr is closed.
+    // There may be nothing behind stderr any more.
     let _ = writeln!(std::io::stderr(), "ploopfs: {}", out::printable(line));
 }

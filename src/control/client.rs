@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -270,6 +271,14 @@ fn kind_of(answer: &Answer) -> Kind {
 pub struct Waiting(Client);
 
 impl Waiting {
+    /// True when there is an answer, or the daemon hung up, within `limit`.
+    pub fn is_over(&self, limit: Duration) -> bool {
+        let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        let mut fds = [PollFd::new(self.0.stream.get_ref(), PollFlags::IN)];
+        // Interrupted: asked again by the caller.
+        poll(&mut fds, Some(&limit)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Waits until every image was closed. None: the daemon died without a word.
     pub fn end(mut self) -> Result<Option<Vec<Closed>>> {
         match self.0.receive() {

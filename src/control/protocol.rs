@@ -115,6 +115,9 @@ pub struct Hello {
     pub transport: String,
     /// True when no image can be written.
     pub read_only: bool,
+    /// True once the mount has ended and its images are being closed.
+    #[serde(default)]
+    pub closing: bool,
 }
 
 /// One image in the answer to [`Op::List`].

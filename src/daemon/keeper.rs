@@ -14,13 +14,15 @@ use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::holders::{self, Holder};
+use super::own_mount::OwnMount;
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
-use super::{events, holders, log, mounts, notify};
+use super::{events, log, notify};
+use crate::control::client::Client;
 use crate::control::place::Place;
 use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_detached as spawn;
-use crate::io::unmount::unmount;
 use crate::io::{foreign, process};
 use crate::words::quoted;
 
@@ -39,7 +41,7 @@ pub struct Begun {
 pub fn launch(settings: &Settings) -> Result<Begun> {
     let failed =
         |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
-    let before = Mounts::now();
+    let before = OwnMount::before();
     let mut child = ourselves("keeper", settings)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -65,40 +67,6 @@ pub fn launch(settings: &Settings) -> Result<Begun> {
 
 /// How long a daemon whose keeper was killed at the start may take to notice it, and to end.
 const LAST_MOMENTS: Duration = Duration::from_secs(10);
-
-/// The mounts that were there before a daemon was started, by number: none of them is its own.
-struct Mounts(HashSet<u64>);
-
-impl Mounts {
-    fn now() -> Mounts {
-        Mounts(mounts::all().unwrap_or_default().into_iter().map(|mount| mount.id).collect())
-    }
-
-    /// What lies uppermost on the mount point, if it can only be the mount of the daemon that was started.
-    fn made(&self, settings: &Settings) -> Option<mounts::Mount> {
-        let found = mounts::at(settings.mountpoint()).ok()??;
-        let fits = found.is_ours() && found.source == settings.images() && !self.0.contains(&found.id);
-        fits.then_some(found)
-    }
-
-    /// Takes away the mount of a daemon that has ended, or does so within `patience`.
-    fn take_dead_away(&self, settings: &Settings, patience: Duration) {
-        let deadline = Instant::now() + patience;
-        loop {
-            if let Some(mount) = self.made(settings)
-                && mount.is_dead()
-            {
-                // Should it fail, the next mount here takes it away.
-                let _ = unmount(&mount.point, true);
-                return;
-            }
-            if Instant::now() >= deadline {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-}
 
 fn told(text: String, status: u8) -> Error {
     let kinds = [Kind::Invalid, Kind::Damaged, Kind::InUse];
@@ -219,10 +187,8 @@ struct Keeper<'a> {
     orders: Orders,
     happenings: Receiver<Happening>,
     events: Option<Sender<Event>>,
-    /// What was mounted before the daemon was.
-    before: Mounts,
-    /// Our mount, once it works: nothing else on the same mount point is ever unmounted.
-    mount: Option<u64>,
+    /// Our mount: nothing else on the same mount point is ever unmounted.
+    mount: OwnMount,
     /// The images folder, as it was at the start: its path may mean another one at the end. None: it is gone already.
     images: Option<OwnedFd>,
     /// Loop devices that were warned of.
@@ -241,7 +207,7 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
-        let before = Mounts::now();
+        let mount = OwnMount::before();
         let mut command = ourselves("daemon", settings);
         let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
         let mut daemon = command
@@ -260,7 +226,7 @@ impl<'a> Keeper<'a> {
         let events = events::runner(settings, move |text| warn.send(Order::Warn(text)))?;
         let images = foreign::resolved_folder(settings.images()).ok();
         let slow_loops = HashSet::new();
-        Ok(Keeper { settings, images, daemon, orders, happenings, events, before, mount: None, slow_loops })
+        Ok(Keeper { settings, images, daemon, orders, happenings, events, mount, slow_loops })
     }
 
     fn keep(mut self, report: &mut dyn Report) -> ExitCode {
@@ -273,11 +239,12 @@ impl<'a> Keeper<'a> {
                 }
                 Ok(Happening::Said(note @ (Note::Ready { .. } | Note::Failed { .. }))) => {
                     if matches!(note, Note::Ready { .. }) {
-                        self.mount = self.current().map(|mount| mount.id);
+                        self.mount.works(self.settings);
                     }
                     if report.in_front() && matches!(note, Note::Ready { .. }) {
                         let (images, point) = (self.settings.images(), self.settings.mountpoint());
                         notify::ready(&format!("{} on {}", images.display(), point.display()));
+                        self.start_watchdog();
                     }
                     let heard = report.first(&note);
                     reported = true;
@@ -287,11 +254,12 @@ impl<'a> Keeper<'a> {
                     }
                 }
                 Ok(Happening::Said(Note::Unmount { detach })) => {
-                    let error = self.unmount(detach).err().map(|e| e.to_string());
+                    let error = self.mount.unmount(self.settings, detach).err().map(|e| e.to_string());
                     self.orders.send(Order::Unmounted { error });
                 }
                 Ok(Happening::Said(Note::Holders)) => {
-                    let who = self.current().map(|mount| holders::of(&mount)).unwrap_or_default();
+                    let mount = self.mount.current(self.settings);
+                    let who = mount.map(|mount| holders::of(&mount)).unwrap_or_default();
                     let who = who.iter().take(wire::MAX_HOLDERS).map(ToString::to_string).collect();
                     self.orders.send(Order::Holders(who));
                 }
@@ -330,25 +298,13 @@ impl<'a> Keeper<'a> {
             report.first(&failure(&Error::at(Kind::Io, self.settings.mountpoint(), why)));
         }
         let code = status.as_ref().ok().and_then(ExitStatus::code);
-        if self.mount.is_none() {
+        if !self.mount.has_worked() {
             // It never worked; by its number it is not known.
-            self.before.take_dead_away(self.settings, Duration::ZERO);
-        } else if code.is_none() || self.current().is_some() {
+            self.mount.take_dead_away(self.settings, Duration::ZERO);
+        } else if code.is_none() || self.mount.is_dead() {
             self.clean_up(&spelled(&status), report.in_front());
         }
         ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
-    }
-
-    /// What lies uppermost on the mount point, if it is the mount of our daemon.
-    fn current(&self) -> Option<mounts::Mount> {
-        self.before.made(self.settings).filter(|found| self.mount.is_none_or(|id| id == found.id))
-    }
-
-    fn unmount(&self, detach: bool) -> Result<()> {
-        match self.current() {
-            Some(mount) => unmount(&mount.point, detach),
-            None => Ok(()),
-        }
     }
 
     fn signal_daemon(&self) {
@@ -370,25 +326,47 @@ impl<'a> Keeper<'a> {
         self.slow_loops = names;
     }
 
-    /// After the daemon's death: whoever looks at the mount point gets ENOTCONN, so it goes away, and what still
-    /// has files open there is named, because nothing else will tell.
+    /// Tells a service manager that wants it (WatchdogSec=) that the daemon answers, as long as it does. The greeting needs no
+    /// file and no lock, so a slow disk does not count as a daemon that hangs.
+    fn start_watchdog(&self) {
+        let Some(interval) = notify::watchdog() else { return };
+        let images = self.settings.images().to_owned();
+        let body = move || {
+            loop {
+                if Client::find(&images).is_ok_and(|daemon| daemon.is_some()) {
+                    notify::alive();
+                }
+                std::thread::sleep(interval);
+            }
+        };
+        if let Err(e) = spawn("keeper/watchdog", body) {
+            self.orders.send(Order::Warn(e.to_string()));
+        }
+    }
+
+    /// After the daemon's end: every look at the mount point gets ENOTCONN, so it goes away, and what still has files open
+    /// there is named, because nothing else will tell.
     fn clean_up(&self, how: &str, in_front: bool) {
-        let left = self.current();
-        let hanging = left.as_ref().map(holders::of).unwrap_or_default();
-        let unmounted = self.unmount(true);
+        let left = self.mount.left();
+        let hanging: Vec<Holder> = left.first().map(holders::of).unwrap_or_default();
         let place = self.images.as_ref().and_then(|dir| Place::make(dir, self.settings.images()).ok());
-        if log::open(place.as_ref().filter(|_| !in_front)).is_err() {
-            return;
-        }
+        let logs = log::open(place.as_ref().filter(|_| !in_front)).is_ok();
         let point = self.settings.mountpoint().display();
-        ::log::error!("the daemon of {point} died: {how}; every open file gives EIO now");
-        if let Err(e) = unmounted {
-            ::log::error!("{e}");
-        } else if left.is_some() {
-            ::log::error!("{point} is unmounted; mount it again with: {}", mount_line(self.settings));
+        if logs {
+            ::log::error!(
+                "the daemon of {point} ended ({how}) before its mount; every open file gives EIO now"
+            );
+            for holder in hanging {
+                ::log::error!("hanging on the dead mount: {holder}; end it with: {}", holder.remedy());
+            }
         }
-        for holder in hanging {
-            ::log::error!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy());
+        self.mount.bury(|line| {
+            if logs {
+                ::log::error!("{line}");
+            }
+        });
+        if logs && !left.is_empty() {
+            ::log::error!("{point} is unmounted; mount it again with: {}", mount_line(self.settings));
         }
     }
 }

@@ -11,8 +11,9 @@ use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
 use crate::io::holder::{self, Held, Holder};
+use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
-use crate::io::unmount::unmount;
+use crate::io::unmount::unmount_this;
 use crate::words::quoted;
 
 /// Events on their way to the keeper; more are dropped, because nobody waits for a person to be told.
@@ -81,7 +82,13 @@ impl Link {
                 );
                 Err(Error::at(Kind::NotPermitted, settings.mountpoint(), what))
             }
-            _ => unmount(settings.mountpoint(), detach),
+            // Only what is ours: something else may lie there by now.
+            _ => match mounts::at(settings.mountpoint())? {
+                Some(mount) if mount.is_ours() && mount.source == settings.images() => {
+                    unmount_this(&mount, detach)
+                }
+                _ => Ok(()),
+            },
         }
     }
 

@@ -10,6 +10,8 @@ pub mod keeper;
 mod link;
 mod log;
 mod notify;
+mod own_mount;
+pub mod processes;
 mod sandbox;
 mod service;
 pub mod settings;

@@ -7,11 +7,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+use super::stop;
+
 /// The variable that names the socket. It is meant for the process that was started, not for those that it starts.
 pub const SOCKET: &str = "NOTIFY_SOCKET";
 
-/// How long closing images may take beyond the wait for their users: many of them, on a slow disk.
-const CLOSING: Duration = Duration::from_secs(60);
+/// Microseconds after which silence counts as death, and the process that is to speak.
+const WATCHDOG_TIME: &str = "WATCHDOG_USEC";
+const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
 /// The mount works.
 pub fn ready(status: &str) {
@@ -20,8 +23,21 @@ pub fn ready(status: &str) {
 
 /// The end was asked for, and may take `patience` for the users of images, and a while to close them.
 pub fn stopping(patience: Duration) {
-    let patience = (patience + CLOSING).as_micros();
+    let patience = (patience + stop::CLOSING).as_micros();
     tell(&format!("STOPPING=1\nSTATUS=closing images\nEXTEND_TIMEOUT_USEC={patience}"));
+}
+
+/// The daemon answers.
+pub fn alive() {
+    tell("WATCHDOG=1");
+}
+
+/// How often the service manager is to hear that: twice in the time after which it takes us for dead. None: never.
+pub fn watchdog() -> Option<Duration> {
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let for_us = number(WATCHDOG_PID).is_none_or(|pid| pid == u64::from(std::process::id()));
+    let time = number(WATCHDOG_TIME).filter(|time| *time > 0 && for_us)?;
+    Some(Duration::from_micros(time / 2))
 }
 
 fn tell(state: &str) {

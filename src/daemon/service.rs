@@ -50,6 +50,7 @@ impl Desk {
             images: self.settings.images().to_string_lossy().into_owned(),
             transport: self.transport.name().to_owned(),
             read_only: self.settings.read_only,
+            closing: self.ending.is_closing(),
         }
     }
 

@@ -4,19 +4,21 @@
 //! - SIGTERM, SIGINT or `stop` on the control socket: everything is synced. With no file open the mount is taken
 //!   away and the first case follows. Else the daemon goes on, opens nothing new, says who holds on, and ends with
 //!   the last close.
-//! - A second one of these, or the end of `--stop-timeout`: every image is closed under its users, who get EIO.
+//! - A second one of these, or the end of `--stop-timeout`: every image is closed under its users, who get EIO. What
+//!   then is not closed in time (its host hangs, an operation holds it) is left with its in-use mark: the process ends.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::cell::Cell;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::link::Link;
 use super::log;
 use super::settings::Settings;
 use crate::control::protocol::Closed;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::folder::Folder;
 use crate::io::process::spawn_detached as spawn;
 
@@ -26,6 +28,9 @@ const LOOK: Duration = Duration::from_millis(100);
 const LAST_MOMENTS: Duration = Duration::from_secs(2);
 /// How long clients that were told the end may take to hear it.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long closing may take once the end is forced: all that is unsynced goes to the disk, at most 256 MiB an image.
+/// Service managers give us as long ([`notify::stopping`](super::notify::stopping)).
+pub const CLOSING: Duration = Duration::from_secs(60);
 
 /// What ends a mount, shared by all who may do it.
 pub struct Ending {
@@ -33,17 +38,29 @@ pub struct Ending {
     folder: Arc<Folder>,
     link: Arc<Link>,
     requests: (Sender<&'static str>, Receiver<&'static str>),
-    /// How every image was closed; None until it happened. Held while they are closed, so that it is done once;
-    /// outermost: the folder's own locks are taken under it.
-    closed: Mutex<Option<Vec<Closed>>>,
+    /// Protects that the images are closed once. Not held while they are, which may take for ever. A leaf.
+    images: Mutex<Images>,
+    /// They are closed.
     over: Condvar,
+}
+
+/// What became of the images.
+enum Images {
+    Served,
+    Closing,
+    /// How each was closed.
+    Closed(Vec<Closed>),
 }
 
 impl Ending {
     /// Nothing happens until [`start`](Self::start).
     pub fn new(settings: Settings, folder: Arc<Folder>, link: Arc<Link>) -> Ending {
-        let closed = Mutex::new(None);
-        Ending { settings, folder, link, requests: bounded(8), closed, over: Condvar::new() }
+        let images = Mutex::new(Images::Served);
+        Ending { settings, folder, link, requests: bounded(8), images, over: Condvar::new() }
+    }
+
+    fn images(&self) -> MutexGuard<'_, Images> {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts the thread that ends the mount when it is asked to.
@@ -58,11 +75,19 @@ impl Ending {
         let _ = self.requests.0.try_send(who);
     }
 
-    /// Closes every image, once; whoever comes later gets the same answer.
+    /// Closes every image, once; a second caller waits for the first, and gets the same answer.
     pub fn close_all(&self) -> Vec<Closed> {
-        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(closed) = &*closed {
-            return closed.clone();
+        let begun = {
+            let mut images = self.images();
+            let served = matches!(*images, Images::Served);
+            if served {
+                *images = Images::Closing;
+            }
+            !served
+        };
+        if begun {
+            // It never says no: nothing ends this wait but the answer.
+            return self.wait_closed(&|| false).unwrap_or_default();
         }
         let mut all = Vec::new();
         for (name, result) in self.folder.close_all() {
@@ -72,24 +97,46 @@ impl Ending {
             }
             all.push(Closed { name, error });
         }
-        *closed = Some(all.clone());
+        *self.images() = Images::Closed(all.clone());
         self.over.notify_all();
         all
     }
 
+    /// True once images are being closed.
+    pub fn is_closing(&self) -> bool {
+        !matches!(*self.images(), Images::Served)
+    }
+
     /// Waits until every image was closed; None when `gone` became true before.
     pub fn wait_closed(&self, gone: &dyn Fn() -> bool) -> Option<Vec<Closed>> {
-        let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = self.images();
         loop {
-            if let Some(closed) = &*closed {
+            if let Images::Closed(closed) = &*images {
                 return Some(closed.clone());
             }
-            let waited = self.over.wait_timeout(closed, Duration::from_millis(500));
-            closed = waited.unwrap_or_else(PoisonError::into_inner).0;
-            if closed.is_none() && gone() {
+            let waited = self.over.wait_timeout(images, Duration::from_millis(500));
+            images = waited.unwrap_or_else(PoisonError::into_inner).0;
+            if !matches!(*images, Images::Closed(_)) && gone() {
                 return None;
             }
         }
+    }
+
+    /// Closes every image on a thread of its own, so that what hangs there does not hang here. None: not done in time; the
+    /// time begins when the end is forced, now or by a request that comes meanwhile.
+    fn close_in_time(self: &Arc<Self>, forced: bool) -> Option<Vec<Closed>> {
+        let ending = self.clone();
+        if spawn("ploopfs/closing", move || drop(ending.close_all())).is_err() {
+            // No thread to be had: then here.
+            return Some(self.close_all());
+        }
+        let deadline = Cell::new(forced.then(|| Instant::now() + CLOSING));
+        self.wait_closed(&|| {
+            if deadline.get().is_none() && self.requests.1.try_recv().is_ok() {
+                deadline.set(Some(Instant::now() + CLOSING));
+            }
+            deadline.get().is_some_and(|deadline| Instant::now() >= deadline)
+        })
     }
 
     /// The last thing a daemon does, after everything was closed: lets clients hear it, empties the log, ends.
@@ -108,32 +155,84 @@ impl Ending {
         std::process::exit(if clean { 0 } else { 1 })
     }
 
-    fn wait_for_request(&self) {
+    fn wait_for_request(self: &Arc<Self>) {
         let Ok(who) = self.requests.1.recv() else { return };
+        let deadline = Instant::now() + self.settings.stop_timeout();
         let point = self.settings.mountpoint().display();
         ::log::info!("{point}: {who}: ending");
         self.folder.refuse_new_opens();
-        self.sync_all();
-        if self.drained() {
-            if let Err(e) = self.link.unmount(&self.settings, false) {
-                // Someone's working folder, most likely; no file is open and none can be opened.
-                ::log::info!("{e}; detaching the mount point");
-                self.detach();
+        let orderly = self.synced(deadline) && self.drained(deadline);
+        if orderly {
+            match self.link.unmount(&self.settings, false) {
+                Ok(()) => {}
+                Err(e) if e.kind() == Kind::NotPermitted => {
+                    // The keeper was killed. Our end would leave a dead mount, which hangs or fails whatever looks at it.
+                    ::log::error!(
+                        "{e}; all images are closed, and the mount goes on until then (a second signal ends it)"
+                    );
+                    // Asked again; the connection's end ends the process.
+                    let _ = self.requests.1.recv();
+                }
+                Err(e) => {
+                    // A working folder in it, most likely; no file is open and none can be opened.
+                    ::log::info!("{e}; detaching the mount point");
+                    self.detach();
+                }
             }
             // The thread of the connection sees its end and ends the process.
             thread::sleep(LAST_MOMENTS);
-            ::log::info!("{point}: someone still looks at it, ending all the same");
-        } else {
-            self.close_all();
+            if !self.is_closing() {
+                ::log::info!(
+                    "{point}: the connection has not ended (another mount of it?), ending all the same"
+                );
+            }
+        }
+        let closed = self.close_in_time(!orderly);
+        if !orderly {
             self.detach();
         }
-        let closed = self.close_all();
-        self.exit(&closed, &|| 0);
+        match closed {
+            Some(closed) => self.exit(&closed, &|| 0),
+            None => {
+                let seconds = CLOSING.as_secs();
+                ::log::error!(
+                    "{point}: images are not closed after {seconds} s; ending without them, in-use marks stay"
+                );
+                log::flush();
+                std::process::exit(1)
+            }
+        }
+    }
+
+    /// Syncs every image, until `deadline` at most: a host that hangs must not keep the second request from being heard.
+    /// False: asked again.
+    fn synced(self: &Arc<Self>, deadline: Instant) -> bool {
+        let (done, over) = bounded::<()>(1);
+        let ending = self.clone();
+        let body = move || {
+            ending.sync_all();
+            // Not waited for any more.
+            let _ = done.send(());
+        };
+        if spawn("ploopfs/syncing", body).is_err() {
+            // Closing syncs, too.
+            return true;
+        }
+        select! {
+            recv(over) -> _ => true,
+            recv(self.requests.1) -> who => self.forced(who.unwrap_or("asked")),
+            default(deadline.saturating_duration_since(Instant::now())) => true,
+        }
+    }
+
+    /// Says that the end is forced.
+    fn forced(&self, who: &str) -> bool {
+        ::log::warn!("{who} again: closing images that are open; their users get EIO");
+        false
     }
 
     /// Waits until no image is open. False: asked again, or the time is over.
-    fn drained(&self) -> bool {
-        let deadline = Instant::now() + self.settings.stop_timeout();
+    fn drained(&self, deadline: Instant) -> bool {
         let mut named = Vec::new();
         loop {
             let busy = self.folder.busy();
@@ -145,8 +244,7 @@ impl Ending {
                 named = busy;
             }
             if let Ok(who) = self.requests.1.recv_timeout(LOOK) {
-                ::log::warn!("{who} again: closing images that are open; their users get EIO");
-                return false;
+                return self.forced(who);
             }
             if Instant::now() >= deadline {
                 let seconds = self.settings.stop_timeout_s;

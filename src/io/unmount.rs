@@ -6,7 +6,28 @@ use std::process::{Command, Stdio};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
+use super::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
+
+/// Unmounts `mount`, as [`unmount`] does, wherever it was moved to, and nothing that was mounted over it or took its place
+/// ([`Kind::Busy`]). Done, too, where it is gone already.
+pub fn unmount_this(mount: &Mount, detach: bool) -> Result<()> {
+    let Some(now) = mounts::by_id(mount.id)? else { return Ok(()) };
+    if !now.is_reached() {
+        let what = match mounts::at(&now.point)? {
+            Some(over) if over.id != now.id => {
+                format!(
+                    "cannot be unmounted: a mount of type {} lies over it; umount that first",
+                    over.kind.display()
+                )
+            }
+            _ => "cannot be unmounted: something was mounted over a folder above it; umount that first"
+                .to_owned(),
+        };
+        return Err(Error::at(Kind::Busy, &now.point, what));
+    }
+    unmount(&now.point, detach)
+}
 
 /// Unmounts once. `detach`: the name goes away now and the connection ends when the last open file is closed;
 /// else EBUSY ([`Kind::Busy`]) while anything is open (a loop device, for one).

@@ -1,0 +1,81 @@
+//! The processes behind a mount, daemon and keeper, as /proc shows them: for a command that finds no socket, or no answer
+//! on it. They carry their folder and their mount point on their command lines.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// The two processes of one served folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// The daemon.
+    pub daemon: u32,
+    /// Its keeper; None: it is gone.
+    pub keeper: Option<u32>,
+    /// The folder that they serve.
+    pub images: PathBuf,
+    /// Where it was mounted.
+    pub mountpoint: PathBuf,
+}
+
+impl Pair {
+    /// The one of them that was stopped (SIGSTOP, Ctrl-Z, a debugger), in words, and its process id.
+    pub fn stopped(&self) -> Option<(&'static str, u32)> {
+        let both = [("its daemon", Some(self.daemon)), ("its keeper", self.keeper)];
+        let both = both.into_iter().filter_map(|(who, pid)| Some((who, pid?)));
+        both.into_iter().find(|(_, pid)| is_stopped(*pid))
+    }
+}
+
+/// The processes of the folder `images`.
+pub fn serving(images: &Path) -> Option<Pair> {
+    all().find(|pair| pair.images == images)
+}
+
+/// The processes that were started for the mount point `point`.
+pub fn mounted_at(point: &Path) -> Option<Pair> {
+    all().find(|pair| pair.mountpoint == point)
+}
+
+/// True while a process is stopped.
+pub fn is_stopped(pid: u32) -> bool {
+    // `12 (any bytes) T ...`
+    let stat = fs::read(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let behind = stat.iter().rposition(|b| *b == b')').and_then(|at| stat.get(at + 2));
+    matches!(behind, Some(b'T' | b't'))
+}
+
+fn all() -> impl Iterator<Item = Pair> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| pair(entry.file_name().to_str()?.parse().ok()?, &entry.path()))
+}
+
+/// The pair whose daemon is process `pid`, with the folder `home` in /proc.
+fn pair(pid: u32, home: &Path) -> Option<Pair> {
+    let line = fs::read(home.join("cmdline")).ok()?;
+    let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+    let [program, b"daemon", images, point, ..] = words[..] else { return None };
+    // Any user may call a process what he likes.
+    let owner = home.metadata().ok()?.uid();
+    if !program.ends_with(b"ploopfs") || !(owner == 0 || owner == rustix::process::geteuid().as_raw()) {
+        return None;
+    }
+    let path = |word| PathBuf::from(OsStr::from_bytes(word));
+    // A keeper that is gone was replaced by the process that takes in orphans: init, mostly.
+    let keeper = parent(home).filter(|pid| *pid > 1 && names_us(*pid));
+    Some(Pair { daemon: pid, keeper, images: path(images), mountpoint: path(point) })
+}
+
+fn names_us(pid: u32) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|b| *b == 0).next().is_some_and(|program| program.ends_with(b"ploopfs"))
+}
+
+fn parent(home: &Path) -> Option<u32> {
+    let status = fs::read(home.join("status")).ok()?;
+    let mut lines = status.split(|b| *b == b'\n');
+    let text = lines.find_map(|line| line.strip_prefix(b"PPid:"))?.trim_ascii();
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
