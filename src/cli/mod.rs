@@ -32,6 +32,7 @@ pub mod map;
 pub mod merge;
 pub mod meta;
 pub mod mount;
+mod mount_options;
 pub mod offline;
 pub mod out;
 mod output;

@@ -4,56 +4,26 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-use crate::cli::{Outcome, out, served, size};
+use crate::cli::{Outcome, mount_options, out, served, size, umount};
 use crate::control::client::Client;
 use crate::daemon::keeper::{self, Report};
 use crate::daemon::settings::{self, Settings};
 use crate::daemon::wire::Note;
-use crate::daemon::{holders, mounts};
+use crate::daemon::{holders, processes};
 use crate::error::{Error, Kind, Result};
 use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
+use crate::io::mounts;
 use crate::io::process;
 use crate::io::unmount::unmount;
 use crate::words::quoted;
 
-/// Options of mount(8) that say nothing to us: they are about when and by whom to mount, or are what a mount of ours is
-/// anyway (there is nothing in it to execute, and no device).
-const FOR_MOUNT: [&str; 30] = [
-    "rw",
-    "defaults",
-    "auto",
-    "noauto",
-    "nofail",
-    "_netdev",
-    "comment",
-    "helper",
-    "uhelper",
-    "user",
-    "nouser",
-    "users",
-    "owner",
-    "group",
-    "allow_other",
-    "default_permissions",
-    "suid",
-    "nosuid",
-    "dev",
-    "nodev",
-    "exec",
-    "noexec",
-    "async",
-    "atime",
-    "noatime",
-    "nodiratime",
-    "relatime",
-    "norelatime",
-    "lazytime",
-    "nolazytime",
-];
+/// How long the start of another command may take that mounts the same at the same time.
+const OTHERS_START: Duration = Duration::from_secs(20);
 /// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
 /// request that blocks, and many wake cache-cold (FUSE.md 1.1).
 const THREADS: (usize, usize) = (2, 8);
@@ -219,29 +189,19 @@ struct Again {
     args: Args,
 }
 
-fn is_for_mount(word: &str) -> bool {
-    let name = word.split_once('=').map_or(word, |(name, _)| name);
-    FOR_MOUNT.contains(&name) || word.starts_with("x-") || word.starts_with("X-")
-}
-
-/// The words of a command line in which every `-o` is spelled out with long options; None: there is none.
-fn spell_out(options: &[String]) -> Vec<OsString> {
-    let words = options.iter().flat_map(|list| list.split(',')).filter(|word| !word.is_empty());
-    let words = words.filter(|word| !is_for_mount(word));
-    words.map(|word| if word == "ro" { "--read-only".into() } else { format!("--{word}").into() }).collect()
-}
-
 /// `args` with its `-o` carried out. The words of the command line are parsed once more, with the options from `-o`
 /// in front, so that an option that stands there by itself wins.
 fn with_options(args: Args, words: impl Iterator<Item = OsString>) -> anyhow::Result<Args> {
     if args.options.is_empty() {
         return Ok(args);
     }
-    if args.options.iter().flat_map(|list| list.split(',')).any(|word| word == "remount") {
+    if mount_options::has(&args.options, "remount") {
         let why = "a mount of ploopfs cannot change its options; umount it, and mount it again";
         return Err(Error::new(Kind::Unsupported, format!("in -o: remount: {why}")).into());
     }
-    let words = spell_out(&args.options).into_iter().chain(words.skip_while(|word| word != "mount").skip(1));
+    let words = mount_options::spell_out(&args.options)
+        .into_iter()
+        .chain(words.skip_while(|word| word != "mount").skip(1));
     let again = Again::try_parse_from(words);
     again
         .map(|again| again.args)
@@ -278,13 +238,20 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if let Some(client) = living {
         return already_served(client, &images, &mountpoint);
     }
-    check_free(&images, &mountpoint)?;
+    if let Err(e) = check_free(&images, &mountpoint) {
+        return made_meanwhile(e, &images, &mountpoint);
+    }
     folder(&mountpoint, "cannot make the mount point")?;
     let settings = settings(&args, images, mountpoint)?;
     if args.foreground {
         return Ok(Outcome::Status(keep_in_front(&settings)));
     }
-    let begun = keeper::launch(&settings)?;
+    let begun = match keeper::launch(&settings) {
+        Err(e) if e.kind() == Kind::InUse => {
+            return made_meanwhile(e, settings.images(), settings.mountpoint());
+        }
+        begun => begun?,
+    };
     if !begun.notes.is_empty() {
         let notes = begun.notes.iter().map(|note| format!("\n  {}", out::printable(note)));
         let block = format!("mounted, without these (also in the log):{}", notes.collect::<String>());
@@ -348,21 +315,44 @@ fn clear_dead(mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Two commands mounted the folder at once, and the other was faster: fine where it is the mount that was asked for. It may
+/// still be at it. `e`: what this one was refused with.
+fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
+    let deadline = Instant::now() + OTHERS_START;
+    while Instant::now() < deadline {
+        let made = mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours() && mount.source == images);
+        if made && let Some(client) = Client::find(images)? {
+            return already_served(client, images, mountpoint);
+        }
+        if processes::serving(images)
+            .is_none_or(|pair| pair.mountpoint != mountpoint || pair.stopped().is_some())
+        {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Err(e.into())
+}
+
 /// A living daemon serves the folder: fine where it is the mount that was asked for.
 fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
     let mounted = mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours() && mount.source == images);
-    let hello = client.hello();
     if mounted {
         client.rescan()?;
         out::text(&format!("{}: already mounted\n", mountpoint.display()))?;
         return Ok(Outcome::Done);
     }
-    let why = format!(
-        "is served on {} by process {}; end that with: ploopfs umount {}",
-        hello.mountpoint,
-        hello.pid,
-        quoted(&hello.mountpoint)
-    );
+    let hello = client.hello();
+    // By the kernel's table: an umount of a place where it is no more would lead nowhere.
+    let shown = mounts::all()?.into_iter().rev().find(|mount| mount.is_ours() && mount.source == images);
+    let why = match (shown, processes::serving(images)) {
+        (Some(mount), _) => {
+            let (point, command) = (mount.point.display(), quoted(&mount.point));
+            format!("is served on {point} by process {}; end that with: ploopfs umount {command}", hello.pid)
+        }
+        (None, Some(pair)) => format!("is mounted nowhere here, but {}", umount::goes_on(&pair)),
+        (None, None) => format!("is served by process {0}; end that with: kill {0}", hello.pid),
+    };
     Err(Error::at(Kind::InUse, images, why).into())
 }
 
@@ -393,6 +383,8 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         mountpoint: mountpoint.into(),
         foreground: args.foreground,
         read_only: args.read_only,
+        allow_other: mount_options::has(&args.options, "allow_other"),
+        asked: mount_options::asked(&args.options),
         allow_outside: args.allow_outside,
         direct: args.cache == Cache::Direct,
         manage: args.manage,
@@ -483,10 +475,13 @@ mod tests {
 
     #[test]
     fn every_option_that_only_mount_understands_is_passed_over_with_its_value() {
-        let all = FOR_MOUNT.join(",");
+        let all = mount_options::all_of_mount().join(",");
         let args =
             parse(&["a", "b", "-o", &all, "-o", "user=me,X-mount.mkdir=0755,comment=x"]).expect("known");
         assert!(!args.read_only && args.create.is_empty() && args.threads.is_none());
+        assert!(parse(&["a", "b", "-o", "ro=recursive"]).expect("known").read_only);
+        let labelled = parse(&["a", "b", "-o", r#"context="u:r:t:s0:c1,c2",threads=3"#]);
+        assert_eq!(labelled.expect("the comma in quotes").threads, Some(3));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fuse::mount::Asked;
 use crate::vdisk::{OnFull, Options};
 
 /// Background requests of the connection: at least twice what the runners and 256 per loop device can keep
@@ -34,6 +35,10 @@ pub struct Settings {
     pub foreground: bool,
     /// No image is ever opened for writing.
     pub read_only: bool,
+    /// Users other than an ordinary one who mounts may come in; root's mounts are open to all by themselves.
+    pub allow_other: bool,
+    /// What was asked of mount(8).
+    pub asked: Asked,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
     /// Deltas are read and written past the host's page cache.

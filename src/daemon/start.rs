@@ -107,21 +107,23 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
         settings.mountpoint(),
         &session::Settings {
             threads: settings.threads,
-            allow_other: root,
+            allow_other: root || settings.allow_other,
             read_only: settings.read_only,
             fs_name: settings.images.clone(),
             max_background: BACKGROUND,
             passthrough: settings.passthrough,
+            asked: settings.asked.clone(),
         },
     )?;
 
     let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
     if !root {
-        notes.insert(
-            0,
-            "not running as root: only this user can see the mount, and no loop device can use it".into(),
-        );
+        let why = match settings.allow_other {
+            true => "not running as root: no loop device can use the mount",
+            false => "not running as root: only this user can see the mount, and no loop device can use it",
+        };
+        notes.insert(0, why.into());
     }
     if settings.passthrough {
         match session.passes_through() {

@@ -19,15 +19,43 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
 use rustix::mount::MountFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
 /// Where the kernel hands out connections.
 pub const DEVICE: &str = "/dev/fuse";
 
+/// There, where SELinux is on.
+const SELINUX: &str = "/sys/fs/selinux/status";
+
 /// Largest READ in bytes, as a mount option. The same as the largest WRITE, and as the kernel's own limit of 256
 /// pages (fs.fuse.max_pages_limit).
 pub const MAX_READ: u32 = 1 << 20;
+
+/// What mount(8) may ask of any file system, as far as it is the kernel's to carry out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Every write is synced before it is answered.
+    pub sync: bool,
+    /// Every change of a folder is.
+    pub dirsync: bool,
+    /// No link in it is followed.
+    pub nosymfollow: bool,
+    /// Labels of SELinux (`context=...`), as they were written: the kernel takes the quotes off.
+    pub labels: Vec<String>,
+}
+
+impl Asked {
+    fn flags(&self) -> MountFlags {
+        let each = [
+            (self.sync, MountFlags::SYNCHRONOUS),
+            (self.dirsync, MountFlags::DIRSYNC),
+            (self.nosymfollow, MountFlags::NOSYMFOLLOW),
+        ];
+        each.into_iter().filter(|(asked, _)| *asked).fold(MountFlags::empty(), |all, (_, flag)| all | flag)
+    }
+}
 
 /// What the mount table shows and the kernel enforces.
 #[derive(Clone, Debug)]
@@ -38,6 +66,8 @@ pub struct Options {
     pub allow_other: bool,
     /// Refuse every change.
     pub read_only: bool,
+    /// What was asked of mount(8).
+    pub asked: Asked,
 }
 
 /// Mounts on `mountpoint` (an existing folder) and returns the connection. The kernel's INIT waits in it: until a
@@ -72,11 +102,19 @@ fn mount_directly(mountpoint: &Path, mode: u32, options: &Options) -> Result<Own
         data.push(',');
         data.push_str(option);
     }
-    let data = CString::new(data).expect("made of numbers and constants: no NUL inside");
+    // The kernel knows them where SELinux is on, and takes them for a mistake elsewhere; mount(8) leaves them out there, too.
+    if Path::new(SELINUX).exists() {
+        for label in &options.asked.labels {
+            data.push(',');
+            data.push_str(label);
+        }
+    }
+    let data = CString::new(data).map_err(|e| Error::io(&e.into(), mountpoint, "cannot mount here"))?;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
     if options.read_only {
         flags |= MountFlags::RDONLY;
     }
+    flags |= options.asked.flags();
     rustix::mount::mount(options.source.as_os_str(), mountpoint, "fuse", flags, data.as_c_str())
         .map_err(|e| Error::io(&e.into(), mountpoint, "cannot mount here"))?;
     Ok(device)
@@ -102,6 +140,13 @@ fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
     for option in kernel_options(options) {
         text.push(",");
         text.push(option);
+    }
+    // It knows no other flag.
+    if options.asked.sync {
+        text.push(",sync");
+    }
+    if options.asked.dirsync {
+        text.push(",dirsync");
     }
     text.push(if options.read_only { ",ro,fsname=" } else { ",fsname=" });
     text.push(escaped(&options.source));
@@ -187,13 +232,15 @@ mod tests {
 
     #[test]
     fn max_read_as_text_is_the_constant() {
-        let options = Options { source: "x".into(), allow_other: false, read_only: false };
+        let options =
+            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
         assert!(kernel_options(&options).contains(&format!("max_read={MAX_READ}").as_str()));
     }
 
     #[test]
     fn a_missing_mount_point_is_named() {
-        let options = Options { source: "x".into(), allow_other: false, read_only: false };
+        let options =
+            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
         let error = mount(Path::new("/nonexistent/ploopfs"), &options).expect_err("nothing to mount on");
         assert_eq!(error.kind(), Kind::NotFound);
         assert!(error.to_string().contains("/nonexistent/ploopfs"), "{error}");

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::fuse::mount::Asked;
 use crate::fuse::notify::Notifier;
 use crate::fuse::ops::FileSystem;
 use crate::fuse::{classic, uring};
@@ -25,6 +26,8 @@ pub struct Settings {
     pub max_background: u16,
     /// Agree with the kernel on passthrough, where it has it: see [`Session::passes_through`].
     pub passthrough: bool,
+    /// What was asked of mount(8).
+    pub asked: Asked,
 }
 
 impl Default for Settings {
@@ -38,6 +41,7 @@ impl Default for Settings {
             // 256 for each of 16 busy loop devices.
             max_background: 4096,
             passthrough: false,
+            asked: Asked::default(),
         }
     }
 }

@@ -39,7 +39,12 @@ pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) ->
     // Before the mount: afterwards looking at the path would wait for ourselves.
     let mountpoint = mount::absolute(mountpoint)?;
     let (allow_other, read_only) = (settings.allow_other, settings.read_only);
-    let options = mount::Options { source: settings.fs_name.clone(), allow_other, read_only };
+    let options = mount::Options {
+        source: settings.fs_name.clone(),
+        allow_other,
+        read_only,
+        asked: settings.asked.clone(),
+    };
     let connection = mount::mount(&mountpoint, &options)?;
 
     let lanes = Arc::new(Lanes::new(settings.threads));

@@ -72,6 +72,10 @@ pub fn available() -> Result<()> {
             let what = format!("FUSE over io_uring is switched off; switch it on with: echo Y > {SWITCH}");
             return Err(Error::new(Kind::Unsupported, what));
         }
+        Err(_) if !Path::new("/sys/module").exists() => {
+            let what = "/sys is not mounted, and the switch of FUSE over io_uring stands there: mount -t sysfs sysfs /sys";
+            return Err(Error::new(Kind::Unsupported, what));
+        }
         Err(_) => {
             let what = "this kernel has no FUSE over io_uring (Linux 6.14 with CONFIG_FUSE_IO_URING has)";
             return Err(Error::new(Kind::Unsupported, what));
@@ -113,7 +117,12 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
     // Before the mount: afterwards looking at the path would wait for ourselves.
     let mountpoint = mount::absolute(mountpoint)?;
     let (allow_other, read_only) = (settings.allow_other, settings.read_only);
-    let options = mount::Options { source: settings.fs_name.clone(), allow_other, read_only };
+    let options = mount::Options {
+        source: settings.fs_name.clone(),
+        allow_other,
+        read_only,
+        asked: settings.asked.clone(),
+    };
     let device = Arc::new(Device::new(mount::mount(&mountpoint, &options)?));
     let passes_through = device.handshake(settings.max_background, settings.passthrough).map_err(|e| {
         if let Err(left) = unmount(&mountpoint, true) {
