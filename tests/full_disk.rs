@@ -207,3 +207,60 @@ fn umount_does_not_wait_for_a_write_that_waits_for_space() {
         assert!(errno.is_some());
     });
 }
+
+/// Writes until nothing more fits, in ever smaller pieces.
+fn fill_up(host: &HostFs) {
+    for size in [1 << 20, 64 << 10, 4096, 512] {
+        let path = host.path().join(format!("fill.{size}"));
+        let mut file = File::create(&path).ok();
+        let piece = vec![0xAB; size];
+        while file.as_mut().is_some_and(|file| std::io::Write::write_all(file, &piece).is_ok()) {}
+        // Delayed allocation: what was promised and is not needed comes back.
+        let _ = Run::new("sync").arg("-f").arg(host.path()).run();
+    }
+}
+
+fn a_full_host_is_mounted(kind: &str) {
+    for before in [false, true] {
+        let host = HostFs::new(kind, 320 * MIB);
+        let images = host.path().join("images");
+        std::fs::create_dir(&images).expect("a folder");
+        Run::ploopfs().args(["create", "--size", "16M"]).arg(images.join("vm1")).ok();
+        if before {
+            Mount::over(&images, &[]).umount();
+        }
+        fill_up(&host);
+        for args in [&["-r"][..], &[]] {
+            let mut mount = Mount::prepare(&images, args);
+            let done = mount.try_start();
+            assert!(done.success(), "{kind}, mounted before: {before}, {args:?}: {done}");
+            let mut first = [1; 4096];
+            File::open(mount.flat("vm1")).and_then(|file| file.read_exact_at(&mut first, 0)).expect("read");
+            assert_eq!(first, [0; 4096]);
+            let listed = Run::ploopfs().arg("list").arg(&images).ok();
+            assert!(
+                listed.contains("served") || listed.contains("idle") || listed.contains("read"),
+                "{listed}"
+            );
+            mount.umount();
+        }
+    }
+}
+
+#[test]
+fn a_full_ext4_is_mounted_with_its_socket_elsewhere() {
+    require!("fuse", "loop", "ext4");
+    a_full_host_is_mounted("ext4");
+}
+
+#[test]
+fn a_full_xfs_is_mounted_with_its_socket_elsewhere() {
+    require!("fuse", "loop", "xfs");
+    a_full_host_is_mounted("xfs");
+}
+
+#[test]
+fn a_full_btrfs_is_mounted_with_its_socket_elsewhere() {
+    require!("fuse", "loop", "btrfs");
+    a_full_host_is_mounted("btrfs");
+}

@@ -1,14 +1,14 @@
 //! Where the daemon of an images folder keeps its socket and its log: `.ploopfs/` in the folder, or, where the
-//! folder cannot be written, a folder under `/run` named by the device and inode of the images folder, so that
+//! folder cannot be written or its file system is full, a folder under `/run` named by the device and inode of the images folder, so that
 //! every command finds it without being told.
 
 use std::fs::DirBuilder;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, Mode};
+use rustix::fs::{Access, AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
@@ -20,34 +20,58 @@ pub const SOCKET: &str = "control";
 /// Name of the log in it; the older half is `log.1`.
 pub const LOG: &str = "log";
 
+/// The file that is made to see whether there is room, with a process id behind it.
+const PROBE: &str = "probe";
+/// How much is written to it: too much to fit into an inode or a tree's leaf beside it (btrfs), so that it takes a block.
+const ROOM: usize = 16 << 10;
+
 /// An opened place of one images folder.
 #[derive(Debug)]
 pub struct Place {
     fd: OwnedFd,
     path: PathBuf,
     inside: bool,
+    /// It would be inside if the host were not full.
+    full: bool,
 }
 
 impl Place {
-    /// Opens the place of the folder `dir`, whose path is `images`, for its daemon and makes it where it is missing: in the folder, or, where
-    /// nothing can be written there, under the run folder.
+    /// Opens the place of the folder `dir`, whose path is `images`, for its daemon and makes it where it is missing: in the
+    /// folder, or, where nothing can be written there, under the run folder. A full host must be mountable: trimming guests
+    /// is what makes room on it.
     pub fn make(dir: &impl AsFd, images: &Path) -> Result<Place> {
         const DOING: &str = "cannot make the folder for the control socket and the log";
+        let mut full = false;
         match rustix::fs::mkdirat(dir, PRIVATE, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => match Place::open_inside(dir, images) {
                 // It may be there on a file system that was since mounted read-only.
-                Ok(place) if place.is_writable()? => return Ok(place),
+                Ok(place) if place.is_writable()? => match place.has_room() {
+                    true => return Ok(place),
+                    false => full = true,
+                },
                 Err(e) if e.errno() != libc::EACCES => return Err(e),
                 _ => {}
             },
             Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => {}
+            Err(Errno::NOSPC | Errno::DQUOT) => full = true,
             Err(e) => return Err(Error::io(&e.into(), images.join(PRIVATE), DOING)),
         }
         let outside = outside(dir, images)?;
         match DirBuilder::new().mode(0o700).recursive(true).create(&outside) {
             Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Error::io(&e, &outside, DOING)),
-            _ => Place::open_outside(outside),
+            _ => Ok(Place { full, ..Place::open_outside(outside)? }),
         }
+    }
+
+    /// False where a file cannot be made here and filled: log, lock and socket will not fit then either.
+    fn has_room(&self) -> bool {
+        let name = format!("{PROBE}.{}", std::process::id());
+        let made = foreign::own_file(&self.fd, &name, OFlags::WRONLY, true);
+        let written = made.and_then(|mut file| file.write_all(&[0; ROOM]));
+        // One that was not made is not there.
+        let _ = rustix::fs::unlinkat(&self.fd, &name, AtFlags::empty());
+        // Whatever else is wrong is met again, and said, where the files themselves are made.
+        !written.is_err_and(|e| matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)))
     }
 
     /// The places in which the daemon of `images` may have its socket, likeliest first.
@@ -61,7 +85,7 @@ impl Place {
     fn open_inside(dir: &impl AsFd, images: &Path) -> Result<Place> {
         let path = images.join(PRIVATE);
         let fd = foreign::folder_in(dir, PRIVATE).map_err(|e| cannot_open(&e, &path))?;
-        Ok(Place { fd, path, inside: true })
+        Ok(Place { fd, path, inside: true, full: false })
     }
 
     /// Only where it is ours or root's: the folder around it may be anyone's.
@@ -71,7 +95,7 @@ impl Place {
         if owner != 0 && owner != rustix::process::geteuid().as_raw() {
             return Err(Error::at(Kind::Access, &path, format!("belongs to user {owner}; remove it")));
         }
-        Ok(Place { fd, path, inside: false })
+        Ok(Place { fd, path, inside: false, full: false })
     }
 
     fn is_writable(&self) -> Result<bool> {
@@ -87,6 +111,12 @@ impl Place {
     /// True for `.ploopfs` in the images folder, whose lock the folder itself takes.
     pub fn is_inside(&self) -> bool {
         self.inside
+    }
+
+    /// Where socket, log and lock are, in words, if the host's want of space has brought them there.
+    pub fn without_room(&self) -> Option<String> {
+        let path = self.path.display();
+        self.full.then(|| format!("space: the host is full; control socket, log and lock are in {path}"))
     }
 
     /// A file in the place, by a name that does not depend on the folder's path: socket paths hold 107 bytes only.

@@ -118,6 +118,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
 
     let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
+    notes.extend(place.without_room());
     if !root {
         let why = match settings.allow_other {
             true => "not running as root: no loop device can use the mount",

@@ -1,6 +1,6 @@
 //! The images folder itself: one descriptor through which everything in it is reached, its lock, its space.
 
-use std::fs;
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,10 @@ use crate::error::{Error, Kind, Result};
 use crate::io::file::HostSpace;
 use crate::io::folder_lock::{FolderLock, ServedLock};
 use crate::io::foreign;
+use crate::io::mounts;
 
 /// Our own folder inside the images folder: lock, log, control socket.
 pub const PRIVATE: &str = ".ploopfs";
-/// What the kernel calls our mounts.
-const FS_TYPE: &[u8] = b"fuse.ploopfs";
 
 /// An images folder, open and locked.
 #[derive(Debug)]
@@ -36,7 +35,7 @@ impl Place {
     /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says
     /// who serves it. The other way round, a lock file that was just made anew would let a second daemon write into it.
     pub fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<Place> {
-        if file_system_type(&fd).as_deref() == Some(FS_TYPE) {
+        if file_system_type(&fd).is_some_and(|kind| kind == mounts::OUR_TYPE) {
             let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
             return Err(Error::at(Kind::Invalid, path, what));
         }
@@ -44,7 +43,15 @@ impl Place {
         let served = ServedLock::acquire(&fd, private.as_ref(), path)?;
         let lock = match &private {
             Some(private) => match FolderLock::acquire(private, path, note, served.held()) {
-                Err(e) if matches!(e.errno(), libc::EROFS | libc::EACCES | libc::EPERM) => None,
+                // A full host, too: the lock on the folder itself needs no space.
+                Err(e)
+                    if matches!(
+                        e.errno(),
+                        libc::EROFS | libc::EACCES | libc::EPERM | libc::ENOSPC | libc::EDQUOT
+                    ) =>
+                {
+                    None
+                }
                 lock => Some(lock?),
             },
             None => None,
@@ -94,7 +101,8 @@ pub fn open(path: &Path) -> Result<OwnedFd> {
 fn open_private(dir: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
     let failed = |e: Errno| Error::io(&e.into(), path.join(PRIVATE), "cannot make or open our own folder");
     match rustix::fs::mkdirat(dir, PRIVATE, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST | Errno::ROFS | Errno::ACCESS | Errno::PERM) => {}
+        Ok(())
+        | Err(Errno::EXIST | Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOSPC | Errno::DQUOT) => {}
         Err(e) => return Err(failed(e)),
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -106,33 +114,13 @@ fn open_private(dir: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
 }
 
 /// The type of the mount that `fd` lies on, by its number: a path may have been mounted over meanwhile.
-fn file_system_type(fd: &OwnedFd) -> Option<Vec<u8>> {
-    let id = foreign::mount_id(fd).ok()?;
-    // Bytes: one odd name anywhere in the table must not hide ours.
-    type_in_mountinfo(&fs::read("/proc/self/mountinfo").ok()?, id).map(<[u8]>::to_vec)
-}
-
-/// `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/root rw`: the word behind the lone dash.
-fn type_in_mountinfo(mounts: &[u8], id: u64) -> Option<&[u8]> {
-    let id = id.to_string();
-    let mut lines = mounts.split(|b| *b == b'\n').map(|line| line.split(|b| *b == b' '));
-    let words = lines.find(|words| words.clone().next() == Some(id.as_bytes()))?;
-    words.skip_while(|word| *word != b"-").nth(1)
+fn file_system_type(fd: &OwnedFd) -> Option<OsString> {
+    mounts::by_id(foreign::mount_id(fd).ok()?).ok()?.map(|mount| mount.kind)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_type_of_a_mount_stands_behind_the_dash() {
-        let mounts =
-            b"3 1 0:1 / /proc rw - proc proc rw\n9 3 0:9 / /mnt/\xff rw - tmpfs none rw\n36 3 0:40 / /mnt \
-                       rw,nosuid shared:9 master:1 - fuse.ploopfs images rw,user_id=0\n";
-        assert_eq!(type_in_mountinfo(mounts, 36), Some(FS_TYPE));
-        assert_eq!(type_in_mountinfo(mounts, 3), Some(&b"proc"[..]));
-        assert_eq!(type_in_mountinfo(mounts, 6), None);
-    }
 
     fn opened(path: &Path, note: &str) -> Result<Place> {
         Place::of(open(path)?, path, note)
@@ -142,7 +130,7 @@ mod tests {
     fn a_folder_without_its_lock_file_is_still_locked() {
         let temp = tempfile::tempdir().expect("a folder");
         let first = opened(temp.path(), "/mnt/x").expect("opens");
-        fs::remove_dir_all(temp.path().join(PRIVATE)).expect("removed");
+        std::fs::remove_dir_all(temp.path().join(PRIVATE)).expect("removed");
         let second = opened(temp.path(), "/mnt/y").expect_err("locked");
         assert_eq!(second.kind(), Kind::InUse);
         drop(first);
@@ -154,7 +142,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let temp = tempfile::tempdir().expect("a folder");
         let place = opened(temp.path(), "/mnt/x").expect("opens");
-        let private = fs::metadata(temp.path().join(PRIVATE)).expect("made");
+        let private = std::fs::metadata(temp.path().join(PRIVATE)).expect("made");
         assert_eq!(private.permissions().mode() & 0o777, 0o700);
         assert!(place.private().is_some());
         assert!(place.space().expect("asked").total > 0);

@@ -82,7 +82,11 @@ impl FolderLock {
             Err(e) => return Err(failed(e)),
         };
         let text = format!("{}\n{note}\n", std::process::id());
-        file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).map_err(failed)?;
+        match file.set_len(0).and_then(|()| file.write_all(text.as_bytes())) {
+            // The lock holds; it only does not say whose it is.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {}
+            written => written.map_err(failed)?,
+        }
         Ok(FolderLock { file, held })
     }
 
