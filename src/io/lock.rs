@@ -317,7 +317,7 @@ mod tests {
     use super::*;
     use crate::Kind;
     use crate::io::real::Access;
-    use std::fs::{self, File};
+    use std::fs::File;
     use std::io::{Read, Write};
     use std::path::{Path, PathBuf};
     use std::process::{Child, ChildStdin, Command, Output, Stdio};

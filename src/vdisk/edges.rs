@@ -190,7 +190,14 @@ fn what_waits_for_space_is_bounded_in_bytes() {
     let (tell, refused) = mpsc::channel();
     for n in 1..=140 {
         let tell = tell.clone();
-        image.write(n * MIB as u64, data.clone(), false, Box::new(move |r| drop(tell.send(r.is_err()))));
+        image.write(
+            n * MIB as u64,
+            data.clone(),
+            false,
+            Box::new(move |r| {
+                let _ = tell.send(r.is_err());
+            }),
+        );
     }
     let most = (crate::io::buffers::PARKED_OF_ONE >> 20) as usize;
     for _ in most..140 - 1 {
