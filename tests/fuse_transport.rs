@@ -250,6 +250,38 @@ fn the_last_free_thread_hands_a_blocking_write_over_and_keeps_serving() {
     assert_eq!(first.join().expect("no panic").expect("the first write ends"), 4096);
 }
 
+/// Names of the threads of this process.
+fn thread_names() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("our own threads");
+    let names = tasks.flatten().map(|task| std::fs::read_to_string(task.path().join("comm")));
+    names.map_while(Result::ok).map(|name| name.trim().to_owned()).collect()
+}
+
+#[test]
+fn every_thread_is_there_before_the_first_request_and_named_by_us() {
+    let mounted = Mounted::new(Probe::default(), 7);
+    // No other test has so many; and none of them has had a request.
+    let last = "ploopfs/t6".to_owned();
+    until("all threads are there", || thread_names().contains(&last));
+    assert_eq!(mounted.probe.in_flight.load(Ordering::SeqCst), 0);
+    // Other tests' sessions may begin just now.
+    until("no thread has its maker's name", || !thread_names().iter().any(|name| name.starts_with("fuser")));
+}
+
+#[test]
+fn a_folder_that_is_read_on_one_thread_is_read_on_on_another() {
+    let mounted = Mounted::new(Probe { names: AtomicUsize::new(3000), ..Probe::default() }, 4);
+    let readers: Vec<_> = (0..8)
+        .map(|_| {
+            let folder = mounted.folder.path().to_owned();
+            thread::spawn(move || std::fs::read_dir(folder).expect("opens").map_while(Result::ok).count())
+        })
+        .collect();
+    for reader in readers {
+        assert_eq!(reader.join().expect("no panic"), 3000);
+    }
+}
+
 #[test]
 fn the_end_of_a_session_leaves_a_newer_mount_on_the_same_folder_alone() {
     let mut mounted = Mounted::new(Probe::default(), 2);

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::{Loop, Mount, Run, marked_in_use, signal, text, until};
@@ -42,6 +42,91 @@ fn folder_and_mount_point_are_made_and_the_whole_line_works_twice() {
     let again = mount.try_start();
     assert!(again.success() && again.stdout.contains("already mounted"), "{again}");
     mount.umount();
+}
+
+/// A cgroup whose processes may have so many tasks; removed with all that is in it.
+struct FewTasks(PathBuf);
+
+impl FewTasks {
+    /// None where none can be made.
+    fn new() -> Option<FewTasks> {
+        let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
+        let places = table.lines().filter(|line| line.contains(" - cgroup"));
+        let points = places.filter_map(|line| line.split(' ').nth(4));
+        points.map(|point| Path::new(point).join(format!("ploopfs-test-{}", std::process::id()))).find_map(
+            |group| {
+                fs::create_dir(&group).ok()?;
+                let few = FewTasks(group);
+                few.0.join("pids.max").exists().then_some(few)
+            },
+        )
+    }
+
+    fn allow(&self, tasks: &str) {
+        fs::write(self.0.join("pids.max"), tasks).expect("a limit");
+    }
+
+    fn processes(&self) -> Vec<u32> {
+        let list = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        list.lines().filter_map(|pid| pid.parse().ok()).collect()
+    }
+}
+
+impl Drop for FewTasks {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("pids.max"), "max");
+        until(SOON, || {
+            self.processes().into_iter().for_each(|pid| signal(pid, Signal::KILL));
+            !self.0.exists() || fs::remove_dir(&self.0).is_ok()
+        });
+    }
+}
+
+#[test]
+fn where_threads_cannot_be_had_the_mount_works_or_is_refused_and_nothing_hangs() {
+    require!("fuse");
+    let Some(few) = FewTasks::new() else { return println!("SKIPPED few tasks: no pids cgroup can be made") };
+    let folder = common::temp_dir();
+    let images = folder.path().join("images");
+    fs::create_dir(&images).expect("a folder");
+    // Whose scan before the first write is spread over threads.
+    Run::ploopfs().arg("create").arg(images.join("vm1")).args(["--size", "1T"]).ok();
+    let mut outcomes = [0, 0];
+    // From "not even the keeper's" to "all but those that come with work", and two with some of these.
+    for tasks in [8, 16, 20].into_iter().chain(24..60) {
+        if outcomes[0] == 3 {
+            break;
+        }
+        let mount = Mount::prepare(&images, &[]);
+        few.allow(&tasks.to_string());
+        let line = r#"echo $$ > "$0"; exec "$@""#;
+        let begun = Run::new("sh")
+            .args(["-c", line])
+            .arg(few.0.join("cgroup.procs"))
+            .arg(env!("CARGO_BIN_EXE_ploopfs"))
+            .args(["mount", "--threads", "4"])
+            .args([&images, mount.point()])
+            .limit(20)
+            .run();
+        assert!(begun.status.is_some(), "{tasks} tasks: {begun}");
+        if begun.success() {
+            outcomes[0] += 1;
+            let mut mount = Mount::adopt(&images, mount.point());
+            let written = Run::new("dd")
+                .args(["if=/dev/zero", "bs=4k", "count=1", "conv=notrunc,fsync"])
+                .arg(format!("of={}", text(&mount.flat("vm1"))))
+                .limit(20)
+                .run();
+            assert!(written.success(), "{tasks} tasks: {written}");
+            mount.umount();
+        } else {
+            outcomes[1] += 1;
+            assert!(!begun.stderr.trim().is_empty(), "{tasks} tasks: {begun}");
+            assert!(until(SOON, || !mount.is_mounted()), "{tasks} tasks: a dead mount is left: {begun}");
+            assert!(until(SOON, || few.processes().is_empty()), "{tasks} tasks: processes are left: {begun}");
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 0), "mounted, refused: {outcomes:?}");
 }
 
 #[test]

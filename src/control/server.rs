@@ -17,7 +17,7 @@ use super::place::{Place, SOCKET};
 use super::protocol::{Amount, Answer, Interim, MAX_REQUEST, Op, VERSION, parse_request};
 use crate::error::{Error, Kind, Result};
 use crate::io::foreign;
-use crate::io::process::spawn_detached as spawn;
+use crate::io::process::{spawn_detached as spawn, spawn_or_run};
 
 /// Clients at a time; each costs a thread. Most commands are short, but `umount` and whoever watches a long piece of
 /// work keep theirs: enough that many images are worked on at once, and one more can be told to cancel.
@@ -131,9 +131,8 @@ fn admit(client: UnixStream, service: &Arc<dyn Service>, clients: &Arc<AtomicUsi
             let _seat = seat;
             talk(client, &*service);
         };
-        if let Err(e) = spawn("ploopfs/client", body) {
-            log::warn!("{e}");
-        }
+        // Without a thread the others wait: better than an `umount` that is hung up on.
+        spawn_or_run("ploopfs/client", body);
     }
 }
 

@@ -64,8 +64,8 @@ fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
 /// Order: (1) the log, because everything after it may have to complain; (2) the locks, because what follows
 /// belongs to one daemon alone: the socket of a living one must not be unlinked; (3) the socket, so that a mount
 /// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene and the watch on the folder,
-/// which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes after them; (8) readiness, when requests are
-/// about to be served.
+/// which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes after them;
+/// (8) readiness, when every thread that the mount cannot do without is there and requests are served.
 fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
     let (transport, fallen_back) = transport(settings.transport)?;
     let dir = open_images(settings.images())?;
@@ -100,7 +100,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
 
     let root = rustix::process::geteuid().is_root();
     let confined = Arc::new(OnceLock::new());
-    let tree = Tree::new(folder.clone(), engine, mount_info(&settings, transport, confined.clone()));
+    let tree = Tree::new(folder.clone(), engine.clone(), mount_info(&settings, transport, confined.clone()));
     let session = session::mount(
         transport,
         tree,
@@ -153,6 +153,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
     let ending = Arc::new(Ending::new(settings.clone(), folder.clone(), link.clone()));
     log::start_thread()?;
+    engine.start()?;
     ::log::info!(
         "ploopfs {}: {} on {} (transport {}), process {}",
         env!("CARGO_PKG_VERSION"),
@@ -177,10 +178,12 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     if let Err(e) = watched.and(started) {
         ::log::warn!("{e}; new images are seen at the next mount");
     }
+    // Behind this no thread is needed that might not be had: what finds none later is done by those there are.
+    let serving = session.start()?;
     let ready = link::tell(&Note::Ready { notes });
     ready.map_err(|e| Error::new(Kind::Io, format!("the keeper is gone: {e}")))?;
 
-    if let Err(e) = session.run() {
+    if let Err(e) = serving.wait() {
         ::log::error!("the connection to the kernel ended with an error: {e}");
     }
     let closed = ending.close_all();
@@ -232,7 +235,7 @@ fn watch_signals(ending: &Arc<Ending>) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(failed)?;
     let ending = ending.clone();
     let body = move || signals.forever().for_each(|signal| ending.request(name_of(signal)));
-    process::spawn_thread("ploopfs/signals", body).map(drop).map_err(failed)
+    process::spawn_detached("ploopfs/signals", body)
 }
 
 fn name_of(signal: i32) -> &'static str {

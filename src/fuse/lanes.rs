@@ -1,8 +1,7 @@
-//! The transport threads: their names, their read buffers, and the rule that one of them stays free.
+//! The transport threads: their read buffers, and the rule that one of them stays free.
 
-use std::cell::{Cell, RefCell};
-use std::ffi::CString;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::fuse::mount::MAX_READ;
 
@@ -19,20 +18,11 @@ pub struct Lanes {
     threads: usize,
     /// Threads inside a write that may block.
     waiting: AtomicUsize,
-    /// Names given so far.
-    named: AtomicUsize,
-    /// The file system was told that the session has ended.
-    closed: AtomicBool,
 }
 
 impl Lanes {
     pub(crate) fn new(threads: usize) -> Lanes {
-        Lanes {
-            threads,
-            waiting: AtomicUsize::new(0),
-            named: AtomicUsize::new(0),
-            closed: AtomicBool::new(false),
-        }
+        Lanes { threads, waiting: AtomicUsize::new(0) }
     }
 
     /// Takes a place for a write that may block; None on the last free thread, which must hand it over.
@@ -45,33 +35,10 @@ impl Lanes {
         None
     }
 
-    /// No request reaches the file system from here on. Only matters when fuser could not start all its threads:
-    /// it then returns while the first ones go on.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
-    }
-
     /// How many threads are inside a write that may block.
     #[cfg(test)]
     fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
-    }
-
-    /// Names the calling thread ploopfs/tN at its first request: fuser starts the threads and calls them fuser-N.
-    pub(crate) fn name_thread(&self) {
-        thread_local!(static NAMED: Cell<bool> = const { Cell::new(false) });
-        if NAMED.replace(true) {
-            return;
-        }
-        let number = self.named.fetch_add(1, Ordering::Relaxed);
-        if let Ok(name) = CString::new(format!("ploopfs/t{number}")) {
-            // Only for ps and top: a refusal changes nothing.
-            let _ = rustix::thread::set_name(&name);
-        }
     }
 }
 

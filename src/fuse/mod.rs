@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 pub mod classic;
+mod handshake;
 mod lanes;
 mod listing;
 pub mod mount;

@@ -23,8 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
-/// Where the kernel hands out connections.
-pub const DEVICE: &str = "/dev/fuse";
+pub use crate::io::connection::DEVICE;
 
 /// There, where SELinux is on.
 const SELINUX: &str = "/sys/fs/selinux/status";

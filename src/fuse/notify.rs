@@ -5,12 +5,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::fuse::ops::Ino;
+use crate::io::process::{no_thread, spawn_thread};
 
 /// The way into the kernel; each transport has one.
 pub trait Sink: Send + 'static {
@@ -75,10 +76,8 @@ impl Pending {
     /// Starts the thread.
     pub(crate) fn start(self) -> Result<Running> {
         let Pending { sender, receiver, sink } = self;
-        let thread = thread::Builder::new()
-            .name("ploopfs/notify".into())
-            .spawn(move || run(&receiver, sink.as_ref()))
-            .map_err(|e| Error::new(Kind::Io, format!("cannot start the notification thread: {e}")))?;
+        let name = "ploopfs/notify";
+        let thread = spawn_thread(name, move || run(&receiver, sink.as_ref())).map_err(no_thread(name))?;
         Ok(Running { sender, thread: Some(thread) })
     }
 }
@@ -125,6 +124,7 @@ fn run(queue: &Receiver<Message>, sink: &dyn Sink) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::thread;
 
     struct Recorder(Sender<String>);
 

@@ -73,7 +73,7 @@ impl Transport {
     }
 }
 
-/// A mounted folder whose handshake is done. Dropping it without [`run`](Session::run) closes the connection and
+/// A mounted folder whose handshake is done. Dropping it without [`start`](Session::start) closes the connection and
 /// leaves a dead mount point: [`unmount`](crate::io::unmount::unmount) it.
 pub struct Session(Of);
 
@@ -82,7 +82,26 @@ enum Of {
     Uring(uring::Session),
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::run`].
+/// A mounted folder that is served.
+pub struct Serving(Served);
+
+enum Served {
+    Fuse(classic::Serving),
+    Uring(uring::Serving),
+}
+
+impl Serving {
+    /// Returns when the connection has ended (ENODEV: unmounted, and the last file closed; or aborted), and the file
+    /// system was told.
+    pub fn wait(self) -> Result<()> {
+        match self.0 {
+            Served::Fuse(serving) => serving.wait(),
+            Served::Uring(serving) => serving.wait(),
+        }
+    }
+}
+
+/// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::start`].
 pub fn mount(
     transport: Transport,
     fs: Arc<dyn FileSystem>,
@@ -102,13 +121,18 @@ pub fn mount(
 }
 
 impl Session {
-    /// Serves on the session's threads until the connection has ended (ENODEV: unmounted, and the last file
-    /// closed; or aborted), then tells the file system.
+    /// Starts the session's threads. When it returns all of them exist and serve; an error is a thread that could not be
+    /// had, and ends the session.
+    pub fn start(self) -> Result<Serving> {
+        Ok(Serving(match self.0 {
+            Of::Fuse(session) => Served::Fuse(session.start()?),
+            Of::Uring(session) => Served::Uring(session.start()?),
+        }))
+    }
+
+    /// [`start`](Session::start) and [`wait`](Serving::wait) in one.
     pub fn run(self) -> Result<()> {
-        match self.0 {
-            Of::Fuse(session) => session.run(),
-            Of::Uring(session) => session.run(),
-        }
+        self.start()?.wait()
     }
 
     /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.

@@ -3,6 +3,7 @@
 
 pub mod backing;
 pub mod buffers;
+pub mod connection;
 pub mod descriptor_lock;
 pub mod direct;
 #[cfg(any(test, feature = "faults"))]

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use rustix::fs::Mode;
@@ -195,10 +195,36 @@ pub fn is_ignored(signal: i32) -> bool {
     asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
-/// Starts a named thread that nobody waits for.
+/// Why there is no thread `what`, and what to look at: for once the kernel's own words (EAGAIN, "try again") mislead.
+pub fn no_thread(what: &str) -> impl FnOnce(io::Error) -> Error + '_ {
+    move |e| {
+        let hint = match e.raw_os_error() {
+            Some(libc::EAGAIN) => "; raise the limit of tasks (TasksMax=, pids.max, ulimit -u)",
+            _ => "",
+        };
+        Error::new(Kind::Io, format!("cannot start a thread {what}: {}{hint}", crate::error::words(&e)))
+    }
+}
+
+/// Starts a named thread that is not waited for.
 pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate::error::Result<()> {
-    let started = spawn_thread(name, body);
-    started.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot start the thread {name}: {e}")))
+    spawn_thread(name, body).map(drop).map_err(no_thread(name))
+}
+
+/// Runs `body` on a thread of its own, or, where none can be had, on the calling one.
+pub fn spawn_or_run<F: FnOnce() + Send + 'static>(name: &str, body: F) {
+    let body = Arc::new(Mutex::new(Some(body)));
+    let run = |body: &Mutex<Option<F>>| {
+        let body = body.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(body) = body {
+            body();
+        }
+    };
+    let theirs = body.clone();
+    if let Err(e) = spawn_detached(name, move || run(&theirs)) {
+        log::warn!("{e}; it runs on another one");
+        run(&body);
+    }
 }
 
 /// Closes every descriptor but the three standard ones: those that the caller of a command had open (a lock of a script, the

@@ -7,6 +7,7 @@ use super::disk::Disk;
 use super::pieces::{Piece, Pieces, runs};
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::{Encoder, Head, PIECE, Tag};
+use crate::io::process::no_thread;
 use crate::progress::Progress;
 
 /// Pieces read ahead of the writer.
@@ -53,11 +54,14 @@ pub fn write(
             }
             Ok(())
         };
-        scope.spawn(move || {
+        let reader = move || {
             if let Err(e) = read(&send) {
                 let _ = send.send(Err(e));
             }
-        });
+        };
+        let name = "ploopfs/read";
+        let started = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, reader);
+        started.map_err(no_thread(name))?;
         for part in receive {
             match part? {
                 Part::Zero(offset, len) => {

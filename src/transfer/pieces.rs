@@ -150,7 +150,9 @@ pub fn copy_and_clear(
         result
     };
     std::thread::scope(|scope| {
-        let hands: Vec<_> = (1..HANDS).map(|_| scope.spawn(hand)).collect();
+        // With fewer threads than that it takes longer, and with this one alone it ends, too.
+        let more = || std::thread::Builder::new().name("ploopfs/copy".into()).spawn_scoped(scope, hand);
+        let hands: Vec<_> = (1..HANDS).map_while(|_| more().ok()).collect();
         let own = hand();
         let others = hands.into_iter().map(|hand| {
             hand.join().unwrap_or_else(|_| {

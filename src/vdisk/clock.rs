@@ -1,13 +1,14 @@
 //! One thread that runs short callbacks at a given time: BAT deadlines, full timeouts, probes for space.
-//! It starts with the first timer and sleeps without wake-ups while there is none.
+//! It starts with the engine, or the first timer, and sleeps without wake-ups while there is none.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::io;
 use std::time::Instant;
 
 use super::runner::Job;
 use crate::io::process;
-use crate::sync::{Arc, Condvar, Mutex, PoisonError, lock, thread};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, lock, thread};
 
 /// The timers of one engine; dropped with it, and the thread ends.
 #[derive(Default)]
@@ -55,6 +56,12 @@ impl Ord for Timer {
 }
 
 impl Clock {
+    /// Starts the thread, where a refusal can still be answered.
+    pub fn start(&self) -> io::Result<()> {
+        let state = lock(&self.shared.state);
+        if state.running { Ok(()) } else { self.spawn(state) }
+    }
+
     /// Runs `job` at `at`, on the clock's thread: it must only start work, not do it.
     pub fn at(&self, at: Instant, job: Job) {
         let mut state = lock(&self.shared.state);
@@ -64,18 +71,24 @@ impl Clock {
         if state.running {
             drop(state);
             self.shared.wake.notify_one();
-            return;
+        } else if let Err(e) = self.spawn(state) {
+            log::error!("cannot start the clock thread: {e}; what is timed waits for the next timer");
         }
+    }
+
+    fn spawn(&self, mut state: MutexGuard<'_, State>) -> io::Result<()> {
         state.running = true;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        if let Err(e) = thread::Builder::new().name("ploopfs/clock".into()).spawn(move || {
+        let body = move || {
             process::run_anywhere();
             shared.serve();
-        }) {
-            log::error!("cannot start the clock thread: {e}; delayed BAT pages wait for the next fsync");
+        };
+        let started = thread::Builder::new().name("ploopfs/clock".into()).spawn(body).map(drop);
+        if started.is_err() {
             lock(&self.shared.state).running = false;
         }
+        started
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 use super::bat::cache::Budget;
 use super::clock::Clock;
 use super::runner::{Job, Pool};
+use crate::error::Result;
+use crate::io::process;
 use crate::io::reads::Reads;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
 
@@ -135,7 +137,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts no thread: they come with the first work.
+    /// Starts no thread: [`start`](Self::start) does, or the first image that is opened.
     pub fn new(options: Options, listener: Listener) -> Arc<Engine> {
         let runners = options.runners.max(1);
         Arc::new(Engine {
@@ -153,6 +155,15 @@ impl Engine {
             reads: OnceLock::new(),
             options,
         })
+    }
+
+    /// Starts the clock and one thread of each pool, which stay as long as the engine; more come with work and go. In a
+    /// daemon before it says that the mount works: work for which no thread can be had later is then done by these.
+    /// Nothing happens where they run already.
+    pub fn start(&self) -> Result<()> {
+        let pools = [&self.runners, &self.syncers, &self.openers];
+        let started = pools.into_iter().try_for_each(Pool::start).and_then(|()| self.clock.start());
+        started.map_err(process::no_thread("for the work on images"))
     }
 
     /// From now on small reads that must wait for a disk go through `reads` instead of runners.

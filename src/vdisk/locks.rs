@@ -186,8 +186,8 @@ mod tests {
         let locks = Arc::new(ClusterLocks::default());
         let (value, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         const ROUNDS: u64 = 20_000;
-        let pool = Pool::new("test/l", 4, 4);
-        type Shared = (Arc<ClusterLocks>, Arc<AtomicU64>, Arc<AtomicU64>, Pool);
+        let pool = Arc::new(Pool::new("test/l", 4, 4));
+        type Shared = (Arc<ClusterLocks>, Arc<AtomicU64>, Arc<AtomicU64>, Arc<Pool>);
         fn section((locks, value, done, pool): &Shared, mode: Mode) {
             if mode == Mode::Exclusive {
                 // Not atomic as a pair: only mutual exclusion keeps the sum right.

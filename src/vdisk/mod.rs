@@ -211,6 +211,9 @@ impl Image {
         levels: Vec<Level>,
         part: bool,
     ) -> Result<Arc<Image>> {
+        // Under the model checker threads come with the first work: one that only waits is a step more to try out.
+        #[cfg(not(feature = "shuttle"))]
+        engine.start()?;
         let stack = Stack::new(levels, &engine.budget)?;
         let stack = if part { stack.into_part() } else { stack };
         Ok(Arc::new(Image {

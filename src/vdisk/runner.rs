@@ -1,14 +1,16 @@
 //! Pools of named threads that execute pios (and, in pools of their own, sync rounds and opens).
 //!
 //! Work is queued in lanes, one per image: lanes take turns, and no lane may hold more than its share of the
-//! threads, so that one image cannot starve the others (DESIGN.md 4.4). Threads come with work and go when idle:
-//! an idle mount costs none.
+//! threads, so that one image cannot starve the others (DESIGN.md 4.4). Threads come with work and go when idle, but
+//! for one, which [`Pool::start`] makes: it takes what no other thread can be had for, so that a limit of threads that is
+//! reached later (a pids cgroup, TasksMax=) makes work slow, and never leaves it lying.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::time::Duration;
 
 use crate::io::process;
-use crate::sync::{Arc, Condvar, Mutex, lock, thread};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, lock, thread};
 
 /// A piece of work. It may block on the host, never on work that another job of the same pool must do.
 pub type Job = Box<dyn FnOnce() + Send>;
@@ -16,8 +18,7 @@ pub type Job = Box<dyn FnOnce() + Send>;
 /// How long a thread stays without work; long enough to bridge the gaps of a bursty guest.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// A pool of threads.
-#[derive(Clone)]
+/// A pool of threads. Dropping it ends them when the queue is empty.
 pub struct Pool {
     shared: Arc<Shared>,
 }
@@ -29,6 +30,9 @@ struct Shared {
     /// Protects the queues and the thread counts. A leaf: nothing else is locked under it.
     state: Mutex<State>,
     wake: Condvar,
+    /// The system has no thread any more.
+    #[cfg(test)]
+    refuses: crate::sync::AtomicBool,
 }
 
 #[derive(Default)]
@@ -44,6 +48,12 @@ struct State {
     claimed: usize,
     /// Numbers the threads' names.
     born: usize,
+    /// Threads that stay without work: 0 before [`Pool::start`], then 1.
+    kept: usize,
+    /// A thread could not be had; said once.
+    short: bool,
+    /// The pool is gone: threads end as soon as nothing is queued.
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -62,11 +72,31 @@ impl Pool {
             max_per_lane: max_per_lane.max(1),
             state: Mutex::default(),
             wake: Condvar::new(),
+            #[cfg(test)]
+            refuses: false.into(),
         };
         Pool { shared: Arc::new(shared) }
     }
 
-    /// Queues `job` in `lane` (an image's id).
+    /// Makes the thread that stays. To be called where a refusal can still be answered: before the first job.
+    pub fn start(&self) -> io::Result<()> {
+        let mut state = lock(&self.shared.state);
+        if std::mem::replace(&mut state.kept, 1) > 0 {
+            return Ok(());
+        }
+        let number = state.bear();
+        drop(state);
+        let started = self.spawn(number);
+        if started.is_err() {
+            let mut state = lock(&self.shared.state);
+            state.threads -= 1;
+            state.kept = 0;
+        }
+        started
+    }
+
+    /// Queues `job` in `lane` (an image's id). Without any thread, and with none to be had, the caller runs what is
+    /// queued: only a pool that was never started comes to this.
     pub fn submit(&self, lane: u64, job: Job) {
         let mut state = lock(&self.shared.state);
         state.lanes.entry(lane).or_default().queue.push_back(job);
@@ -77,29 +107,44 @@ impl Pool {
             drop(state);
             self.shared.wake.notify_one();
         } else if state.threads < self.shared.max_threads {
-            state.threads += 1;
-            let number = state.born;
-            state.born += 1;
+            let number = state.bear();
             drop(state);
-            self.spawn(number);
+            if let Err(e) = self.spawn(number) {
+                self.shared.go_on_without(&e);
+            }
         }
     }
 
-    fn spawn(&self, number: usize) {
+    fn spawn(&self, number: usize) -> io::Result<()> {
+        #[cfg(test)]
+        if self.shared.refuses.load(crate::sync::Ordering::SeqCst) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let shared = Arc::clone(&self.shared);
         let name = format!("{}{}", self.shared.name, number % 1000);
-        if let Err(e) = thread::Builder::new().name(name).spawn(move || {
+        let body = move || {
             process::run_anywhere();
             shared.serve();
-        }) {
-            // The job stays queued for the threads that live; without any, the next submit tries again.
-            log::error!("cannot start a thread {}: {e}", self.shared.name);
-            lock(&self.shared.state).threads -= 1;
-        }
+        };
+        thread::Builder::new().name(name).spawn(body).map(drop)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        lock(&self.shared.state).ended = true;
+        self.shared.wake.notify_all();
     }
 }
 
 impl State {
+    /// Counts a thread that is about to start; its number.
+    fn bear(&mut self) -> usize {
+        self.threads += 1;
+        self.born += 1;
+        self.born - 1
+    }
+
     /// Puts a lane that has work and a free share among the ready ones.
     fn list(&mut self, id: u64, share: usize) {
         if let Some(lane) = self.lanes.get_mut(&id)
@@ -137,21 +182,15 @@ impl State {
 
 impl Shared {
     fn serve(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.work(lock(&self.state));
         loop {
-            if let Some((lane, job)) = state.take(self.max_per_lane) {
-                drop(state);
-                // A panic in a job must not take the thread's place in the counts with it.
-                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
-                    log::error!("a job of {} panicked; its request will not be answered", self.name);
-                }
-                state = lock(&self.state);
-                state.finished(lane, self.max_per_lane);
-                continue;
+            if state.ended {
+                state.threads -= 1;
+                return;
             }
             state.idle += 1;
             let (next, timeout) =
-                self.wake.wait_timeout(state, LINGER).unwrap_or_else(std::sync::PoisonError::into_inner);
+                self.wake.wait_timeout(state, LINGER).unwrap_or_else(PoisonError::into_inner);
             state = next;
             // Whichever sleeper wakes takes the claim: threads are all alike.
             if state.claimed > 0 {
@@ -159,11 +198,43 @@ impl Shared {
             } else {
                 state.idle -= 1;
             }
-            if timeout.timed_out() && state.ready.is_empty() {
+            if timeout.timed_out() && state.ready.is_empty() && state.threads > state.kept {
                 state.threads -= 1;
                 return;
             }
+            state = self.work(state);
         }
+    }
+
+    /// Runs what is queued until nothing is ready.
+    fn work<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while let Some((lane, job)) = state.take(self.max_per_lane) {
+            drop(state);
+            // A panic in a job must not take the thread's place in the counts with it.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
+                log::error!("a job of {} panicked; its request will not be answered", self.name);
+            }
+            state = lock(&self.state);
+            state.finished(lane, self.max_per_lane);
+        }
+        state
+    }
+
+    /// No thread could be had for what was queued just now. The threads that there are take it when they are through;
+    /// where there is none, the calling thread does.
+    fn go_on_without(&self, e: &io::Error) {
+        let mut state = lock(&self.state);
+        if state.threads > 1 {
+            state.threads -= 1;
+            if !std::mem::replace(&mut state.short, true) {
+                drop(state);
+                log::warn!("cannot start one more thread {}: {e}; work waits for those there are", self.name);
+            }
+            return;
+        }
+        // This thread stands for the one that was counted.
+        let mut state = self.work(state);
+        state.threads -= 1;
     }
 }
 
@@ -249,5 +320,58 @@ mod tests {
         let (tx, rx) = mpsc::channel();
         pool.submit(1, Box::new(move || tx.send(()).expect("the test waits")));
         rx.recv_timeout(Duration::from_secs(10)).expect("the next job runs");
+    }
+
+    fn refusing(pool: &Pool) {
+        pool.shared.refuses.store(true, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn work_for_which_no_thread_can_be_had_is_done_by_the_one_that_stays() {
+        let pool = Pool::new("test/d", 4, 2);
+        pool.start().expect("a thread");
+        refusing(&pool);
+        let (release, gate) = mpsc::channel::<()>();
+        pool.submit(1, Box::new(move || gate.recv().expect("the test goes on")));
+        let (tx, rx) = mpsc::channel();
+        for lane in [1, 2, 2] {
+            let tx = tx.clone();
+            pool.submit(lane, Box::new(move || tx.send(thread::current().id()).expect("the test waits")));
+        }
+        assert!(rx.recv_timeout(Duration::from_millis(20)).is_err(), "the only thread is busy");
+        release.send(()).expect("it waits");
+        for _ in 0..3 {
+            let thread = rx.recv_timeout(Duration::from_secs(10)).expect("none is left lying");
+            assert_ne!(thread, thread::current().id());
+        }
+    }
+
+    #[test]
+    fn without_any_thread_the_submitter_does_the_work() {
+        let pool = Pool::new("test/e", 4, 2);
+        refusing(&pool);
+        let (tx, rx) = mpsc::channel();
+        pool.submit(1, Box::new(move || tx.send(()).expect("the test waits")));
+        rx.try_recv().expect("done when submit returns");
+        pool.start().expect_err("no thread is to be had");
+        pool.shared.refuses.store(false, Ordering::SeqCst);
+        pool.start().expect("a thread");
+        assert_eq!(lock(&pool.shared.state).threads, 1);
+    }
+
+    #[test]
+    fn threads_end_with_their_pool() {
+        let pool = Pool::new("test/f", 4, 2);
+        pool.start().expect("a thread");
+        let (tx, rx) = mpsc::channel();
+        pool.submit(1, Box::new(move || tx.send(()).expect("the test waits")));
+        rx.recv_timeout(Duration::from_secs(10)).expect("the job runs");
+        let shared = Arc::downgrade(&pool.shared);
+        drop(pool);
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while shared.strong_count() > 0 {
+            assert!(Instant::now() < deadline, "long before they would go by themselves");
+            thread::yield_now();
+        }
     }
 }

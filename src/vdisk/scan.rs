@@ -3,9 +3,11 @@
 //! length, never by a number in the header.
 
 // Not `crate::sync`: rayon's threads are real, whatever a model checker says.
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::alloc::Bits;
 use crate::error::{Error, Kind, Result};
@@ -40,7 +42,7 @@ pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
         len.saturating_sub(geometry.first).div_ceil(geometry.cluster).min(geometry.file_clusters());
     let used: Vec<AtomicU64> = (0..clusters.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
     let pieces = (bat - HEADER_BYTES).div_ceil(PIECE);
-    (0..pieces).into_par_iter().try_for_each(|piece| {
+    let scan_piece = |piece: u64| {
         let start = HEADER_BYTES + piece * PIECE;
         let want = (bat - start).min(PIECE) as usize;
         let mut bytes = vec![0; want];
@@ -78,9 +80,30 @@ pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
             }
         }
         Ok(())
-    })?;
+    };
+    // Below 256 GiB, with the usual clusters, there is one piece, and threads would only cost.
+    let workers = if pieces > 1 { workers() } else { None };
+    match workers {
+        Some(workers) => workers.install(|| (0..pieces).into_par_iter().try_for_each(scan_piece))?,
+        None => (0..pieces).try_for_each(scan_piece)?,
+    }
     let used: Vec<u64> = used.into_iter().map(AtomicU64::into_inner).collect();
     Ok(free_before_the_end(&used))
+}
+
+/// Threads for the pieces of a large BAT, one for each CPU. None can be had: the pieces are scanned one after the other.
+/// rayon's own pool would panic then, at each scan again.
+fn workers() -> Option<&'static ThreadPool> {
+    static WORKERS: OnceLock<ThreadPool> = OnceLock::new();
+    WORKERS.get().or_else(|| {
+        match ThreadPoolBuilder::new().thread_name(|number| format!("ploopfs/scan{number}")).build() {
+            Ok(workers) => Some(WORKERS.get_or_init(|| workers)),
+            Err(e) => {
+                log::warn!("no threads for a scan, which takes longer without: {e}");
+                None
+            }
+        }
+    })
 }
 
 fn free_before_the_end(used: &[u64]) -> Scan {

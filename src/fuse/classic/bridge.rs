@@ -20,6 +20,7 @@ use super::convert::{GENERATION, attr, caller, errno, file_type};
 use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
 };
+use super::sessions::{Door, HELLO};
 use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
 use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
@@ -37,9 +38,15 @@ const WANTED: [(InitFlags, &str); 4] = [
     (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "each write that is passed through asks for capabilities first"),
 ];
 
+/// One session's; what they all share is behind an `Arc`.
+#[derive(Clone)]
 pub(super) struct Bridge {
     pub(super) fs: Arc<dyn FileSystem>,
     pub(super) lanes: Arc<Lanes>,
+    /// By which this session's thread comes in.
+    pub(super) door: Arc<Door>,
+    /// What the kernel lacks was said by another session.
+    pub(super) quiet: bool,
     pub(super) max_background: u16,
     /// Some where passthrough is wanted; true once the kernel has agreed.
     pub(super) passthrough: Option<Arc<AtomicBool>>,
@@ -57,10 +64,6 @@ impl Bridge {
     /// Runs one request. A panic costs that request (its reply, dropped, becomes EIO), not the transport thread:
     /// fuser would lose the thread, say nothing, and hang the mount with the last one.
     fn serve(&self, what: &str, request: impl FnOnce()) {
-        self.lanes.name_thread();
-        if self.lanes.is_closed() {
-            return;
-        }
         if let Err(panic) = catch_unwind(AssertUnwindSafe(request)) {
             log::error!("bug: {what} panicked and was answered with EIO: {}", text_of(panic.as_ref()));
         }
@@ -94,7 +97,7 @@ impl Bridge {
 impl fuser::Filesystem for Bridge {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         for (flag, loss) in WANTED {
-            if config.add_capabilities(flag).is_err() {
+            if config.add_capabilities(flag).is_err() && !self.quiet {
                 log::warn!("the kernel (FUSE {}) has no {flag:?}: {loss}", config.kernel_abi());
             }
         }
@@ -128,6 +131,9 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
+        if ino.0 == HELLO {
+            return self.door.enter();
+        }
         self.serve("forget", || self.fs.forget(ino.0, count));
     }
 

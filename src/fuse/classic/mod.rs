@@ -1,12 +1,14 @@
-//! The `fuse` transport: /dev/fuse through fuser 0.18, several threads with a cloned descriptor each, requests
-//! served on the thread that read them (FUSE.md 0: a hand-over costs half of a small request).
+//! The `fuse` transport: /dev/fuse through fuser 0.18, several threads with a descriptor each, requests served on the
+//! thread that read them (FUSE.md 0: a hand-over costs half of a small request).
 
 mod bridge;
 mod convert;
 mod replies;
+mod sessions;
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,28 +16,38 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fuser::{INodeNo, SessionACL};
 
 use self::bridge::Bridge;
+use self::sessions::{Door, Made, Threads};
 use crate::error::{Error, Result};
+use crate::fuse::handshake;
 use crate::fuse::lanes::Lanes;
-use crate::fuse::mount::{self, DEVICE};
+use crate::fuse::mount;
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
 use crate::fuse::session::Settings;
+use crate::io::connection;
 use crate::io::unmount::unmount;
 
-/// A mounted folder whose handshake is done. Dropping it without [`run`](Session::run) closes the connection and
-/// leaves a dead mount point: [`unmount`] it.
-pub struct Session {
-    fuser: fuser::Session<Bridge>,
+/// A mounted folder whose handshake is done; see [`fuse::session::Session`](crate::fuse::session::Session).
+pub(super) struct Session {
+    sessions: Vec<Made>,
     fs: Arc<dyn FileSystem>,
-    lanes: Arc<Lanes>,
     notifier: Notifier,
     notifications: notify::Pending,
     mountpoint: PathBuf,
     passes_through: bool,
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Starts no thread; requests wait until [`Session::run`].
-pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
+/// One that serves.
+pub(super) struct Serving {
+    threads: Threads,
+    fs: Arc<dyn FileSystem>,
+    sending: notify::Running,
+    mountpoint: PathBuf,
+}
+
+/// Mounts on `mountpoint` and answers the kernel's INIT. Opens all that the session needs, because a sandbox would not let
+/// it later; starts no thread. Requests wait until [`Session::start`].
+pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
     // Before the mount: afterwards looking at the path would wait for ourselves.
     let mountpoint = mount::absolute(mountpoint)?;
     let (allow_other, read_only) = (settings.allow_other, settings.read_only);
@@ -47,75 +59,106 @@ pub fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) ->
     };
     let connection = mount::mount(&mountpoint, &options)?;
 
-    let lanes = Arc::new(Lanes::new(settings.threads));
     let passthrough = settings.passthrough.then(Arc::<AtomicBool>::default);
     let bridge = Bridge {
         fs: fs.clone(),
-        lanes: lanes.clone(),
+        lanes: Arc::new(Lanes::new(settings.threads)),
+        door: Arc::default(),
+        quiet: false,
         max_background: settings.max_background,
         passthrough: passthrough.clone(),
     };
-    // A descriptor handed over, not a mount: fuser then never unmounts (see fuse/mount).
-    let mut config = fuser::Config::default();
-    config.acl = if allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(settings.threads);
-    config.clone_fd = settings.threads > 1 && device_opens();
-    let fuser = fuser::Session::from_fd(bridge, connection, config.acl, config).map_err(|e| {
+    let sessions = shake_hands(connection, &bridge, settings).map_err(|e| {
         if let Err(left) = unmount(&mountpoint, true) {
             log::error!("{left}");
         }
         Error::io(&e, &mountpoint, "the handshake with the kernel failed")
     })?;
-    let (notifier, notifications) = notify::queue(Box::new(Kernel(fuser.notifier())));
+    // There is at least one.
+    let kernel = Kernel(sessions[0].notifier());
+    let (notifier, notifications) = notify::queue(Box::new(kernel));
     let passes_through = passthrough.is_some_and(|agreed| agreed.load(Ordering::Acquire));
-    Ok(Session { fuser, fs, lanes, notifier, notifications, mountpoint, passes_through })
+    Ok(Session { sessions, fs, notifier, notifications, mountpoint, passes_through })
 }
 
-/// Cloning needs /dev/fuse itself, which an ordinary user may not be able to open; threads then share one
-/// descriptor.
-fn device_opens() -> bool {
-    match std::fs::File::options().read(true).write(true).open(DEVICE) {
-        Ok(_) => true,
-        Err(e) => {
-            log::warn!("{DEVICE}: {e}: the transport threads share one descriptor, which is slower");
-            false
-        }
+/// Makes a session for each thread, and answers INIT in the name of all.
+///
+/// The order: (1) INIT is read; (2) all sessions have had it, so that one that fails fails the mount; (3) the kernel is
+/// answered, and sends requests from then on.
+fn shake_hands(connection: OwnedFd, bridge: &Bridge, settings: &Settings) -> io::Result<Vec<Made>> {
+    let connections = descriptors(connection, settings.threads)?;
+    let init = handshake::offer(connections[0].as_fd())?; // 1
+    let kernel = connections[0].try_clone()?;
+    let mut config = fuser::Config::default();
+    // A descriptor handed over, not a mount: fuser then never unmounts (see fuse/mount).
+    config.acl = if settings.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(1);
+    let mut sessions = Vec::new();
+    let mut agreed: Option<Vec<u8>> = None;
+    for connection in connections {
+        let bridge = Bridge { door: Arc::<Door>::default(), quiet: agreed.is_some(), ..bridge.clone() };
+        let (made, answer) = sessions::make(bridge, &init, connection, config.clone())?;
+        debug_assert!(agreed.as_ref().is_none_or(|first| *first == answer), "all agree to the same");
+        agreed.get_or_insert(answer);
+        sessions.push(made);
+    } // 2
+    rustix::io::write(&kernel, &agreed.unwrap_or_default())?; // 3
+    Ok(sessions)
+}
+
+/// A descriptor for each of `count` threads, the given one first.
+fn descriptors(connection: OwnedFd, count: usize) -> io::Result<Vec<OwnedFd>> {
+    let mut all = vec![connection];
+    let mut cloned = true;
+    while all.len() < count {
+        let next = cloned.then(|| connection::another(all[0].as_fd())).transpose();
+        let next = next.unwrap_or_else(|e| {
+            // An ordinary user may not be able to open it.
+            let what = connection::DEVICE;
+            log::warn!("{what}: {e}: the transport threads share one descriptor, which is slower");
+            cloned = false;
+            None
+        });
+        all.push(next.map_or_else(|| all[0].try_clone(), Ok)?);
     }
+    Ok(all)
 }
 
 impl Session {
-    /// Serves on the session's threads until the connection has ended (ENODEV: unmounted, and the last file
-    /// closed; or aborted), then tells the file system. Opens /dev/fuse once per thread: a sandbox must allow it.
-    pub fn run(self) -> Result<()> {
-        let Session { fuser, fs, lanes, notifier: _, notifications, mountpoint, passes_through: _ } = self;
+    /// Starts the session's threads; all there are, and requests are served, when it returns.
+    pub(super) fn start(self) -> Result<Serving> {
+        let Session { sessions, fs, notifier: _, notifications, mountpoint, passes_through: _ } = self;
         let sending = notifications.start()?;
-        let served = fuser.run();
-        // The sink holds a descriptor of the connection: it goes first, so that a failed `run` leaves a dead mount
-        // and not one that hangs.
-        drop(sending);
-        lanes.close();
-        fs.ended();
-        match served {
-            Ok(()) => Ok(()),
-            // The administrator's abort; fuser takes it for an error.
-            Err(e) if e.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
-            Err(e) => Err(Error::io(&e, &mountpoint, "the connection to the kernel failed")),
-        }
+        let threads = sessions::start(sessions)?;
+        Ok(Serving { threads, fs, sending, mountpoint })
     }
 
     /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
-    pub fn notifier(&self) -> Notifier {
+    pub(super) fn notifier(&self) -> Notifier {
         self.notifier.clone()
     }
 
     /// See [`fuse::session::Session::passes_through`](crate::fuse::session::Session::passes_through).
-    pub fn passes_through(&self) -> bool {
+    pub(super) fn passes_through(&self) -> bool {
         self.passes_through
     }
 
     /// The absolute path of the mount point, as it was before the mount.
-    pub fn mountpoint(&self) -> &Path {
+    pub(super) fn mountpoint(&self) -> &Path {
         &self.mountpoint
+    }
+}
+
+impl Serving {
+    /// Returns when the connection has ended, and the file system was told.
+    pub(super) fn wait(self) -> Result<()> {
+        let Serving { threads, fs, sending, mountpoint } = self;
+        let served = threads.wait();
+        // The sink holds a descriptor of the connection: it goes first, so that a failure leaves a dead mount and not
+        // one that hangs.
+        drop(sending);
+        fs.ended();
+        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
     }
 }
 

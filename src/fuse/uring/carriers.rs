@@ -14,11 +14,11 @@ use crossbeam_channel::Sender;
 
 use super::device::Device;
 use super::memory::{Entries, Held, answering_here};
-use super::queue::{Bench, failed, pause, sift};
+use super::queue::{Bench, pause, sift};
 use super::ring::Ring;
 use super::serve::{Server, Thread};
 use crate::error::Result;
-use crate::io::process::spawn_thread;
+use crate::io::process::{no_thread, spawn_thread};
 use crate::sync::{Mutex, lock};
 
 /// From this size on, in bytes, the copies of a request cost far more than a hand-over, and two threads that copy are
@@ -129,7 +129,7 @@ impl Carrier {
     /// Starts the thread of carrier `number` of the [`Load`]. Nobody waits for its end, as for a queue's thread.
     pub(super) fn start(self, number: usize) -> Result<()> {
         let name = format!("ploopfs/c{number}");
-        spawn_thread(&name, move || self.run(number)).map(drop).map_err(failed(&name))
+        spawn_thread(&name, move || self.run(number)).map(drop).map_err(no_thread(&name))
     }
 
     fn run(self, number: usize) {

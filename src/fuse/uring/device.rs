@@ -13,7 +13,7 @@ use super::answer::{self, OutHeader};
 use super::serve::{Exchange, Server, Thread};
 use super::wire::{self, Parts};
 use crate::fuse::ops::{Answer, Errno, Ino};
-use crate::fuse::{MAX_WRITE, congestion, notify};
+use crate::fuse::{MAX_WRITE, congestion, handshake, notify};
 use crate::io::backing::{self, STACK_DEPTH};
 
 /// The version of the protocol whose structures we use: the first with rings.
@@ -135,27 +135,16 @@ impl Device {
     /// Answers the kernel's INIT. Afterwards the kernel waits until every queue has an entry. True: `passthrough` was asked
     /// for and is to be had.
     pub(super) fn handshake(&self, max_background: u16, passthrough: bool) -> io::Result<bool> {
-        let mut buffer = vec![0; MESSAGE];
-        loop {
-            let message = self.read(&mut buffer)?;
-            let unsound = || io::Error::other("the kernel's first message is no handshake");
-            let parts = wire::split(message).map_err(|_| unsound())?;
-            let header = wire::header(parts.header).map_err(|_| unsound())?;
-            if header.opcode != wire::INIT {
-                return Err(unsound());
-            }
-            // Kernels before 7.36 send less, and have no rings either.
-            let offer = InitIn::read_from_bytes(parts.operation)
-                .map_err(|_| io::Error::other("the kernel's FUSE is older than 7.42"))?;
-            if offer.major > MAJOR {
-                // It then asks again, with a version that both know.
-                self.write(header.unique, 0, &[answer_of_init(&InitOut::version()).as_slice()])?;
-                continue;
-            }
-            let answer = accept(&offer, max_background, passthrough)?;
-            self.write(header.unique, 0, &[answer_of_init(&answer).as_slice()])?;
-            return Ok(answer.max_stack_depth > 0);
-        }
+        let message = handshake::offer(self.0.as_fd())?;
+        let unsound = || io::Error::other("the kernel's first message is no handshake");
+        let parts = wire::split(&message).map_err(|_| unsound())?;
+        let header = wire::header(parts.header).map_err(|_| unsound())?;
+        // Kernels before 7.36 send less, and have no rings either.
+        let offer = InitIn::read_from_bytes(parts.operation)
+            .map_err(|_| io::Error::other("the kernel's FUSE is older than 7.42"))?;
+        let answer = accept(&offer, max_background, passthrough)?;
+        self.write(header.unique, 0, &[answer.as_bytes()])?;
+        Ok(answer.max_stack_depth > 0)
     }
 
     /// Serves what comes here until the connection has ended.
@@ -194,32 +183,6 @@ impl Device {
     }
 }
 
-impl InitOut {
-    /// Our version and nothing else.
-    fn version() -> InitOut {
-        InitOut {
-            major: MAJOR,
-            minor: MINOR,
-            max_readahead: 0,
-            flags: 0,
-            max_background: 0,
-            congestion_threshold: 0,
-            max_write: 0,
-            time_granularity: 1,
-            max_pages: 0,
-            map_alignment: 0,
-            flags2: 0,
-            max_stack_depth: 0,
-            request_timeout: 0,
-            unused: [0; 11],
-        }
-    }
-}
-
-fn answer_of_init(out: &InitOut) -> Vec<u8> {
-    out.as_bytes().to_vec()
-}
-
 /// What we take of a kernel's offer; it must have rings.
 fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<InitOut> {
     let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
@@ -241,6 +204,7 @@ fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<
         flags |= PASSTHROUGH;
     }
     Ok(InitOut {
+        major: MAJOR,
         minor: MINOR.min(offer.minor),
         max_readahead: offer.max_readahead,
         flags: flags as u32,
@@ -251,7 +215,10 @@ fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<
         // Entries have room for MAX_WRITE bytes, and the kernel counts their room in pages too.
         max_pages: (MAX_WRITE as usize / rustix::param::page_size()) as u16,
         max_stack_depth: if passes { STACK_DEPTH } else { 0 },
-        ..InitOut::version()
+        time_granularity: 1,
+        map_alignment: 0,
+        request_timeout: 0,
+        unused: [0; 11],
     })
 }
 

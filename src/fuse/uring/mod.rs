@@ -23,11 +23,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use rustix::thread::CpuSet;
 
 use self::carriers::{Carrier, Load};
 use self::device::{Device, Kernel};
+use self::memory::Entries;
 use self::queue::{Helpers, Worker};
 use self::ring::{Queue, Ring};
 use self::serve::Server;
@@ -60,6 +61,19 @@ pub(super) struct Session {
     notifications: notify::Pending,
     mountpoint: PathBuf,
     passes_through: bool,
+}
+
+/// One that serves.
+pub(super) struct Serving {
+    device: Arc<Device>,
+    server: Arc<Server>,
+    sending: notify::Running,
+    helpers: Helpers,
+    /// By which the rings' threads are called.
+    entries: Vec<Arc<Entries>>,
+    load: Arc<Load>,
+    over: Receiver<()>,
+    mountpoint: PathBuf,
 }
 
 /// Whether this transport can be had here; if not, why, and what would help.
@@ -104,7 +118,7 @@ fn soon() {
 
 /// Mounts on `mountpoint` and answers the kernel's INIT. Asks for what the threads of the session inherit, and makes all
 /// rings and their memory, because a sandbox would not let it later; starts no thread. Requests wait until
-/// [`Session::run`].
+/// [`Session::start`].
 pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
     available()?;
     soon();
@@ -148,12 +162,9 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
 }
 
 impl Session {
-    /// Serves until the connection has ended, then tells the file system.
-    ///
-    /// The end: (1) /dev/fuse says so; (2) the server closes: what comes still is answered with EIO; (3) the rings'
-    /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system
-    /// hears of it, because no operation may follow.
-    pub(super) fn run(self) -> Result<()> {
+    /// Starts the session's threads; all there are when it returns, and requests are served. The order: helpers and
+    /// carriers before the rings' threads, because the kernel sends requests as soon as each of its queues has an entry.
+    pub(super) fn start(self) -> Result<Serving> {
         let Session { device, rings, cpus, carriers, server, helpers, notifications, mountpoint, .. } = self;
         let sending = notifications.start()?;
         let helpers = Helpers::start(&server, helpers)?;
@@ -173,16 +184,7 @@ impl Session {
             Worker { ring, server, device, bench, load, cpu, cpus, at_work: at_work.clone() }
                 .start(number)?;
         }
-        drop(at_work);
-        let served = device.serve(&server);
-        drop(sending);
-        server.close();
-        entries.iter().for_each(|ring| ring.call());
-        load.call();
-        let _ = over.recv();
-        helpers.join();
-        server.ended();
-        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
+        Ok(Serving { device, server, sending, helpers, entries, load, over, mountpoint })
     }
 
     /// See [`fuse::session::Session::notifier`](crate::fuse::session::Session::notifier).
@@ -198,5 +200,25 @@ impl Session {
     /// The absolute path of the mount point, as it was before the mount.
     pub(super) fn mountpoint(&self) -> &Path {
         &self.mountpoint
+    }
+}
+
+impl Serving {
+    /// Serves what comes over /dev/fuse until the connection has ended, then tells the file system.
+    ///
+    /// The end: (1) /dev/fuse says so; (2) the server closes: what comes still is answered with EIO; (3) the rings'
+    /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system
+    /// hears of it, because no operation may follow.
+    pub(super) fn wait(self) -> Result<()> {
+        let Serving { device, server, sending, helpers, entries, load, over, mountpoint } = self;
+        let served = device.serve(&server); // 1
+        drop(sending);
+        server.close(); // 2
+        entries.iter().for_each(|ring| ring.call());
+        load.call();
+        let _ = over.recv(); // 3
+        helpers.join(); // 4
+        server.ended(); // 5
+        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
     }
 }

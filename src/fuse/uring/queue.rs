@@ -15,8 +15,8 @@ use super::memory::{self, Held};
 use super::ring::Ring;
 use super::serve::{Exchange, Server, Thread};
 use super::wire;
-use crate::error::{Error, Kind, Result};
-use crate::io::process::spawn_thread;
+use crate::error::Result;
+use crate::io::process::{no_thread, spawn_thread};
 
 /// From this size on, in bytes, an answer is handed to the kernel before the next request is looked at: its reader
 /// should not wait for the rest of a batch.
@@ -28,10 +28,6 @@ const FILLS: usize = 4;
 
 /// How long a thread pauses after a failure of its ring that it knows no answer to.
 const PAUSE: Duration = Duration::from_millis(10);
-
-pub(super) fn failed(what: &str) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |e| Error::new(Kind::Io, format!("cannot start the thread {what}: {e}"))
-}
 
 enum Job {
     Serve(Held),
@@ -60,7 +56,7 @@ impl Helpers {
             let (server, queue) = (server.clone(), queue.clone());
             let name = format!("ploopfs/t{number}");
             let thread = spawn_thread(&name, move || help(&server, &queue));
-            helpers.threads.push(thread.map_err(failed(&name))?);
+            helpers.threads.push(thread.map_err(no_thread(&name))?);
         }
         Ok(helpers)
     }
@@ -120,7 +116,7 @@ impl Worker {
     /// answers that are still owed, and the process need not live for that.
     pub(super) fn start(self, number: usize) -> Result<()> {
         let name = format!("ploopfs/q{number}");
-        spawn_thread(&name, move || self.run()).map(drop).map_err(failed(&name))
+        spawn_thread(&name, move || self.run()).map(drop).map_err(no_thread(&name))
     }
 
     fn run(self) {

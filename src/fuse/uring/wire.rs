@@ -206,16 +206,16 @@ pub struct Weight {
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
-pub(super) struct InHeader {
-    pub(super) len: u32,
-    pub(super) opcode: u32,
-    pub(super) unique: u64,
-    pub(super) nodeid: u64,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) pid: u32,
-    pub(super) total_extlen: u16,
-    pub(super) padding: u16,
+pub(in crate::fuse) struct InHeader {
+    pub(in crate::fuse) len: u32,
+    pub(in crate::fuse) opcode: u32,
+    pub(in crate::fuse) unique: u64,
+    pub(in crate::fuse) nodeid: u64,
+    pub(in crate::fuse) uid: u32,
+    pub(in crate::fuse) gid: u32,
+    pub(in crate::fuse) pid: u32,
+    pub(in crate::fuse) total_extlen: u16,
+    pub(in crate::fuse) padding: u16,
 }
 
 #[derive(FromBytes, KnownLayout, Immutable)]
@@ -352,7 +352,7 @@ const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
 const GETXATTR: u32 = 22;
 const LISTXATTR: u32 = 23;
-pub(super) const INIT: u32 = 26;
+pub(in crate::fuse) const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
 const RELEASEDIR: u32 = 29;
@@ -411,7 +411,7 @@ fn structure_size(opcode: u32) -> usize {
 }
 
 /// The header of a request.
-pub(super) fn header(bytes: &[u8]) -> Result<InHeader, Malformed> {
+pub(in crate::fuse) fn header(bytes: &[u8]) -> Result<InHeader, Malformed> {
     structure(bytes)
 }
 
