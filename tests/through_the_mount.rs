@@ -231,6 +231,57 @@ fn what_create_makes_is_shown_when_the_command_returns() {
 }
 
 #[test]
+fn stat_after_resize_has_returned_shows_the_new_size_and_not_what_the_kernel_kept() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let size = || fs::metadata(mount.flat("vm1")).expect("stat").len();
+    for mib in [128, 192, 256, 320_u64] {
+        // The kernel keeps this answer for a second.
+        let before = size();
+        Run::ploopfs().arg("resize").arg(mount.delta("vm1")).arg(format!("{mib}M")).ok();
+        assert_eq!(size(), mib << 20, "it was {before}");
+    }
+}
+
+#[test]
+fn a_name_that_is_gone_in_the_folder_is_not_kept_by_the_kernel() {
+    require!("fuse");
+    let args: Vec<_> = (0..4).flat_map(|n| ["--create".to_owned(), format!("vm{n}=8M")]).collect();
+    let mount = Mount::new(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let log = || fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default();
+    let mut slow = Vec::new();
+    for n in 0..4 {
+        let name = format!("vm{n}");
+        assert!(mount.flat(&name).exists(), "and the kernel keeps it for a second");
+        match n % 2 {
+            0 => fs::remove_file(mount.delta(&name)).expect("removed"),
+            _ => fs::rename(mount.delta(&name), mount.delta(&format!("new{n}"))).expect("renamed"),
+        }
+        let left_out = format!("{name}.hds: no longer served");
+        assert!(until(SHOWN, || log().contains(&left_out)));
+        let since = Instant::now();
+        assert!(until(SHOWN, || !mount.flat(&name).exists()));
+        slow.push(since.elapsed());
+    }
+    // Without being told the kernel would have kept each for nearly a second.
+    slow.sort();
+    assert!(slow[1] < Duration::from_millis(300), "{slow:?}");
+}
+
+#[test]
+fn a_deleted_snapshot_is_gone_from_the_mount_when_the_command_returns() {
+    require!("fuse");
+    let mount = mount_with_text();
+    let image = mount.delta("vm1");
+    Run::ploopfs().args(["snapshot", "create"]).arg(&image).arg("s1").ok();
+    let shown = mount.point().join(".snapshots/vm1/s1.img");
+    assert!(until(SHOWN, || shown.exists()));
+    let folder = mount.images().join("vm1");
+    Run::ploopfs().args(["snapshot", "delete"]).arg(&folder).arg("s1").ok();
+    assert!(!shown.exists(), "the kernel kept the name");
+}
+
+#[test]
 fn two_sources_of_one_name_are_both_left_out_and_both_named() {
     require!("fuse", "qemu");
     let folder = temp_dir();

@@ -26,7 +26,7 @@ use crate::io::folder_lock::FolderLock;
 use crate::io::holder;
 use crate::io::reads::Reads;
 use crate::io::{foreign, process};
-use crate::tree::{MountInfo, Sandbox, Tree};
+use crate::tree::{self, MountInfo, Sandbox, Tree};
 use crate::vdisk::Engine;
 
 /// Descriptors that a mount should be able to have: two for each of some ten thousand images in use.
@@ -115,6 +115,8 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
             asked: settings.asked.clone(),
         },
     )?;
+
+    folder.announce_to(tree::announcer(session.notifier()));
 
     let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));

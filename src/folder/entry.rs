@@ -257,13 +257,12 @@ impl Entry {
         locked(&self.hold).retired = false;
     }
 
-    /// The folder says: this is its file's state now.
-    pub(super) fn seen(&self, claim: Option<&Claim>) {
+    /// The folder says: this is its file's state now. True when the disk has another size than before.
+    pub(super) fn seen(&self, claim: Option<&Claim>) -> bool {
         self.vanished.store(claim.is_none(), Ordering::Release);
-        if let Some(claim) = claim
-            && !self.is_held()
-        {
-            self.size.store(claim.size, Ordering::Release);
+        match claim {
+            Some(claim) if !self.is_held() => self.size.swap(claim.size, Ordering::AcqRel) != claim.size,
+            _ => false,
         }
     }
 

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use crate::io::file::HostFile;
 
+mod changes;
 mod claims;
 mod closing;
 mod counted;
@@ -29,6 +30,7 @@ mod wanted;
 mod watch;
 mod work;
 
+pub use changes::Announce;
 pub use entry::{Attributes, Entry, OpenDone, OpenImage};
 pub use place::PRIVATE;
 pub use rights::Rights;

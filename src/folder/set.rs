@@ -6,10 +6,11 @@ use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, Weak, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak, mpsc};
 
 use inotify::Inotify;
 
+use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenDone, OpenImage};
@@ -103,6 +104,8 @@ pub struct Folder {
     watch: Mutex<Option<Inotify>>,
     /// Protects the watching thread's handle. A leaf.
     watcher: Mutex<Option<Watcher>>,
+    /// Hears what changes; see `changes`.
+    pub(super) announce: OnceLock<Arc<dyn Announce>>,
 }
 
 #[derive(Default)]
@@ -154,6 +157,7 @@ impl Folder {
             writing: Mutex::default(),
             watch: Mutex::default(),
             watcher: Mutex::default(),
+            announce: OnceLock::new(),
         });
         folder.look(&mut |_, _, _| true)?;
         Ok(folder)
@@ -221,6 +225,9 @@ impl Folder {
         let mut known = locked(&self.known);
         let held: HashSet<_> =
             read(&self.set).by_id.values().filter(|e| e.is_held()).map(|e| e.identity()).collect();
+        let images = known.values().filter(|seen| seen.claim.is_some());
+        let moved: HashSet<_> =
+            images.map(|seen| seen.stamp.identity).filter(|identity| !held.contains(identity)).collect();
         let mut judge = |file: &OsStr, stamp: &Stamp| {
             let old = known.get(file).filter(|old| old.stamp.identity == stamp.identity);
             match old {
@@ -232,6 +239,8 @@ impl Folder {
                     Look::Same(Box::new(old.clone()))
                 }
                 Some(_) => Look::Inspect,
+                // Another name of what was an image already: whoever wrote it has done so long ago.
+                None if moved.contains(&stamp.identity) => Look::Inspect,
                 None if accept(file, stamp, false) => Look::Inspect,
                 None => Look::Skip,
             }
@@ -282,8 +291,10 @@ impl Folder {
     fn apply(&self, verdict: Verdict) -> Vec<Arc<Entry>> {
         let (mut set, mut new) = (write(&self.set), Vec::new());
         for (id, claim) in &verdict.kept {
-            if let Some(entry) = set.by_id.get(id) {
-                entry.seen(Some(claim));
+            if let Some(entry) = set.by_id.get(id)
+                && entry.seen(Some(claim))
+            {
+                self.tell(|announce| announce.disk(*id));
             }
         }
         for id in &verdict.vanished {
@@ -294,6 +305,8 @@ impl Folder {
         for id in &verdict.dropped {
             if let Some(entry) = set.by_id.remove(id) {
                 set.by_name.remove(entry.name());
+                // Told before the lock is let go: who asks meanwhile waits for it, and finds the name gone.
+                self.tell(|announce| announce.name(entry.name()));
                 log::info!("{}: no longer served", entry.path().display());
             }
         }

@@ -1,5 +1,6 @@
 //! Live operations on the images of a folder. A running one counts as an opener: the image stays open for it.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
@@ -26,13 +27,16 @@ impl Folder {
         if let Work::Switch { snapshot } = work {
             let done = entry.switch(snapshot);
             self.shared.snapshots.forget(entry.id());
+            self.tell_work(entry.id(), work, None);
             return done;
         }
         let open = self.open_image(name, true)?;
         entry.check_passthrough(work)?;
+        let going = entry.shown_snapshot(work);
         let done = self.work_on(&open, work, progress);
         self.shared.snapshots.forget(entry.id());
         entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
+        self.tell_work(entry.id(), work, going.as_deref());
         done
     }
 
@@ -106,6 +110,14 @@ impl Folder {
 impl Entry {
     pub(super) fn live_layers(&self) -> Option<Arc<Layers>> {
         self.live.load().as_ref()?.layers.load_full()
+    }
+
+    /// The name under which the snapshot is shown that `work` takes away.
+    fn shown_snapshot(&self, work: &Work) -> Option<OsString> {
+        let (Work::Delete { snapshot } | Work::Merge { snapshot }) = work else { return None };
+        let guid = self.live_layers()?.store().find_snapshot(snapshot).ok()?;
+        let shown = self.snapshots().ok()?.into_iter().find(|shown| shown.guid == guid)?;
+        Some(OsString::from(shown.name))
     }
 
     /// Goes back to a snapshot. Only while nobody has the live disk open, and who has just closed it is waited for; nobody

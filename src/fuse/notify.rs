@@ -6,8 +6,9 @@
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
 
 use crate::error::Result;
 use crate::fuse::ops::Ino;
@@ -24,8 +25,17 @@ pub trait Sink: Send + 'static {
 
 #[derive(Debug)]
 enum Message {
-    Inode { ino: Ino, offset: i64, len: i64 },
-    Entry { parent: Ino, name: OsString },
+    Inode {
+        ino: Ino,
+        offset: i64,
+        len: i64,
+    },
+    Entry {
+        parent: Ino,
+        name: OsString,
+    },
+    /// All before it was sent: who waits for that hears it.
+    Settle(Sender<()>),
     Stop,
 }
 
@@ -50,6 +60,15 @@ impl Notifier {
     /// `name` in the folder `parent` appeared, went away or means another inode.
     pub fn name_changed(&self, parent: Ino, name: &OsStr) {
         self.send(Message::Entry { parent, name: name.to_owned() });
+    }
+
+    /// Waits until all that was queued before has been sent, or for `limit`. False: it has not. Under no lock, and on no
+    /// thread that serves requests: the kernel may wait for an answer of ours.
+    pub fn settle(&self, limit: Duration) -> bool {
+        let (sent, heard) = bounded(1);
+        self.send(Message::Settle(sent));
+        // Its end is the session's, and with it that of all that the kernel keeps.
+        heard.recv_timeout(limit) != Err(RecvTimeoutError::Timeout)
     }
 
     fn send(&self, message: Message) {
@@ -105,6 +124,11 @@ fn run(queue: &Receiver<Message>, sink: &dyn Sink) {
         let sent = match &message {
             Message::Inode { ino, offset, len } => sink.inval_inode(*ino, *offset, *len),
             Message::Entry { parent, name } => sink.inval_entry(*parent, name),
+            Message::Settle(waiting) => {
+                // Who waited too long is gone.
+                let _ = waiting.send(());
+                Ok(())
+            }
             Message::Stop => return,
         };
         match sent {
@@ -152,10 +176,13 @@ mod tests {
         let running = pending.start().expect("a thread can be started");
         notifier.name_changed(1, OsStr::new("vm1.img"));
         notifier.content_changed(8);
+        assert!(notifier.settle(Duration::from_secs(60)));
+        assert_eq!(log.len(), 3, "what was queued before is sent");
         drop(running);
         let all: Vec<String> = log.iter().collect();
         let want = ["inode 7 -1 0", "entry 1 vm1.img", "inode 8 0 0"].map(|m| format!("ploopfs/notify {m}"));
         assert_eq!(all, want);
         notifier.attributes_changed(9);
+        assert!(notifier.settle(Duration::from_secs(60)), "after the end nothing is waited for");
     }
 }

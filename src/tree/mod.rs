@@ -7,6 +7,7 @@
 //! .ploopfs/metrics             the same for Prometheus
 //! ```
 
+mod announce;
 mod asking;
 mod attrs;
 mod data;
@@ -35,6 +36,7 @@ use crate::fuse::ops::{
 };
 use crate::io::planned::Planned;
 use crate::vdisk::Engine;
+pub use announce::announcer;
 use asking::Question;
 use attrs::Owner;
 use data::OpenFile;
