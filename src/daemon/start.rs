@@ -75,7 +75,12 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let link = Arc::new(Link::new());
     // An open that finds a lock is answered before anybody looks for whose it is.
     holder::name_later();
-    let engine = Engine::new(settings.engine(), link.listener());
+    let mut options = settings.engine();
+    if transport == Transport::Uring {
+        // A quarter of it may be parked: never more than half of one queue.
+        options.background = options.background.min(4 * uring::PARKED);
+    }
+    let engine = Engine::new(options, link.listener());
     match Reads::new() {
         Ok(reads) => engine.queue_reads(reads),
         // Forbidden (kernel.io_uring_disabled), or too old a kernel.

@@ -249,6 +249,11 @@ pub trait FileSystem: Send + Sync + 'static {
         let _ = handle;
         false
     }
+    /// True while requests wait for space on the host, which may be long. Such requests keep what a transport has only so
+    /// much of.
+    fn has_parked(&self) -> bool {
+        false
+    }
     /// Writes; answers from any thread.
     fn write_later(&self, handle: Handle, offset: u64, data: Bytes, flags: OpenFlags, done: Done<usize>);
     /// fsync and fdatasync: everything acknowledged before is durable.

@@ -39,8 +39,12 @@ pub fn look<S: EntryMarker>(ring: &mut IoUring<S, cqueue::Entry>) -> io::Result<
 pub fn passing(result: io::Result<usize>) -> io::Result<()> {
     match result {
         Ok(_) => Ok(()),
-        // EBUSY: completions wait to be taken first.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(()),
+        // EBUSY: completions wait to be taken first. ETIME: the wait had a limit.
+        Err(e)
+            if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME)) =>
+        {
+            Ok(())
+        }
         Err(e) => Err(e),
     }
 }

@@ -413,6 +413,10 @@ impl FileSystem for Tree {
         }
     }
 
+    fn has_parked(&self) -> bool {
+        self.engine.parked() > 0
+    }
+
     fn writes_may_block(&self, handle: Handle) -> bool {
         let borrowed = self.borrow(handle);
         borrowed.as_ref().and_then(Borrowed::get).is_some_and(OpenFile::writes_may_block)

@@ -143,7 +143,7 @@ impl Carrier {
         // Any entry may come out of any ring, so that all of them have to be back; before the end, none may be given yet.
         while !server.is_closed() || ring.homes().iter().any(|entries| entries.are_live()) {
             let put = load.take(number);
-            let seen = if put.is_some() { ring.look(&mut batch) } else { ring.wait(&mut batch) };
+            let seen = if put.is_some() { ring.look(&mut batch) } else { ring.wait(&mut batch, None) };
             if put.is_none() {
                 load.woke(number, !batch.is_empty());
             }

@@ -10,6 +10,19 @@ use super::ring::Queue;
 const DEPTH: u32 = 64;
 /// All of them together, because each may come to need 1 MiB.
 const TOTAL: u32 = 1024;
+/// So many are added at a time to a queue of which more than half are out: a request that waits, for a disk that hangs or
+/// for space, keeps its entry, and the last one would take those of all other images on that CPU along. Those for which
+/// there is no entry wait in the kernel until one is answered, also behind entries that are added later: so more are added
+/// early.
+pub(super) const ADDED: u32 = 64;
+/// So many a queue may come to have by that: what a loop device has under way, twice. More would only move the waiting of
+/// a slow disk from the kernel's memory into ours.
+pub(super) const AHEAD: u32 = 256;
+/// And so many while requests are parked for space, which may be long; they take memory as far as they are used.
+pub(super) const MOST: u32 = 1024;
+/// What may be parked, over all images: all of it may come from one CPU, and the other half of that queue is for who has
+/// nothing to wait for.
+pub const PARKED: usize = MOST as usize / 2;
 /// Of a queue whose CPU is not there (yet), and the least of all others.
 const SPARE: u32 = 4;
 

@@ -7,17 +7,19 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
 use std::slice;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::EventfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use zerocopy::IntoBytes;
 
 use super::answer::{self, OutHeader};
+use super::cpus::{ADDED, MOST};
 use super::ring::Queue;
 use super::serve::Exchange;
 use super::wire::{self, Parts};
@@ -98,23 +100,51 @@ enum Owner {
 }
 
 struct Entry {
-    /// The kernel's.
-    queue: u16,
+    /// Which of its ring's [`Tally`]s counts it.
+    tally: usize,
     /// An [`Owner`].
     owner: AtomicU8,
     /// How often its payload was to be put into huge pages; [`TRIES`] when that is over.
     tries: AtomicU8,
 }
 
-/// The entries of one ring, and the way back to its thread.
-pub(super) struct Entries {
-    /// Payloads, first because huge pages begin where the mapping does; then headers, one more than entries (the last is for
-    /// [`wake_place`](Entries::wake_place)).
+/// How one of the kernel's queues stands.
+struct Tally {
+    /// Its number.
+    queue: u16,
+    /// Its entries.
+    all: AtomicU32,
+    /// Those of them that are ours: requests that are being served, or wait.
+    out: AtomicU32,
+}
+
+impl Tally {
+    fn is_crowded(&self) -> bool {
+        // A hint: who sees one count before the other looks again soon.
+        2 * self.out.load(Ordering::Relaxed) > self.all.load(Ordering::Relaxed)
+    }
+}
+
+/// The memory of some entries.
+struct Block {
+    /// Payloads, first because huge pages begin where the mapping does; then headers, one more than entries.
     base: NonNull<u8>,
     len: usize,
+    entries: Vec<Entry>,
+}
+
+/// The entries of one ring, and the way back to its thread.
+pub(super) struct Entries {
+    /// Made with the ring. Its spare header is for [`wake_place`](Entries::wake_place).
+    first: Block,
+    /// Added later, [`ADDED`] in each, in order.
+    more: Box<[OnceLock<Block>]>,
+    /// One for each queue of the ring.
+    tallies: Vec<Tally>,
+    /// The ring's thread was called because a queue is crowded, and has not looked since.
+    asked: AtomicBool,
     /// See [`Place`].
     home: u32,
-    entries: Vec<Entry>,
     /// Entries that have an owner.
     live: AtomicUsize,
     /// The thread of this ring serves requests just now.
@@ -126,9 +156,9 @@ pub(super) struct Entries {
 
 // SAFETY: `base` is a mapping that lives as long as this and belongs to no thread; who may look at which part of it is
 // said by `Held` (one owner at a time, handed over through locks and channels).
-unsafe impl Send for Entries {}
-// SAFETY: as above; nothing of the memory is reached through `&Entries` alone but by `Held`, its only owner.
-unsafe impl Sync for Entries {}
+unsafe impl Send for Block {}
+// SAFETY: as above; nothing of the memory is reached through `&Block` alone but by `Held`, its only owner.
+unsafe impl Sync for Block {}
 
 thread_local! {
     /// The ring whose thread this is, as an address for comparison only.
@@ -155,13 +185,12 @@ pub(super) fn answering_here(serve: impl FnOnce()) {
     serve();
 }
 
-impl Entries {
-    /// Memory for the entries of `queues`, as number `home` of the session; taken from the system as far as it is used.
-    pub(super) fn new(home: u32, queues: &[Queue]) -> io::Result<Entries> {
+impl Block {
+    /// Memory for entries that the tallies of these numbers count; taken from the system as far as it is used.
+    fn new(tallies: impl Iterator<Item = usize>) -> io::Result<Block> {
         let entry =
-            |queue| Entry { queue, owner: AtomicU8::new(Owner::Nobody as u8), tries: AtomicU8::new(0) };
-        let entries: Vec<_> =
-            queues.iter().flat_map(|queue| (0..queue.depth).map(|_| entry(queue.id))).collect();
+            |tally| Entry { tally, owner: AtomicU8::new(Owner::Nobody as u8), tries: AtomicU8::new(0) };
+        let entries: Vec<_> = tallies.map(entry).collect();
         // Linux begins a mapping at a huge page when it is as long as some.
         let unit = if entries.is_empty() { PAGE } else { HUGE };
         let len = (headers(entries.len() as u32) + entries.len() * PAYLOAD).next_multiple_of(unit);
@@ -172,15 +201,91 @@ impl Entries {
         // `make_huge` for large ones); where it is refused, more memory is taken and nothing else.
         let _ = unsafe { rustix::mm::madvise(base, len, Advice::LinuxNoHugepage) };
         let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Block { base, len, entries })
+    }
+
+    fn header(&self, at: usize) -> *mut u8 {
+        assert!(at <= self.entries.len(), "no such entry");
+        self.base.as_ptr().wrapping_add(self.entries.len() * PAYLOAD + at * STEP)
+    }
+
+    fn payload(&self, at: usize) -> *mut u8 {
+        assert!(at < self.entries.len(), "no such entry");
+        self.base.as_ptr().wrapping_add(at * PAYLOAD)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, whole; every `Held` and all rings keep its `Entries` alive, so that none is left.
+        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+impl Entries {
+    /// Memory for the entries of `queues`, as number `home` of the session.
+    pub(super) fn new(home: u32, queues: &[Queue]) -> io::Result<Entries> {
+        let of_queue = |(tally, queue): (usize, &Queue)| (0..queue.depth).map(move |_| tally);
+        let first = Block::new(queues.iter().enumerate().flat_map(of_queue))?;
+        let blocks = queues.len() * MOST.div_ceil(ADDED) as usize;
+        let more = (0..blocks).map(|_| OnceLock::new()).collect();
+        let tally = |queue: &Queue| Tally { queue: queue.id, all: AtomicU32::new(0), out: AtomicU32::new(0) };
+        let tallies = queues.iter().map(tally).collect();
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-        let (live, busy, answered) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
-        Ok(Entries { base, len, home, entries, live, busy, answered, wake })
+        Ok(Entries {
+            first,
+            more,
+            tallies,
+            asked: AtomicBool::new(false),
+            home,
+            live: AtomicUsize::new(0),
+            busy: AtomicBool::new(false),
+            answered: Mutex::default(),
+            wake,
+        })
     }
 
     /// How many there are.
     pub(super) fn count(&self) -> u32 {
-        self.entries.len() as u32
+        let blocks = self.more.iter().map_while(OnceLock::get);
+        self.first.entries.len() as u32 + blocks.map(|block| block.entries.len() as u32).sum::<u32>()
+    }
+
+    /// The queues of which more than half of the entries are out, each with how many it has. For the ring's thread, which
+    /// is called when another one makes a queue crowded after this.
+    pub(super) fn crowded(&self) -> impl Iterator<Item = (usize, u32)> {
+        // Before the look: who makes one crowded after it calls again.
+        if self.asked.load(Ordering::Relaxed) {
+            self.asked.store(false, Ordering::SeqCst);
+        }
+        let crowded = self.tallies.iter().enumerate().filter(|(_, tally)| tally.is_crowded());
+        crowded.map(|(number, tally)| (number, tally.all.load(Ordering::Relaxed)))
+    }
+
+    /// Makes [`ADDED`] more entries for the queue that this tally counts, which the kernel does not know yet. For the ring's
+    /// thread alone.
+    pub(super) fn add(&self, tally: usize) -> io::Result<Range<u32>> {
+        let start = self.count();
+        let free = self.more.iter().find(|block| block.get().is_none()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let _ = free.set(Block::new((0..ADDED).map(|_| tally))?);
+        Ok(start..start + ADDED)
+    }
+
+    /// The block of an entry, and its place there.
+    fn find(&self, index: u32) -> Option<(&Block, usize)> {
+        let at = index as usize;
+        let Some(behind) = at.checked_sub(self.first.entries.len()) else { return Some((&self.first, at)) };
+        let block = self.more.get(behind / ADDED as usize)?.get()?;
+        Some((block, behind % ADDED as usize))
+    }
+
+    fn entry(&self, index: u32) -> Option<&Entry> {
+        self.find(index).and_then(|(block, at)| block.entries.get(at))
+    }
+
+    fn tally(&self, index: u32) -> Option<&Tally> {
+        self.tallies.get(self.entry(index)?.tally)
     }
 
     /// The name of an entry.
@@ -190,7 +295,7 @@ impl Entries {
 
     /// The kernel's queue that an entry is for.
     pub(super) fn queue(&self, index: u32) -> u16 {
-        self.entries[index as usize].queue
+        self.tally(index).expect("an entry that there is").queue
     }
 
     /// True from the first entry that the kernel was given until the last one came back for good.
@@ -212,6 +317,7 @@ impl Entries {
     pub(super) fn begins(&self, index: u32) {
         if self.pass(index, Owner::Nobody, Owner::Kernel) {
             self.live.fetch_add(1, Ordering::AcqRel);
+            self.tally(index).map(|tally| tally.all.fetch_add(1, Ordering::Relaxed));
         }
     }
 
@@ -220,26 +326,36 @@ impl Entries {
     /// # Safety
     /// The kernel has completed a submission of this entry, and this is the first call since then.
     pub(super) unsafe fn came(self: &Arc<Self>, index: u32) -> Option<Held> {
-        self.pass(index, Owner::Kernel, Owner::We).then(|| Held {
-            entries: self.clone(),
-            index,
-            failed: false,
-        })
+        if !self.pass(index, Owner::Kernel, Owner::We) {
+            return None;
+        }
+        if let Some(tally) = self.tally(index) {
+            tally.out.fetch_add(1, Ordering::Relaxed);
+            if tally.is_crowded() && !ptr::eq(OWN.get(), &raw const **self) {
+                self.ask();
+            }
+        }
+        Some(Held { entries: self.clone(), index, failed: false })
     }
 
     /// True when an entry is ours.
     pub(super) fn is_ours(&self, index: u32) -> bool {
-        self.entries.get(index as usize).is_some_and(|e| e.owner.load(Ordering::Acquire) == Owner::We as u8)
+        self.entry(index).is_some_and(|e| e.owner.load(Ordering::Acquire) == Owner::We as u8)
     }
 
     /// The kernel gets an entry that is ours back.
     pub(super) fn goes(&self, index: u32) {
-        self.pass(index, Owner::We, Owner::Kernel);
+        if self.pass(index, Owner::We, Owner::Kernel) {
+            self.tally(index).map(|tally| tally.out.fetch_sub(1, Ordering::Relaxed));
+        }
     }
 
     /// The kernel does not want an entry any more. False: it did not have it.
     pub(super) fn ends(&self, index: u32) -> bool {
         let ended = self.pass(index, Owner::Kernel, Owner::Nobody);
+        if ended {
+            self.tally(index).map(|tally| tally.all.fetch_sub(1, Ordering::Relaxed));
+        }
         if ended && self.live.fetch_sub(1, Ordering::AcqRel) == 1 {
             // Whoever saw it may be another ring's thread.
             self.call();
@@ -249,7 +365,7 @@ impl Entries {
 
     /// Acquire and release: what the last owner did with the entry comes before what the next one does.
     fn pass(&self, index: u32, from: Owner, to: Owner) -> bool {
-        let Some(Entry { owner, .. }) = self.entries.get(index as usize) else { return false };
+        let Some(Entry { owner, .. }) = self.entry(index) else { return false };
         owner.compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
@@ -260,7 +376,7 @@ impl Entries {
 
     /// Where the kernel may put the 8 bytes of [`wake`](Entries::wake); nobody else looks at them.
     pub(super) fn wake_place(&self) -> *mut u8 {
-        self.header(self.count())
+        self.first.header(self.first.entries.len())
     }
 
     /// For the kernel: header and payload of an entry.
@@ -272,29 +388,30 @@ impl Entries {
     }
 
     fn header(&self, index: u32) -> *mut u8 {
-        assert!(index <= self.count(), "no such entry");
-        self.base.as_ptr().wrapping_add(self.entries.len() * PAYLOAD + index as usize * STEP)
+        let (block, at) = self.find(index).expect("an entry that there is");
+        block.header(at)
     }
 
     fn payload(&self, index: u32) -> *mut u8 {
-        assert!(index < self.count(), "no such entry");
-        self.base.as_ptr().wrapping_add(index as usize * PAYLOAD)
+        let (block, at) = self.find(index).expect("an entry that there is");
+        block.payload(at)
     }
 
     /// Puts the payload of an entry, and what shares a huge page with it, into huge pages: a large request has taken most of
     /// that memory already. For a thread that may lose a millisecond, once for each entry; whoever uses the memory meanwhile
     /// sees no change. Measured, 1 MiB reads at QD8: 1.07 of what small pages give, writes 1.02.
     pub(super) fn make_huge(&self, index: u32) {
-        let Some(Entry { tries, .. }) = self.entries.get(index as usize) else { return };
+        let Some((block, at)) = self.find(index) else { return };
+        let Some(Entry { tries, .. }) = block.entries.get(at) else { return };
         let before = tries.load(Ordering::Relaxed);
         if before >= TRIES {
             return;
         }
-        let base = self.base.as_ptr() as usize;
-        let at = self.payload(index) as usize;
+        let base = block.base.as_ptr() as usize;
+        let at = block.payload(at) as usize;
         let start = (at & !(HUGE - 1)).max(base);
-        let end = (at + PAYLOAD).next_multiple_of(HUGE).min(base + self.len);
-        let place = self.base.as_ptr().wrapping_add(start - base).cast();
+        let end = (at + PAYLOAD).next_multiple_of(HUGE).min(base + block.len);
+        let place = block.base.as_ptr().wrapping_add(start - base).cast();
         // SAFETY: advice about a part of our own mapping, which leaves its content as it is.
         let refused = unsafe {
             let _ = rustix::mm::madvise(place, end - start, Advice::LinuxHugepage);
@@ -343,18 +460,18 @@ impl Entries {
         }
     }
 
+    /// Calls the ring's thread to look whether a queue is [crowded](Self::crowded), once.
+    fn ask(&self) {
+        if !self.asked.swap(true, Ordering::SeqCst) {
+            self.call();
+        }
+    }
+
     /// Wakes the ring's thread.
     pub(super) fn call(&self) {
         if let Err(e) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
             log::error!("cannot wake a ring's thread: {e}");
         }
-    }
-}
-
-impl Drop for Entries {
-    fn drop(&mut self) {
-        // SAFETY: the mapping of `new`, whole; every `Held` and all rings keep this alive, so that none of them is left.
-        let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
 
@@ -470,140 +587,4 @@ impl Exchange for Held {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entries(depth: u32) -> Arc<Entries> {
-        Arc::new(Entries::new(7, &[Queue { id: 3, depth }]).expect("memory"))
-    }
-
-    /// As if the kernel had just completed it.
-    fn held(entries: &Arc<Entries>, index: u32) -> Held {
-        entries.begins(index);
-        entries.goes(index);
-        // SAFETY: no kernel knows these entries, and no test holds an index twice.
-        unsafe { entries.came(index) }.expect("the kernel had it")
-    }
-
-    #[test]
-    fn a_payload_size_beyond_the_room_is_no_payload() {
-        let entries = entries(2);
-        let mut held = held(&entries, 1);
-        held.pretend(&[1; 40], &[2; 128], b"abcd", 4);
-        assert_eq!(held.parts().payload, b"abcd");
-        held.pretend(&[1; 40], &[2; 128], b"abcd", PAYLOAD as u32 + 1);
-        assert_eq!(held.parts().payload, b"");
-        held.pretend(&[1; 40], &[2; 128], b"abcd", u32::MAX);
-        assert_eq!(held.parts().payload, b"");
-    }
-
-    #[test]
-    fn an_answer_from_another_thread_wakes_the_rings_thread_and_one_of_its_own_does_not() {
-        let entries = entries(3);
-        entries.adopt_thread();
-        held(&entries, 0).send(Ok(0));
-        let others = entries.clone();
-        let thread = std::thread::spawn(move || {
-            held(&others, 1).send(Err(Errno(libc::EIO)));
-            held(&others, 2).send(Ok(3));
-        });
-        thread.join().expect("no panic");
-        let mut count = [0; 8];
-        rustix::io::read(entries.wake(), &mut count).expect("called");
-        assert_eq!(u64::from_ne_bytes(count), 1, "once for both");
-        let mut answered = VecDeque::new();
-        entries.take_answered(&mut answered);
-        let places = answered.iter().map(|a| a.place).collect::<Vec<_>>();
-        assert_eq!(places, [0, 1, 2].map(|index| Place { home: 7, index }));
-        entries.take_answered(&mut answered);
-        assert_eq!(answered.len(), 3, "each once");
-        OWN.set(ptr::null());
-    }
-
-    #[test]
-    fn an_answer_given_for_all_rings_stays_on_the_thread_and_wakes_nobody() {
-        let (own, others) = (entries(1), entries(2));
-        own.adopt_thread();
-        answering_here(|| held(&others, 1).send(Ok(0)));
-        held(&others, 0).send(Ok(0));
-        let mut answered = VecDeque::new();
-        own.take_answered(&mut answered);
-        assert_eq!(answered.iter().map(|a| a.place.index).collect::<Vec<_>>(), [1]);
-        others.take_answered(&mut answered);
-        assert_eq!(answered.iter().map(|a| a.place.index).collect::<Vec<_>>(), [1, 0]);
-        OWN.set(ptr::null());
-    }
-
-    #[test]
-    fn an_entry_is_taken_over_once_and_the_last_that_ends_calls() {
-        let entries = entries(2);
-        assert!(!entries.are_live());
-        (0..2).for_each(|index| entries.begins(index));
-        // SAFETY: no kernel knows these entries; the second call takes nothing.
-        let (first, second) = unsafe { (entries.came(1), entries.came(1)) };
-        assert!(first.is_some() && second.is_none());
-        assert!(!entries.ends(1), "it is ours");
-        entries.goes(1);
-        assert!(entries.ends(0) && entries.are_live() && entries.ends(1) && !entries.are_live());
-        assert!(!entries.ends(2) && !entries.is_ours(2), "there is none");
-        let mut count = [0; 8];
-        rustix::io::read(entries.wake(), &mut count).expect("called");
-    }
-
-    /// Kilobytes of huge pages in the mapping of these entries.
-    fn huge(entries: &Entries) -> u64 {
-        let maps = std::fs::read_to_string("/proc/self/smaps").expect("our own");
-        let (mut inside, mut sum) = (false, 0);
-        for line in maps.lines() {
-            let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
-            if let Some(start) = range.and_then(|(start, _)| usize::from_str_radix(start, 16).ok()) {
-                let base = entries.base.as_ptr() as usize;
-                inside = (base..base + entries.len).contains(&start);
-            } else if let (true, Some(rest)) = (inside, line.strip_prefix("AnonHugePages:")) {
-                sum += rest.trim_end_matches("kB").trim().parse::<u64>().expect("a number");
-            }
-        }
-        sum
-    }
-
-    #[test]
-    fn a_payload_keeps_its_content_when_it_is_put_into_huge_pages() {
-        let entries = entries(4);
-        let (mut small, mut large) = (held(&entries, 0), held(&entries, 2));
-        small.payload_mut()[..4].copy_from_slice(b"abcd");
-        large.payload_mut().fill(7);
-        assert_eq!(huge(&entries), 0, "small requests take small pages");
-        (0..2 * TRIES).for_each(|_| entries.make_huge(2));
-        assert_eq!(&small.payload()[..4], b"abcd");
-        assert!(large.payload().iter().all(|byte| *byte == 7));
-        // None on a kernel without them, or without memory in one piece; two where the mapping does not begin at one.
-        assert!(huge(&entries) <= 2 * (HUGE as u64 >> 10), "those of the entry only");
-        assert_eq!(entries.entries[2].tries.load(Ordering::Relaxed), TRIES);
-        entries.make_huge(9);
-    }
-
-    #[test]
-    fn a_place_is_known_again_by_its_mark() {
-        let place = Place { home: 3, index: 1023 };
-        assert_eq!(Place::marked(place.mark()), place);
-    }
-
-    #[test]
-    fn an_answer_carries_the_requests_number_its_errno_and_its_length() {
-        let entries = entries(1);
-        let mut request = held(&entries, 0);
-        let mut header = [0; 40];
-        header[8..16].copy_from_slice(&77u64.to_ne_bytes());
-        request.pretend(&header, &[], &[], 0);
-        assert_eq!(request.room(PAYLOAD + 1), None);
-        request.send(Err(Errno(libc::ENOSPC)));
-        let sent = held(&entries, 0);
-        let error = i32::from_ne_bytes(sent.number(4));
-        assert_eq!((error, u64::from_ne_bytes(sent.number(8))), (-libc::ENOSPC, 77));
-        assert_eq!(u32::from_ne_bytes(sent.number(PAYLOAD_SIZE)), 0);
-        sent.send(Ok(5));
-        let sent = held(&entries, 0);
-        assert_eq!(u32::from_ne_bytes(sent.number(PAYLOAD_SIZE)), 5);
-        assert_eq!(u32::from_ne_bytes(sent.number(0)), 21);
-    }
-}
+mod tests;

@@ -8,6 +8,8 @@
 //!
 //! /dev/fuse stays open beside the rings for what the kernel sends there only (see `device`).
 
+pub use cpus::PARKED;
+
 mod affinity;
 mod answer;
 mod carriers;

@@ -129,7 +129,8 @@ impl Worker {
         let mut batch = Vec::new();
         let mut said = false;
         while ring.entries().are_live() {
-            if let Err(e) = ring.wait(&mut batch) {
+            let limit = ring.make_room(|| server.has_parked());
+            if let Err(e) = ring.wait(&mut batch, limit) {
                 pause(&e, &mut said);
             }
             ring.entries().set_busy(true);

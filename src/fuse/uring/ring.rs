@@ -3,12 +3,16 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::squeue::Entry128;
-use io_uring::{IoUring, cqueue, opcode, types::Fd};
+use io_uring::types::{Fd, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
 
+use super::cpus::{AHEAD, MOST};
 use super::device::Device;
 use super::memory::{Answered, Entries, Filling, Held, Place};
 use super::serve::Exchange;
@@ -41,6 +45,13 @@ type Homes = Arc<[Arc<Entries>]>;
 /// How many submissions a ring has room for that has no entries of its own; when they are full it submits.
 const ROOM: u32 = 64;
 
+/// How many completions a ring has room for: as many as a queue may come to have entries, and reads beside them. What is
+/// more the kernel keeps until there is room.
+const COMPLETIONS: u32 = 2 * MOST;
+
+/// How often a crowded queue is looked at while its requests wait.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// A ring and its entries.
 pub(super) struct Ring {
     // First, so that the ring is closed before the memory of any entry goes.
@@ -58,6 +69,8 @@ pub(super) struct Ring {
     watching: bool,
     /// Requests whose read the kernel was not even given.
     refused: Vec<Held>,
+    /// There was no memory for more entries.
+    cannot_grow: bool,
     device: Option<Arc<Device>>,
 }
 
@@ -90,7 +103,7 @@ impl Ring {
     fn new(own: Arc<Entries>, homes: Homes) -> io::Result<Ring> {
         let room = (own.count() + 1).max(ROOM).next_power_of_two();
         let mut builder = IoUring::builder();
-        builder.setup_single_issuer().setup_defer_taskrun();
+        builder.setup_single_issuer().setup_defer_taskrun().setup_cqsize(COMPLETIONS);
         let ring = bound(&mut builder, room, &[opcode::UringCmd80::CODE, opcode::Read::CODE])?;
         let filling = (0..own.count()).map(|_| None).collect();
         let (answered, to_fill, refused) = (VecDeque::new(), VecDeque::new(), Vec::new());
@@ -104,6 +117,7 @@ impl Ring {
             fills: 0,
             watching: false,
             refused,
+            cannot_grow: false,
             device: None,
         })
     }
@@ -133,12 +147,41 @@ impl Ring {
     /// may submit to this ring.
     pub(super) fn register(&mut self, device: Arc<Device>) -> io::Result<()> {
         begin(&self.ring)?;
-        let fd = device.as_raw_fd();
         self.device = Some(device);
         self.own.adopt_thread();
-        let places: Vec<[libc::iovec; 2]> =
-            (0..self.own.count()).map(|index| self.own.places(index)).collect();
-        for (index, place) in (0u32..).zip(&places) {
+        self.give(0..self.own.count())
+    }
+
+    /// Adds entries to queues of which more than half are out: up to `parked`, in entries, while requests of the file system
+    /// are parked, else up to [`AHEAD`]. Some: a queue is crowded all the same, and is to be looked at again after that time.
+    /// To be called by the ring's thread, before it waits.
+    pub(super) fn make_room(&mut self, parked: impl Fn() -> bool) -> Option<Duration> {
+        let mut crowded: Vec<_> = self.own.crowded().collect();
+        if crowded.is_empty() || self.cannot_grow {
+            return None;
+        }
+        let limit = if parked() { MOST } else { AHEAD };
+        crowded.retain(|(_, all)| *all < limit);
+        for (tally, _) in crowded {
+            let added = self.own.add(tally).and_then(|entries| {
+                self.filling.resize_with(entries.end as usize, || None);
+                self.give(entries)
+            });
+            if let Err(e) = added {
+                self.cannot_grow = true;
+                log::error!(
+                    "a queue gets no more entries: {e}; while many requests wait, others wait with them"
+                );
+            }
+        }
+        Some(LOOK)
+    }
+
+    /// Gives entries of its own to their queues.
+    fn give(&mut self, entries: Range<u32>) -> io::Result<()> {
+        let fd = self.device.as_ref().map_or(-1, |device| device.as_raw_fd());
+        let places: Vec<[libc::iovec; 2]> = entries.clone().map(|index| self.own.places(index)).collect();
+        for (index, place) in entries.zip(&places) {
             let command = command(fd, REGISTER, 0, self.own.queue(index), Some(place.as_ptr() as u64));
             self.push(with_two_places(command).user_data(self.own.place(index).mark()))?;
             self.own.begins(index);
@@ -150,10 +193,18 @@ impl Ring {
         Ok(())
     }
 
-    /// Hands over what was answered, waits for at least one request or call, and puts the requests into `batch`.
-    pub(super) fn wait(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
+    /// Hands over what was answered, waits for at least one request or call, or for `limit`, and puts the requests into
+    /// `batch`.
+    pub(super) fn wait(&mut self, batch: &mut Vec<Held>, limit: Option<Duration>) -> io::Result<()> {
         self.commit()?;
-        passing(self.ring.submit_and_wait(usize::from(self.refused.is_empty())))?;
+        let want = usize::from(self.refused.is_empty());
+        match limit {
+            None => passing(self.ring.submit_and_wait(want))?,
+            Some(limit) => {
+                let limit = Timespec::from(limit);
+                passing(self.ring.submitter().submit_with_args(want, &SubmitArgs::new().timespec(&limit)))?;
+            }
+        }
         self.collect(batch)
     }
 
@@ -390,7 +441,7 @@ mod tests {
         fn wait(&mut self) -> Vec<Held> {
             let mut batch = Vec::new();
             while self.ring.filling.iter().any(Option::is_some) {
-                self.ring.wait(&mut batch).expect("the ring works");
+                self.ring.wait(&mut batch, None).expect("the ring works");
             }
             batch
         }

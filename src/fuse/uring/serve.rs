@@ -177,6 +177,11 @@ impl Server {
         Server { fs, lanes: Lanes::new(helpers), closed: AtomicBool::new(false), device }
     }
 
+    /// Requests of the file system wait for space on the host.
+    pub(super) fn has_parked(&self) -> bool {
+        self.fs.has_parked()
+    }
+
     /// True when a write to `handle` may wait for the host.
     pub(super) fn writes_may_block(&self, handle: Handle) -> bool {
         self.fs.writes_may_block(handle)
