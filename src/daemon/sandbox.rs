@@ -21,7 +21,6 @@ use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Error, Kind};
-use crate::fuse::mount::DEVICE;
 use crate::fuse::session::Transport;
 use crate::io::process;
 use crate::tree::Sandbox;
@@ -151,18 +150,11 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), Refusal> {
                 .add_rule(PathBeneath::new(borders.images, in_images()))?
                 .add_rule(PathBeneath::new(borders.own, in_images()))?;
         }
-        let files = [
-            // Each transport thread opens it for itself. An ordinary user may not even see it.
-            (DEVICE, make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev})),
-            // Where libc's malloc counts CPUs, to know how many arenas help.
-            (CPUS, AccessFs::ReadFile.into()),
-        ];
-        for (file, access) in files {
-            match rustix::fs::open(file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
-                Ok(file) => rules = rules.add_rule(PathBeneath::new(file, access))?,
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
-                Err(e) => Err(std::io::Error::from(e)).context(file)?,
-            }
+        // Where libc's malloc counts CPUs, to know how many arenas help.
+        match rustix::fs::open(CPUS, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(file) => rules = rules.add_rule(PathBeneath::new(file, AccessFs::ReadFile))?,
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => {}
+            Err(e) => Err(std::io::Error::from(e)).context(CPUS)?,
         }
         Ok(rules.restrict_self()?.ruleset)
     };
@@ -256,6 +248,10 @@ mod tests {
         fs::remove_file(folder.join("a/f")).expect("a removal");
         assert_eq!(fs::read(folder.join("a/g")).expect("read"), b"x");
         assert_eq!(errno(File::open("/etc/passwd")), Some(libc::EACCES));
+        assert!(
+            errno(File::open("/dev/fuse")).is_some(),
+            "each transport thread has its descriptor from before"
+        );
         assert_eq!(errno(fs::read_dir("/")), Some(libc::EACCES));
         assert_eq!(errno(File::create("/tmp/ploopfs-outside")), Some(libc::EACCES));
         assert_eq!(errno(fs::hard_link("/etc/passwd", folder.join("p"))), Some(libc::EXDEV));

@@ -144,9 +144,9 @@ const OLDER: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[];
 
-/// Requests for `ioctl`: FICLONE and FICLONERANGE (extents that two files share), FUSE_DEV_IOC_CLONE (a transport
-/// thread's own descriptor), FIONBIO and FIOCLEX (flags of a descriptor).
-const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x8004_e500, 0x5421, 0x5451];
+/// Requests for `ioctl`: FICLONE and FICLONERANGE (extents that two files share), FIONBIO and FIOCLEX (flags of a
+/// descriptor).
+const REQUESTS: &[u32] = &[0x4004_9409, 0x4020_940d, 0x5421, 0x5451];
 
 /// With passthrough: a host file is registered with the mount, and given back.
 const PASSING: &[u32] = &[backing::OPEN_REQUEST, backing::CLOSE_REQUEST];
