@@ -76,7 +76,7 @@ impl Folder {
     /// nothing that runs notices.
     fn make_layered(&self, entry: &Arc<Entry>) -> Result<Arc<Layers>> {
         // No look at the folder may come between its new name and our knowing of it.
-        let _known = locked(&self.known);
+        let known = locked(&self.known);
         if let Some(layers) = entry.live_layers() {
             return Ok(layers);
         }
@@ -96,6 +96,8 @@ impl Folder {
             };
             entry.set_origin(origin);
         }
+        // Other images do not wait for the files of this one.
+        drop(known);
         let layers = entry.open_layers()?;
         live.layers.store(Some(layers.clone()));
         // The layers hold the file from here on, and they say for what: it becomes a frozen level.
