@@ -100,7 +100,7 @@ fn an_open_of_a_locked_image_is_answered_before_its_holder_is_looked_for_and_hol
 }
 
 #[test]
-fn an_image_whose_host_hangs_holds_up_nobody_who_uses_another() {
+fn an_image_whose_host_hangs_holds_up_no_user_of_another() {
     require!("fuse");
     // The base of an image lies on a mount whose daemon is stopped.
     let host = Mount::new(&[]);
@@ -183,10 +183,10 @@ fn the_counters_cost_little_however_often_they_are_opened_and_are_not_for_everyb
     assert!(grown < 50 << 10, "{} opens: {grown} KiB", held.len());
     drop(held);
     assert!(until(SOON, || File::open(&stats).is_ok()), "places are given back");
-    let nobody =
+    let stranger =
         Run::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups", "cat"]).arg(&stats);
-    let nobody = nobody.run();
-    assert!(!nobody.success(), "{nobody}");
+    let stranger = stranger.run();
+    assert!(!stranger.success(), "{stranger}");
     // Until the owner says otherwise.
     ok("chmod", &["444", text(&stats)]);
     fs::read_to_string(&stats).expect("still there");

@@ -27,11 +27,11 @@ pub struct Deltas {
     /// It was said that this host has no locks.
     unlocked: AtomicBool,
     /// Protects which files have a place. Held for a look-up only: whatever one file waits for, others are opened. A leaf
-    /// but for the places that nobody has.
+    /// but for the places that only the table has.
     places: Mutex<HashMap<Identity, Arc<FilePlace>>>,
 }
 
-/// The place of one file. Protects that it is opened once, whoever uses it. Held across that open, its locks, and the end of
+/// The place of one file. Protects that it is opened once for all its users. Held across that open, its locks, and the end of
 /// a use of ours that has begun (which takes no lock).
 type FilePlace = Mutex<Leased<Held>>;
 
@@ -117,7 +117,7 @@ impl Deltas {
 
     fn place_of(&self, identity: Identity) -> Arc<FilePlace> {
         let mut places = locked(&self.places);
-        // A place that only this table has is locked by nobody, so that looking at it does not wait.
+        // A place that only this table has is not locked, and looking at it does not wait.
         places.retain(|&other, place| {
             other == identity || Arc::strong_count(place) > 1 || !locked(place).is_over()
         });

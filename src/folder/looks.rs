@@ -1,7 +1,7 @@
 //! What is asked of the host about an image, its snapshots or the whole folder on behalf of those who must not wait.
 //!
 //! A host may take its time, or hang, below one image alone: another file system, a server that is gone. So a question
-//! about an image is carried out on a thread of the engine, one at a time for each image; whoever asked goes on, and
+//! about an image is carried out on a thread of the engine, one at a time for each image; the thread that asked goes on, and
 //! the answer finds its way from there. What hangs holds up who asks about that image, and one thread.
 
 use std::num::NonZeroUsize;

@@ -2,7 +2,7 @@
 //!
 //! A look goes through all of /proc, or waits for the keeper. So it never comes before the answer of an open, and under no
 //! lock that an open needs; there is one at a time, and what it found is remembered for a while: a loop of opens of a
-//! locked image costs a look now and then, whoever runs it.
+//! locked image costs a look now and then, and may run for ever.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -62,7 +62,7 @@ impl Wanted {
         holder
     }
 
-    /// Notes a look for later. True: nobody works on the queue yet.
+    /// Notes a look for later. True: no thread works on the queue yet.
     fn enqueue(&self, held: Held, doing: &'static str, error: &Error) -> bool {
         let mut state = locked(&self.state);
         // What is remembered was logged, and what is queued will be.

@@ -121,8 +121,8 @@ impl std::error::Error for Unnamed {}
 /// Errors are to be made without a look at who holds the lock.
 static LATER: AtomicBool = AtomicBool::new(false);
 
-/// From now on nobody is looked for before an error is made: that takes as long as /proc is large or the keeper slow, and
-/// whoever tried the lock holds others up meanwhile. The error then leads to the lock ([`unnamed`]), and can be told
+/// From now on an error is made without a look for the holder: that takes as long as /proc is large or the keeper slow, and
+/// a thread that tried a lock holds others up meanwhile. The error then leads to the lock ([`unnamed`]), and can be told
 /// again with a name ([`named`]).
 pub fn name_later() {
     LATER.store(true, Ordering::Relaxed);
@@ -138,13 +138,13 @@ pub(super) fn in_use(held: Option<Held>, path: &Path) -> Error {
     }
 }
 
-/// The lock that `error` is about, where nobody has looked for its holder yet.
+/// The lock that `error` is about, whose holder is still to be looked for.
 pub fn unnamed(error: &Error) -> Option<Held> {
     let source = std::error::Error::source(error)?;
     source.downcast_ref::<Unnamed>().map(|unnamed| unnamed.0)
 }
 
-/// The same error, now that it is known who holds the lock, or that nobody can tell.
+/// The same error, now that it is known who holds the lock, or that it cannot be found out.
 pub fn named(error: &Error, holder: Option<&Holder>) -> Error {
     Error::at(error.kind(), error.file().unwrap_or(Path::new("")), sentence(holder))
 }

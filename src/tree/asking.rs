@@ -13,7 +13,7 @@ type Waiter<T> = Box<dyn FnOnce(T) + Send>;
 
 /// One question.
 pub struct Question<T> {
-    /// An answer holds for so many times as long as it took to find; 0: whoever asks later asks anew.
+    /// An answer holds for so many times as long as it took to find; 0: a later question is asked anew.
     worth: u32,
     /// Protects the answer and who waits for it. A leaf; no waiter is called under it.
     state: Mutex<State<T>>,
@@ -28,7 +28,7 @@ struct State<T> {
 }
 
 impl<T: Clone + Send + 'static> Question<T> {
-    /// Nobody has asked yet.
+    /// It was not asked yet.
     pub fn new(worth: u32) -> Arc<Question<T>> {
         let state = State { last: None, waiting: Vec::new(), running: false };
         Arc::new(Question { worth, state: Mutex::new(state) })
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn without_worth_nobody_is_answered_with_what_was_found_before() {
+    fn without_worth_no_asker_is_answered_with_what_was_found_before() {
         let (question, found, (send, receive)) = (Question::new(0), Arc::default(), channel());
         for n in 0..10 {
             ask(&question, &found, Duration::ZERO, &send);
