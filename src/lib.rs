@@ -1,14 +1,15 @@
 //! ploopfs: thin, snapshotted virtual disks as plain files.
 //!
 //! The rooms, lowest first: [`io`] (the host), [`format`] (bytes), [`image`] (an image at rest), [`vdisk`] (one
-//! live image), [`transfer`] (disks in and out of images), [`folder`] (the live set), [`tree`] (what the kernel sees),
-//! [`fuse`] (transports), [`control`], [`daemon`] and [`cli`]. A room uses only what stands below it.
+//! live image), [`disk`] (the one door to an image at rest), [`transfer`] (disks in and out of images), [`folder`] (the
+//! live set), [`tree`] (what the kernel sees), [`fuse`] (transports), [`control`], [`daemon`] and [`cli`]. A room uses only what stands below it.
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 pub mod cli;
 pub mod control;
 pub mod daemon;
+pub mod disk;
 pub mod error;
 pub mod folder;
 pub mod format;

@@ -1,14 +1,12 @@
 //! `ploopfs attach`.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use crate::cli::{Outcome, layered, out, served, target};
+use crate::cli::{Outcome, out, served, target};
 use crate::control::client::Client;
 use crate::daemon::mounts::{self, Mount};
+use crate::disk::find;
 use crate::error::{Error, Kind, Result};
-use crate::image::chain::Candidate;
-use crate::image::kind::Class;
 use crate::io::loopdev;
 use crate::words::quoted;
 
@@ -86,7 +84,7 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
         let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", quoted(folder));
         return Err(Error::at(Kind::NotFound, image, what));
     };
-    let mut name = name_of(image, &source)?;
+    let mut name = find::name(&source)?;
     let shown = match &target.snapshot {
         Some(snapshot) => mount.point.join(SNAPSHOTS).join(name).join(format!("{snapshot}.img")),
         None => {
@@ -99,16 +97,4 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
         Error::io(&e, image, what)
     })?;
     Ok(Shown { path: shown, frozen: target.snapshot.is_some(), mount })
-}
-
-fn name_of(image: &Path, source: &Path) -> Result<OsString> {
-    if target::is_layered(source) {
-        return Ok(layered::name(source));
-    }
-    match Candidate::open(source)?.class() {
-        Class::Image { name, .. } => Ok(name),
-        Class::NotAnImage { .. } => {
-            Err(Error::at(Kind::Invalid, image, "is no image (`ploopfs list --all` says why)"))
-        }
-    }
 }

@@ -9,7 +9,8 @@ use crate::cli::output::{pipe, stdout};
 use crate::cli::source::Source;
 use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, layered, served};
+use crate::cli::{Outcome, served};
+use crate::disk::find;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::stream::Head;
@@ -148,16 +149,12 @@ fn write(target: &Target, since: Option<(String, String)>, output: Output, pace:
     let mut source = Source::open(target)?;
     let diff = since.as_ref().map(|(guid, _)| source.since(guid)).transpose()?;
     let (base, base_name) = since.unwrap_or_default();
-    let cluster = diff.as_ref().map(|diff| diff.cluster).or(source.cluster);
-    let no_guid = || Error::at(Kind::Damaged, &target.path, format!("{} is no GUID", source.line.guid));
+    let cluster = diff.as_ref().map(|diff| diff.cluster).or(source.cluster());
+    let no_guid = || Error::at(Kind::Damaged, &target.path, format!("{} is no GUID", source.line().guid));
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let name = match target::is_layered(&target.path) {
-        true => layered::name(&target.path),
-        false => target.path.file_stem().unwrap_or_default().to_owned(),
-    };
     // The live disk has no identity that a snapshot could have.
     let (guid, label) = match &target.snapshot {
-        Some(_) => (Guid::parse(&source.line.guid).ok_or_else(no_guid)?, source.line.name.clone()),
+        Some(_) => (Guid::parse(&source.line().guid).ok_or_else(no_guid)?, source.line().name.clone()),
         None => (Guid::random(), time_label(now.as_ref().map_or(0, Duration::as_secs))),
     };
     let head = Head {
@@ -166,7 +163,7 @@ fn write(target: &Target, since: Option<(String, String)>, output: Output, pace:
         guid,
         base: Guid::parse(&base).unwrap_or(Guid::NONE),
         made: now.map_or(0, |now| now.as_secs()),
-        image: name.to_string_lossy().into_owned(),
+        image: find::name(&target.path)?.to_string_lossy().into_owned(),
         name: label,
         base_name,
     };

@@ -2,20 +2,15 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::json;
 
 use crate::cli::work::{self, Pace, Place};
 use crate::cli::{Outcome, out, size, target};
+use crate::disk::content;
 use crate::error::Result;
-use crate::image::chain::Candidate;
-use crate::image::layers::{Direct, Layers};
-use crate::image::paths::image_folder;
-use crate::io::real::Access;
 use crate::vdisk::live::Work;
 use crate::vdisk::tracking::Changes;
-use crate::vdisk::{Engine, Image, Options};
 
 /// Arguments of `cbt`.
 #[derive(Debug, clap::Args)]
@@ -78,50 +73,9 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 /// What has changed in the image at `path`: by the daemon that serves it, else here under the same locks.
 fn of(path: &Path) -> Result<Changes> {
     match Place::of(path)? {
-        Place::Live(mut daemon, name) => all(|start| daemon.client.changes(&name, start)),
-        Place::Offline => {
-            let engine = Engine::new(Options::default(), Box::new(|event| log::warn!("{event}")));
-            let name = path.to_string_lossy();
-            let open = |levels| Image::open(&engine, &name, levels);
-            if target::is_layered(path) {
-                let opener = Arc::new(Direct(Access::ReadOnly));
-                let (_layers, levels) = Layers::open(image_folder(path)?, path, opener, false)?;
-                let image = open(levels)?;
-                return all(|start| Ok(image.changes(start)));
-            }
-            // What it is comes first: a folder or a link has no lock to be taken.
-            Candidate::open(path)?.kind()?;
-            let (candidate, _lock) = Candidate::open_locked(path)?;
-            let kind = candidate.kind()?;
-            let image = open(vec![candidate.open_as(kind)?.into_level()])?;
-            all(|start| Ok(image.changes(start)))
-        }
+        Place::Live(mut daemon, name) => Changes::whole(|start| daemon.client.changes(&name, start)),
+        Place::Offline => content::changes(path),
     }
-}
-
-/// Asks for part after part.
-fn all(mut part: impl FnMut(u64) -> Result<Changes>) -> Result<Changes> {
-    let mut all = part(0)?;
-    while let Some(next) = all.next {
-        let more = part(next)?;
-        if more.uuid != all.uuid {
-            // It ended meanwhile, or began anew: what was heard means nothing.
-            all = part(0)?;
-            continue;
-        }
-        for (begin, len) in more.ranges {
-            match all.ranges.last_mut() {
-                Some((last, length)) if *last + *length == begin => *length += len,
-                _ => all.ranges.push((begin, len)),
-            }
-        }
-        (all.next, all.size) = (more.next, more.size);
-    }
-    Ok(all)
-}
-
-fn bytes(changes: &Changes) -> u64 {
-    changes.ranges.iter().map(|(_, len)| len).sum()
 }
 
 fn to_json(path: &Path, changes: &Changes) -> serde_json::Value {
@@ -133,7 +87,7 @@ fn to_json(path: &Path, changes: &Changes) -> serde_json::Value {
         "reason": changes.reason,
         "size": changes.size,
         "granularity": changes.granularity,
-        "bytes": bytes(changes),
+        "bytes": changes.bytes(),
         "ranges": changes.ranges.iter().map(range).collect::<Vec<_>>(),
     })
 }
@@ -147,7 +101,7 @@ fn to_text(changes: &Changes) -> String {
     }
     let _ = match &changes.uuid {
         Some(uuid) => {
-            let part = size::human(bytes(changes));
+            let part = size::human(changes.bytes());
             writeln!(text, "{part} of {all} have changed since {}", out::printable(uuid))
         }
         None => {
@@ -185,29 +139,5 @@ mod tests {
     fn where_nothing_has_changed_one_sentence_says_so_and_no_table_begins() {
         let none = Changes { ranges: Vec::new(), ..tracked() };
         assert_eq!(to_text(&none), "nothing of 10 MiB has changed since a-b\n");
-    }
-
-    #[test]
-    fn parts_are_put_together_and_those_of_another_tracking_are_not() {
-        let part = |uuid: &str, ranges: &[(u64, u64)], next| Changes {
-            uuid: Some(uuid.into()),
-            ranges: ranges.to_vec(),
-            next,
-            ..tracked()
-        };
-        let mut answers = vec![
-            part("a", &[(0, 1)], Some(1)),
-            part("b", &[(1, 1)], None),
-            part("b", &[(0, 2), (4, 1)], Some(5)),
-            part("b", &[(5, 1), (8, 1)], None),
-        ]
-        .into_iter();
-        let mut starts = Vec::new();
-        let all = all(|start| {
-            starts.push(start);
-            Ok(answers.next().expect("no more is asked"))
-        });
-        assert_eq!(all.expect("all of them").ranges, [(0, 2), (4, 2), (8, 1)]);
-        assert_eq!(starts, [0, 1, 0, 5]);
     }
 }

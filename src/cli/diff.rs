@@ -2,17 +2,14 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::json;
 
 use crate::cli::work::Place;
 use crate::cli::{Outcome, out, size, target};
-use crate::error::{Error, Kind, Result};
-use crate::image::diff::{self, Diff, Side};
-use crate::image::layers::{Direct, Layers};
-use crate::image::paths::image_folder;
-use crate::io::real::Access;
+use crate::disk::content;
+use crate::error::Result;
+use crate::image::diff::{Diff, Side};
 
 /// Arguments of `diff`.
 #[derive(Debug, clap::Args)]
@@ -53,28 +50,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// Compares two snapshots of the image at `path`: by the daemon that serves it, else here under the same locks.
-pub fn of(path: &Path, from: &str, to: Option<&str>) -> Result<Diff> {
+fn of(path: &Path, from: &str, to: Option<&str>) -> Result<Diff> {
     match Place::of(path)? {
-        Place::Live(mut daemon, name) => all(|start| daemon.client.diff(&name, from, to, start)),
-        Place::Offline => {
-            if !target::is_layered(path) {
-                let what = format!("there is no snapshot {from}: this image has none");
-                return Err(Error::at(Kind::NotFound, path, what));
-            }
-            let opener = Arc::new(Direct(Access::ReadOnly));
-            let (layers, _) = Layers::open(image_folder(path)?, path, opener, false)?;
-            all(|start| diff::diff(&layers, from, to, start))
-        }
+        Place::Live(mut daemon, name) => Diff::whole(|start| daemon.client.diff(&name, from, to, start)),
+        Place::Offline => content::diff(path, from, to),
     }
-}
-
-/// Asks for part after part.
-pub fn all(mut part: impl FnMut(u64) -> Result<Diff>) -> Result<Diff> {
-    let mut all = part(0)?;
-    while let Some(next) = all.next {
-        all.append(part(next)?);
-    }
-    Ok(all)
 }
 
 fn to_text(diff: &Diff) -> String {

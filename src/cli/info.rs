@@ -4,16 +4,18 @@ use std::fmt::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::cli::space::{Order, Reclaimable};
-use crate::cli::{Outcome, layered, out, served, size, target};
-use crate::error::{Error, Kind};
+use crate::cli::served::{self, Live};
+use crate::cli::{Outcome, out, size, target};
+use crate::disk::facts::{Facts, LevelFacts};
+use crate::disk::space::{Order, Reclaimable};
+use crate::error::{Error, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
-use crate::image::chain::{AtRest, Candidate, Form};
-use crate::image::kind::Class;
+use crate::image::chain::Form;
 use crate::io::holder::{Held, Holder};
 use crate::io::lock::Use;
+use crate::words::quoted;
 
 /// Arguments of `info`.
 #[derive(Debug, clap::Args)]
@@ -22,68 +24,43 @@ pub struct Args {
     which: target::Facts,
 }
 
+/// What stands for a daemon's lines where no daemon serves the image.
+const OFFLINE: &str = "mode:        offline\n";
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.which.image)?;
-    if target.is_layered() {
-        return layered::info(&target, args.which.json);
-    }
-    if target.snapshot.is_some() {
-        return Err(Error::at(Kind::NotFound, &args.which.image, "the image has no snapshots").into());
-    }
-    let path = target.path;
-    let live = served::image(&path)?;
-    let candidate = Candidate::open(&path)?;
-    let kind = candidate.kind()?;
-    let name = match candidate.class() {
-        Class::Image { name, .. } => name.to_string_lossy().into_owned(),
-        Class::NotAnImage { .. } => String::new(),
-    };
-    let image = candidate.open_as(kind)?;
-    let order = Order::of(&image)?;
+    let facts = Facts::of(&target)?;
+    let live = served::image(&facts.path)?;
+    let reclaimable = facts.reclaimable(live.is_some())?;
     // While our daemon has it open it says more of itself than a lock does.
-    let ours = live.as_ref().is_some_and(|live| live.mode != "closed");
-    let holder = if ours { None } else { holder(&path)? };
-    let reclaimable = Reclaimable::leaks(&path, live.is_some());
+    let ours = live.as_ref().is_some_and(|live| live.mode != "closed" || facts.snapshot.is_some());
+    // What it says is about the live disk.
+    let live = live.filter(|_| facts.snapshot.is_none());
+    let holder = match facts.top() {
+        Some(top) if !ours => holder(&top.file.path)?,
+        _ => None,
+    };
     if args.which.json {
-        let mut value = to_json(&name, &image, order);
-        value["reclaimable"] = json!(reclaimable);
-        if let (Some(live), Some(fields)) = (&live, value.as_object_mut()) {
-            fields.insert("mode".to_owned(), json!(live.mode));
-            fields.insert("openers".to_owned(), json!(live.openers));
-            fields.insert("reason".to_owned(), json!(live.reason));
-            fields.insert("daemon".to_owned(), json!(live.pid));
-            fields.insert("shown".to_owned(), json!(live.shown.to_string_lossy()));
-        }
-        if let (Some(holder), Some(fields)) = (&holder, value.as_object_mut()) {
-            fields.insert("holder".to_owned(), json!(holder.to_string()));
-        }
-        out::json(&value)?;
+        out::json(&to_json(&facts, &reclaimable, live.as_ref(), holder.as_ref()))?;
     } else {
-        let live = live.as_ref().map_or_else(|| OFFLINE.to_owned(), served::Live::to_text);
-        let holder = holder.map(|holder| held_by(&holder)).unwrap_or_default();
-        out::text(&(to_text(&name, &image, order) + &reclaimable.to_text(&path) + &live + &holder))?;
+        let live = live.as_ref().map_or_else(|| OFFLINE.to_owned(), Live::to_text);
+        let held = |holder: Holder| format!("held by:     {}\n", out::printable(&holder.to_string()));
+        let held = holder.map(held).unwrap_or_default();
+        out::text(&(to_text(&facts) + &space_text(&reclaimable, &facts.path) + &live + &held))?;
     }
     Ok(Outcome::Done)
 }
 
-/// What stands for a daemon's lines where no daemon serves the image.
-pub const OFFLINE: &str = "mode:        offline\n";
-
-/// The line about a process that has the image locked.
-pub fn held_by(holder: &Holder) -> String {
-    format!("held by:     {}\n", out::printable(&holder.to_string()))
-}
-
 /// The other process that has the file locked.
-pub fn holder(path: &Path) -> anyhow::Result<Option<Holder>> {
-    let file = std::fs::metadata(path)?;
+fn holder(path: &Path) -> Result<Option<Holder>> {
+    let file = path.metadata().map_err(|e| Error::io(&e, path, "cannot look at it"))?;
     // As a writer would see it: readers are holders, too.
     Ok(Held::Delta { dev: file.dev(), ino: file.ino(), used: Use::Writer }.holder())
 }
 
 /// The in-use mark in words.
-pub fn mark(header: &Header) -> String {
+fn mark(header: &Header) -> String {
     match header.in_use {
         IN_USE => "set: open, or not closed cleanly".into(),
         CLOSED => "clear".into(),
@@ -93,7 +70,8 @@ pub fn mark(header: &Header) -> String {
 }
 
 /// One level in JSON.
-pub fn level_json(image: &AtRest, order: Order) -> serde_json::Value {
+fn level_json(level: &LevelFacts) -> Value {
+    let (image, order) = (&level.file, level.order);
     let path = image.path.to_string_lossy();
     let mut level = json!({ "path": path, "kind": image.kind().as_str(), "length": image.len });
     if let Form::Ploop(header) = &image.form {
@@ -112,56 +90,142 @@ pub fn level_json(image: &AtRest, order: Order) -> serde_json::Value {
             "flags": header.flags,
             "extension": header.extension,
         });
-        if let (Some(level), serde_json::Value::Object(more)) = (level.as_object_mut(), more) {
+        if let (Some(level), Value::Object(more)) = (level.as_object_mut(), more) {
             level.extend(more);
         }
     }
     level
 }
 
-fn to_json(name: &str, image: &AtRest, order: Order) -> serde_json::Value {
-    let path = image.path.to_string_lossy();
-    let kind = image.kind().as_str();
-    let in_use = matches!(&image.form, Form::Ploop(header) if header.is_in_use());
-    let level = level_json(image, order);
-    json!({
-        "name": name,
-        "path": path,
-        "kind": kind,
-        "size": image.size(),
-        "allocated": image.allocated,
-        "levels": [level],
+fn to_json(facts: &Facts, reclaimable: &Reclaimable, live: Option<&Live>, holder: Option<&Holder>) -> Value {
+    let mut value = json!({
+        "name": facts.name,
+        "path": facts.path.to_string_lossy(),
+        "kind": facts.kind(),
+        "size": facts.size(),
+        "allocated": facts.allocated(),
+        "levels": facts.levels.iter().map(level_json).collect::<Vec<_>>(),
         "mode": "offline",
-        "in_use": in_use,
+        "in_use": facts.header().is_some_and(Header::is_in_use),
         "openers": [],
-    })
+        "reclaimable": reclaimable,
+    });
+    let Some(fields) = value.as_object_mut() else { return value };
+    if let Some(lines) = &facts.snapshots {
+        fields.insert("snapshot".to_owned(), json!(facts.snapshot));
+        fields.insert("snapshots".to_owned(), json!(lines));
+    }
+    if let Some(live) = live {
+        fields.insert("mode".to_owned(), json!(live.mode));
+        fields.insert("openers".to_owned(), json!(live.openers));
+        fields.insert("reason".to_owned(), json!(live.reason));
+        fields.insert("daemon".to_owned(), json!(live.pid));
+        fields.insert("shown".to_owned(), json!(live.shown.to_string_lossy()));
+    }
+    if let Some(holder) = holder {
+        fields.insert("holder".to_owned(), json!(holder.to_string()));
+    }
+    value
 }
 
-fn to_text(name: &str, image: &AtRest, order: Order) -> String {
+fn to_text(facts: &Facts) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
-    let mut row = |label: &str, value: String| {
-        let _ = writeln!(text, "{:<13}{value}", format!("{label}:"));
+    let mut row = |label: &str, value: &str| {
+        let _ = writeln!(text, "{:<13}{}", format!("{label}:"), out::printable(value));
     };
     let both = |bytes: u64| format!("{} ({bytes} bytes)", size::human(bytes));
-    row("name", out::printable(name));
-    row("file", out::printable(&image.path.to_string_lossy()));
-    row("size", both(image.size()));
-    row("allocated", both(image.allocated));
-    row("file length", both(image.len));
-    match &image.form {
-        Form::Raw => row("kind", "raw".into()),
-        Form::Ploop(header) => {
-            let geometry = header.geometry();
-            row("kind", format!("ploop {}", header.version));
-            row("cluster", both(geometry.cluster));
-            row("mapped", format!("{} of {} clusters", order.mapped, geometry.clusters()));
-            row("fragmented", order.to_text());
-            row("in-use mark", mark(header));
-            if header.extension != 0 {
-                row("extension", format!("at sector {}", header.extension));
+    let path = facts.path.to_string_lossy();
+    row("name", &facts.name);
+    row(if facts.snapshots.is_some() { "folder" } else { "file" }, &path);
+    if let Some(snapshot) = &facts.snapshot {
+        row("snapshot", snapshot);
+    }
+    row("size", &both(facts.size()));
+    row("allocated", &both(facts.allocated()));
+    if let Some(lines) = &facts.snapshots {
+        row("kind", "layered");
+        let names: Vec<&str> = lines.iter().filter(|l| !l.current).map(|l| l.name.as_str()).collect();
+        row("snapshots", &if names.is_empty() { "none".to_owned() } else { names.join(", ") });
+        if let Some(header) = facts.header() {
+            row("in-use mark", &mark(header));
+        }
+        for (index, level) in facts.levels.iter().enumerate() {
+            let form = match &level.file.form {
+                Form::Raw => "raw".to_owned(),
+                Form::Ploop(header) => format!("ploop {}", header.version),
+            };
+            let file = level.file.path.file_name().unwrap_or_default().to_string_lossy();
+            row(&format!("level {index}"), &format!("{file}, {form}, {}", size::human(level.file.allocated)));
+            if matches!(level.file.form, Form::Ploop(_)) {
+                row("fragmented", &order_text(level.order));
+            }
+        }
+        return text;
+    }
+    for LevelFacts { file, order, .. } in &facts.levels {
+        row("file length", &both(file.len));
+        match &file.form {
+            Form::Raw => row("kind", "raw"),
+            Form::Ploop(header) => {
+                let geometry = header.geometry();
+                row("kind", &format!("ploop {}", header.version));
+                row("cluster", &both(geometry.cluster));
+                row("mapped", &format!("{} of {} clusters", order.mapped, geometry.clusters()));
+                row("fragmented", &order_text(*order));
+                row("in-use mark", &mark(header));
+                if header.extension != 0 {
+                    row("extension", &format!("at sector {}", header.extension));
+                }
             }
         }
     }
     text
+}
+
+/// The order of a level in words.
+fn order_text(order: Order) -> String {
+    match order.pieces {
+        0 | 1 => "none, in one piece".to_owned(),
+        pieces => format!("{}%, in {pieces} pieces", order.fragmentation()),
+    }
+}
+
+/// The lines about what could be given back.
+fn space_text(found: &Reclaimable, image: &Path) -> String {
+    let mut text = String::new();
+    let mut row = |label: &str, value: &str| {
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "{:<13}{}", format!("{label}:"), out::printable(value));
+    };
+    match (found.leaked, &found.leaked_unknown) {
+        (Some(0), _) => row("reclaimable", "nothing leaked"),
+        (Some(bytes), _) => {
+            let command = format!("ploopfs check {} --repair", quoted(image));
+            row("reclaimable", &format!("{} leaked: {command}", size::human(bytes)));
+        }
+        (None, Some(why)) => row("reclaimable", &format!("leaks are not known: {why}")),
+        (None, None) => {}
+    }
+    for freed in &found.snapshots {
+        let own = size::human(freed.exclusive);
+        let gain = match &freed.why_not {
+            Some(why) => format!("deleting it frees nothing: {why}"),
+            None => format!("deleting it frees {}", size::human(freed.reclaimable)),
+        };
+        row("snapshot", &format!("{}: {own} of its own; {gain}", freed.name));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fragmentation_is_told_in_percent_and_pieces() {
+        let of = |mapped, pieces| order_text(Order { mapped, pieces });
+        assert_eq!(of(101, 11), "10%, in 11 pieces");
+        assert_eq!(of(5, 1), "none, in one piece");
+    }
 }

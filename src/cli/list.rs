@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::cli::{Outcome, layered, out, served, size, target};
+use crate::cli::{Outcome, out, served, size, target};
 use crate::daemon::{holders, mounts};
+use crate::disk::layered::Layered;
 use crate::error::{Error, Kind};
 use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
@@ -250,7 +251,7 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<R
 /// A folder with a descriptor.
 fn layered_row(path: &Path, served: bool) -> Row {
     let (mut size, mut allocated) = (None, 0);
-    let reason = match layered::Layered::read(path) {
+    let reason = match Layered::read(path) {
         Ok(image) => {
             (size, allocated) = (Some(image.size()), image.allocated());
             // A daemon that serves it knows better: it may have been told to allow this.
@@ -259,7 +260,7 @@ fn layered_row(path: &Path, served: bool) -> Row {
         Err(e) => Some(format!("damaged: {}", without_path(&e, path))),
     };
     Row {
-        name: in_text(&layered::name(path)),
+        name: in_text(&kind::folder_image_name(path.file_name().unwrap_or_default())),
         path: in_text(path.as_os_str()),
         kind: "layered",
         size,

@@ -3,8 +3,8 @@
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use crate::cli::layered::Layered;
 use crate::cli::{Outcome, out, size, target};
+use crate::disk::layered::Layered;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Delta;
 use crate::image::chain::Candidate;
@@ -70,7 +70,7 @@ fn files(path: &Path) -> Result<Vec<(String, PathBuf, ImageKind)>> {
     if target::is_layered(path) {
         let image = Layered::read(path)?;
         let file = |delta: &Delta| Ok((delta.file.clone(), image.path(delta)?, image.kind(delta)));
-        return image.descriptor.deltas.iter().map(file).collect();
+        return image.descriptor().deltas.iter().map(file).collect();
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let is_raw = Candidate::open(path)?.kind().is_ok_and(|kind| kind == ImageKind::Raw);

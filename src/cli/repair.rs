@@ -5,8 +5,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cli::layered::{self, Examined, Layered};
-use crate::cli::{Outcome, check as check_cli, offline, out, served, target};
+use crate::cli::{Outcome, out, report, served, target};
+use crate::disk::examine::{Examined, examine};
+use crate::disk::layered::Layered;
+use crate::disk::work;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
@@ -119,12 +121,12 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
     let mut told = Told { dry_run, ..Told::default() };
     let (text, value, damaged) = if target::is_layered(path) {
         let examined = layered_image(path, &mut told)?;
-        (examined.to_text(), examined.to_json(), examined.is_damaged())
+        (report::layered_text(&examined), report::layered_json(&examined), examined.is_damaged())
     } else {
         let outcome = repair(path, None, &Facts::default(), dry_run)?;
         told.add(None, false, &outcome);
-        let report = &outcome.report;
-        (check_cli::to_text(report), check_cli::to_json(report), report.is_damaged())
+        let found = &outcome.report;
+        (report::to_text(found), report::to_json(found), found.is_damaged())
     };
     if told.repaired > 0
         && let Some(folder) = path.parent()
@@ -157,20 +159,20 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
         true => None,
         false => Some(Store::open(image_folder(folder)?, folder, Use::Writer)?),
     };
-    let before = layered::examine(folder)?; // 1
+    let before = examine(folder)?; // 1
     let image = &before.image;
-    if image.descriptor.volume {
+    if image.descriptor().volume {
         let why = "is part of a ploop volume, whose chain goes on in another folder; this is not repaired";
         return Err(Error::at(Kind::Unsupported, folder.join(DESCRIPTOR), why));
     }
-    for delta in &image.descriptor.deltas {
+    for delta in &image.descriptor().deltas {
         let kind = image.kind(delta);
         // Missing and forbidden files are in the report.
         if !before.reports.iter().any(|(guid, _)| *guid == delta.guid) || kind == ImageKind::Raw {
             continue;
         }
         let path = image.path(delta)?;
-        let below = image.descriptor.shot(delta.guid).is_some_and(|shot| shot.parent != Guid::NONE);
+        let below = image.descriptor().shot(delta.guid).is_some_and(|shot| shot.parent != Guid::NONE);
         match repair(&path, Some(kind), &facts(&before, delta.guid), told.dry_run) {
             Ok(outcome) => told.add(Some(&delta.file), below, &outcome), // 2
             // The header: it is in the report of the check, but why it stays as it is is not.
@@ -181,13 +183,13 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
     if let Some(store) = store {
         correct_cluster(store, told)?; // 3
     }
-    let examined = layered::examine(folder)?;
+    let examined = examine(folder)?;
     let left = Interrupted::of(&examined);
     if told.dry_run {
         left.tell(told);
     } else if !examined.is_damaged() && left.count() > 0 {
-        offline::carry_out(folder, &Work::Finish, &Progress::new())?; // 4
-        let after = layered::examine(folder)?;
+        work::carry_out(folder, &Work::Finish, &Progress::new())?; // 4
+        let after = examine(folder)?;
         if Interrupted::of(&after).count() == 0 {
             left.tell(told);
         }
@@ -198,7 +200,7 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
 
 /// What the descriptor and the other deltas say of the header of one.
 fn facts(examined: &Examined, of: Guid) -> Facts {
-    let descriptor = &examined.image.descriptor;
+    let descriptor = examined.image.descriptor();
     let others = examined.reports.iter().filter(|(guid, _)| *guid != of);
     Facts {
         version: others.filter_map(|(_, report)| report.header).map(|header| header.version).next(),
@@ -210,7 +212,7 @@ fn facts(examined: &Examined, of: Guid) -> Facts {
 
 /// The files are right: their data lies as their headers say.
 fn correct_cluster(mut store: Store, told: &mut Told) -> Result<()> {
-    let examined = layered::examine(store.path())?;
+    let examined = examine(store.path())?;
     let guids: Vec<Guid> = store.descriptor().deltas.iter().map(|delta| delta.guid).collect();
     let mut sizes: Vec<u32> = guids
         .iter()
@@ -242,8 +244,8 @@ struct Interrupted {
 impl Interrupted {
     fn of(examined: &Examined) -> Interrupted {
         let image: &Layered = &examined.image;
-        let descriptor = &image.descriptor;
-        let merges = descriptor.unfinished().into_iter().map(|guid| image.labels.name(guid)).collect();
+        let descriptor = image.descriptor();
+        let merges = descriptor.unfinished().into_iter().map(|guid| image.labels().name(guid)).collect();
         let top = examined.header(descriptor.top).map(|header| header.disk_sectors * SECTOR);
         let size = top.map(|top| (image.size(), top)).filter(|(old, new)| old != new);
         Interrupted { merges, files: image.left_over(), size }

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::cli::freeze::Frozen;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, size, target, utc};
-use crate::control::protocol::SnapshotLine;
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::vdisk::live::{Done, Work};
@@ -72,14 +72,6 @@ pub struct Named {
     /// The snapshot: its name or its GUID
     #[arg(value_name = "SNAPSHOT")]
     pub snapshot: String,
-}
-
-impl SnapshotLine {
-    /// True when `name` is its name or its GUID, with or without braces.
-    pub fn is(&self, name: &str) -> bool {
-        let bare = |text: &str| text.trim_matches(['{', '}']).to_ascii_lowercase();
-        !self.current && (self.name == name || bare(&self.guid) == bare(name))
-    }
 }
 
 /// Runs the command.
@@ -186,14 +178,5 @@ mod tests {
         let names: Vec<&str> = text.lines().skip(1).map(|l| l[..12].trim_end()).collect();
         assert_eq!(names, ["a", "b", "  c", "  (the disk)"]);
         assert!(text.contains("1970-01-01 00:00:00"), "{text}");
-    }
-
-    #[test]
-    fn a_snapshot_is_known_by_name_and_by_guid_and_the_live_disk_is_none() {
-        let mut one = line("ab", None);
-        one.name = "monday".into();
-        assert!(one.is("monday") && one.is("{AB}") && one.is("ab") && !one.is("tuesday"));
-        one.current = true;
-        assert!(!one.is("monday"));
     }
 }

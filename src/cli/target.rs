@@ -1,14 +1,11 @@
-//! What an IMAGE on a command line means: where the image is, and which snapshot of it.
+//! The IMAGE of a command line: looked up on the host, and in the mounts that show one.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use crate::cli::served;
+use crate::disk::find;
+pub use crate::disk::find::{Target, is_layered};
 use crate::error::{Error, Kind, Result};
-use crate::image::kind::DESCRIPTOR;
-
-/// What is put behind a name that is not there as given, in this order.
-const SUFFIXES: [&str; 3] = [".hds", ".hdd", ".raw"];
 
 /// Arguments of the commands that print facts about one image.
 #[derive(Debug, clap::Args)]
@@ -21,30 +18,7 @@ pub struct Facts {
     pub json: bool,
 }
 
-/// What was named.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// The image's file, or the folder of a layered one.
-    pub path: PathBuf,
-    /// The snapshot that was named; None: the live disk.
-    pub snapshot: Option<String>,
-}
-
-impl Target {
-    /// True for a folder with a descriptor.
-    pub fn is_layered(&self) -> bool {
-        is_layered(&self.path)
-    }
-}
-
-/// True for a folder with a descriptor.
-pub fn is_layered(path: &Path) -> bool {
-    path.symlink_metadata().is_ok_and(|meta| meta.is_dir())
-        && path.join(DESCRIPTOR).symlink_metadata().is_ok_and(|meta| meta.is_file())
-}
-
-/// Finds the image `IMAGE`: as given, then with .hds, .hdd, .raw behind it; a file, or the folder of a layered image.
-/// What a mount of ours shows is found in the images folder behind it.
+/// Finds the image `IMAGE`: as [`find::find`] does; what a mount of ours shows is found in the images folder behind it.
 pub fn find(image: &Path) -> Result<PathBuf> {
     let target = find_any(image)?;
     match target.snapshot {
@@ -53,106 +27,10 @@ pub fn find(image: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Finds `IMAGE` or `IMAGE@SNAPSHOT`. A file whose name has an @ in it goes first.
+/// Finds `IMAGE` or `IMAGE@SNAPSHOT`.
 pub fn find_any(image: &Path) -> Result<Target> {
-    if let Some((path, snapshot)) = served::source_of(image)? {
-        return Ok(Target { path, snapshot });
-    }
-    if let Some(path) = on_host(image) {
-        return Ok(Target { path, snapshot: None });
-    }
-    if let Some((before, snapshot)) = image.to_str().and_then(|text| text.rsplit_once('@'))
-        && !snapshot.contains('/')
-    {
-        if snapshot.is_empty() {
-            return Err(Error::at(Kind::Invalid, image, "no name of a snapshot behind the @"));
-        }
-        let target = find_any(Path::new(before))?;
-        if target.snapshot.is_some() {
-            return Err(Error::at(Kind::Invalid, image, "a snapshot of a snapshot; name one"));
-        }
-        return Ok(Target { snapshot: Some(snapshot.to_owned()), ..target });
-    }
-    match image.symlink_metadata() {
-        // A folder, a link, a device: opening it says why it is no image.
-        Ok(_) => Ok(Target { path: image.to_owned(), snapshot: None }),
-        Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => {
-            Err(Error::io(&e, image, "cannot look for the image"))
-        }
-        Err(_) => Err(Error::at(
-            Kind::NotFound,
-            image,
-            "no such image, not with .hds, .hdd or .raw behind the name either",
-        )),
-    }
-}
-
-fn on_host(image: &Path) -> Option<PathBuf> {
-    let is_image = |path: &Path| is_layered(path) || path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-    if image.file_name().is_some_and(|name| name == DESCRIPTOR) {
-        let folder = image.parent().filter(|folder| is_layered(folder))?;
-        return Some(folder.to_owned());
-    }
-    if is_image(image) {
-        return Some(image.to_owned());
-    }
-    let with_suffix = SUFFIXES.iter().map(|suffix| {
-        let mut path = OsString::from(image);
-        path.push(suffix);
-        PathBuf::from(path)
-    });
-    if let Some(found) = with_suffix.into_iter().find(|path| is_image(path)) {
-        return Some(found);
-    }
-    // A single file that its first snapshot turned into a folder is still found by its old name.
-    let suffix = image.extension().map(|ext| format!(".{}", ext.to_string_lossy()))?;
-    let folder = SUFFIXES.contains(&&*suffix).then(|| image.with_extension(""))?;
-    (image.symlink_metadata().is_err() && is_layered(&folder)).then_some(folder)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_image_is_looked_up_as_given_then_with_each_suffix() {
-        let folder = tempfile::tempdir().expect("tmp");
-        let at = |name: &str| folder.path().join(name);
-        assert_eq!(find(&at("vm")).expect_err("nothing there").kind(), Kind::NotFound);
-        // A folder of that name that is no image is in nobody's way.
-        std::fs::create_dir(at("vm")).expect("mkdir");
-        for name in ["vm.raw", "vm.hdd", "vm.hds"] {
-            std::fs::write(at(name), "").expect("write");
-            assert_eq!(find(&at("vm")).expect("there"), at(name));
-        }
-        std::fs::write(at("a@b"), "").expect("write");
-        assert_eq!(find(&at("a@b")).expect("there"), at("a@b"));
-    }
-
-    #[test]
-    fn a_snapshot_is_named_behind_an_at() {
-        let folder = tempfile::tempdir().expect("tmp");
-        let at = |name: &str| folder.path().join(name);
-        std::fs::write(at("vm.hds"), "").expect("write");
-        let target = find_any(&at("vm@monday")).expect("there");
-        assert_eq!(target, Target { path: at("vm.hds"), snapshot: Some("monday".into()) });
-        assert_eq!(find(&at("vm@monday")).expect_err("a snapshot").kind(), Kind::Invalid);
-        assert_eq!(find_any(&at("vm@")).expect_err("no name").kind(), Kind::Invalid);
-        assert_eq!(find_any(&at("no@monday")).expect_err("no image").kind(), Kind::NotFound);
-    }
-
-    #[test]
-    fn the_folder_of_a_layered_image_is_found_by_its_name_its_descriptor_and_its_old_file() {
-        let folder = tempfile::tempdir().expect("tmp");
-        let at = |name: &str| folder.path().join(name);
-        for name in ["vm", "other.hdd"] {
-            std::fs::create_dir(at(name)).expect("mkdir");
-            std::fs::write(at(name).join(DESCRIPTOR), "").expect("write");
-        }
-        for name in ["vm", "vm/DiskDescriptor.xml", "vm.hds", "vm.raw"] {
-            assert_eq!(find(&at(name)).expect("there"), at("vm"), "{name}");
-        }
-        assert_eq!(find(&at("other")).expect("there"), at("other.hdd"));
-        assert!(find_any(&at("other@x")).expect("there").is_layered());
-    }
+    find::find(
+        image,
+        &|image| Ok(served::source_of(image)?.map(|(path, snapshot)| Target { path, snapshot })),
+    )
 }

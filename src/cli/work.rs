@@ -11,10 +11,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::cli::served::{self, Daemon};
-use crate::cli::{offline, size};
+use crate::cli::size;
 use crate::control::client::Client;
-use crate::control::protocol::{Amount, SnapshotLine};
-use crate::control::snapshots;
+use crate::control::protocol::Amount;
+use crate::disk::snapshots::{self, SnapshotLine};
+use crate::disk::work as at_rest;
 use crate::error::{Error, Kind, Result};
 use crate::io::process::{is_ignored, spawn_detached};
 use crate::progress::Progress;
@@ -127,7 +128,7 @@ fn live(
 
 fn here(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool, bar: &Bar) -> Result<Done> {
     let (image, work) = (path.to_owned(), work.clone());
-    watch(path, pace, interrupted, bar, move |progress| offline::carry_out(&image, &work, progress))
+    watch(path, pace, interrupted, bar, move |progress| at_rest::carry_out(&image, &work, progress))
 }
 
 /// Does long work of another sort in this process, with its bar and its Ctrl-C. `path` is for messages.
@@ -194,7 +195,7 @@ fn watch<T: Send + 'static>(
 pub fn snapshots(path: &Path) -> Result<Vec<SnapshotLine>> {
     match Place::of(path)? {
         Place::Live(mut daemon, name) => daemon.client.snapshots(&name),
-        Place::Offline => snapshots::of(path),
+        Place::Offline => snapshots::of(path, false),
     }
 }
 

@@ -12,9 +12,8 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::place::{Place, SOCKET};
-use super::protocol::{
-    Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, SnapshotLine, VERSION,
-};
+use super::protocol::{Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, VERSION};
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::image::diff::Diff;
 use crate::image::map::Piece;

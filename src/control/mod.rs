@@ -1,10 +1,9 @@
 //! The control socket: JSON lines, versioned on both sides (DESIGN.md 7).
 //!
 //! [`place`] says where socket, lock and log of a folder live, [`protocol`] what is said, [`server`] answers in the
-//! daemon, [`client`] asks from the command line, [`snapshots`] is the tree of snapshots as both show it.
+//! daemon, [`client`] asks from the command line.
 
 pub mod client;
 pub mod place;
 pub mod protocol;
 pub mod server;
-pub mod snapshots;

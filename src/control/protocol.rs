@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind};
 use crate::image::diff::Diff;
 use crate::image::map::Piece;
@@ -168,28 +169,6 @@ pub struct Interim {
     pub v: u32,
     /// How far it has come.
     pub progress: Amount,
-}
-
-/// One node of the tree of snapshots, in the answer to [`Op::Snapshots`].
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotLine {
-    /// Its label, else its GUID; of the live disk, empty.
-    pub name: String,
-    /// Its GUID.
-    pub guid: String,
-    /// GUID of the one it stands on; None for the base.
-    pub parent: Option<String>,
-    /// When it was taken, in seconds since 1970: the last change of its file. None for the live disk.
-    #[serde(default)]
-    pub created: Option<i64>,
-    /// Space taken on the host by its own file, in bytes.
-    pub exclusive: u64,
-    /// Space taken by the files below, which it shares with those it stands on, in bytes.
-    pub shared: u64,
-    /// The live disk itself.
-    pub current: bool,
-    /// Deleted, but not merged away yet.
-    pub temporary: bool,
 }
 
 /// One answer line.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use super::settings::Settings;
 use super::stop::Ending;
 use super::works::Works;
-use crate::control::protocol::{Answer, Hello, ImageLine, Op, SnapshotLine};
+use crate::control::protocol::{Answer, Hello, ImageLine, Op};
 use crate::control::server::{Caller, Service};
-use crate::control::snapshots;
+use crate::disk::snapshots::{self, SnapshotLine};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fuse::session::Transport;
@@ -100,7 +100,7 @@ impl Desk {
     fn snapshots(&self, image: &str) -> Result<Vec<SnapshotLine>> {
         let missing = || Error::at(Kind::NotFound, self.folder.path().join(image), "no such image is served");
         let entry = self.folder.find_text(image).ok_or_else(missing)?;
-        snapshots::of(&entry.path())
+        snapshots::of(&entry.path(), self.settings.allow_outside)
     }
 }
 

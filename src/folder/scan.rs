@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
@@ -211,8 +211,6 @@ fn look_at_folder(
     if there(described)?.is_none_or(|stat| !is_file_or_folder(&stat)) {
         return Ok(None);
     }
-    let bytes = name.as_bytes();
-    let image = bytes.strip_suffix(b".hdd").unwrap_or(bytes);
     let mut parts = HashSet::new();
     for part in names(&inner).map_err(|_| Passing)? {
         let stat = there(rustix::fs::statat(&inner, &part, AtFlags::SYMLINK_NOFOLLOW))?;
@@ -234,7 +232,7 @@ fn look_at_folder(
     };
     Ok(Some(Claim {
         file: name.to_owned(),
-        name: OsStr::from_bytes(image).to_owned(),
+        name: kind::folder_image_name(name),
         source: Source::Layers,
         stamp,
         size,

@@ -42,34 +42,18 @@ impl Folder {
 
     fn work_on(&self, open: &OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
         let entry = open.entry();
-        let layers = match (entry.live_layers(), work) {
-            (Some(layers), _) => layers,
-            (None, Work::Compact { .. } | Work::Track { .. } | Work::Untrack) => {
-                let nothing = || Ok(Done::default());
-                return work.on_disk(open.image(), progress).unwrap_or_else(nothing);
-            }
-            (None, Work::Resize { size }) => {
-                let size = open.image().grow(*size, progress)?;
-                return Ok(Done { size: Some(size), ..Done::default() });
-            }
-            (None, Work::Snapshot { .. } | Work::Clone { snapshot: None, .. }) => self.make_layered(entry)?,
-            (None, Work::Finish) => return Ok(Done::default()),
-            (None, _) => {
-                return Err(Error::at(
-                    Kind::NotFound,
-                    entry.path(),
-                    "is a single file, and has no snapshots",
-                ));
-            }
+        let layers = match entry.live_layers() {
+            None if work.needs_folder() => Some(self.make_layered(entry)?),
+            layers => layers,
         };
-        let _going = match work {
-            Work::Delete { snapshot } | Work::Merge { snapshot } => {
+        let _going = match (work, &layers) {
+            (Work::Delete { snapshot } | Work::Merge { snapshot }, Some(layers)) => {
                 let guid = layers.store().find_snapshot(snapshot)?;
                 Some(entry.begin_going(guid, snapshot)?)
             }
             _ => None,
         };
-        carry_out(open.image(), &layers, work, progress)
+        carry_out(open.image(), layers.as_ref(), work, progress)
     }
 
     /// The first snapshot of a single file: it becomes a folder, under the open image. Its file stays the same one, so

@@ -1,6 +1,8 @@
 //! Opening an image at rest for reading: regular files only, no link followed, nothing trusted. Offline commands
 //! that report (`info`, `check`, `list`) read through here.
 
+use std::ffi::OsStr;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -139,6 +141,11 @@ impl Candidate {
         Candidate::read(path, open_file(path, Access::ReadOnly)?)
     }
 
+    /// The same for the file `name` of the folder `dir`; `shown` is for messages.
+    pub fn open_in(dir: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> Result<Candidate> {
+        Candidate::read(shown, Arc::new(RealFile::open_as(&dir, name, shown, Access::ReadOnly)?))
+    }
+
     /// Like [`open`](Self::open), but keeps every writer out first, or says who has the image
     /// ([`Kind::InUse`]): what was read before the lock may be old.
     pub fn open_locked(path: &Path) -> Result<(Candidate, DeltaLock)> {
@@ -146,7 +153,7 @@ impl Candidate {
     }
 
     /// The same; a file that is to be changed keeps readers out, too.
-    pub(super) fn open_locked_as(path: &Path, access: Access) -> Result<(Candidate, DeltaLock)> {
+    pub fn open_locked_as(path: &Path, access: Access) -> Result<(Candidate, DeltaLock)> {
         let file = open_file(path, access)?;
         let lock = DeltaLock::acquire(Arc::clone(&file), Use::of(access))?;
         Ok((Candidate::read(path, file)?, lock))

@@ -48,6 +48,15 @@ pub struct Diff {
 }
 
 impl Diff {
+    /// Asks for part after part.
+    pub fn whole(mut part: impl FnMut(u64) -> Result<Diff>) -> Result<Diff> {
+        let mut all = part(0)?;
+        while let Some(next) = all.next {
+            all.append(part(next)?);
+        }
+        Ok(all)
+    }
+
     /// Takes in what comes behind it.
     pub fn append(&mut self, more: Diff) {
         for (begin, len) in more.ranges {

@@ -108,6 +108,12 @@ pub fn classify(name: &OsStr, is_regular: bool, head: &[u8]) -> Class {
     Class::Image { name: OsString::from_vec(stem.to_vec()), kind }
 }
 
+/// The name of the layered image in a folder of this name: without .hdd.
+pub fn folder_image_name(folder: &OsStr) -> OsString {
+    let bytes = folder.as_bytes();
+    OsString::from_vec(bytes.strip_suffix(b".hdd").unwrap_or(bytes).to_vec())
+}
+
 /// Why a sub-folder of an images folder is not served.
 pub fn folder_reason(has_descriptor: bool) -> &'static str {
     if has_descriptor {

@@ -8,7 +8,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
@@ -61,8 +61,8 @@ fn open_folder(dir: impl AsFd, name: &OsStr, more: OFlags) -> std::result::Resul
 /// Walks to `folder` one part at a time. The folder around the image is the border.
 fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::result::Result<OwnedFd, Errno>> {
     let leaves = || {
-        let why =
-            "leaves the folder that the image lies in; if you trust the descriptor, use --allow-outside";
+        let why = "File in the descriptor leaves the folder that the image lies in; if you trust it, mount it with \
+                   --allow-outside";
         Error::at(Kind::NotPermitted, shown, why)
     };
     let step = |at: &OwnedFd, part: &OsStr| open_folder(at, part, OFlags::NOFOLLOW | OFlags::PATH);
@@ -113,32 +113,31 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
     }
 }
 
-/// What makes an image one that must not be opened at all: a file that lies outside, or is no regular file. Nothing is
-/// opened for it. A missing file is not meant: it may be on its way. `dir` is the image's folder, `path` its name.
-pub fn hostile(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, allow_outside: bool) -> Result<()> {
-    for delta in &descriptor.deltas {
-        let (file, shown) = (Path::new(&delta.file), shown(path, &delta.file));
-        let stat =
-            |dir: BorrowedFd<'_>, name: &OsStr| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
-        let stat = if is_plain_name(&delta.file) {
-            stat(dir, file.as_os_str())
-        } else {
-            match resolve(dir, file, &shown, allow_outside) {
-                Ok((folder, name)) => stat(folder.as_fd(), &name),
-                Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => return Err(e),
-                Err(_) => continue,
-            }
-        };
-        let Ok(stat) = stat else { continue };
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => {}
-            FileType::Symlink => {
-                return Err(Error::at(Kind::Invalid, shown, "is a link; links are not followed"));
-            }
-            _ => return Err(Error::at(Kind::Invalid, shown, "is not a regular file")),
+/// What the host says of a file that the descriptor names. Nothing is opened, no link is followed. None: it is missing,
+/// and may be on its way. Err: it lies outside, or is no regular file. `dir` is the image's folder, `path` its name.
+pub fn named(dir: BorrowedFd<'_>, path: &Path, file: &str, allow_outside: bool) -> Result<Option<Stat>> {
+    let shown = shown(path, file);
+    let stat = |dir: BorrowedFd<'_>, name: &OsStr| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
+    let stat = if is_plain_name(file) {
+        stat(dir, OsStr::new(file))
+    } else {
+        match resolve(dir, Path::new(file), &shown, allow_outside) {
+            Ok((folder, name)) => stat(folder.as_fd(), &name),
+            Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => return Err(e),
+            Err(_) => return Ok(None),
         }
+    };
+    let Ok(stat) = stat else { return Ok(None) };
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(Some(stat)),
+        FileType::Symlink => Err(Error::at(Kind::Invalid, shown, "is a link; links are not followed")),
+        _ => Err(Error::at(Kind::Invalid, shown, "is not a regular file")),
     }
-    Ok(())
+}
+
+/// What makes an image one that must not be opened at all: a file that lies outside, or is no regular file.
+pub fn hostile(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, allow_outside: bool) -> Result<()> {
+    descriptor.deltas.iter().try_for_each(|delta| named(dir, path, &delta.file, allow_outside).map(drop))
 }
 
 /// The file for messages.

@@ -277,6 +277,11 @@ impl Image {
         self.size.load(Ordering::Acquire)
     }
 
+    /// False for a raw disk, whose bytes lie in its file as they are.
+    pub fn has_map(&self) -> bool {
+        self.stack().bat.is_some()
+    }
+
     /// Cluster size in bytes.
     pub fn cluster(&self) -> u64 {
         self.cluster

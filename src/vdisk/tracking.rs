@@ -49,6 +49,34 @@ pub struct Changes {
     pub next: Option<u64>,
 }
 
+impl Changes {
+    /// Asks for part after part.
+    pub fn whole(mut part: impl FnMut(u64) -> Result<Changes>) -> Result<Changes> {
+        let mut all = part(0)?;
+        while let Some(next) = all.next {
+            let more = part(next)?;
+            if more.uuid != all.uuid {
+                // It ended meanwhile, or began anew: what was heard means nothing.
+                all = part(0)?;
+                continue;
+            }
+            for (begin, len) in more.ranges {
+                match all.ranges.last_mut() {
+                    Some((last, length)) if *last + *length == begin => *length += len,
+                    _ => all.ranges.push((begin, len)),
+                }
+            }
+            (all.next, all.size) = (more.next, more.size);
+        }
+        Ok(all)
+    }
+
+    /// Bytes in all ranges.
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|(_, len)| len).sum()
+    }
+}
+
 /// A uuid as QEMU prints it.
 pub fn uuid_text(guid: Guid) -> String {
     guid.to_string().trim_matches(['{', '}']).to_owned()
@@ -282,4 +310,34 @@ fn extension(changed: &Changed, cluster: u64, mut table: Vec<Bits>) -> Option<Ve
     let granularity = u32::try_from(changed.granularity / SECTOR).ok()?;
     let (uuid, disk_sectors) = (changed.guid.to_bytes(), changed.disk / SECTOR);
     DirtyBitmap { uuid, disk_sectors, granularity, table }.to_extension(cluster)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_put_together_and_those_of_another_tracking_are_not() {
+        let tracked = || Changes { size: 10 << 20, granularity: 65536, ..Changes::default() };
+        let part = |uuid: &str, ranges: &[(u64, u64)], next| Changes {
+            uuid: Some(uuid.into()),
+            ranges: ranges.to_vec(),
+            next,
+            ..tracked()
+        };
+        let mut answers = vec![
+            part("a", &[(0, 1)], Some(1)),
+            part("b", &[(1, 1)], None),
+            part("b", &[(0, 2), (4, 1)], Some(5)),
+            part("b", &[(5, 1), (8, 1)], None),
+        ]
+        .into_iter();
+        let mut starts = Vec::new();
+        let all = Changes::whole(|start| {
+            starts.push(start);
+            Ok(answers.next().expect("no more is asked"))
+        });
+        assert_eq!(all.expect("all of them").ranges, [(0, 2), (4, 2), (8, 1)]);
+        assert_eq!(starts, [0, 1, 0, 5]);
+    }
 }

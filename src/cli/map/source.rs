@@ -1,23 +1,19 @@
 //! Where a map comes from: the daemon that serves the image, else the files, under the same locks.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use crate::cli::layered::Layered;
+use crate::cli::out;
 use crate::cli::served::{self, Daemon};
 use crate::cli::target::Target;
-use crate::cli::{layered, out};
+use crate::disk::find;
+use crate::disk::layered::Layered;
+use crate::disk::open::Opened;
 use crate::error::{Error, Kind, Result};
-use crate::image::chain::Candidate;
-use crate::image::kind::Class;
-use crate::image::layers::{Direct, Layers};
 use crate::image::map::{Piece, Range};
-use crate::image::paths::image_folder;
 use crate::io::real::Access;
-use crate::vdisk::{Engine, Image, Options};
+use crate::vdisk::Options;
 
 /// BAT pages in memory while an image is walked front to back once: a bound, not a cache that pays.
 const BAT_CACHE: u64 = 1 << 20;
@@ -42,7 +38,7 @@ impl LevelInfo {
 
 enum From {
     Daemon(Box<Daemon>, String),
-    Files { image: Arc<Image>, _locks: Box<dyn Any> },
+    Files(Opened),
 }
 
 /// An image that is mapped.
@@ -121,53 +117,26 @@ impl Source {
 fn piece(from: &mut From, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
     match from {
         From::Daemon(daemon, name) => daemon.client.map(name, snapshot, offset),
-        From::Files { image, .. } => image.map_piece(offset),
+        From::Files(opened) => opened.image.map_piece(offset),
     }
 }
 
 fn from_files(target: &Target) -> Result<(From, String)> {
-    let path = &target.path;
     let options = Options { bat_cache: BAT_CACHE, ..Options::default() };
-    let engine = Engine::new(options, Box::new(|event| log::warn!("{event}")));
-    if target.is_layered() {
-        let opener = Arc::new(Direct(Access::ReadOnly));
-        let (layers, live) = Layers::open(image_folder(path)?, path, opener, false)?;
-        let levels = match &target.snapshot {
-            None => live,
-            Some(name) => {
-                let guid = layers.store().find_snapshot(name)?;
-                layers.chain(guid)?
-            }
-        };
-        let name = layered::name(path).to_string_lossy().into_owned();
-        let image = Image::open_beside(&engine, &name, levels)?;
-        return Ok((From::Files { image, _locks: Box::new(layers) }, name));
-    }
-    // What it is comes first: a folder or a link has no lock to be taken.
-    Candidate::open(path)?.kind()?;
-    if target.snapshot.is_some() {
-        return Err(Error::at(Kind::NotFound, path, "the image has no snapshots"));
-    }
-    let (candidate, lock) = Candidate::open_locked(path)?;
-    let kind = candidate.kind()?;
-    let name = match candidate.class() {
-        Class::Image { name, .. } => name.to_string_lossy().into_owned(),
-        Class::NotAnImage { .. } => String::new(),
-    };
-    let level = candidate.open_as(kind)?.into_level();
-    let image = Image::open(&engine, &name, vec![level])?;
-    Ok((From::Files { image, _locks: Box::new(lock) }, name))
+    let opened = Opened::open(&target.path, target.snapshot.as_deref(), Access::ReadOnly, options)?;
+    let name = find::name(&target.path)?.to_string_lossy().into_owned();
+    Ok((From::Files(opened), name))
 }
 
 /// The levels of a piece, with the snapshots' names.
 fn levels(path: &Path, piece: &Piece) -> Result<Vec<LevelInfo>> {
     let mut labels: HashMap<OsString, String> = HashMap::new();
-    if crate::cli::target::is_layered(path) {
+    if find::is_layered(path) {
         let image = Layered::read(path)?;
-        for delta in &image.descriptor.deltas {
+        for delta in &image.descriptor().deltas {
             let file = Path::new(&delta.file).file_name().unwrap_or_default().to_owned();
-            let live = delta.guid == image.descriptor.top;
-            labels.insert(file, if live { "live disk".into() } else { image.labels.name(delta.guid) });
+            let live = delta.guid == image.descriptor().top;
+            labels.insert(file, if live { "live disk".into() } else { image.labels().name(delta.guid) });
         }
     }
     let info = |level: &crate::image::map::MapLevel| LevelInfo {

@@ -65,7 +65,7 @@ impl Disk {
 
     fn work(&self, work: &Work) -> Result<Done> {
         let (image, layers) = self.open.as_ref().expect("open");
-        carry_out(image, layers, work, &Progress::new())
+        carry_out(image, Some(layers), work, &Progress::new())
     }
 
     fn snapshot(&self, label: &str) {

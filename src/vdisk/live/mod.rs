@@ -19,12 +19,6 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
-use crate::progress::Progress;
-use crate::sync::Arc;
-use crate::vdisk::Image;
-use crate::vdisk::tracking::uuid_text;
-
 /// What is to be done with an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "work", rename_all = "lowercase")]
@@ -83,26 +77,14 @@ pub enum Work {
 }
 
 impl Work {
-    /// What is done to the live disk alone, with or without a descriptor; None: this is something else.
-    pub fn on_disk(&self, image: &Arc<Image>, progress: &Progress) -> Option<Result<Done>> {
-        let gained = |gain| Done { gain: Some(gain), ..Done::default() };
-        match self {
-            Work::Compact { dry_run, defrag } => {
-                let gain = match (dry_run, defrag) {
-                    (true, true) => image.defrag_gain(progress),
-                    (true, false) => image.compact_gain(progress),
-                    (false, true) => image.defrag(progress),
-                    (false, false) => image.compact(progress),
-                };
-                Some(gain.map(gained))
-            }
-            Work::Track { granularity } => {
-                let named = |guid| Done { name: Some(uuid_text(guid)), ..Done::default() };
-                Some(image.start_tracking(*granularity).map(named))
-            }
-            Work::Untrack => Some(image.stop_tracking().map(|()| Done::default())),
-            _ => None,
-        }
+    /// True for work that changes nothing: it needs no writable image.
+    pub fn only_looks(&self) -> bool {
+        matches!(self, Work::Compact { dry_run: true, .. })
+    }
+
+    /// True for work that makes a snapshot of the live disk: a single file becomes a folder for it first.
+    pub fn needs_folder(&self) -> bool {
+        matches!(self, Work::Snapshot { .. } | Work::Clone { snapshot: None, .. })
     }
 }
 

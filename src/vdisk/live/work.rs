@@ -23,18 +23,83 @@ use crate::progress::Progress;
 use crate::rules::{Rule, broken};
 use crate::sync::Arc;
 use crate::vdisk::Image;
+use crate::vdisk::tracking::uuid_text;
 
-/// Carries `work` out on the live disk of `layers`. Blocks, for as long as it takes; not for runners or transport
-/// threads. Switching needs a closed image: see `image::switch`.
-pub fn carry_out(image: &Arc<Image>, layers: &Arc<Layers>, work: &Work, progress: &Progress) -> Result<Done> {
-    let _alone = layers.begin_operation()?;
-    if let Some(done) = work.on_disk(image, progress) {
-        return done;
+/// Carries `work` out on the live disk `image`, whose descriptor and files are `layers`; None: it is a single file, which
+/// work that [needs a folder](Work::needs_folder) must have become before. This is the one place that tells the kinds of
+/// work apart. Blocks, for as long as it takes; not for runners or transport threads. Switching needs a closed image: see
+/// `image::switch`.
+pub fn carry_out(
+    image: &Arc<Image>,
+    layers: Option<&Arc<Layers>>,
+    work: &Work,
+    progress: &Progress,
+) -> Result<Done> {
+    let _alone = layers.map(|layers| layers.begin_operation()).transpose()?;
+    let done = act(image, layers, work, progress);
+    if let Some(layers) = layers {
+        // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
+        layers.end_changing();
     }
-    let done = Live { image, layers, progress }.carry_out(work);
-    // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
-    layers.end_changing();
     done
+}
+
+fn act(image: &Arc<Image>, layers: Option<&Arc<Layers>>, work: &Work, progress: &Progress) -> Result<Done> {
+    let job = layers.map(|layers| Live { image, layers, progress });
+    let single = |snapshot: &Option<String>| {
+        let what = match snapshot {
+            Some(name) => format!("there is no snapshot {name}: this image has none"),
+            None => "is a single file, and has no snapshots".to_owned(),
+        };
+        Error::at(Kind::NotFound, image.path(), what)
+    };
+    let layered = |snapshot: &str| job.as_ref().ok_or_else(|| single(&Some(snapshot.to_owned())));
+    match work {
+        Work::Snapshot { label } => {
+            let name = job.ok_or_else(|| single(&None))?.snapshot(label.as_deref())?;
+            Ok(Done { name: Some(name), ..Done::default() })
+        }
+        Work::Delete { snapshot } => layered(snapshot)?.delete(snapshot, true),
+        Work::Merge { snapshot } => layered(snapshot)?.delete(snapshot, false),
+        Work::Finish => job.map_or_else(|| Ok(Done::default()), |job| job.finish()),
+        Work::Resize { size } => {
+            let size = image.grow(*size, progress)?;
+            if let Some(job) = job {
+                // The header, then the descriptor: at open the top's header wins.
+                job.settle(job.change(|next| {
+                    next.set_size(size / 512);
+                    Ok(())
+                }))?;
+            }
+            Ok(Done { size: Some(size), ..Done::default() })
+        }
+        Work::Clone { snapshot, to, copy } => {
+            let job = job.ok_or_else(|| single(snapshot))?;
+            let of = match snapshot {
+                Some(name) => name.clone(),
+                None => job.snapshot(None)?,
+            };
+            let guid = job.find(&of)?;
+            clone::clone(job.layers, guid, to, *copy, progress)?;
+            let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
+            Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
+        }
+        Work::Compact { dry_run, defrag } => {
+            let gain = match (dry_run, defrag) {
+                (true, true) => image.defrag_gain(progress),
+                (true, false) => image.compact_gain(progress),
+                (false, true) => image.defrag(progress),
+                (false, false) => image.compact(progress),
+            };
+            Ok(Done { gain: Some(gain?), ..Done::default() })
+        }
+        Work::Track { granularity } => {
+            let name = uuid_text(image.start_tracking(*granularity)?);
+            Ok(Done { name: Some(name), ..Done::default() })
+        }
+        Work::Untrack => image.stop_tracking().map(|()| Done::default()),
+        Work::Switch { .. } => Err(Error::new(Kind::Busy, "the disk is open; a switch needs a closed disk")),
+    }
 }
 
 struct Live<'a> {
@@ -44,33 +109,6 @@ struct Live<'a> {
 }
 
 impl Live<'_> {
-    fn carry_out(&self, work: &Work) -> Result<Done> {
-        match work {
-            Work::Snapshot { label } => {
-                let name = self.snapshot(label.as_deref())?;
-                Ok(Done { name: Some(name), ..Done::default() })
-            }
-            Work::Delete { snapshot } => self.delete(snapshot, true),
-            Work::Merge { snapshot } => self.delete(snapshot, false),
-            Work::Finish => self.finish(),
-            Work::Resize { size } => self.resize(*size),
-            Work::Clone { snapshot, to, copy } => {
-                let of = match snapshot {
-                    Some(name) => name.clone(),
-                    None => self.snapshot(None)?,
-                };
-                let guid = self.find(&of)?;
-                clone::clone(self.layers, guid, to, *copy, self.progress)?;
-                let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
-                Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
-            }
-            Work::Compact { .. } | Work::Track { .. } | Work::Untrack => unreachable!("done above"),
-            Work::Switch { .. } => {
-                Err(Error::new(Kind::Busy, "the disk is open; a switch needs a closed disk"))
-            }
-        }
-    }
-
     fn find(&self, name: &str) -> Result<Guid> {
         self.layers.store().find_snapshot(name)
     }
@@ -333,16 +371,6 @@ impl Live<'_> {
             self.image.stand_on(self.layers.live_chain()?)?; // 3
         }
         self.layers.remove(&gone) // 4
-    }
-
-    /// The header, then the descriptor: at open the top's header wins.
-    fn resize(&self, size: u64) -> Result<Done> {
-        let size = self.image.grow(size, self.progress)?;
-        self.settle(self.change(|next| {
-            next.set_size(size / 512);
-            Ok(())
-        }))?;
-        Ok(Done { size: Some(size), ..Done::default() })
     }
 }
 

@@ -234,7 +234,7 @@ impl Run {
 
     fn work(&self, work: &Work) -> Result<(), String> {
         let (layers, image) = self.open.as_ref().ok_or("closed")?;
-        carry_out(image, layers, work, &Progress::new()).map(drop).map_err(|e| format!("{work:?}: {e}"))
+        carry_out(image, Some(layers), work, &Progress::new()).map(drop).map_err(|e| format!("{work:?}: {e}"))
     }
 
     fn carry_out(&mut self, op: Op) -> Result<(), String> {
@@ -376,7 +376,7 @@ fn judge(engine: &Arc<Engine>, path: &Path, world: &World) -> Result<(), String>
         return Err(format!("snapshot {label} is gone"));
     }
     if !layers.store().descriptor().unfinished().is_empty() {
-        carry_out(&image, &layers, &Work::Finish, &Progress::new())
+        carry_out(&image, Some(&layers), &Work::Finish, &Progress::new())
             .map_err(|e| format!("an interrupted merge cannot be finished: {e}"))?;
         values(&image, allowed).map_err(|e| format!("live, after the merge was finished: {e}"))?;
     }

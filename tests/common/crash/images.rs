@@ -283,7 +283,7 @@ fn prepared(path: &Path) -> Result<Tree, String> {
         image.make_writable()?;
         for stamp in 0..2 {
             image.write_at(0, &[stamp; 512])?;
-            carry_out(&image, &layers, &Work::Snapshot { label: None }, &Progress::new())?;
+            carry_out(&image, Some(&layers), &Work::Snapshot { label: None }, &Progress::new())?;
         }
         image.close()
     };

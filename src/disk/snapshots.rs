@@ -3,41 +3,68 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::protocol::SnapshotLine;
+use serde::{Deserialize, Serialize};
+
+use crate::disk::find::is_layered;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
+use crate::image::chain::Candidate;
 use crate::image::kind::DESCRIPTOR;
-use crate::image::labels::Labels;
-use crate::image::paths::image_folder;
+use crate::image::paths::{self, image_folder};
 use crate::image::store::Store;
 
-/// The snapshots of the image at `image`, the base first; a single file has none, but for the live disk.
-pub fn of(image: &Path) -> Result<Vec<SnapshotLine>> {
-    let meta = image.metadata().map_err(|e| Error::io(&e, image, "cannot read the image"))?;
-    if meta.is_file() {
-        let exclusive = meta.blocks() * 512;
-        let guid = Guid::TOP.to_string();
-        return Ok(vec![SnapshotLine { guid, exclusive, current: true, ..SnapshotLine::default() }]);
-    }
-    let (descriptor, labels) = read(image)?;
-    let sizes: HashMap<Guid, (u64, i64)> = descriptor
-        .deltas
-        .iter()
-        .filter_map(|delta| {
-            let meta = image.join(&delta.file).symlink_metadata().ok()?;
-            Some((delta.guid, (meta.blocks() * 512, meta.mtime())))
-        })
-        .collect();
-    lines(&descriptor, &|guid| labels.name(guid), &sizes)
-        .map_err(|bad| Error::at(Kind::Damaged, image.join(DESCRIPTOR), bad))
+/// One node of the tree of snapshots.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotLine {
+    /// Its label, else its GUID; of the live disk, empty.
+    pub name: String,
+    /// Its GUID.
+    pub guid: String,
+    /// GUID of the one it stands on; None for the base.
+    pub parent: Option<String>,
+    /// When it was taken, in seconds since 1970: the last change of its file. None for the live disk.
+    #[serde(default)]
+    pub created: Option<i64>,
+    /// Space taken on the host by its own file, in bytes.
+    pub exclusive: u64,
+    /// Space taken by the files below, which it shares with those it stands on, in bytes.
+    pub shared: u64,
+    /// The live disk itself.
+    pub current: bool,
+    /// Deleted, but not merged away yet.
+    pub temporary: bool,
 }
 
-/// Descriptor and labels of the layered image in `folder`, without a lock.
-pub fn read(folder: &Path) -> Result<(Descriptor, Labels)> {
-    Store::read(image_folder(folder)?.as_fd(), folder)
+impl SnapshotLine {
+    /// True when `name` is its name or its GUID, with or without braces.
+    pub fn is(&self, name: &str) -> bool {
+        let bare = |text: &str| text.trim_matches(['{', '}']).to_ascii_lowercase();
+        !self.current && (self.name == name || bare(&self.guid) == bare(name))
+    }
+}
+
+/// The snapshots of the image at `image`, the base first; a single file has none, but for the live disk.
+pub fn of(image: &Path, allow_outside: bool) -> Result<Vec<SnapshotLine>> {
+    if !is_layered(image) {
+        let candidate = Candidate::open(image)?;
+        candidate.kind()?;
+        let ((_, exclusive), guid) = (candidate.extent(), Guid::TOP.to_string());
+        return Ok(vec![SnapshotLine { guid, exclusive, current: true, ..SnapshotLine::default() }]);
+    }
+    let dir = image_folder(image)?;
+    let (descriptor, labels) = Store::read(dir.as_fd(), image)?;
+    let mut sizes = HashMap::new();
+    for delta in &descriptor.deltas {
+        // Nothing is told of a file that the image may not have.
+        if let Some(stat) = paths::named(dir.as_fd(), image, &delta.file, allow_outside)? {
+            // stat(2) counts units of 512 bytes.
+            sizes.insert(delta.guid, (stat.st_blocks as u64 * 512, stat.st_mtime));
+        }
+    }
+    lines(&descriptor, &|guid| labels.name(guid), &sizes)
+        .map_err(|bad| Error::at(Kind::Damaged, image.join(DESCRIPTOR), bad))
 }
 
 /// Parents before children; `sizes` are bytes on the host and the time of the last change.
@@ -71,6 +98,14 @@ fn lines(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_snapshot_is_known_by_name_and_by_guid_and_the_live_disk_is_none() {
+        let mut one = SnapshotLine { name: "monday".into(), guid: "{ab}".into(), ..SnapshotLine::default() };
+        assert!(one.is("monday") && one.is("{AB}") && one.is("ab") && !one.is("tuesday"));
+        one.current = true;
+        assert!(!one.is("monday"));
+    }
 
     #[test]
     fn each_snapshot_has_its_own_file_and_shares_those_below() {

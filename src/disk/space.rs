@@ -1,13 +1,13 @@
 //! What `info` says of an image's space: how its clusters are ordered in their files, what could be given back, and why
 //! what could not, could not. Reads maps only, a bounded piece at a time.
 
-use std::fmt::Write;
 use std::path::Path;
 
 use serde::Serialize;
 
-use crate::cli::{out, size, target};
-use crate::control::protocol::SnapshotLine;
+use crate::disk::examine::examine;
+use crate::disk::find::is_layered;
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{HEADER_BYTES, SECTOR};
 use crate::image::chain::{AtRest, Form};
@@ -50,14 +50,6 @@ impl Order {
         // A tenth is as fine as anybody reads.
         (self.pieces.saturating_sub(1) as f64 / places as f64 * 1000.0).round() / 10.0
     }
-
-    /// In words.
-    pub fn to_text(self) -> String {
-        match self.pieces {
-            0 | 1 => "none, in one piece".to_owned(),
-            pieces => format!("{}%, in {pieces} pieces", self.fragmentation()),
-        }
-    }
 }
 
 /// What could be given back.
@@ -92,8 +84,8 @@ impl Reclaimable {
             found.leaked_unknown = Some("a mount serves it; umount first".to_owned());
             return found;
         }
-        let reports = if target::is_layered(path) {
-            let examined = crate::cli::layered::examine(path);
+        let reports = if is_layered(path) {
+            let examined = examine(path);
             examined.map(|examined| examined.reports.into_iter().map(|(_, report)| report).collect())
         } else {
             check(path).map(|report| vec![report])
@@ -116,11 +108,11 @@ impl Reclaimable {
     }
 
     /// Finds what each snapshot of a chain holds for itself alone. `levels`: base first, each with its GUID.
-    pub fn add_snapshots(&mut self, levels: &[(String, AtRest)], lines: &[SnapshotLine]) -> Result<()> {
+    pub fn add_snapshots(&mut self, levels: &[(&str, &AtRest)], lines: &[SnapshotLine]) -> Result<()> {
         for pair in levels.windows(2) {
             let [(guid, lower), (_, upper)] = pair else { continue };
-            let Some(line) = lines.iter().find(|line| line.guid == *guid) else { continue };
-            let children = lines.iter().filter(|other| other.parent.as_ref() == Some(guid)).count();
+            let Some(line) = lines.iter().find(|line| line.guid == **guid) else { continue };
+            let children = lines.iter().filter(|other| other.parent.as_deref() == Some(*guid)).count();
             let (reclaimable, why_not) = if children > 1 {
                 (0, Some(format!("{children} others stand on it")))
             } else {
@@ -130,33 +122,6 @@ impl Reclaimable {
             self.snapshots.push(Freed { name, exclusive, reclaimable, why_not });
         }
         Ok(())
-    }
-
-    /// The lines of `info`.
-    pub fn to_text(&self, image: &Path) -> String {
-        let mut text = String::new();
-        let mut row = |label: &str, value: &str| {
-            // Writing into a String cannot fail.
-            let _ = writeln!(text, "{:<13}{}", format!("{label}:"), out::printable(value));
-        };
-        match (self.leaked, &self.leaked_unknown) {
-            (Some(0), _) => row("reclaimable", "nothing leaked"),
-            (Some(bytes), _) => {
-                let command = format!("ploopfs check {} --repair", quoted(image));
-                row("reclaimable", &format!("{} leaked: {command}", size::human(bytes)));
-            }
-            (None, Some(why)) => row("reclaimable", &format!("leaks are not known: {why}")),
-            (None, None) => {}
-        }
-        for freed in &self.snapshots {
-            let own = size::human(freed.exclusive);
-            let gain = match &freed.why_not {
-                Some(why) => format!("deleting it frees nothing: {why}"),
-                None => format!("deleting it frees {}", size::human(freed.reclaimable)),
-            };
-            row("snapshot", &format!("{}: {own} of its own; {gain}", freed.name));
-        }
-        text
     }
 }
 
@@ -205,7 +170,5 @@ mod tests {
         assert_eq!(of(101, 1).fragmentation(), 0.0);
         assert_eq!(of(101, 101).fragmentation(), 100.0);
         assert_eq!(of(101, 11).fragmentation(), 10.0);
-        assert_eq!(of(101, 11).to_text(), "10%, in 11 pieces");
-        assert_eq!(of(5, 1).to_text(), "none, in one piece");
     }
 }

@@ -1,0 +1,122 @@
+//! A layered image at rest, for those who look: its descriptor, and the files that it names. Nothing is written and
+//! nothing is locked. Every file is reached through the image's folder, by the one rule of [`paths`].
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::{Delta, Descriptor, Guid};
+use crate::format::header::SECTOR;
+use crate::image::chain::{AtRest, Candidate};
+use crate::image::kind::{DESCRIPTOR, ImageKind};
+use crate::image::labels::Labels;
+use crate::image::paths;
+use crate::image::store::Store;
+use crate::words::quoted;
+
+/// An image with a descriptor.
+pub struct Layered {
+    folder: PathBuf,
+    dir: OwnedFd,
+    descriptor: Descriptor,
+    labels: Labels,
+}
+
+impl Layered {
+    /// Reads the descriptor in `folder`.
+    pub fn read(folder: &Path) -> Result<Layered> {
+        let dir = paths::image_folder(folder)?;
+        let (descriptor, labels) = Store::read(dir.as_fd(), folder)?;
+        Ok(Layered { folder: folder.to_owned(), dir, descriptor, labels })
+    }
+
+    /// The image's folder, as it was named.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What the descriptor says.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// The snapshots' names.
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// Disk size in bytes, as the descriptor has it.
+    pub fn size(&self) -> u64 {
+        self.descriptor.disk_sectors.saturating_mul(SECTOR)
+    }
+
+    /// Space that all files take on the host, in bytes. A file that is missing, or may not be had, takes none.
+    pub fn allocated(&self) -> u64 {
+        let named = |delta: &Delta| paths::named(self.dir.as_fd(), &self.folder, &delta.file, false);
+        let found = self.descriptor.deltas.iter().filter_map(|delta| named(delta).ok().flatten());
+        // stat(2) counts units of 512 bytes.
+        found.map(|stat| stat.st_blocks as u64 * 512).sum()
+    }
+
+    /// True when `file` (device and inode) is one of its files.
+    pub fn has(&self, file: (u64, u64)) -> bool {
+        let named = |delta: &Delta| paths::named(self.dir.as_fd(), &self.folder, &delta.file, false);
+        let mut found = self.descriptor.deltas.iter().filter_map(|delta| named(delta).ok().flatten());
+        found.any(|stat| (stat.st_dev, stat.st_ino) == file)
+    }
+
+    /// Where a delta's file lies. A descriptor comes from elsewhere, and must not make us read just any file: those of
+    /// its folder and of the folder around it are enough.
+    pub fn path(&self, delta: &Delta) -> Result<PathBuf> {
+        let shown = paths::shown(&self.folder, &delta.file);
+        match paths::resolve(self.dir.as_fd(), Path::new(&delta.file), &shown, false) {
+            // What is missing is told by who opens it.
+            Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => Err(e),
+            _ => Ok(shown),
+        }
+    }
+
+    /// Why a mount would not serve it: a file outside of the images folder, or one that is no regular file.
+    pub fn hostile(&self) -> Result<()> {
+        paths::hostile(self.dir.as_fd(), &self.folder, &self.descriptor, false)
+    }
+
+    /// Files of the folder that a crashed operation made or dropped and that no delta has.
+    pub fn left_over(&self) -> Vec<String> {
+        let there = |file: &&str| self.folder.join(file).symlink_metadata().is_ok();
+        self.labels.noted(&self.descriptor).filter(there).map(str::to_owned).collect()
+    }
+
+    /// How a delta's file is stored. Only a base can be raw, whatever Type says above it.
+    pub fn kind(&self, delta: &Delta) -> ImageKind {
+        let is_base = self.descriptor.shot(delta.guid).is_some_and(|shot| shot.parent == Guid::NONE);
+        if delta.plain && is_base { ImageKind::Raw } else { ImageKind::Ploop }
+    }
+
+    /// The snapshot of this name; None is the live disk.
+    pub fn guid(&self, snapshot: Option<&str>) -> Result<Guid> {
+        let Some(name) = snapshot else { return Ok(self.descriptor.top) };
+        let what = format!(
+            "has no snapshot {name}; these are there: ploopfs snapshot list {}",
+            quoted(&self.folder)
+        );
+        let found = self.labels.find(&self.descriptor, name).filter(|guid| *guid != self.descriptor.top);
+        found.ok_or_else(|| Error::at(Kind::NotFound, &self.folder, what))
+    }
+
+    /// The levels of a snapshot or of the live disk, base first.
+    pub fn chain(&self, guid: Guid) -> Result<Vec<&Delta>> {
+        let damaged = |why: String| Error::at(Kind::Damaged, self.folder.join(DESCRIPTOR), why);
+        let chain = self.descriptor.chain(guid).map_err(|e| damaged(e.to_string()))?;
+        let delta =
+            |guid| self.descriptor.delta(guid).ok_or_else(|| damaged(format!("has no file for {guid}")));
+        chain.into_iter().map(delta).collect()
+    }
+
+    /// Opens the file of a delta, its header judged.
+    pub fn open(&self, delta: &Delta) -> Result<AtRest> {
+        let shown = paths::shown(&self.folder, &delta.file);
+        let (dir, name) = paths::resolve(self.dir.as_fd(), Path::new(&delta.file), &shown, false)?;
+        Candidate::open_in(dir.as_fd(), &name, &shown)?.open_as(self.kind(delta))
+    }
+}

@@ -1,0 +1,67 @@
+//! An image at rest is opened: its locks, its levels, its live code without a transport (DESIGN.md 9).
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::disk::find::is_layered;
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::Candidate;
+use crate::image::layers::{Direct, Layers};
+use crate::image::paths::image_folder;
+use crate::io::lock::DeltaLock;
+use crate::io::real::Access;
+use crate::vdisk::{Engine, Image, Options};
+
+/// An image that this process has opened for itself. Nothing of it is written before
+/// [`make_writable`](Image::make_writable); [`close`](Opened::close) makes durable what was.
+pub struct Opened {
+    /// The image.
+    pub image: Arc<Image>,
+    /// Its descriptor and files; None for a single file. Behind `image`: the locks are dropped last.
+    pub layers: Option<Arc<Layers>>,
+    /// Of a single file.
+    lock: Option<DeltaLock>,
+}
+
+impl Opened {
+    /// Opens the image at `path`, or a snapshot of it (label or GUID), under its locks. Order: (1) what it is, since a
+    /// folder or a link has no lock; (2) the locks; (3) everything is read anew, so that nothing that is known is old.
+    pub fn open(path: &Path, snapshot: Option<&str>, access: Access, options: Options) -> Result<Opened> {
+        let engine = Engine::new(options, Box::new(|event| log::warn!("{event}")));
+        let name = path.to_string_lossy();
+        if is_layered(path) {
+            // What is needed of a chain is written to its top alone; files below it may be read-only.
+            let access = if access == Access::ReadWrite { Access::Widest } else { access };
+            let (layers, live) = Layers::open(image_folder(path)?, path, Arc::new(Direct(access)), false)?;
+            let levels = match snapshot {
+                None => live,
+                Some(name) => {
+                    let guid = layers.store().find_snapshot(name)?;
+                    layers.chain(guid)?
+                }
+            };
+            let image = Image::open(&engine, &name, levels)?;
+            return Ok(Opened { image, layers: Some(layers), lock: None });
+        }
+        Candidate::open(path)?.kind()?; // 1
+        if let Some(snapshot) = snapshot {
+            return Err(no_snapshot(path, snapshot));
+        }
+        let (candidate, lock) = Candidate::open_locked_as(path, access)?; // 2
+        let kind = candidate.kind()?; // 3
+        let image = Image::open(&engine, &name, vec![candidate.open_as(kind)?.into_level()])?;
+        Ok(Opened { image, layers: None, lock: Some(lock) })
+    }
+
+    /// Closes it: what was written is durable and the mark cleared, before the locks end.
+    pub fn close(self) -> Result<()> {
+        let closed = self.image.close();
+        drop((self.layers, self.lock));
+        closed
+    }
+}
+
+/// What is said of a snapshot of an image that is one file.
+pub fn no_snapshot(path: &Path, name: &str) -> Error {
+    Error::at(Kind::NotFound, path, format!("there is no snapshot {name}: this image has none"))
+}

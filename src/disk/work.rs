@@ -1,0 +1,77 @@
+//! Work with an image that is at rest: the live code without a transport, in this process, under the same locks
+//! (DESIGN.md 9). What is refused is refused before anything is changed.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use crate::disk::find::is_layered;
+use crate::disk::open::{Opened, no_snapshot};
+use crate::error::{Error, Kind, Result};
+use crate::image::chain::Candidate;
+use crate::image::kind::Class;
+use crate::image::layers::{Direct, Layers};
+use crate::image::make_folder::make_folder;
+use crate::image::paths::image_folder;
+use crate::image::switch::switch;
+use crate::io::real::Access;
+use crate::progress::Progress;
+use crate::sync::Arc;
+use crate::vdisk::Options;
+use crate::vdisk::live::{Done, Work, carry_out as carry_out_live};
+
+/// Does `work` with the image at `path`.
+pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
+    match work {
+        _ if is_layered(path) => layered(path, work, progress),
+        Work::Snapshot { .. } | Work::Clone { snapshot: None, .. } => {
+            layered(&to_folder(path)?, work, progress)
+        }
+        Work::Clone { snapshot: Some(name), .. }
+        | Work::Delete { snapshot: name }
+        | Work::Merge { snapshot: name }
+        | Work::Switch { snapshot: name } => Err(no_snapshot(path, name)),
+        Work::Finish => Ok(Done::default()),
+        Work::Resize { .. } | Work::Compact { .. } | Work::Track { .. } | Work::Untrack => {
+            opened(path, work, progress)
+        }
+    }
+}
+
+fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
+    if let Work::Switch { snapshot } = work {
+        let opener = Arc::new(Direct(Access::Widest));
+        let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
+        let guid = layers.store().find_snapshot(snapshot)?;
+        drop(chain);
+        return switch(&layers, guid).map(|()| Done::default());
+    }
+    opened(folder, work, progress)
+}
+
+/// Order: (1) the locks, and the image; (2) the work; (3) the close, which makes it durable and clears the mark, also after
+/// work that failed; (4) the locks' end.
+fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
+    let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
+    let opened = Opened::open(path, None, access, Options::default())?;
+    let writable = if work.only_looks() { Ok(()) } else { opened.image.make_writable() };
+    let result =
+        writable.and_then(|()| carry_out_live(&opened.image, opened.layers.as_ref(), work, progress));
+    let closed = opened.close();
+    let done = result?;
+    closed.map(|()| done)
+}
+
+/// Makes a single file a folder, under the file's lock. The lock ends with this step: who is first afterwards takes the
+/// folder's, and everything is read anew.
+fn to_folder(path: &Path) -> Result<PathBuf> {
+    let Class::Image { name, .. } = Candidate::open(path)?.class() else {
+        return Err(Error::at(Kind::Unsupported, path, "not an image"));
+    };
+    let file = path.file_name().ok_or_else(|| Error::at(Kind::Invalid, path, "ends in no name"))?;
+    let opened = Opened::open(path, None, Access::ReadWrite, Options::default())?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let resolved = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;
+    make_folder(image_folder(&resolved)?.as_fd(), parent, file)?;
+    opened.close()?;
+    Ok(path.with_file_name(name))
+}
