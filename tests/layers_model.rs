@@ -123,7 +123,7 @@ impl Disk {
 
     fn work(&self, work: Work) -> ploopfs::Result<ploopfs::vdisk::live::Done> {
         let (image, layers) = self.parts();
-        carry_out(image, layers, &work, &Progress::new())
+        carry_out(image, Some(layers), &work, &Progress::new())
     }
 
     fn pick(&self, which: &prop::sample::Index) -> Option<String> {

@@ -12,7 +12,6 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{HEADER_BYTES, SECTOR};
 use crate::image::chain::{AtRest, Form};
 use crate::image::check::{Report, check};
-use crate::words::quoted;
 
 /// Bytes of two maps that are compared at a time.
 const PIECE: usize = 64 << 10;

@@ -17,14 +17,14 @@ use crate::io::real::Access;
 use crate::progress::Progress;
 use crate::sync::Arc;
 use crate::vdisk::Options;
-use crate::vdisk::live::{Done, Work, carry_out as carry_out_live};
+use crate::vdisk::live::{Done, Work, carry_out as carry_out_live, judge};
 
 /// Does `work` with the image at `path`.
 pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     match work {
         _ if is_layered(path) => layered(path, work, progress),
         Work::Snapshot { .. } | Work::Clone { snapshot: None, .. } => {
-            layered(&to_folder(path)?, work, progress)
+            layered(&to_folder(path, work)?, work, progress)
         }
         Work::Clone { snapshot: Some(name), .. }
         | Work::Delete { snapshot: name }
@@ -61,9 +61,12 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     closed.map(|()| done)
 }
 
-/// Makes a single file a folder, under the file's lock. The lock ends with this step: who is first afterwards takes the
-/// folder's, and everything is read anew.
-fn to_folder(path: &Path) -> Result<PathBuf> {
+/// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: who is first afterwards
+/// takes the folder's, and everything is read anew.
+///
+/// 1. the image is opened, and its map looked through, as for a first write; 2. the work is judged; 3. it becomes a folder.
+/// 3 before 1 or 2, and a refusal would leave another image than it found.
+fn to_folder(path: &Path, work: &Work) -> Result<PathBuf> {
     let Class::Image { name, .. } = Candidate::open(path)?.class() else {
         return Err(Error::at(Kind::Unsupported, path, "not an image"));
     };
@@ -71,7 +74,12 @@ fn to_folder(path: &Path) -> Result<PathBuf> {
     let opened = Opened::open(path, None, Access::ReadWrite, Options::default())?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let resolved = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;
-    make_folder(image_folder(&resolved)?.as_fd(), parent, file)?;
+    let folder = image_folder(&resolved)?;
+    let made = opened
+        .image
+        .make_writable() // 1
+        .and_then(|()| judge(&opened.image, None, work)) // 2
+        .and_then(|()| make_folder(folder.as_fd(), parent, file)); // 3
     opened.close()?;
-    Ok(path.with_file_name(name))
+    made.map(|_| path.with_file_name(name))
 }

@@ -16,7 +16,7 @@ use crate::image::make_folder::make_folder;
 use crate::image::store::Store;
 use crate::image::switch::switch;
 use crate::progress::Progress;
-use crate::vdisk::live::{Done, Work, carry_out};
+use crate::vdisk::live::{Done, Work, carry_out, judge};
 
 impl Folder {
     /// Carries `work` out on the image `name` (without `.img`), while it is in use. Blocks as long as it takes; not for
@@ -43,7 +43,10 @@ impl Folder {
     fn work_on(&self, open: &OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
         let entry = open.entry();
         let layers = match entry.live_layers() {
-            None if work.needs_folder() => Some(self.make_layered(entry)?),
+            None if work.needs_folder() => {
+                judge(open.image(), None, work)?;
+                Some(self.make_layered(entry)?)
+            }
             layers => layers,
         };
         let _going = match (work, &layers) {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
 use crate::format::header::Header;
-use crate::image::create;
+use crate::image::clone::Place;
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::level::{Layout, Level};
@@ -37,14 +37,7 @@ pub struct Assembly {
 impl Assembly {
     /// Begins the image `to`, a folder, which must not be there.
     pub fn begin(to: &Path) -> Result<Assembly> {
-        if let Some(taken) = create::taken_by(to)? {
-            let why = "there is an image of this name already; choose another";
-            return Err(Error::at(Kind::Exists, taken, why));
-        }
-        let name = to.file_name().ok_or_else(|| Error::at(Kind::Invalid, to, "ends in no name"))?;
-        let name = name.to_str().ok_or_else(|| Error::at(Kind::Invalid, to, "must be UTF-8"))?.to_owned();
-        let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
-        let around = File::open(&parent).map_err(|e| Error::io(&e, &parent, "cannot open the folder"))?;
+        let Place { name, around, parent } = Place::of(to)?;
         let building = OsString::from(format!(".{name}.new"));
         let folder = new_folder(around.as_fd(), &building, &parent.join(&building))?;
         Ok(Assembly {

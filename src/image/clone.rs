@@ -1,11 +1,12 @@
 //! A new image with the content of a snapshot. Where the host can, it shares extents with the old one and no file.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::AtFlags;
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
@@ -25,6 +26,49 @@ use crate::rules::{Step, step};
 /// Bytes copied between two looks at `progress`.
 const PIECE: usize = 1 << 20;
 
+/// Where a new image is to lie.
+#[derive(Debug)]
+pub struct Place {
+    /// Its name.
+    pub name: String,
+    /// The folder around it, opened.
+    pub around: File,
+    /// The same, as it was named.
+    pub parent: PathBuf,
+}
+
+impl Place {
+    /// Refuses a name that cannot be, or that is taken.
+    pub fn of(to: &Path) -> Result<Place> {
+        if let Some(taken) = create::taken_by(to)? {
+            let why = "there is an image of this name already; choose another";
+            return Err(Error::at(Kind::Exists, taken, why));
+        }
+        let name = to.file_name().ok_or_else(|| Error::at(Kind::Invalid, to, "ends in no name"))?;
+        let name = name.to_str().ok_or_else(|| Error::at(Kind::Invalid, to, "must be UTF-8"))?.to_owned();
+        let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
+        let around = File::open(&parent).map_err(|e| Error::io(&e, &parent, "cannot open the folder"))?;
+        Ok(Place { name, around, parent })
+    }
+}
+
+/// False where a file in the folder `around` can neither share extents with `source` nor be a link to it. On one file
+/// system a link is taken for possible; on another, a file without a name shows whether extents are shared.
+pub fn shares(source: &dyn HostFile, around: &File) -> io::Result<bool> {
+    let there = rustix::fs::fstat(around)?;
+    if source.status()?.dev == there.st_dev {
+        return Ok(true);
+    }
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let trial = retry_on_intr(|| rustix::fs::openat(around, ".", flags, Mode::RUSR | Mode::WUSR));
+    match (trial, source.descriptor()) {
+        (Ok(trial), Some(source)) => Ok(retry_on_intr(|| rustix::fs::ioctl_ficlone(&trial, source)).is_ok()),
+        // A host without such files: the clone itself will show.
+        (Err(_), _) => Ok(true),
+        (_, None) => Ok(false),
+    }
+}
+
 /// Makes the folder `to` an image with the content of the snapshot `guid`, which must not be changed or merged
 /// meanwhile. Each delta shares its extents with the old one (FICLONE); else it is a hard link, and neither image
 /// may change it from then on (R9: its link count says so); else, if `copy`, it is copied; else the whole is refused.
@@ -33,17 +77,12 @@ const PIECE: usize = 1 << 20;
 ///    renamed to `NAME`, which must be free; 6. the folder around it synced. Until 5 there is no image: a crash leaves a
 ///    dot-folder, which the next attempt removes. 5 before 4: a power cut could leave an image without a file.
 pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Progress) -> Result<()> {
-    if let Some(taken) = create::taken_by(to)? {
-        return Err(Error::at(Kind::Exists, taken, "there is an image of this name already; choose another"));
-    }
-    let name = to.file_name().ok_or_else(|| Error::at(Kind::Invalid, to, "ends in no name"))?;
-    let text = name.to_str().ok_or_else(|| Error::at(Kind::Invalid, to, "must be UTF-8"))?;
-    let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let around = File::open(parent).map_err(|e| Error::io(&e, parent, "cannot open the folder"))?;
+    let Place { name: text, around, parent } = Place::of(to)?;
+    let name = OsStr::new(&text);
     let building = format!(".{text}.new");
     let built = parent.join(&building);
     let folder = new_folder(around.as_fd(), building.as_ref(), &built)?;
-    let new = NewImage { dir: folder.as_fd(), path: &built, name: text, copy, progress };
+    let new = NewImage { dir: folder.as_fd(), path: &built, name: &text, copy, progress };
     let finished = new
         .fill(layers, guid)
         // 4.
@@ -63,7 +102,7 @@ pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Prog
         return Err(error);
     }
     // 6.
-    sync_folder(around.as_fd(), parent)
+    sync_folder(around.as_fd(), &parent)
 }
 
 impl Layers {

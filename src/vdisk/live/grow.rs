@@ -42,14 +42,15 @@ impl Image {
         if size == self.size() {
             return Ok(size);
         }
+        let unit = if self.has_map() { self.cluster } else { 512 };
+        let too_large = || Error::at(Kind::Invalid, self.shown(), "the size is too large for this image");
+        let size = size.checked_next_multiple_of(unit).ok_or_else(too_large)?;
         self.mark_and_wait()?;
         let stack = arc_swap::Guard::into_inner(self.stack());
         let old = stack.geometry;
-        let too_large = || Error::at(Kind::Invalid, self.shown(), "the size is too large for this image");
         if stack.bat.is_none() {
-            return self.grow_raw(&stack, size.checked_next_multiple_of(512).ok_or_else(too_large)?);
+            return self.grow_raw(&stack, size);
         }
-        let size = size.checked_next_multiple_of(self.cluster).ok_or_else(too_large)?;
         if size == self.size() {
             return Ok(size);
         }

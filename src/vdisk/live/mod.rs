@@ -7,12 +7,14 @@ mod defrag;
 mod failures;
 pub mod freeze;
 mod grow;
+mod judge;
 pub mod merge;
 pub mod order;
 mod pull;
 pub mod snapshot;
 mod work;
 
+pub use judge::judge;
 pub use work::{carry_out, time_label};
 
 use std::path::PathBuf;

@@ -10,6 +10,7 @@ use std::cell::Cell;
 use std::time::SystemTime;
 
 use super::freeze::Uncommitted;
+use super::judge::judge;
 use super::merge::Direction;
 use super::snapshot::TopPlan;
 use super::{Done, Work};
@@ -36,6 +37,7 @@ pub fn carry_out(
     progress: &Progress,
 ) -> Result<Done> {
     let _alone = layers.map(|layers| layers.begin_operation()).transpose()?;
+    judge(image, layers.map(|layers| &**layers), work)?;
     let done = act(image, layers, work, progress);
     if let Some(layers) = layers {
         // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
@@ -46,25 +48,21 @@ pub fn carry_out(
 
 fn act(image: &Arc<Image>, layers: Option<&Arc<Layers>>, work: &Work, progress: &Progress) -> Result<Done> {
     let job = layers.map(|layers| Live { image, layers, progress });
-    let single = |snapshot: &Option<String>| {
-        let what = match snapshot {
-            Some(name) => format!("there is no snapshot {name}: this image has none"),
-            None => "is a single file, and has no snapshots".to_owned(),
-        };
-        Error::at(Kind::NotFound, image.path(), what)
+    let layered = || {
+        let what = "is a single file, and has no snapshots";
+        job.as_ref().ok_or_else(|| Error::at(Kind::NotFound, image.shown(), what))
     };
-    let layered = |snapshot: &str| job.as_ref().ok_or_else(|| single(&Some(snapshot.to_owned())));
     match work {
         Work::Snapshot { label } => {
-            let name = job.ok_or_else(|| single(&None))?.snapshot(label.as_deref())?;
+            let name = layered()?.snapshot(label.as_deref())?;
             Ok(Done { name: Some(name), ..Done::default() })
         }
-        Work::Delete { snapshot } => layered(snapshot)?.delete(snapshot, true),
-        Work::Merge { snapshot } => layered(snapshot)?.delete(snapshot, false),
-        Work::Finish => job.map_or_else(|| Ok(Done::default()), |job| job.finish()),
+        Work::Delete { snapshot } => layered()?.delete(snapshot, true),
+        Work::Merge { snapshot } => layered()?.delete(snapshot, false),
+        Work::Finish => job.as_ref().map_or_else(|| Ok(Done::default()), Live::finish),
         Work::Resize { size } => {
             let size = image.grow(*size, progress)?;
-            if let Some(job) = job {
+            if let Some(job) = &job {
                 // The header, then the descriptor: at open the top's header wins.
                 job.settle(job.change(|next| {
                     next.set_size(size / 512);
@@ -74,13 +72,18 @@ fn act(image: &Arc<Image>, layers: Option<&Arc<Layers>>, work: &Work, progress: 
             Ok(Done { size: Some(size), ..Done::default() })
         }
         Work::Clone { snapshot, to, copy } => {
-            let job = job.ok_or_else(|| single(snapshot))?;
+            let job = layered()?;
             let of = match snapshot {
                 Some(name) => name.clone(),
                 None => job.snapshot(None)?,
             };
             let guid = job.find(&of)?;
-            clone::clone(job.layers, guid, to, *copy, progress)?;
+            if let Err(e) = clone::clone(job.layers, guid, to, *copy, progress) {
+                if snapshot.is_none() {
+                    job.take_back(&of);
+                }
+                return Err(e);
+            }
             let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
             Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
         }
@@ -180,6 +183,14 @@ impl Live<'_> {
             && let Err(e) = self.layers.remove(file)
         {
             log::warn!("{e}; the next open tries again");
+        }
+    }
+
+    /// Deletes a snapshot that was taken for work that then failed. Not to be cancelled: that may be why it failed.
+    fn take_back(&self, name: &str) {
+        let job = Live { progress: &Progress::new(), ..*self };
+        if let Err(e) = job.delete(name, true) {
+            log::warn!("the snapshot {name}, which was taken for a clone, is left: {e}");
         }
     }
 
