@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, size, target};
+use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind};
 use crate::vdisk::live::Work;
 use crate::vdisk::live::compact::Gain;
@@ -43,6 +44,10 @@ struct Document {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let path = target::find(&args.image)?;
+    if !args.dry_run {
+        // The look that comes first changes nothing, and would pass.
+        refuse_level(&path)?;
+    }
     let name = out::printable(&args.image.to_string_lossy());
     let mut gain = Gain::default();
     for dry_run in [true, false] {

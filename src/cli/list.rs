@@ -24,6 +24,9 @@ const MAX_DESCRIPTOR: u64 = 16 << 20;
 /// stat(2) counts blocks of this many bytes, whatever the file system's own are.
 const SECTOR: u64 = 512;
 
+/// The kind of an image with a descriptor.
+const LAYERED: &str = "layered";
+
 /// Arguments of `list`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -204,6 +207,7 @@ fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
             Err(reason) => others.push(Other { path: in_text(path.as_os_str()), reason }),
         }
     }
+    refuse_levels(&mut images);
     refuse_shared_names(&mut images);
     Ok(Listing { images, others: all.then_some(others), mounts: None })
 }
@@ -262,7 +266,7 @@ fn layered_row(path: &Path, served: bool) -> Row {
     Row {
         name: in_text(&kind::folder_image_name(path.file_name().unwrap_or_default())),
         path: in_text(path.as_os_str()),
-        kind: "layered",
+        kind: LAYERED,
         size,
         allocated,
         served: false,
@@ -296,6 +300,22 @@ fn without_path(error: &Error, path: &Path) -> String {
     let text = error.to_string();
     let rest = text.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&text);
     rest.strip_prefix("not an image: ").unwrap_or(rest).to_owned()
+}
+
+/// A file that a descriptor in the folder names, under whatever name, is a level of that image and not served by itself.
+fn refuse_levels(images: &mut [Row]) {
+    let mut levels: HashMap<(u64, u64), String> = HashMap::new();
+    for row in images.iter().filter(|row| row.kind == LAYERED) {
+        if let Ok(image) = Layered::read(Path::new(&row.path)) {
+            levels.extend(image.files().map(|file| (file, row.path.clone())));
+        }
+    }
+    for row in images.iter_mut().filter(|row| row.kind != LAYERED && row.reason.is_none()) {
+        let file = Path::new(&row.path).symlink_metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        if let Some(folder) = file.and_then(|file| levels.get(&file)) {
+            row.reason = Some(format!("is a level of the layered image {folder}, and no image of its own"));
+        }
+    }
 }
 
 /// Two sources with one name: neither is served, both are named.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::{Outcome, out, size, target};
 use crate::disk::layered::Layered;
+use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Delta;
 use crate::image::chain::Candidate;
@@ -37,7 +38,7 @@ enum What {
         /// The dump
         #[arg(value_name = "FILE")]
         file: PathBuf,
-        /// The image, or one file of a layered one
+        /// The image; of a layered one, the dump says which file
         #[arg(value_name = "IMAGE")]
         image: PathBuf,
     },
@@ -107,6 +108,7 @@ fn dump(path: &Path) -> Result<()> {
 }
 
 fn restore(dump: &Path, path: &Path) -> Result<()> {
+    refuse_level(path)?;
     let text = std::fs::read_to_string(dump).map_err(|e| Error::io(&e, dump, "cannot read the dump"))?;
     let refuse = |why: String| Error::at(Kind::Invalid, dump, why);
     let all = meta::parse(&text).map_err(refuse)?;

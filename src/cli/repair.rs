@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::{Outcome, out, report, served, target};
 use crate::disk::examine::{Examined, examine};
 use crate::disk::layered::Layered;
+use crate::disk::owner::refuse_level;
 use crate::disk::work;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
@@ -118,6 +119,9 @@ impl Told {
 
 /// Repairs the image at `path`.
 pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome> {
+    if !dry_run {
+        refuse_level(path)?;
+    }
     let mut told = Told { dry_run, ..Told::default() };
     let (text, value, damaged) = if target::is_layered(path) {
         let examined = layered_image(path, &mut told)?;

@@ -14,6 +14,7 @@ use crate::cli::served::{self, Daemon};
 use crate::cli::size;
 use crate::control::client::Client;
 use crate::control::protocol::Amount;
+use crate::disk::owner::refuse_level;
 use crate::disk::snapshots::{self, SnapshotLine};
 use crate::disk::work as at_rest;
 use crate::error::{Error, Kind, Result};
@@ -60,6 +61,10 @@ pub fn clear_up(path: &Path, work: &Work) -> Result<Done> {
 }
 
 fn attempt(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool) -> Result<Done> {
+    // Before anything else: a daemon may serve the file under a name of its own.
+    if !work.only_looks() {
+        refuse_level(path)?;
+    }
     let mut place = Place::of(path)?;
     let bar = Bar::new();
     let result = match &mut place {

@@ -4,6 +4,8 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Stat;
+
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Delta, Descriptor, Guid};
 use crate::format::header::SECTOR;
@@ -52,17 +54,18 @@ impl Layered {
 
     /// Space that all files take on the host, in bytes. A file that is missing, or may not be had, takes none.
     pub fn allocated(&self) -> u64 {
-        let named = |delta: &Delta| paths::named(self.dir.as_fd(), &self.folder, &delta.file, false);
-        let found = self.descriptor.deltas.iter().filter_map(|delta| named(delta).ok().flatten());
         // stat(2) counts units of 512 bytes.
-        found.map(|stat| stat.st_blocks as u64 * 512).sum()
+        self.stats().map(|stat| stat.st_blocks as u64 * 512).sum()
     }
 
-    /// True when `file` (device and inode) is one of its files.
-    pub fn has(&self, file: (u64, u64)) -> bool {
+    /// Its files, by device and inode. One that is missing, or may not be had, is none.
+    pub fn files(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.stats().map(|stat| (stat.st_dev, stat.st_ino))
+    }
+
+    fn stats(&self) -> impl Iterator<Item = Stat> {
         let named = |delta: &Delta| paths::named(self.dir.as_fd(), &self.folder, &delta.file, false);
-        let mut found = self.descriptor.deltas.iter().filter_map(|delta| named(delta).ok().flatten());
-        found.any(|stat| (stat.st_dev, stat.st_ino) == file)
+        self.descriptor.deltas.iter().filter_map(move |delta| named(delta).ok().flatten())
     }
 
     /// Where a delta's file lies. A descriptor comes from elsewhere, and must not make us read just any file: those of

@@ -12,6 +12,7 @@ pub mod facts;
 pub mod find;
 pub mod layered;
 pub mod open;
+pub mod owner;
 pub mod snapshots;
 pub mod space;
 pub mod work;

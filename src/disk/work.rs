@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::disk::find::is_layered;
 use crate::disk::open::{Opened, no_snapshot};
+use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
@@ -21,6 +22,9 @@ use crate::vdisk::live::{Done, Work, carry_out as carry_out_live, judge};
 
 /// Does `work` with the image at `path`.
 pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
+    if !work.only_looks() {
+        refuse_level(path)?;
+    }
     match work {
         _ if is_layered(path) => layered(path, work, progress),
         Work::Snapshot { .. } | Work::Clone { snapshot: None, .. } => {
@@ -65,6 +69,7 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 /// takes the folder's, and everything is read anew.
 ///
 /// 1. the image is opened, and its map looked through, as for a first write; 2. the work is judged; 3. it becomes a folder.
+///
 /// 3 before 1 or 2, and a refusal would leave another image than it found.
 fn to_folder(path: &Path, work: &Work) -> Result<PathBuf> {
     let Class::Image { name, .. } = Candidate::open(path)?.class() else {

@@ -38,6 +38,21 @@ pub struct Verdict {
     pub leftovers: Vec<Claim>,
 }
 
+/// Files that a folder's descriptor names are levels of that image, under whatever name they lie here: one that is served
+/// as an image of its own, and written, takes the layered one with it.
+pub fn leave_out_levels(claims: &mut [Claim]) {
+    let mut levels: HashMap<Identity, String> = HashMap::new();
+    for folder in claims.iter() {
+        levels.extend(folder.levels.iter().map(|level| (*level, show(&folder.file))));
+    }
+    for claim in claims.iter_mut().filter(|claim| claim.source != Source::Layers) {
+        if let Some(folder) = levels.get(&claim.stamp.identity) {
+            claim.problem =
+                Some(format!("is a level of the layered image {folder}/, and no image of its own"));
+        }
+    }
+}
+
 /// Decides over all claims of a folder, sorted by file name.
 pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
     let mut verdict = Verdict::default();
@@ -160,6 +175,7 @@ mod tests {
             size: 1,
             problem: None,
             parts: HashSet::new(),
+            levels: HashSet::new(),
         }
     }
 
@@ -241,6 +257,21 @@ mod tests {
         assert_eq!((verdict.dropped.len(), verdict.left_out.len()), (1, 1));
         let verdict = decide(vec![bad], &[served(7, "a", "a.hds", 1, true)]);
         assert_eq!((verdict.kept.len(), verdict.left_out.len()), (1, 0));
+    }
+
+    #[test]
+    fn a_second_name_of_a_level_is_not_served_also_where_it_was_before_and_nobody_has_it_open() {
+        let mut folder = claim("vm", "vm", 5);
+        folder.source = Source::Layers;
+        folder.levels.insert((1, 1));
+        for (open, served_still) in [(false, false), (true, true)] {
+            let mut claims = vec![folder.clone(), claim("x.hds", "x", 1), claim("y.hds", "y", 2)];
+            leave_out_levels(&mut claims);
+            let verdict = decide(claims, &[served(7, "x", "x.hds", 1, open)]);
+            assert_eq!(verdict.kept.len() == 1, served_still);
+            assert_eq!(new_names(&verdict), ["vm", "y"]);
+            assert!(served_still || verdict.left_out[0].1.contains("the layered image vm/"));
+        }
     }
 
     #[test]

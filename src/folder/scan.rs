@@ -77,6 +77,8 @@ pub struct Claim {
     pub problem: Option<String>,
     /// For a folder: the files in it.
     pub parts: HashSet<Identity>,
+    /// For a folder: the files that its descriptor names, wherever they lie.
+    pub levels: HashSet<Identity>,
 }
 
 /// A file or folder that was looked at.
@@ -216,17 +218,22 @@ fn look_at_folder(
         let stat = there(rustix::fs::statat(&inner, &part, AtFlags::SYMLINK_NOFOLLOW))?;
         parts.extend(stat.filter(is_file_or_folder).map(|stat| Stamp::of(&stat).identity));
     }
+    let mut levels = HashSet::new();
     let (size, problem) = match Store::read(inner.as_fd(), Path::new(name)) {
         Err(e) if e.is_passing() => return Err(Passing),
         Ok((descriptor, _)) if descriptor.volume => {
             (0, Some("a ploop volume (its data goes on in another folder); volumes are not served".into()))
         }
         Ok((descriptor, _)) => {
-            let hostile = paths::hostile(inner.as_fd(), Path::new(name), &descriptor, allow_outside);
-            if hostile.as_ref().is_err_and(crate::Error::is_passing) {
-                return Err(Passing);
+            let mut hostile = None;
+            for delta in &descriptor.deltas {
+                match paths::named(inner.as_fd(), Path::new(name), &delta.file, allow_outside) {
+                    Ok(stat) => levels.extend(stat.map(|stat| (stat.st_dev, stat.st_ino))),
+                    Err(e) if e.is_passing() => return Err(Passing),
+                    Err(e) => hostile = hostile.or(Some(e.to_string())),
+                }
             }
-            (descriptor.disk_sectors * SECTOR, hostile.err().map(|e| e.to_string()))
+            (descriptor.disk_sectors * SECTOR, hostile)
         }
         Err(e) => (0, Some(e.to_string())),
     };
@@ -238,6 +245,7 @@ fn look_at_folder(
         size,
         problem,
         parts,
+        levels,
     }))
 }
 
@@ -290,7 +298,16 @@ fn claim_of(
         },
     };
     let source = Source::File(kind);
-    Some(Claim { file: name.to_owned(), name: image, source, stamp, size, problem, parts: HashSet::new() })
+    Some(Claim {
+        file: name.to_owned(),
+        name: image,
+        source,
+        stamp,
+        size,
+        problem,
+        parts: HashSet::new(),
+        levels: HashSet::new(),
+    })
 }
 
 #[cfg(test)]

@@ -248,7 +248,8 @@ impl Folder {
         let before = |file: &OsStr| known.get(file).cloned();
         let seen = scan::read(self.shared.place.fd(), self.shared.allow_outside, &mut judge, &before)
             .map_err(|e| Error::io(&e, self.path(), "cannot read the images folder"))?;
-        let claims = seen.iter().filter_map(|s| s.claim.clone()).collect();
+        let mut claims: Vec<Claim> = seen.iter().filter_map(|s| s.claim.clone()).collect();
+        claims::leave_out_levels(&mut claims);
         let sure = !seen.iter().any(|s| s.unsure);
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
         let verdict = self.settle(claims);

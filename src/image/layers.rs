@@ -9,6 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
 use crate::format::header::{HEADER_BYTES, Header, SECTOR, Version};
 use crate::image::kind::DESCRIPTOR;
+use crate::image::labels::is_plain_name;
 use crate::image::level::{Layout, Level};
 use crate::image::paths;
 use crate::image::store::{self, Replaced, Store};
@@ -287,8 +288,12 @@ impl Layers {
         Ok(())
     }
 
-    /// True when the file has another name, so that another image may have it (R9): it must not be changed.
+    /// True when another image may have the file (R9), so that it must not be changed: it has another name, or lies in a
+    /// folder that is not this image's own.
     pub fn is_shared(&self, file: &str) -> Result<bool> {
+        if !is_plain_name(file) {
+            return Ok(true);
+        }
         let store = lock(&self.store);
         let level = self.level(&store, file, true)?;
         let status = level.file.status().map_err(|e| Error::io(&e, &level.path, "cannot look at it"))?;

@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, is_passing};
 use crate::format::descriptor::Descriptor;
 use crate::image::labels::is_plain_name;
 
@@ -114,7 +114,7 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
 }
 
 /// What the host says of a file that the descriptor names. Nothing is opened, no link is followed. None: it is missing,
-/// and may be on its way. Err: it lies outside, or is no regular file. `dir` is the image's folder, `path` its name.
+/// and may be on its way. Err: it lies outside, or is no regular file; or the host has no answer at the moment. `dir` is the image's folder, `path` its name.
 pub fn named(dir: BorrowedFd<'_>, path: &Path, file: &str, allow_outside: bool) -> Result<Option<Stat>> {
     let shown = shown(path, file);
     let stat = |dir: BorrowedFd<'_>, name: &OsStr| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
@@ -123,11 +123,19 @@ pub fn named(dir: BorrowedFd<'_>, path: &Path, file: &str, allow_outside: bool) 
     } else {
         match resolve(dir, Path::new(file), &shown, allow_outside) {
             Ok((folder, name)) => stat(folder.as_fd(), &name),
-            Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => return Err(e),
+            Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) || e.is_passing() => {
+                return Err(e);
+            }
             Err(_) => return Ok(None),
         }
     };
-    let Ok(stat) = stat else { return Ok(None) };
+    let stat = match stat {
+        Ok(stat) => stat,
+        Err(e) if is_passing(e.raw_os_error()) => {
+            return Err(Error::io(&e.into(), shown, "cannot look at it"));
+        }
+        Err(_) => return Ok(None),
+    };
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Ok(Some(stat)),
         FileType::Symlink => Err(Error::at(Kind::Invalid, shown, "is a link; links are not followed")),
