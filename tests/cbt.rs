@@ -89,7 +89,7 @@ fn what_a_mount_changes_is_in_the_bitmap_and_nothing_else_is() {
     let expected = [(0, MIB), (5 * MIB - PIECE, 2 * PIECE), (20 * MIB, PIECE), (64 * MIB - PIECE, PIECE)];
     assert_eq!((shown["uuid"].as_str(), ranges(&shown)), (Some(&*uuid), expected.to_vec()));
     let said = Run::ploopfs().args(["cbt", "show"]).arg(&file).ok();
-    assert!(said.lines().last().is_some_and(|line| line.contains(&uuid)), "{said}");
+    assert!(said.lines().next().is_some_and(|line| line.contains(&uuid)), "{said}");
     assert_eq!(Run::ploopfs().arg("check").arg(&file).run().code(), Some(0));
 
     Run::ploopfs().args(["cbt", "stop"]).arg(&file).ok();

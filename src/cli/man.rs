@@ -10,6 +10,7 @@ use crate::error::Kind;
 use crate::format::header::MAX_ENTRIES;
 use crate::image::create::{DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER};
 use crate::image::labels::MAX_LABEL;
+use crate::io::buffers;
 use crate::vdisk;
 
 /// ploopfs-semantics(7), with names between two `@` where the code has a number or a name of its own.
@@ -60,6 +61,8 @@ fn facts() -> Vec<(&'static str, String)> {
         ("MAX_DISK", (u64::from(MAX_ENTRIES) + 1) * DEFAULT_CLUSTER),
         ("BACKGROUND", vdisk::BACKGROUND),
         ("BOUND", vdisk::BOUND),
+        ("PARKED_OF_ONE", buffers::PARKED_OF_ONE),
+        ("PARKED", buffers::PARKED),
     ];
     let options = [
         ("BAT_DELAY", "bat_delay"),
