@@ -128,3 +128,58 @@ fn an_image_whose_name_is_no_utf8_is_attached_and_detached() {
     Run::ploopfs().arg("detach").arg(&flat).ok();
     mount.umount();
 }
+
+/// Waits until `list` of the folder says `what`.
+#[track_caller]
+fn lists(mount: &Mount, what: &str) {
+    let mut listed = String::new();
+    let said = common::until(std::time::Duration::from_secs(20), || {
+        listed = Run::ploopfs().arg("list").arg(mount.images()).ok();
+        listed.contains(what)
+    });
+    assert!(said, "{what}: {listed}");
+}
+
+#[test]
+fn an_open_image_whose_file_was_renamed_is_reached_by_both_names() {
+    require!("fuse", "loop");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Loop::attach(&mount.flat("vm1"), true);
+    fs::rename(mount.delta("vm1"), mount.delta("web")).expect("renamed");
+    lists(&mount, "was renamed to web.hds");
+    let web = mount.images().join("web");
+    for (image, name) in [(mount.flat("vm1"), "s1"), (web.clone(), "s2")] {
+        Run::ploopfs().args(["snapshot", "create"]).arg(&image).arg(name).ok();
+        let listed = Run::ploopfs().args(["snapshot", "list"]).arg(&image).ok();
+        assert!(listed.contains(name), "{listed}");
+    }
+    let info = Run::ploopfs().arg("info").arg(mount.flat("vm1")).ok();
+    assert!(info.contains(text(device.device())), "{info}");
+    // With the last close the new name is the image's.
+    device.detach();
+    let followed = || mount.flat("web").exists() && !mount.flat("vm1").exists();
+    assert!(common::until(std::time::Duration::from_secs(20), followed));
+    mount.umount();
+    Run::ploopfs().arg("check").arg(web).ok();
+}
+
+#[test]
+fn an_open_image_whose_file_was_removed_is_listed_and_never_taken_for_the_next_of_its_name() {
+    require!("fuse", "loop");
+    let mut mount = Mount::new(&["--create", "vm1=64M", "--create", "vm2=32M"]);
+    let (first, second) = (Loop::attach(&mount.flat("vm1"), true), Loop::attach(&mount.flat("vm2"), true));
+    fs::remove_file(mount.delta("vm1")).expect("removed");
+    lists(&mount, "gone from the folder");
+    let info = Run::ploopfs().arg("info").arg(mount.flat("vm1")).ok();
+    assert!(info.contains("gone from the folder") && info.contains(text(first.device())), "{info}");
+    // Another image takes its file's name.
+    fs::rename(mount.delta("vm2"), mount.delta("vm1")).expect("renamed");
+    lists(&mount, "was renamed to vm1.hds");
+    Run::ploopfs().args(["snapshot", "create"]).arg(mount.images().join("vm1")).arg("s1").ok();
+    assert!(mount.point().join(".snapshots/vm2/s1.img").exists(), "taken of the file that is there");
+    Run::ploopfs().args(["snapshot", "create"]).arg(mount.flat("vm1")).arg("s2").status(1);
+    assert!(!mount.point().join(".snapshots/vm2/s2.img").exists(), "of the wrong image");
+    first.detach();
+    second.detach();
+    mount.umount();
+}

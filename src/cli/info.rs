@@ -30,6 +30,11 @@ const OFFLINE: &str = "mode:        offline\n";
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.which.image)?;
+    if let Some(live) = served::image(&target.path)?
+        && target.path.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+    {
+        return without_file(&live, args.which.json);
+    }
     let facts = Facts::of(&target)?;
     let live = served::image(&facts.path)?;
     let reclaimable = facts.reclaimable(live.is_some())?;
@@ -49,6 +54,42 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         let held = holder.map(held).unwrap_or_default();
         out::text(&(to_text(&facts) + &space_text(&reclaimable, &facts.path) + &live + &held))?;
     }
+    Ok(Outcome::Done)
+}
+
+/// An image whose file was removed while it was open: what its daemon says of it is all that there is.
+fn without_file(live: &Live, as_json: bool) -> anyhow::Result<Outcome> {
+    let image = &live.image;
+    if as_json {
+        out::json(&json!({
+            "name": image.name,
+            "path": image.path,
+            "kind": image.kind,
+            "size": image.size,
+            "allocated": image.allocated,
+            "levels": [],
+            "mode": live.mode,
+            "in_use": true,
+            "openers": live.openers,
+            "reason": live.reason,
+            "daemon": live.pid,
+            "shown": live.shown.to_string_lossy(),
+        }))?;
+        return Ok(Outcome::Done);
+    }
+    let mut text = String::new();
+    let rows = [
+        ("name:", out::printable(&image.name)),
+        ("file:", out::printable(&image.path)),
+        ("kind:", out::printable(&image.kind)),
+        ("size:", size::human(image.size)),
+        ("allocated:", size::human(image.allocated)),
+    ];
+    for (label, value) in rows {
+        // Writing into a String cannot fail.
+        let _ = writeln!(text, "{label:<13}{value}");
+    }
+    out::text(&(text + &live.to_text()))?;
     Ok(Outcome::Done)
 }
 

@@ -1,5 +1,6 @@
 //! `ploopfs list`: the images of a folder, and what its daemon says of them where one serves it.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::cli::{Outcome, out, served, size, target};
+use crate::control::protocol::ImageLine;
 use crate::daemon::{holders, mounts};
 use crate::disk::layered::Layered;
 use crate::error::{Error, Kind};
@@ -46,7 +48,7 @@ pub struct Args {
 struct Row {
     name: String,
     path: String,
-    kind: &'static str,
+    kind: Cow<'static, str>,
     /// Disk size in bytes; none where the image cannot be read.
     size: Option<u64>,
     /// Space taken on the host, in bytes.
@@ -167,15 +169,31 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     Ok(Listing { mounts: Some(mounted), ..own })
 }
 
-/// What the daemon knows better than the files say.
-fn add_live(rows: &mut [Row], daemon: &mut served::Daemon) -> Result<(), Error> {
+/// What the daemon knows better than the files say; and what it serves whose file is gone from the folder.
+fn add_live(rows: &mut Vec<Row>, daemon: &mut served::Daemon) -> Result<(), Error> {
     let mut loops = daemon.loops();
-    for image in daemon.client.list()? {
+    let mut of_served = HashSet::new();
+    let mut images = daemon.client.list()?;
+    // Served ones first: a file that was renamed while it was open is left out under its new name.
+    images.sort_by_key(|image| !image.served);
+    for image in images {
         let file = Path::new(&image.path).file_name();
-        let Some(row) = rows.iter_mut().find(|row| Path::new(&row.path).file_name() == file) else {
-            continue;
+        let found = rows.iter().position(|row| Path::new(&row.path).file_name() == file);
+        let at = match found {
+            Some(at) if image.served => at,
+            Some(at) if !of_served.contains(&at) => at,
+            None if image.served => {
+                rows.push(without_file(&image));
+                rows.len() - 1
+            }
+            _ => continue,
         };
+        let row = &mut rows[at];
         let shown = daemon.mountpoint.join(format!("{}.img", image.name));
+        if image.served {
+            of_served.insert(at);
+            row.name.clone_from(&image.name);
+        }
         row.served = image.served;
         row.reason = image.reason.or(row.reason.take());
         row.mode = image.served.then_some(image.mode);
@@ -184,6 +202,21 @@ fn add_live(rows: &mut [Row], daemon: &mut served::Daemon) -> Result<(), Error> 
         row.loops = Vec::from_iter(over).into_iter().map(attached).collect();
     }
     Ok(())
+}
+
+/// An image that is served, and whose file was removed: it takes space until it is closed.
+fn without_file(image: &ImageLine) -> Row {
+    Row {
+        name: image.name.clone(),
+        path: image.path.clone(),
+        kind: image.kind.clone().into(),
+        size: Some(image.size),
+        allocated: image.allocated,
+        served: true,
+        reason: None,
+        mode: None,
+        loops: Vec::new(),
+    }
 }
 
 fn attached(device: LoopDevice) -> Attached {
@@ -242,7 +275,7 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<R
     Ok(Row {
         name: in_text(&name),
         path: in_text(path.as_os_str()),
-        kind: kind.as_str(),
+        kind: kind.as_str().into(),
         size,
         allocated,
         served: false,
@@ -266,7 +299,7 @@ fn layered_row(path: &Path, served: bool) -> Row {
     Row {
         name: in_text(&kind::folder_image_name(path.file_name().unwrap_or_default())),
         path: in_text(path.as_os_str()),
-        kind: LAYERED,
+        kind: LAYERED.into(),
         size,
         allocated,
         served: false,
@@ -283,7 +316,7 @@ fn unreadable(path: &Path, name: &OsStr, e: &Error) -> Result<Row, String> {
         (Class::Image { name, kind }, Ok(meta)) if meta.is_file() => Ok(Row {
             name: in_text(&name),
             path: in_text(path.as_os_str()),
-            kind: kind.as_str(),
+            kind: kind.as_str().into(),
             size: None,
             allocated: meta.blocks() * SECTOR,
             served: false,

@@ -137,10 +137,14 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
 
 /// The daemon that serves the image at `path` (a file or a layered image's folder), and what it says of it.
 pub fn serving(path: &Path) -> Result<Option<(Daemon, ImageLine)>> {
-    // "." and the like have a name only when resolved.
-    let path = path.canonicalize().map_err(|e| Error::io(&e, path, "cannot resolve the path"))?;
-    let Some(mut daemon) = of_folder(path.parent().unwrap_or(Path::new("/")))? else { return Ok(None) };
-    let named = |image: &ImageLine| Path::new(&image.path).file_name() == path.file_name();
+    // "." and the like have a name only when resolved. One that was removed while it was open is not there.
+    let resolved = match path.canonicalize() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => path.to_owned(),
+        resolved => resolved.map_err(|e| Error::io(&e, path, "cannot resolve the path"))?,
+    };
+    let (Some(folder), Some(name)) = (resolved.parent(), resolved.file_name()) else { return Ok(None) };
+    let Some(mut daemon) = of_folder(folder)? else { return Ok(None) };
+    let named = |image: &ImageLine| Path::new(&image.path).file_name() == Some(name);
     let found = daemon.client.list()?.into_iter().find(|image| image.served && named(image));
     Ok(found.map(|image| (daemon, image)))
 }
@@ -158,6 +162,8 @@ pub struct Live {
     pub reason: Option<String>,
     /// Who has it open, in words.
     pub openers: Vec<String>,
+    /// What else it says of it.
+    pub image: ImageLine,
 }
 
 /// What a daemon says of the image in the file `path`; None where none serves it.
@@ -165,7 +171,8 @@ pub fn image(path: &Path) -> Result<Option<Live>> {
     let Some((daemon, image)) = serving(path)? else { return Ok(None) };
     let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
     let shown = daemon.mountpoint.join(format!("{}.img", image.name));
-    Ok(Some(Live { pid: daemon.client.hello().pid, shown, mode: image.mode, reason: image.reason, openers }))
+    let (pid, mode, reason) = (daemon.client.hello().pid, image.mode.clone(), image.reason.clone());
+    Ok(Some(Live { pid, shown, mode, reason, openers, image }))
 }
 
 fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {

@@ -27,6 +27,8 @@ pub struct Verdict {
     pub kept: Vec<(u64, Claim)>,
     /// Open, but its file is gone or another now: served until the last close.
     pub vanished: Vec<u64>,
+    /// Of these the ones whose file lies in the folder under another name now.
+    pub renamed: Vec<(u64, Claim)>,
     /// No longer served.
     pub dropped: Vec<u64>,
     /// To be served from now on.
@@ -64,14 +66,21 @@ pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
     // By name: a look costs as much as there are images, not the square of that.
     let by_file: HashMap<&OsStr, &Claim> =
         claims.iter().map(|claim| (claim.file.as_os_str(), claim)).collect();
+    let by_identity: HashMap<Identity, &Claim> =
+        claims.iter().map(|claim| (claim.stamp.identity, claim)).collect();
     for old in incumbents {
         let claim = by_file.get(old.file.as_os_str()).filter(|claim| claim.stamp.identity == old.identity);
-        match claim {
+        // One that was renamed while it was open gives its old name up with the last close.
+        match claim.filter(|claim| claim.name == old.name) {
             Some(claim) if old.open || claim.problem.is_none() => {
                 verdict.kept.push((old.id, (*claim).clone()));
                 kept_files.insert(old.file.clone());
             }
-            _ if old.open => verdict.vanished.push(old.id),
+            _ if old.open => {
+                let elsewhere = by_identity.get(&old.identity);
+                verdict.renamed.extend(elsewhere.map(|&claim| (old.id, claim.clone())));
+                verdict.vanished.push(old.id);
+            }
             _ => {
                 verdict.dropped.push(old.id);
                 continue;
@@ -236,8 +245,17 @@ mod tests {
         let verdict = decide(vec![claim("b.hds", "b", 1)], &[served(7, "a", "a.hds", 1, true)]);
         assert!(verdict.new.is_empty());
         assert!(verdict.left_out[0].1.contains("a.img"));
+        assert_eq!(
+            (verdict.vanished.as_slice(), verdict.renamed[0].1.file.to_str()),
+            (&[7][..], Some("b.hds"))
+        );
         let verdict = decide(vec![claim("b.hds", "b", 1)], &[served(7, "a", "a.hds", 1, false)]);
         assert_eq!(new_names(&verdict), ["b"]);
+        // It follows its file, and still ends under its old name.
+        let verdict = decide(vec![claim("b.hds", "b", 1)], &[served(7, "a", "b.hds", 1, true)]);
+        assert_eq!((verdict.kept.len(), verdict.renamed.len(), verdict.new.len()), (0, 1, 0));
+        let verdict = decide(vec![claim("b.hds", "b", 1)], &[served(7, "a", "b.hds", 1, false)]);
+        assert_eq!((verdict.dropped.as_slice(), new_names(&verdict)), (&[7][..], vec!["b"]));
     }
 
     #[test]

@@ -24,6 +24,8 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::vdisk::{Image, Mode, Stats};
 
+/// Behind the path of a file that is gone.
+const GONE: &str = " (deleted)";
 /// What is said of an image that was writable and no longer is.
 pub(super) const FAILED: &str = "can no longer be written (the log says why) until everybody has closed it";
 
@@ -57,6 +59,8 @@ pub struct Entry {
     pub(super) size: AtomicU64,
     /// The file is gone from the folder, or another now; served until the last close.
     vanished: AtomicBool,
+    /// The file is there under another name.
+    renamed: AtomicBool,
     /// Protects the last word of the host about the file, and why the image cannot be written or closed. A leaf.
     pub(super) last: Mutex<Last>,
     /// Protects that its layers are opened once, whoever uses them: the live disk, its snapshots, an operation. Held
@@ -110,6 +114,7 @@ impl Entry {
             name: claim.name.clone(),
             origin: RwLock::new(Origin {
                 file: claim.file.clone(),
+                name: claim.name.clone(),
                 source: claim.source,
                 identity: claim.stamp.identity,
             }),
@@ -126,6 +131,7 @@ impl Entry {
             writable: AtomicBool::new(false),
             size: AtomicU64::new(claim.size),
             vanished: AtomicBool::new(false),
+            renamed: AtomicBool::new(false),
             last: Mutex::default(),
             layers: Mutex::default(),
             views: Mutex::default(),
@@ -167,6 +173,16 @@ impl Entry {
         self.shared.place.path().join(self.file())
     }
 
+    /// Its file, for lists. One that is gone has a path that leads nowhere, as the kernel writes it: another image may lie
+    /// under its name by now.
+    pub fn shown_path(&self) -> PathBuf {
+        let mut path = self.path();
+        if self.vanished.load(Ordering::Acquire) && !self.renamed.load(Ordering::Acquire) {
+            path.as_mut_os_string().push(GONE);
+        }
+        path
+    }
+
     /// Number of openers.
     pub fn openers(&self) -> u32 {
         self.openers.load(Ordering::Acquire)
@@ -201,7 +217,12 @@ impl Entry {
     /// What a person should know about it.
     pub fn trouble(&self) -> Option<String> {
         if self.vanished.load(Ordering::Acquire) {
-            return Some("its file is gone from the folder; served until it is closed".into());
+            return Some(match self.renamed.load(Ordering::Acquire) {
+                true => {
+                    format!("its file was renamed to {}; served until it is closed", self.file().display())
+                }
+                false => "its file is gone from the folder; served until it is closed".into(),
+            });
         }
         if self.writable.load(Ordering::Acquire) && self.mode() == "read-only" {
             return Some(FAILED.into());
@@ -259,10 +280,22 @@ impl Entry {
 
     /// The folder says: this is its file's state now. True when the disk has another size than before.
     pub(super) fn seen(&self, claim: Option<&Claim>) -> bool {
+        self.renamed.store(false, Ordering::Release);
         self.vanished.store(claim.is_none(), Ordering::Release);
         match claim {
             Some(claim) if !self.is_held() => self.size.swap(claim.size, Ordering::AcqRel) != claim.size,
             _ => false,
+        }
+    }
+
+    /// The folder says: its file has another name now. What changes the image goes on with the file, and commands find it
+    /// by either name; what is shown keeps the old one until the last close.
+    pub(super) fn follow(&self, claim: &Claim) {
+        let mut origin = write(&self.origin);
+        if origin.source == claim.source && origin.identity == claim.stamp.identity {
+            origin.file.clone_from(&claim.file);
+            origin.name.clone_from(&claim.name);
+            self.renamed.store(true, Ordering::Release);
         }
     }
 

@@ -17,6 +17,9 @@ use crate::io::file::HostStatus;
 pub struct Origin {
     /// Its name in the images folder.
     pub file: OsString,
+    /// The image's name by that; another one than it is served under where the file was renamed meanwhile. What the folder
+    /// is called that a single file becomes.
+    pub name: OsString,
     /// What it is.
     pub source: Source,
     /// Device and inode of the file or folder.

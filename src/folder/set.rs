@@ -303,6 +303,11 @@ impl Folder {
                 entry.seen(None);
             }
         }
+        for (id, claim) in &verdict.renamed {
+            if let Some(entry) = set.by_id.get(id) {
+                entry.follow(claim);
+            }
+        }
         for id in &verdict.dropped {
             if let Some(entry) = set.by_id.remove(id) {
                 set.by_name.remove(entry.name());

@@ -66,7 +66,7 @@ fn status(entry: &Arc<Entry>) -> ImageStatus {
     let attributes = entry.known_attributes();
     ImageStatus {
         name: entry.name().to_owned(),
-        path: entry.path(),
+        path: entry.shown_path(),
         kind: entry.kind(),
         size: attributes.size,
         allocated: attributes.host.blocks * 512,

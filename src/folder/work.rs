@@ -76,8 +76,10 @@ impl Folder {
             let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file())?;
             let stat = rustix::fs::fstat(&dir)
                 .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
+            let name = entry.origin().name;
             let origin = Origin {
-                file: entry.name().to_owned(),
+                file: name.clone(),
+                name,
                 source: Source::Layers,
                 identity: (stat.st_dev, stat.st_ino),
             };
