@@ -229,6 +229,29 @@ fn sigterm_below_another_mount_leaves_no_dead_mount_once_that_is_gone() {
 }
 
 #[test]
+fn sigterm_without_a_keeper_leaves_no_dead_mount() {
+    require!("fuse");
+    for sandbox in [true, false] {
+        let args = ["--create", "vm1=64M", "--no-sandbox"];
+        let mut mount = Mount::new(if sandbox { &args[..2] } else { &args });
+        let pid = mount.pid();
+        let log = || fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default();
+        signal(keeper_of(pid), Signal::KILL);
+        assert!(until(SOON, || log().contains("keeper process is gone")));
+        signal(pid, Signal::TERM);
+        if sandbox {
+            // It may not unmount, so it goes on until it is unmounted.
+            assert!(until(SOON, || log().contains("goes on until then")), "{}", log());
+            assert!(is_alive(pid) && fs::read_dir(mount.point()).is_ok());
+        } else {
+            assert!(until(SOON, || !is_alive(pid) && mounts_of(&mount) == 0));
+        }
+        mount.umount();
+        assert!(until(SOON, || !is_alive(pid)));
+    }
+}
+
+#[test]
 fn of_two_mounts_at_once_the_slower_says_that_it_is_mounted_already() {
     require!("fuse");
     let folder = temp_dir();

@@ -87,6 +87,30 @@ fn a_line_of_fstab_mounts_with_its_options_and_what_only_mount_understands_is_pa
 }
 
 #[test]
+fn options_that_mount_has_for_every_file_system_do_not_make_a_line_of_fstab_fail() {
+    require!("fuse", "loop");
+    let place = Place::new();
+    place.fstab(
+        "sync,dirsync,nosymfollow,strictatime,silent,iversion,mand,lazytime,diratime,owner,group,users,nofail,loud,async,sync",
+    );
+    let done = place.run(
+        r#"
+        mkdir -p vdisks
+        mount vdisks
+        findmnt -n -o OPTIONS vdisks | tr , '\n' | grep -xE 'sync|dirsync|nosymfollow' | sort
+        printf written | dd of=vdisks/vm1.img conv=notrunc status=none
+        head -c 7 vdisks/vm1.img
+        umount vdisks"#,
+    );
+    assert!(done.success(), "{done}");
+    assert_eq!(
+        done.stdout.lines().collect::<Vec<_>>(),
+        ["dirsync", "nosymfollow", "sync", "written"],
+        "{done}"
+    );
+}
+
+#[test]
 fn mount_all_takes_a_line_of_fstab_once() {
     require!("fuse", "loop");
     let place = Place::new();

@@ -565,3 +565,53 @@ fn a_user_without_root_can_mount_through_fusermount3_and_is_told_what_is_missing
     assert!(done.stderr.contains("not running as root"), "{done}");
     assert!(done.stdout.contains(&format!("size={}", 64 << 20)), "{done}");
 }
+
+#[test]
+fn allow_other_of_an_ordinary_user_is_not_swallowed() {
+    require!("fuse");
+    if !rustix::process::geteuid().is_root()
+        || !["/usr/bin/fusermount3", "/etc/fuse.conf"].iter().all(|path| Path::new(path).exists())
+    {
+        println!("SKIPPED: needs root (to become nobody), fusermount3 and its /etc/fuse.conf");
+        return;
+    }
+    let folder = common::temp_dir();
+    let here = text(folder.path());
+    let done = Run::new("unshare")
+        .args(["--mount", "bash", "-euxc"])
+        .arg(format!(
+            "cp {program} {here}/ploopfs; chmod 755 {here} {here}/ploopfs; mkdir -m 777 {here}/own
+             mknod {here}/fuse c 10 229; chmod 666 {here}/fuse; mount --bind {here}/fuse /dev/fuse
+             echo user_allow_other > {here}/conf; mount --bind {here}/conf /etc/fuse.conf
+             as_nobody() {{ runuser -u nobody -- \"$@\"; }}
+             as_nobody {here}/ploopfs mount -o allow_other --create vm1=64M {here}/own/i {here}/own/m
+             grep -c \" {here}/own/m .*allow_other\" /proc/self/mountinfo
+             ls {here}/own/m
+             as_nobody {here}/ploopfs umount {here}/own/m",
+            program = env!("CARGO_BIN_EXE_ploopfs"),
+        ))
+        .limit(60)
+        .run();
+    let left = Run::new("pgrep").args(["-f", &format!("ploopfs daemon {here}")]).run();
+    for pid in left.stdout.lines().filter_map(|pid| pid.parse().ok()) {
+        signal(pid, Signal::KILL);
+    }
+    assert!(done.success() && done.stdout == "1\nvm1.img\n", "{done}");
+}
+
+#[test]
+fn a_missing_proc_or_sys_is_named() {
+    require!("fuse", "loop");
+    let folder = common::temp_dir();
+    let run = |gone: &str, words: &str| {
+        let script = format!("umount -l {gone} && exec '{}' {words}", env!("CARGO_BIN_EXE_ploopfs"));
+        Run::new("unshare").args(["--mount", "sh", "-c", &script]).run()
+    };
+    let (images, point) = (folder.path().join("i"), folder.path().join("m"));
+    let uring = run("/sys", &format!("mount --transport uring {} {}", text(&images), text(&point)));
+    assert!(uring.stderr.contains("/sys is not mounted"), "{uring}");
+    let detach = run("/sys", "detach /dev/loop0");
+    assert!(detach.stderr.contains("/sys: is not mounted"), "{detach}");
+    let mount = run("/proc", &format!("mount {} {}", text(&images), text(&point)));
+    assert!(!mount.success() && mount.stderr.contains("/proc: is not mounted"), "{mount}");
+}

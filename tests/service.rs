@@ -58,8 +58,14 @@ impl Manager {
 
     /// `ploopfs mount --foreground`, told of the socket.
     fn start(&self, socket: &str) -> Child {
+        self.start_with(socket, &[])
+    }
+
+    /// The same with more in its environment.
+    fn start_with(&self, socket: &str, more: &[(&str, &str)]) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
         command.args(["mount", "--foreground"]).arg(self.guard.images()).arg(self.guard.point());
+        command.envs(more.iter().copied());
         command.env("NOTIFY_SOCKET", socket).stdin(Stdio::null()).stderr(Stdio::null());
         command.spawn().expect("the binary under test")
     }
@@ -113,6 +119,26 @@ fn a_mount_in_front_says_when_it_works_and_when_it_begins_to_end() {
     assert!(ended(&mut child).success());
     manager.hears_nothing();
     assert!(!manager.guard.is_mounted() && !marked_in_use(&manager.guard.delta("vm1")));
+}
+
+#[test]
+fn the_watchdog_hears_that_the_daemon_answers_and_nothing_once_it_is_stopped() {
+    require!("fuse");
+    let manager = Manager::new();
+    let mut child = manager.start_with(text(&manager.path()), &[("WATCHDOG_USEC", "400000")]);
+    assert!(manager.hear().starts_with("READY=1"));
+    for _ in 0..3 {
+        assert_eq!(manager.hear(), "WATCHDOG=1");
+    }
+    let daemon = manager.guard.pid();
+    common::signal(daemon, Signal::STOP);
+    // What was said before; the greeting of a stopped daemon takes ten seconds to be given up, so that silence is seen.
+    manager.socket.set_read_timeout(Some(std::time::Duration::from_secs(2))).expect("a timeout");
+    let silent = until(SOON, || manager.socket.recv(&mut [0; 4096]).is_err());
+    common::signal(daemon, Signal::CONT);
+    assert!(silent, "a stopped daemon is said to answer");
+    terminate(&child);
+    assert!(ended(&mut child).success());
 }
 
 #[test]

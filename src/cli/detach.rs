@@ -47,9 +47,14 @@ fn devices(target: &Path) -> Result<Vec<PathBuf>> {
     // An image whose daemon died is still named by its loop device.
     let absolute =
         std::path::absolute(target).map_err(|e| Error::io(&e, target, "cannot resolve the path"))?;
-    let named: Vec<PathBuf> = all.into_iter().filter(|d| d.backing == absolute).map(|d| d.dev).collect();
-    if !named.is_empty() {
-        return Ok(named);
+    let mut named: Vec<PathBuf> =
+        all.into_iter().filter(|device| device.backing == absolute).map(|device| device.dev).collect();
+    match shown(target).and_then(|shown| loopdev::over(&shown)) {
+        Ok(over) => named.extend(over.into_iter().map(|device| device.dev)),
+        Err(e) if named.is_empty() => return Err(e),
+        Err(_) => {}
     }
-    Ok(loopdev::over(&shown(target)?)?.into_iter().map(|device| device.dev).collect())
+    named.sort();
+    named.dedup();
+    Ok(named)
 }

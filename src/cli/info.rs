@@ -30,8 +30,8 @@ const OFFLINE: &str = "mode:        offline\n";
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.which.image)?;
-    if let Some(live) = served::image(&target.path)?
-        && target.path.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+    if target.path.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound)
+        && let Some(live) = served::image(&target.path)?
     {
         return without_file(&live, args.which.json);
     }

@@ -117,7 +117,8 @@ pub struct Args {
     /// How long open files may hold up the end after SIGTERM, in seconds
     #[arg(long, value_name = "SECS", default_value = "60")]
     stop_timeout: u64,
-    /// Any of these options by its long name, and mount(8)'s ro; its rw, noauto, nofail, _netdev, x-* and the like are
+    /// Any of these options by its long name, and what mount(8) has for every file system: ro, sync, dirsync, nosymfollow,
+    /// SELinux's context= and, of an ordinary user, allow_other count; rw, noauto, nofail, _netdev, x-* and all others are
     /// passed over
     #[arg(short = 'o', value_name = "NAME[=VALUE],...", action = clap::ArgAction::Append)]
     options: Vec<String>,

@@ -70,7 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         name_all(&kept);
         return Ok(Outcome::Done);
     }
-    // Before the unmount: afterwards the socket may be gone. A daemon that does not answer is unmounted all the same.
+    // Before the unmount: afterwards the socket may be gone.
     let daemon = match served::has_died(&mount) {
         Ok(true) => return take_dead_away(&mount),
         Ok(false) => Client::find(&mount.source)
@@ -78,6 +78,9 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             .flatten()
             .map(|client| Daemon::new(client, &mount))
             .transpose()?,
+        // It would be waited for without an end.
+        Err(e) if !args.detach && e.kind() == Kind::Io => return Err(e.with_kind(Kind::InUse).into()),
+        Err(e) if !args.detach => return Err(e.into()),
         Err(e) => {
             say(&e.to_string());
             None
@@ -215,8 +218,13 @@ struct Daemon<'a> {
 /// What a daemon does that was unmounted and has not ended.
 enum State {
     Closing,
-    /// It has not noticed: the file system is alive. What keeps it, as far as that can be seen.
-    Serves(Vec<Holder>),
+    /// It has not noticed: the file system is alive.
+    Serves {
+        /// The images that are open.
+        open: Vec<String>,
+        /// What keeps it, as far as that can be seen.
+        kept: Vec<Holder>,
+    },
     /// A process of it does not run, or does not answer.
     Silent(String),
 }
@@ -285,8 +293,11 @@ impl<'a> Daemon<'a> {
             let (kind, what) = match state {
                 State::Closing => (Kind::Io, "the images are still being closed".to_owned()),
                 State::Silent(who) => (Kind::Io, who),
-                State::Serves(kept) => {
+                State::Serves { open, kept } => {
                     let mut what = "its file system is still in use".to_owned();
+                    if !open.is_empty() {
+                        what += &format!(", open: {}", open.join(", "));
+                    }
                     if kept.is_empty() {
                         what += ", by what cannot be seen from here (another mount namespace?)";
                     }
@@ -315,7 +326,11 @@ impl<'a> Daemon<'a> {
         }
         match Client::find(&self.mount.source) {
             Ok(Some(client)) if client.hello().closing => State::Closing,
-            Ok(Some(_)) => State::Serves(holders::of_folder(&self.mount.source)),
+            Ok(Some(mut client)) => {
+                let images = client.list().unwrap_or_default().into_iter();
+                let open = images.filter(|image| image.openers > 0).map(|image| image.name).collect();
+                State::Serves { open, kept: holders::of_folder(&self.mount.source) }
+            }
             // Just gone.
             Ok(None) => State::Closing,
             Err(e) => State::Silent(e.to_string()),

@@ -27,7 +27,8 @@ pub struct Holder {
 impl Holder {
     /// The process with this id; None if there is none.
     pub(super) fn of(pid: u32) -> Option<Holder> {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim_end().to_owned();
+        let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
+        let name = String::from_utf8_lossy(name.trim_ascii_end()).into_owned();
         let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> =
             raw.split(|b| *b == 0).filter(|w| !w.is_empty()).map(String::from_utf8_lossy).collect();

@@ -221,3 +221,10 @@ fn partitions_left_by_another_tool_do_not_lie_over_the_next_file() {
     let file = File::open(format!("/dev/loop{}", a.device.number)).expect("open device");
     let _ = drop_partitions(&file, a.device.number);
 }
+
+#[test]
+fn a_device_that_may_not_be_opened_is_no_matter_of_a_missing_module() {
+    let said = |errno| no_control(&io::Error::from_raw_os_error(errno)).to_string();
+    assert!(said(libc::ENOENT).contains("modprobe loop"));
+    assert!(!said(libc::EACCES).contains("modprobe") && said(libc::EACCES).contains("for root"));
+}
