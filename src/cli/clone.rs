@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, out, served, snapshot, target};
+use crate::cli::{Outcome, out, snapshot, source, target};
 use crate::daemon::mounts;
 use crate::error::{Error, Kind, Result};
 use crate::vdisk::live::Work;
@@ -34,12 +34,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     }
     let work = Work::Clone { snapshot: target.snapshot, to: to.clone(), copy: args.copy };
     let done = work::carry_out(&target.path, &work, args.pace)?;
-    // Shown when we return, not 2 s later.
-    if let Some(folder) = to.parent()
-        && let Some(mut daemon) = served::of_folder(folder)?
-    {
-        daemon.client.rescan()?;
-    }
+    source::show(&to)?;
     snapshot::say(&done)?;
     out::text(&format!("created {}\n", out::printable(&to.to_string_lossy())))?;
     Ok(Outcome::Done)

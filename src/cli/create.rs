@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::cli::{Outcome, out, served, size};
+use crate::cli::{Outcome, out, size, source};
 use crate::image::create::{Plan, create};
 use crate::image::kind::ImageKind;
 
@@ -42,12 +42,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     });
     let plan = Plan { kind, cluster: args.cluster, preallocate: args.preallocate, ..Plan::thin(args.size) };
     let created = create(&args.image, &plan)?;
-    // Shown when we return, not 2 s later.
-    if let Some(folder) = created.path.parent()
-        && let Some(mut daemon) = served::of_folder(folder)?
-    {
-        daemon.client.rescan()?;
-    }
+    source::show(&created.path)?;
     let path = out::printable(&created.path.to_string_lossy());
     out::text(&format!("created {path}, {}\n", size::human(created.size)))?;
     Ok(Outcome::Done)

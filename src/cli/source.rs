@@ -96,7 +96,7 @@ pub fn show(path: &Path) -> Result<()> {
     if let Some(folder) = path.parent()
         && let Some(mut daemon) = served::of_folder(folder)?
     {
-        daemon.client.rescan()?;
+        daemon.client.take_in(path.file_name().unwrap_or_default())?;
     }
     Ok(())
 }

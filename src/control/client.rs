@@ -1,5 +1,6 @@
 //! The command line's side of the control socket.
 
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -77,7 +78,13 @@ impl Client {
 
     /// Makes the daemon look at its folder; what was made there is shown when this returns.
     pub fn rescan(&mut self) -> Result<()> {
-        self.ask(Op::Rescan).map(drop)
+        self.ask(Op::Rescan { made: None }).map(drop)
+    }
+
+    /// The same after `file` was made there, which is complete.
+    pub fn take_in(&mut self, file: &OsStr) -> Result<()> {
+        // What is no text waits until it was still for a while.
+        self.ask(Op::Rescan { made: file.to_str().map(str::to_owned) }).map(drop)
     }
 
     /// Ends the daemon as SIGTERM does.

@@ -28,7 +28,12 @@ pub enum Op {
     /// The images of the folder.
     List,
     /// Look at the folder now; answered when what lies there is shown.
-    Rescan,
+    Rescan {
+        /// Name of a file that was just made there and is complete. Without that, a file that appeared is taken for one that
+        /// is still being written until it is closed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        made: Option<String>,
+    },
     /// End as after SIGTERM; a second one forces it.
     Stop,
     /// Answered when every image was closed, just before the daemon ends.
@@ -286,7 +291,7 @@ mod tests {
         let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
         let changes = Op::Changes { image: image(), start: 1 << 40 };
         let others = [Op::Cancel { image: image() }, Op::Snapshots { image: image() }, map, changes];
-        for op in [Op::Hello, Op::List, Op::Rescan, Op::Stop, Op::Wait, Op::Stats]
+        for op in [Op::Hello, Op::List, Op::Rescan { made: None }, Op::Stop, Op::Wait, Op::Stats]
             .into_iter()
             .chain(works)
             .chain(others)

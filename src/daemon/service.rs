@@ -1,5 +1,6 @@
 //! What the daemon answers on its control socket.
 
+use std::ffi::OsStr;
 use std::sync::Arc;
 
 use super::settings::Settings;
@@ -109,7 +110,10 @@ impl Service for Desk {
         match op {
             Op::Hello => Answer { hello: Some(self.hello()), ..Answer::done() },
             Op::List => Answer { images: Some(self.images()), ..Answer::done() },
-            Op::Rescan => self.answer(self.folder.rescan_now(), |()| Answer::done()),
+            Op::Rescan { made: None } => self.answer(self.folder.rescan_now(), |()| Answer::done()),
+            Op::Rescan { made: Some(file) } => {
+                self.answer(self.folder.take_in(OsStr::new(&file)), |()| Answer::done())
+            }
             Op::Stop => {
                 self.ending.request("stop");
                 Answer::done()

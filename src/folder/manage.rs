@@ -60,8 +60,8 @@ impl Folder {
     pub fn create_image(&self, id: u64, size: u64) -> Result<()> {
         let (name, _making) = self.begin_making(id)?;
         let file = names::file_of_new(self.path(), &name)?;
-        create(&self.path().join(file), &Plan::thin(size))?;
-        self.has_come(&name)
+        create(&self.path().join(&file), &Plan::thin(size))?;
+        self.has_come(&name, &file)
     }
 
     /// A file without a size becomes a clone of `source`, or of a snapshot of it.
@@ -69,7 +69,7 @@ impl Folder {
         let (name, _making) = self.begin_making(id)?;
         let work = Work::Clone { snapshot, to: self.path().join(&name), copy: false };
         self.work(&in_text(source.name()), &work, &Progress::new())?;
-        self.has_come(&name)
+        self.has_come(&name, &name)
     }
 
     fn begin_making(&self, id: u64) -> Result<(OsString, Making<'_>)> {
@@ -80,9 +80,9 @@ impl Folder {
         Ok((name, Making { folder: self, id }))
     }
 
-    /// An image of this name was made: it is served from now on, under the number that was kept for it.
-    fn has_come(&self, name: &OsStr) -> Result<()> {
-        self.rescan_now()?;
+    /// An image of this name was made, in `file`: it is served from now on, under the number that was kept for it.
+    fn has_come(&self, name: &OsStr, file: &OsStr) -> Result<()> {
+        self.take_in(file)?;
         let left_out =
             || Error::at(Kind::Io, self.path().join(name), "was made, but is not served (see the log)");
         self.find(name).map(drop).ok_or_else(left_out)
@@ -125,7 +125,7 @@ impl Folder {
             renamed
         })?;
         log::info!("{}: renamed to {}", self.path().join(from).display(), to.display());
-        self.has_come(to)
+        self.has_come(to, to)
     }
 
     /// Removes an image, or a file without a size. Only while nobody uses it or a snapshot of it.

@@ -207,6 +207,13 @@ impl Folder {
         self.look(&mut |file, _, _| !writing.contains(file)).map(drop)
     }
 
+    /// The same after the file `file` was made there, which is complete: it has got its name when it was, and nothing has
+    /// closed it under that name yet.
+    pub fn take_in(&self, file: &OsStr) -> Result<()> {
+        self.note_writing(file, false);
+        self.rescan_now()
+    }
+
     /// Looks at the folder again without taking in anything new.
     pub(super) fn look_again(&self) {
         if let Err(e) = self.look(&mut |_, _, _| false) {
