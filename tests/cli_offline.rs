@@ -172,7 +172,7 @@ fn reading_commands_change_no_byte_and_work_on_files_that_cannot_be_written() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).expect("chmod");
     let before =
         (fs::read(&path).expect("read"), fs::metadata(&path).expect("stat").modified().expect("mtime"));
-    folder.ok(&["list", "--all"]);
+    folder.ok(&["list", ".", "--all"]);
     for command in READERS {
         folder.ok(&[command, "vm"]);
         folder.ok(&[command, "vm", "--json"]);
@@ -185,7 +185,7 @@ fn reading_commands_change_no_byte_and_work_on_files_that_cannot_be_written() {
 #[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let folder = Folder::new();
-    for args in [&["--help"][..], &["completions", "bash"], &["list", "--all", "--json"]] {
+    for args in [&["--help"][..], &["completions", "bash"], &["list", ".", "--all", "--json"]] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
         command.args(args).current_dir(folder.0.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("ploopfs starts");
@@ -285,7 +285,7 @@ fn list_names_images_and_all_says_why_the_rest_is_none() {
     fs::write(folder.path("notes\x1b.txt"), "hello").expect("write");
     fs::create_dir(folder.path("sub")).expect("mkdir");
 
-    let listing = folder.json(&["list", "--json"]);
+    let listing = folder.json(&["list", ".", "--json"]);
     let images = listing["images"].as_array().expect("an array");
     let names: Vec<_> = images.iter().map(|row| row["name"].as_str().expect("a name")).collect();
     assert_eq!(names, ["a", "b", "bad", "copy", "copy"]);
@@ -297,12 +297,12 @@ fn list_names_images_and_all_says_why_the_rest_is_none() {
     assert!(reason(2).starts_with("damaged: header = 0x8"), "{}", reason(2));
     assert!(reason(3).contains("copy and copy.hds") && reason(3) == reason(4), "{}", reason(3));
 
-    let listing = folder.json(&["list", "--all", "--json"]);
+    let listing = folder.json(&["list", ".", "--all", "--json"]);
     let others = listing["others"].as_array().expect("an array");
     let paths: Vec<_> = others.iter().map(|row| row["path"].as_str().expect("a path")).collect();
     assert_eq!(paths, ["DiskDescriptor.xml", "base.hds", "notes\u{1b}.txt", "sub"]);
 
-    let text = folder.ok(&["list", "--all"]);
+    let text = folder.ok(&["list", ".", "--all"]);
     assert!(text.contains("    base.hds: a delta of the layered image"), "{text}");
     assert!(!text.contains('\u{1b}'), "a file name drives no terminal: {text}");
     let rows = text.lines().filter(|line| !line.starts_with(' '));

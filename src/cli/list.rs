@@ -7,6 +7,8 @@ use std::fmt::Write;
 use std::io::{Read, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
@@ -18,10 +20,14 @@ use crate::error::{Error, Kind};
 use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
 use crate::io::loopdev::LoopDevice;
+use crate::io::process::spawn_detached;
 use crate::words;
 
 /// A descriptor larger than this (in bytes) names no files; ploop's own are some KiB.
 const MAX_DESCRIPTOR: u64 = 16 << 20;
+
+/// How long the daemons of all mounts have to answer: far longer than one of them needs that is alive.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// stat(2) counts blocks of this many bytes, whatever the file system's own are.
 const SECTOR: u64 = 512;
@@ -140,19 +146,20 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     // A second place of a mount (a bind mount) has the same source.
     let mut sources = HashSet::new();
     let ours = mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours());
-    for mount in ours.filter(|mount| sources.insert(mount.source.clone())) {
-        let (images, reason) = match served::of_folder(&mount.source) {
-            Ok(Some(_)) => match of(&mount.source, false) {
-                Ok((_, listing)) => (listing.images, None),
-                Err(e) => (Vec::new(), Some(e.to_string())),
-            },
-            Ok(None) => {
-                let end = words::quoted(&mount.point);
-                (Vec::new(), Some(format!("its daemon does not answer; ploopfs umount {end} takes it away")))
+    let ours: Vec<_> = ours.filter(|mount| sources.insert(mount.source.clone())).collect();
+    // All at once: one whose daemon was stopped must not keep the others waiting.
+    let asked: Vec<_> = ours.iter().map(|mount| shown_by(mount.source.clone())).collect();
+    let end = Instant::now() + PATIENCE;
+    for (mount, answer) in ours.iter().zip(asked) {
+        let (images, reason) = match answer?.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(Ok(Some(images))) => (images, None),
+            Ok(Ok(None)) | Err(_) => {
+                let point = words::quoted(&mount.point);
+                (Vec::new(), Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")))
             }
             // Another user's.
-            Err(e) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
-            Err(e) => (Vec::new(), Some(e.to_string())),
+            Ok(Err(e)) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
+            Ok(Err(e)) => (Vec::new(), Some(e.to_string())),
         };
         mounted.push(Mounted {
             mountpoint: in_text(mount.point.as_os_str()),
@@ -167,6 +174,23 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     // What is listed with its mount is not listed twice.
     let own = if is_mounted && !all { Listing::default() } else { of(here, all)?.1 };
     Ok(Listing { mounts: Some(mounted), ..own })
+}
+
+/// What was heard of one mount; None: its folder has no daemon.
+type Shown = Result<Option<Vec<Row>>, Error>;
+
+/// The images of a folder that has a daemon, on a thread of its own.
+fn shown_by(folder: PathBuf) -> Result<Receiver<Shown>, Error> {
+    let (send, receive) = channel();
+    spawn_detached("ploopfs/list", move || {
+        let images = served::of_folder(&folder).and_then(|daemon| match daemon {
+            Some(_) => of(&folder, false).map(|(_, listing)| Some(listing.images)),
+            None => Ok(None),
+        });
+        // Too late: then it was said that it does not answer.
+        drop(send.send(images));
+    })?;
+    Ok(receive)
 }
 
 /// What the daemon knows better than the files say; and what it serves whose file is gone from the folder.
