@@ -127,10 +127,11 @@ mod tests {
         let step = first_size(ImageKind::Ploop, cluster);
         for len in [1, 512, step - 1, step, step + 1, step * 2 + 5] {
             let ends = |at: u64, bytes: &mut [u8]| {
-                bytes
-                    .iter_mut()
-                    .zip(at..)
-                    .for_each(|(byte, at)| *byte = if at == 0 || at + 1 == len { 7 } else { 0 })
+                bytes.fill(0);
+                let end = at + bytes.len() as u64;
+                for spot in [0, len - 1].into_iter().filter(|spot| (at..end).contains(spot)) {
+                    bytes[(spot - at) as usize] = 7;
+                }
             };
             struct Ends<F>(u64, u64, F);
             impl<F: Fn(u64, &mut [u8])> Read for Ends<F> {
