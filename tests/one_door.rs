@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::{Finished, Mount, Run, temp_dir, text, until};
+use common::{Finished, Guest, Mount, Run, temp_dir, text, until};
+use ploopfs::format::descriptor::Descriptor;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -134,6 +135,39 @@ fn a_level_is_known_whatever_it_is_called_on_the_way() {
 }
 
 #[test]
+fn a_level_is_known_through_a_bind_mount_of_its_folder_or_of_itself() {
+    require!("loop");
+    let folder = Folder::new();
+    let elsewhere = temp_dir();
+    let (beside, file) = (elsewhere.path().join("beside"), elsewhere.path().join("disk.hds"));
+    fs::create_dir(&beside).expect("a folder");
+    fs::write(&file, "").expect("a file");
+    fs::create_dir(folder.path("bases")).expect("a folder");
+    fs::hard_link(folder.path("vm/vm.hds"), folder.path("bases/b.hds")).expect("a second name");
+    let bind = |from: &Path, to: &Path| {
+        common::ok("mount", &["--bind", text(from), text(to)]);
+        Guest::adopt(to)
+    };
+    let _mounted = [bind(&folder.path("bases"), &beside), bind(&folder.path("vm/vm.hds"), &file)];
+    folder.refuses(&["resize", text(&beside.join("b")), "16M"]);
+    folder.refuses(&["snapshot", "create", text(&file), "x"]);
+}
+
+#[test]
+fn a_folder_that_a_crash_left_before_it_got_its_name_makes_no_level_of_the_file() {
+    let folder = Folder(temp_dir());
+    folder.ok(&["create", "a", "--size", "8M"]);
+    let left = folder.path(".a.new");
+    fs::create_dir(&left).expect("a folder");
+    fs::hard_link(folder.path("a.hds"), left.join("a.hds")).expect("a second name");
+    let xml = Descriptor::new(8 << 11, 2048, "a.hds", false).to_xml();
+    fs::write(left.join("DiskDescriptor.xml"), xml).expect("written");
+    folder.ok(&["resize", "a", "16M"]);
+    folder.ok(&["snapshot", "create", "a", "s"]);
+    assert!(!left.exists());
+}
+
+#[test]
 fn a_file_that_a_descriptor_of_another_folder_names_is_a_level_of_that_image() {
     let folder = Folder::new();
     fs::create_dir(folder.path("bases")).expect("a folder");
@@ -180,7 +214,7 @@ fn a_mount_does_not_serve_a_second_name_of_a_level_as_an_image() {
     let folder = Folder::new();
     fs::hard_link(folder.path("vm/vm.hds"), folder.path("other.hds")).expect("a second name");
     let reason = |name: &str| {
-        let listed: Value = serde_json::from_str(&folder.ok(&["list", "--json"])).expect("JSON");
+        let listed: Value = serde_json::from_str(&folder.ok(&["list", ".", "--json"])).expect("JSON");
         let rows = listed["images"].as_array().expect("a list").clone();
         let row = rows.into_iter().find(|row| row["name"] == name).expect("a row");
         row["reason"].as_str().map(str::to_owned)

@@ -264,7 +264,7 @@ fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
             Err(reason) => others.push(Other { path: in_text(path.as_os_str()), reason }),
         }
     }
-    refuse_levels(&mut images);
+    refuse_levels(folder, &mut images);
     refuse_shared_names(&mut images);
     Ok(Listing { images, others: all.then_some(others), mounts: None })
 }
@@ -360,12 +360,13 @@ fn without_path(error: &Error, path: &Path) -> String {
 }
 
 /// A file that a descriptor in the folder names, under whatever name, is a level of that image and not served by itself.
-fn refuse_levels(images: &mut [Row]) {
+fn refuse_levels(folder: &Path, images: &mut [Row]) {
     let mut levels: HashMap<(u64, u64), String> = HashMap::new();
-    for row in images.iter().filter(|row| row.kind == LAYERED) {
-        if let Ok(image) = Layered::read(Path::new(&row.path)) {
-            levels.extend(image.files().map(|file| (file, row.path.clone())));
-        }
+    let below = images.iter().filter(|row| row.kind == LAYERED).map(|row| Path::new(&row.path));
+    // The folder may be an image itself.
+    for image in below.chain([folder]).filter_map(|folder| Layered::read(folder).ok()) {
+        let name = in_text(image.folder().as_os_str());
+        levels.extend(image.files().map(|file| (file, name.clone())));
     }
     for row in images.iter_mut().filter(|row| row.kind != LAYERED && row.reason.is_none()) {
         let file = Path::new(&row.path).symlink_metadata().ok().map(|meta| (meta.dev(), meta.ino()));

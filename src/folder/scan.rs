@@ -13,6 +13,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
 use crate::error::{is_passing, words};
+use crate::format::descriptor::{Delta, Descriptor};
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
 use crate::image::paths;
@@ -132,7 +133,17 @@ pub fn read(
             }
         }
     }
+    let levels = levels_beside(dir, &descriptor);
+    seen.iter_mut().filter(|seen| levels.contains(&seen.stamp.identity)).for_each(|level| level.claim = None);
     Ok(seen)
+}
+
+/// The files that the descriptor of the folder itself names, under whatever name they lie in it.
+fn levels_beside(dir: &OwnedFd, descriptor: &[u8]) -> HashSet<Identity> {
+    let Ok(descriptor) = Descriptor::parse(descriptor) else { return HashSet::new() };
+    let named = |delta: &Delta| paths::named(dir.as_fd(), Path::new(""), &delta.file, false);
+    let found = descriptor.deltas.iter().filter_map(|delta| named(delta).ok().flatten());
+    found.map(|stat| (stat.st_dev, stat.st_ino)).collect()
 }
 
 /// What one name of the folder is; None: nothing, or not yet. An error: the host had no answer; with what can be said of a
@@ -396,6 +407,11 @@ mod tests {
         fs::write(temp.path().join("root.hds"), header()).expect("written");
         fs::write(temp.path().join("own.hds"), header()).expect("written");
         fs::write(temp.path().join(DESCRIPTOR), "<File>root.hds</File>").expect("written");
+        assert_eq!(names_of(&scan(temp.path())), ["own"]);
+        // Nor is a second name of it.
+        fs::hard_link(temp.path().join("root.hds"), temp.path().join("second.hds")).expect("linked");
+        fs::write(temp.path().join(DESCRIPTOR), Descriptor::new(20480, 2048, "root.hds", false).to_xml())
+            .expect("written");
         assert_eq!(names_of(&scan(temp.path())), ["own"]);
     }
 }
