@@ -134,6 +134,23 @@ fn a_freeze_does_not_wait_for_the_end_of_a_long_seek() {
     b.image.close().expect("closes");
 }
 
+#[test]
+fn a_freeze_does_not_wait_for_the_end_of_a_piece_of_the_map() {
+    let b = bench(&engine(Options::default()), "");
+    b.plan.set_delay(Op::Read, 200);
+    let (tell, answer) = mpsc::channel();
+    let walker = b.image.clone();
+    std::thread::spawn(move || tell.send(walker.map_piece(0)));
+    until(|| b.plan.counters(Op::Read).running > 0);
+    b.image.freeze();
+    b.plan.set_delay(Op::Read, 0);
+    b.image.thaw();
+    let piece = answer.recv_timeout(LONG).expect("answered").expect("a map");
+    assert!(0 < piece.next && piece.next < 16 * PAGE, "{}", piece.next);
+    assert_eq!(b.image.map_piece(piece.next).expect("goes on").next, 16 * PAGE);
+    b.image.close().expect("closes");
+}
+
 /// A copy of the disk leaves out what the seek calls a hole.
 #[test]
 fn a_seek_waits_for_a_cluster_that_is_being_moved() {

@@ -4,10 +4,11 @@ use super::Image;
 use super::bat::page::Place;
 use super::stack::Stack;
 use crate::error::{Error, Result};
+use crate::format::bat::slot_of;
 use crate::image::map::{At, Joiner, MapLevel, Piece, Range};
 use crate::sync::Arc;
 
-/// Clusters of one piece: 16 BAT pages. Who walks is inside the gate, and a freeze waits for it.
+/// Clusters of one piece: 16 BAT pages, less where a freeze comes: who walks is inside the gate.
 const CLUSTERS: u64 = 16 * 1024;
 /// Ranges of one piece, about: a file with a hole in every block has 256 of them in a cluster.
 const RANGES: usize = 1024;
@@ -32,7 +33,10 @@ impl Image {
         let last = (at / self.cluster + CLUSTERS).saturating_mul(self.cluster).min(size);
         let mut joiner = Joiner::default();
         // A run of clusters that lie in one piece is asked for holes as a whole: what is written in order is one run.
-        while at < last && ranges.len() < RANGES {
+        // A freeze waits for one BAT page, not for all of a piece: their loads may wait for the disk.
+        let page = |at: u64| slot_of(at / self.cluster).0;
+        let begun = page(at);
+        while at < last && ranges.len() < RANGES && (page(at) == begun || !self.gate.is_closed()) {
             let (begin, place) = self.place_at(&stack, at)?;
             let length = (begin + self.cluster).min(size) - at;
             let place = match place {

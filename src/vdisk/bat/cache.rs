@@ -125,8 +125,6 @@ struct Dirty {
     pages: Vec<u32>,
     /// The image failed or closed: what is dirty will never be written, and takes no share of the budget.
     given_up: bool,
-    /// The host has no room for what is dirty: it is counted apart.
-    apart: bool,
 }
 
 /// The BAT of one image in memory.
@@ -137,6 +135,8 @@ pub struct BatCache {
     /// Also protects the two counts of dirty pages, here and in the budget, against `given_up`. A leaf.
     dirty: Mutex<Dirty>,
     dirty_count: AtomicU64,
+    /// The host has no room for what is dirty: it is counted apart. Changes under `dirty`.
+    apart: AtomicBool,
 }
 
 /// A page's own entries, copied under its lock by a round.
@@ -164,6 +164,7 @@ impl BatCache {
             me: me.clone(),
             dirty: Mutex::default(),
             dirty_count: AtomicU64::new(0),
+            apart: AtomicBool::new(false),
         })
     }
 
@@ -311,19 +312,19 @@ impl BatCache {
         }
     }
 
-    /// Where its dirty pages are counted.
-    fn counted(&self, dirty: &Dirty) -> &AtomicU64 {
-        if dirty.apart { &self.budget.apart } else { &self.budget.dirty }
+    /// Where its dirty pages are counted; under `dirty`.
+    fn counted(&self, _: &Dirty) -> &AtomicU64 {
+        if self.apart.load(Ordering::Relaxed) { &self.budget.apart } else { &self.budget.dirty }
     }
 
     /// The host has no room for its dirty pages, or has it again. True when that is news.
     pub fn set_apart(&self, apart: bool) -> bool {
-        let mut dirty = lock(&self.dirty);
-        let news = dirty.apart != apart;
+        let dirty = lock(&self.dirty);
+        let news = self.apart.load(Ordering::Relaxed) != apart;
         if news {
             let count = if dirty.given_up { 0 } else { self.dirty_pages() };
             self.counted(&dirty).fetch_sub(count, Ordering::Relaxed);
-            dirty.apart = apart;
+            self.apart.store(apart, Ordering::Relaxed);
             self.counted(&dirty).fetch_add(count, Ordering::Relaxed);
         }
         news
@@ -332,7 +333,8 @@ impl BatCache {
     /// True when no further page of it may become dirty for now: as many are as may be, or as a single image may have
     /// apart.
     pub fn crowded(&self) -> bool {
-        self.budget.dirty_full() || lock(&self.dirty).apart && self.dirty_pages() * 2 >= self.budget.limit
+        self.budget.dirty_full()
+            || self.apart.load(Ordering::Relaxed) && self.dirty_pages() * 2 >= self.budget.limit
     }
 
     /// Pages not yet durable, those being written included.
