@@ -271,3 +271,35 @@ fn of_two_mounts_at_once_the_slower_says_that_it_is_mounted_already() {
     mount.start();
     mount.umount();
 }
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_forced_end_does_not_wait_for_a_host_that_hangs() {
+    use std::os::unix::fs::FileExt;
+    require!("fuse");
+    let folder = temp_dir();
+    let hangs = folder.path().join("hangs");
+    let fault = format!("delay=sync:600000,trigger={}", text(&hangs));
+    let mount = Mount::new(&["--create", "vm1=64M", "--no-sandbox", "--fault", &fault]);
+    let pid = mount.pid();
+    let open = mount.open("vm1");
+    open.write_all_at(b"not synced", 0).expect("written");
+    fs::write(&hangs, "").expect("the trigger");
+    let log = || fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default();
+    // The first begins the end, the second forces it, the third gives up what hangs. Signals of one kind that come
+    // together are one.
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || log().contains("ending")));
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || log().contains("again: closing images")), "{}", log());
+    assert!(until(SOON, || {
+        // It may be gone already.
+        let number = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a process id");
+        let _ = rustix::process::kill_process(number, Signal::TERM);
+        std::thread::sleep(Duration::from_millis(200));
+        !is_alive(pid)
+    }));
+    assert!(log().contains("cannot be closed"), "{}", log());
+    assert!(until(SOON, || mounts_of(&mount) == 0), "a dead mount is left");
+    drop(open);
+}

@@ -5,7 +5,8 @@
 //!   away and the first case follows. Else the daemon goes on, opens nothing new, says who holds on, and ends with
 //!   the last close.
 //! - A second one of these, or the end of `--stop-timeout`: every image is closed under its users, who get EIO. What
-//!   then is not closed in time (its host hangs, an operation holds it) is left with its in-use mark: the process ends.
+//!   then is not closed in time (its host hangs, an operation holds it), or before a third one, is left with its in-use
+//!   mark: the process ends.
 
 use std::cell::Cell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -123,7 +124,7 @@ impl Ending {
     }
 
     /// Closes every image on a thread of its own, so that what hangs there does not hang here. None: not done in time; the
-    /// time begins when the end is forced, now or by a request that comes meanwhile.
+    /// time begins when the end is forced, now or by a request that comes meanwhile, and a further request ends it.
     fn close_in_time(self: &Arc<Self>, forced: bool) -> Option<Vec<Closed>> {
         let ending = self.clone();
         if spawn("ploopfs/closing", move || drop(ending.close_all())).is_err() {
@@ -132,8 +133,9 @@ impl Ending {
         }
         let deadline = Cell::new(forced.then(|| Instant::now() + CLOSING));
         self.wait_closed(&|| {
-            if deadline.get().is_none() && self.requests.1.try_recv().is_ok() {
-                deadline.set(Some(Instant::now() + CLOSING));
+            if self.requests.1.try_recv().is_ok() {
+                let patience = if deadline.get().is_none() { CLOSING } else { Duration::ZERO };
+                deadline.set(Some(Instant::now() + patience));
             }
             deadline.get().is_some_and(|deadline| Instant::now() >= deadline)
         })
@@ -194,9 +196,8 @@ impl Ending {
         match closed {
             Some(closed) => self.exit(&closed, &|| 0),
             None => {
-                let seconds = CLOSING.as_secs();
                 ::log::error!(
-                    "{point}: images are not closed after {seconds} s; ending without them, in-use marks stay"
+                    "{point}: images cannot be closed; ending without them, their in-use marks stay"
                 );
                 log::flush();
                 std::process::exit(1)

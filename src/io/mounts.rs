@@ -234,40 +234,64 @@ impl Everywhere {
         here.chain(self.others.iter().flat_map(|ns| ns.mounts.iter().map(|mount| (Some(ns.pid), mount))))
     }
 
-    /// The other mounts of `mount`'s file system that stay when it is unmounted.
-    ///
-    /// A copy goes along where it came along: where the mount that it lies on receives what happens on the one that
-    /// `mount` lies on (directly, or handed on), in the same place.
+    /// The other mounts of `mount`'s file system that stay when it is unmounted: those of our namespace, and those of others
+    /// that go along with none of them.
     pub fn staying(&self, mount: &Mount) -> Vec<(Option<u32>, Mount)> {
-        let place = |one: &Mount, all: &[Mount]| {
-            let parent = all.iter().find(|other| other.id == one.parent)?;
-            Some((parent.shared, parent.masters.clone(), parent.inside(&one.point)?))
-        };
-        let own = place(mount, &self.here);
-        let mut reached: HashSet<u64> = own.iter().filter_map(|(shared, ..)| *shared).collect();
-        loop {
-            let known = reached.len();
-            let slaves =
-                self.all().filter(|(_, one)| one.masters.iter().any(|group| reached.contains(group)));
-            let next: Vec<u64> = slaves.filter_map(|(_, one)| one.shared).collect();
-            reached.extend(next);
-            if reached.len() == known {
-                break;
-            }
-        }
-        let goes_along = |one: &Mount, all: &[Mount]| {
-            let (Some((_, _, ours)), Some((shared, masters, theirs))) = (&own, place(one, all)) else {
-                return false;
-            };
-            *ours == theirs && shared.iter().chain(&masters).any(|group| reached.contains(group))
-        };
-        let mut found = Vec::new();
-        let tables = std::iter::once((None, &self.here));
-        for (pid, table) in tables.chain(self.others.iter().map(|ns| (Some(ns.pid), &ns.mounts))) {
-            let same = table.iter().filter(|one| one.device == mount.device && one.id != mount.id);
-            found.extend(same.filter(|one| !goes_along(one, table)).map(|one| (pid, one.clone())));
+        let same = |one: &&Mount| one.device == mount.device && one.id != mount.id;
+        let bases: Vec<Base> = std::iter::once(mount)
+            .chain(self.here.iter().filter(same))
+            .filter_map(|base| Base::of(base, self))
+            .collect();
+        let own = bases.first().filter(|_| place(mount, &self.here).is_some());
+        let here =
+            self.here.iter().filter(same).filter(|one| !own.is_some_and(|own| own.takes(one, &self.here)));
+        let mut found: Vec<(Option<u32>, Mount)> = here.map(|one| (None, one.clone())).collect();
+        for ns in &self.others {
+            let stays = |one: &&Mount| !bases.iter().any(|base| base.takes(one, &ns.mounts));
+            found.extend(ns.mounts.iter().filter(same).filter(stays).map(|one| (Some(ns.pid), one.clone())));
         }
         found
+    }
+}
+
+/// Where a mount is: the mount below it, and the path of its mount point in that file system.
+fn place<'a>(one: &Mount, table: &'a [Mount]) -> Option<(&'a Mount, PathBuf)> {
+    let parent = table.iter().find(|other| other.id == one.parent)?;
+    Some((parent, parent.inside(&one.point)?))
+}
+
+/// A mount of our namespace, and what an umount of it takes along.
+///
+/// A copy goes along where it came along: where the mount that it lies on receives what happens on the one below
+/// (directly, or handed on), in the same place.
+struct Base {
+    /// Of its mount point.
+    place: PathBuf,
+    /// The groups that hear of it.
+    reached: HashSet<u64>,
+}
+
+impl Base {
+    fn of(mount: &Mount, tables: &Everywhere) -> Option<Base> {
+        let (parent, place) = place(mount, &tables.here)?;
+        let mut reached: HashSet<u64> = parent.shared.into_iter().collect();
+        loop {
+            let known = reached.len();
+            let hear = |one: &Mount| one.masters.iter().any(|group| reached.contains(group));
+            let next: Vec<u64> =
+                tables.all().filter(|(_, one)| hear(one)).filter_map(|(_, one)| one.shared).collect();
+            reached.extend(next);
+            if reached.len() == known {
+                return Some(Base { place, reached });
+            }
+        }
+    }
+
+    fn takes(&self, one: &Mount, table: &[Mount]) -> bool {
+        place(one, table).is_some_and(|(parent, place)| {
+            let hears = parent.shared.iter().chain(&parent.masters).any(|group| self.reached.contains(group));
+            place == self.place && hears
+        })
     }
 }
 
@@ -357,6 +381,10 @@ mod tests {
             "50 1 0:57 / /mnt/v rw shared:9 - fuse.ploopfs /srv rw",
             "51 1 0:57 / /bound rw shared:9 - fuse.ploopfs /srv rw",
         ]);
+        let bound_follows = of(&[
+            "400 0 8:1 / / rw master:1 - ext4 /dev/sda1 rw",
+            "401 400 0:57 / /bound rw master:9 - fuse.ploopfs /srv rw",
+        ]);
         let follows = of(&[
             "100 0 8:1 / / rw shared:2 master:1 - ext4 /dev/sda1 rw",
             "101 100 0:57 / /mnt/v rw master:9 - fuse.ploopfs /srv rw",
@@ -367,7 +395,7 @@ mod tests {
         ]);
         let private =
             of(&["300 0 8:1 / / rw - ext4 /dev/sda1 rw", "301 300 0:57 / /mnt/v rw - fuse.ploopfs /srv rw"]);
-        let others = [(7, follows), (8, second_hand), (9, private)];
+        let others = [(6, bound_follows), (7, follows), (8, second_hand), (9, private)];
         let others = others.into_iter().map(|(pid, mounts)| Namespace { pid, mounts }).collect();
         let tables = Everywhere { here, others };
         let staying: Vec<_> =
