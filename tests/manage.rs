@@ -454,3 +454,26 @@ fn a_file_that_rsync_copies_in_has_its_name_when_it_is_whole() {
     // No other hidden name can be made.
     assert_eq!(errno(File::create(mount.point().join(".new.img.tmp"))), Some(libc::EPERM));
 }
+
+#[test]
+fn an_image_is_made_also_while_other_files_come_and_go_in_the_folder() {
+    require!("fuse");
+    let mount = managed(&[]);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::SeqCst) {
+                let notes = mount.images().join("notes");
+                fs::write(&notes, "").and_then(|()| fs::remove_file(&notes)).expect("of our own");
+            }
+        });
+        let made: Vec<_> = (0..20)
+            .map(|n| Run::new("truncate").args(["-s", "1G"]).arg(mount.flat(&format!("n{n}"))).run())
+            .collect();
+        over.store(true, std::sync::atomic::Ordering::SeqCst);
+        for made in made {
+            assert!(made.success(), "{made}");
+        }
+    });
+    assert_eq!(names(mount.point()).len(), 20);
+}

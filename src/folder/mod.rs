@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use crate::io::file::HostFile;
 
+mod bell;
 mod changes;
 mod claims;
 mod closing;

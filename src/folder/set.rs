@@ -201,8 +201,13 @@ impl Folder {
         }
     }
 
-    /// Takes in at once what is new in the folder, but for files that somebody still writes.
+    /// Takes in at once what is new in the folder, but for files that are still being written: what was closed before this
+    /// call is not.
     pub fn rescan_now(&self) -> Result<()> {
+        let bell = locked(&self.watcher).as_ref().map(|watcher| watcher.bell().clone());
+        if let Some(bell) = bell {
+            bell.catch_up();
+        }
         let writing = locked(&self.writing).clone();
         self.look(&mut |file, _, _| !writing.contains(file)).map(drop)
     }

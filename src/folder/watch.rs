@@ -13,14 +13,17 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
+use super::bell::Bell;
 use super::set::Folder;
 use super::settle::Settling;
 
 /// Room for events of one read: some 60 with the longest names. More are read in the next round.
 const EVENTS: usize = 16 << 10;
 
+/// So many readings take in all that the kernel keeps: 16,384 events.
+const QUEUE: usize = 16_384 * 272 / EVENTS;
 /// Between two looks at least. A person does not see the difference.
 const LOOKS: Duration = Duration::from_millis(200);
 /// And at least so many times as long as the last one took, up to [`SLOWEST`]: a tenth of a processor, in a folder of any
@@ -28,14 +31,14 @@ const LOOKS: Duration = Duration::from_millis(200);
 const SHARE: u32 = 10;
 /// Longest pause between looks.
 const SLOWEST: Duration = Duration::from_secs(1);
-/// Between two readings of events: those about one file that come meanwhile are one. The kernel keeps 16,384.
+/// Between two readings of events: those about one file that come meanwhile are one.
 const READINGS: Duration = Duration::from_millis(20);
 /// When the host had no answer, it is asked again after so long.
 const AGAIN: Duration = Duration::from_secs(3);
 
 /// The watching thread.
 pub struct Watcher {
-    stop: Arc<OwnedFd>,
+    bell: Arc<Bell>,
     thread: JoinHandle<()>,
 }
 
@@ -56,40 +59,42 @@ pub fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
 impl Watcher {
     /// Begins to look at what `inotify` notes. The thread keeps no folder alive; it ends with it.
     pub fn start(folder: &Weak<Folder>, inotify: Inotify) -> io::Result<Watcher> {
-        let stop = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let bell = Arc::new(Bell::new()?);
         let now = Instant::now();
         let mut watch = Watch {
             inotify,
             folder: folder.clone(),
+            bell: bell.clone(),
             settling: Settling::default(),
             batch: Batch::default(),
             may_read: now,
             may_look: now,
             again: None,
         };
-        let wait_for = stop.clone();
         let thread = thread::Builder::new().name("ploopfs/watch".into()).spawn(move || {
             // What came between the first look and this watch has caused no event.
             watch.look(true);
-            if let Err(e) = watch.run(&wait_for) {
+            if let Err(e) = watch.run() {
                 log::warn!("the images folder is no longer watched: {e}; new images are not seen");
             }
+            // There is nothing to wait for any more.
+            watch.bell.heard(u64::MAX);
         })?;
-        Ok(Watcher { stop, thread })
+        Ok(Watcher { bell, thread })
     }
 
     /// Ends the thread and waits for it.
     pub fn stop(self) {
-        self.signal();
+        self.bell.end();
         // The last one to let go of a folder may be the thread itself.
         if self.thread.thread().id() != thread::current().id() && self.thread.join().is_err() {
             log::error!("the watching thread has panicked");
         }
     }
 
-    fn signal(&self) {
-        // Can fail only when the counter is full, and then the thread has long been told.
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+    /// What makes it hear of all that has happened.
+    pub(super) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
     }
 }
 
@@ -102,6 +107,7 @@ impl Drop for Folder {
 struct Watch {
     inotify: Inotify,
     folder: Weak<Folder>,
+    bell: Arc<Bell>,
     settling: Settling,
     /// What was heard since the last look.
     batch: Batch,
@@ -124,10 +130,12 @@ struct Batch {
 }
 
 impl Watch {
-    fn run(&mut self, stop: &OwnedFd) -> io::Result<()> {
+    fn run(&mut self) -> io::Result<()> {
         let mut buffer = vec![0; EVENTS];
-        while self.wait(stop)? {
+        while self.wait()? {
+            let asked = self.bell.asked();
             self.take_events(&mut buffer)?;
+            self.bell.heard(asked);
             if self.is_due(Instant::now()) {
                 self.look(false);
             }
@@ -147,24 +155,27 @@ impl Watch {
             && (look || lost || [self.settling.next(), self.again].iter().flatten().any(|due| *due <= now))
     }
 
-    /// Sleeps until there are events, a file may be ready, or the folder may be looked at again; false: stop.
-    fn wait(&self, stop: &OwnedFd) -> io::Result<bool> {
-        let now = Instant::now();
-        if self.may_read > now && !sleep(&mut [PollFd::new(stop, PollFlags::IN)], Some(self.may_read))? {
-            return Ok(false);
+    /// Sleeps until there are events, a file may be ready, the folder may be looked at again, or the bell rings; false:
+    /// the end.
+    fn wait(&self) -> io::Result<bool> {
+        let (now, bell) = (Instant::now(), self.bell.fd());
+        if self.may_read > now && sleep(&mut [PollFd::new(bell, PollFlags::IN)], Some(self.may_read))? {
+            return Ok(self.bell.answer());
         }
         let now = (self.batch.look || self.batch.lost).then_some(now);
         let due = [now, self.settling.next(), self.again].into_iter().flatten().min();
         let events = self.inotify.as_fd();
-        let mut fds = [PollFd::new(stop, PollFlags::IN), PollFd::new(&events, PollFlags::IN)];
-        sleep(&mut fds, due.map(|due| due.max(self.may_look)))
+        let mut fds = [PollFd::new(bell, PollFlags::IN), PollFd::new(&events, PollFlags::IN)];
+        let rings = sleep(&mut fds, due.map(|due| due.max(self.may_look)))?;
+        Ok(!rings || self.bell.answer())
     }
 
     /// Takes in all that there are: of each file what happened last.
     fn take_events(&mut self, buffer: &mut [u8]) -> io::Result<()> {
         let Some(folder) = self.folder.upgrade() else { return Ok(()) };
         let mut heard: HashMap<OsString, (EventMask, bool)> = HashMap::new();
-        loop {
+        // All that there were at the first of them; more may come as fast as they are read.
+        for _ in 0..QUEUE {
             let events = match self.inotify.read_events(buffer) {
                 Ok(events) => events,
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => break,
@@ -178,10 +189,6 @@ impl Watch {
                     let (last, went) = heard.entry(file.to_owned()).or_insert((event.mask, false));
                     (*last, *went) = (event.mask, *went || gone);
                 }
-            }
-            // More may come as fast as they are read.
-            if self.batch.over || self.batch.lost {
-                break;
             }
         }
         for (file, (last, went)) in heard {
@@ -234,14 +241,14 @@ impl Watch {
     }
 }
 
-/// Waits for any of `fds` until `deadline`; false: the first of them is ready.
+/// Waits for any of `fds` until `deadline`; true: the first of them is ready.
 fn sleep(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<bool> {
     let timeout = deadline.map(|deadline| {
         let left = deadline.saturating_duration_since(Instant::now());
         Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() }
     });
     match rustix::event::poll(fds, timeout.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(fds[0].revents().is_empty()),
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(!fds[0].revents().is_empty()),
         Err(e) => Err(e.into()),
     }
 }

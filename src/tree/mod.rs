@@ -157,13 +157,30 @@ impl Tree {
         }
     }
 
-    /// A write that the kernel passed through may have made the disk longer: `again` is called once we know. Else gives
+    /// fallocate of what is open under `handle`, as long as it is known to be.
+    fn allocate_open(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>) {
+        self.with(handle, done, |open, done| match open {
+            OpenFile::Unborn(unborn) if unborn.image().is_none() => {
+                self.allocate_unborn(unborn, offset.checked_add(len), mode, done);
+            }
+            open => open.fallocate(&self.trouble, offset, len, mode, done),
+        });
+    }
+
+    /// lseek in what is open under `handle`, as long as it is known to be.
+    fn seek_open(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>) {
+        self.with(handle, done, |open, done| {
+            open.lseek(&self.trouble, &self.engine, offset, whence, done);
+        });
+    }
+
+    /// A write that the kernel passed through may have made the disk longer: `then` is called once we know. Else gives
     /// `done` back.
     fn catch_up<T: Send + 'static>(
         &self,
         handle: Handle,
         done: Done<T>,
-        again: impl FnOnce(&Tree, Done<T>) + Send + 'static,
+        then: impl FnOnce(&Tree, Done<T>) + Send + 'static,
     ) -> Option<Done<T>> {
         let borrowed = self.borrow(handle);
         let open = borrowed.as_ref().and_then(Borrowed::get).and_then(OpenFile::image);
@@ -173,7 +190,7 @@ impl Tree {
         let follow = move || {
             let longer = image.host_status().is_ok_and(|status| status.len > image.size());
             match if longer { image.follow_file() } else { Ok(()) } {
-                Ok(()) => again(&tree, done),
+                Ok(()) => then(&tree, done),
                 Err(e) => done(Err(tree.trouble.errno(&e, &entry.path(), "follow the length of the file"))),
             }
         };
@@ -439,23 +456,16 @@ impl FileSystem for Tree {
     fn fallocate(&self, handle: Handle, offset: u64, len: u64, mode: i32, done: Done<()>) {
         let again = move |tree: &Tree, done| tree.fallocate(handle, offset, len, mode, done);
         let Some(done) = self.adopt(handle, done, again) else { return };
-        let again = move |tree: &Tree, done| tree.fallocate(handle, offset, len, mode, done);
-        let Some(done) = self.catch_up(handle, done, again) else { return };
-        self.with(handle, done, |open, done| match open {
-            OpenFile::Unborn(unborn) if unborn.image().is_none() => {
-                self.allocate_unborn(unborn, offset.checked_add(len), mode, done);
-            }
-            open => open.fallocate(&self.trouble, offset, len, mode, done),
-        });
+        let then = move |tree: &Tree, done| tree.allocate_open(handle, offset, len, mode, done);
+        let Some(done) = self.catch_up(handle, done, then) else { return };
+        self.allocate_open(handle, offset, len, mode, done);
     }
 
     fn lseek(&self, handle: Handle, offset: u64, whence: Whence, done: Done<u64>) {
         let again = move |tree: &Tree, done| tree.lseek(handle, offset, whence, done);
         let Some(done) = self.adopt(handle, done, again) else { return };
-        let again = move |tree: &Tree, done| tree.lseek(handle, offset, whence, done);
-        let Some(done) = self.catch_up(handle, done, again) else { return };
-        self.with(handle, done, |open, done| {
-            open.lseek(&self.trouble, &self.engine, offset, whence, done);
-        });
+        let then = move |tree: &Tree, done| tree.seek_open(handle, offset, whence, done);
+        let Some(done) = self.catch_up(handle, done, then) else { return };
+        self.seek_open(handle, offset, whence, done);
     }
 }
