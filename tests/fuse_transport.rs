@@ -31,6 +31,9 @@ const DEADLINE: Duration = Duration::from_secs(20);
 struct Probe {
     /// Reads are refused inline and answered 20 ms later from another thread.
     slow_reads: bool,
+    /// Reads wait until `open_gate`.
+    held_reads: bool,
+    held: Mutex<Vec<(usize, Done<Bytes>)>>,
     /// Inline writes wait until `open_gate`.
     gated_writes: bool,
     in_flight: Arc<AtomicUsize>,
@@ -92,7 +95,7 @@ impl FileSystem for Probe {
     fn release(&self, _: Handle) {}
     fn read_now(&self, _: Handle, offset: u64, buf: &mut [u8]) -> Now<usize> {
         assert_ne!(offset, TRAP, "the trap of the test");
-        if self.slow_reads {
+        if self.slow_reads || self.held_reads {
             return Now::Later;
         }
         buf.fill(7);
@@ -101,6 +104,11 @@ impl FileSystem for Probe {
     fn read_later(&self, _: Handle, _: u64, len: usize, done: Done<Bytes>) {
         let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
         self.most_in_flight.fetch_max(now, Ordering::SeqCst);
+        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.held_reads && !*gate {
+            return self.held.lock().unwrap_or_else(PoisonError::into_inner).push((len, done));
+        }
+        drop(gate);
         let in_flight = self.in_flight.clone();
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(20));
@@ -145,6 +153,8 @@ impl Probe {
     fn open_gate(&self) {
         *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.gate_opened.notify_all();
+        let held = std::mem::take(&mut *self.held.lock().unwrap_or_else(PoisonError::into_inner));
+        held.into_iter().for_each(|(len, done)| done(Ok(Bytes::from(vec![9; len]))));
     }
 }
 
@@ -248,6 +258,41 @@ fn the_last_free_thread_hands_a_blocking_write_over_and_keeps_serving() {
     assert_eq!(disk.read_at(&mut [0; 512], 0).expect("a read is served meanwhile"), 512);
     mounted.probe.open_gate();
     assert_eq!(first.join().expect("no panic").expect("the first write ends"), 4096);
+}
+
+/// More than the 64 entries that a queue of the rings begins with, fewer than the 256 that it may come to have.
+#[test]
+fn many_requests_that_wait_leave_others_of_their_cpu_alone() {
+    const MANY: usize = 100;
+    let mounted = Mounted::new(Probe { held_reads: true, ..Probe::default() }, 2);
+    let disk = Arc::new(mounted.disk());
+    let all = rustix::thread::sched_getaffinity(None).expect("our CPUs");
+    let cpu = (0..1024).find(|cpu| all.is_set(*cpu)).expect("one at least");
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(cpu);
+    let readers: Vec<_> = (0..MANY)
+        .map(|_| {
+            let disk = disk.clone();
+            thread::spawn(move || {
+                rustix::thread::sched_setaffinity(None, &one).expect("bound");
+                disk.read_at(&mut [0; 512], 0)
+            })
+        })
+        .collect();
+    let waiting = || mounted.probe.in_flight.load(Ordering::SeqCst);
+    until("many wait", || waiting() >= 64);
+    let (send, answered) = std::sync::mpsc::channel();
+    let other = mounted.folder.path().join("name-1");
+    thread::spawn(move || {
+        rustix::thread::sched_setaffinity(None, &one).expect("bound");
+        let _ = send.send(other.symlink_metadata().is_ok());
+    });
+    assert!(answered.recv_timeout(DEADLINE).expect("a look-up is answered beside them"));
+    until("all wait", || waiting() == MANY);
+    mounted.probe.open_gate();
+    for reader in readers {
+        assert_eq!(reader.join().expect("no panic").expect("read"), 512);
+    }
 }
 
 /// Names of the threads of this process.

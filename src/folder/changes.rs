@@ -1,4 +1,4 @@
-//! What the folder tells whoever shows it on: names that went, disks that are not what they were. The kernel keeps names
+//! What the folder tells the tree that shows it: names that went, disks that are not what they were. The kernel keeps names
 //! and attributes for a second, and only this takes them back before.
 
 use std::ffi::OsStr;
@@ -15,7 +15,7 @@ pub trait Announce: Send + Sync {
     fn disk(&self, id: u64);
     /// The snapshot `name` of the image number `id` is gone.
     fn snapshot(&self, id: u64, name: &OsStr);
-    /// Waits, but not for long, until what was told before is known to all who ask. Under no lock, and not on a thread
+    /// Waits, but not for long, until the kernel has heard of what came before. Under no lock, and not on a thread
     /// that serves requests.
     fn settle(&self);
 }

@@ -251,7 +251,7 @@ impl Folder {
                     Look::Same(Box::new(old.clone()))
                 }
                 Some(_) => Look::Inspect,
-                // Another name of what was an image already: whoever wrote it has done so long ago.
+                // Another name of what was an image already: it is not being written just now.
                 None if moved.contains(&stamp.identity) => Look::Inspect,
                 None if accept(file, stamp, false) => Look::Inspect,
                 None => Look::Skip,

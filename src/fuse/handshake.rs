@@ -17,7 +17,7 @@ const INIT_OUT: usize = 64;
 /// Room for the message: more than FUSE_MIN_READ_BUFFER (8 KiB), below which the kernel refuses to be read.
 const ROOM: usize = 16 << 10;
 
-/// Reads the INIT whose major version is ours, or an older one's; it is not answered. A newer kernel is told our version,
+/// Reads the INIT whose major version is ours, or an older one's; it is not answered. A newer kernel hears our version,
 /// and asks again with it.
 pub(super) fn offer(connection: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     let unsound = || io::Error::other("the kernel's first message is no handshake");

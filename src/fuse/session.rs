@@ -92,7 +92,7 @@ enum Served {
 
 impl Serving {
     /// Returns when the connection has ended (ENODEV: unmounted, and the last file closed; or aborted), and the file
-    /// system was told.
+    /// system knows.
     pub fn wait(self) -> Result<()> {
         match self.0 {
             Served::Fuse(serving) => serving.wait(),

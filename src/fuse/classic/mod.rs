@@ -150,7 +150,7 @@ impl Session {
 }
 
 impl Serving {
-    /// Returns when the connection has ended, and the file system was told.
+    /// Returns when the connection has ended, and the file system knows.
     pub(super) fn wait(self) -> Result<()> {
         let Serving { threads, fs, sending, mountpoint } = self;
         let served = threads.wait();
