@@ -150,6 +150,7 @@ fn to_json(facts: &Facts, reclaimable: &Reclaimable, live: Option<&Live>, holder
         "in_use": facts.header().is_some_and(Header::is_in_use),
         "openers": [],
         "reclaimable": reclaimable,
+        "reason": facts.refusal,
     });
     let Some(fields) = value.as_object_mut() else { return value };
     if let Some(lines) = &facts.snapshots {
@@ -186,6 +187,9 @@ fn to_text(facts: &Facts) -> String {
     row("allocated", &both(facts.allocated()));
     if let Some(lines) = &facts.snapshots {
         row("kind", "layered");
+        if let Some(why) = &facts.refusal {
+            row("not served", why);
+        }
         let names: Vec<&str> = lines.iter().filter(|l| !l.current).map(|l| l.name.as_str()).collect();
         row("snapshots", &if names.is_empty() { "none".to_owned() } else { names.join(", ") });
         if let Some(header) = facts.header() {

@@ -219,7 +219,10 @@ fn add_live(rows: &mut Vec<Row>, daemon: &mut served::Daemon) -> Result<(), Erro
             row.name.clone_from(&image.name);
         }
         row.served = image.served;
-        row.reason = image.reason.or(row.reason.take());
+        // What is open for writing was scanned, and changes while we look.
+        let looked =
+            row.reason.take().filter(|_| !image.served || ["closed", "read-only"].contains(&&*image.mode));
+        row.reason = image.reason.or(looked);
         row.mode = image.served.then_some(image.mode);
         let (over, others) = loops.into_iter().partition(|device| device.backing == shown);
         loops = others;
@@ -293,7 +296,10 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<R
     }
     let (_, allocated) = candidate.extent();
     let (size, reason) = match candidate.open_as(kind) {
-        Ok(image) => (Some(image.size()), None),
+        Ok(image) => {
+            let damage = image.glance().err();
+            (Some(image.size()), damage.map(|e| format!("damaged: {}", without_path(&e, path))))
+        }
         Err(e) => (None, Some(format!("damaged: {}", without_path(&e, path)))),
     };
     Ok(Row {
@@ -315,8 +321,12 @@ fn layered_row(path: &Path, served: bool) -> Row {
     let reason = match Layered::read(path) {
         Ok(image) => {
             (size, allocated) = (Some(image.size()), image.allocated());
-            // A daemon that serves it knows better: it may have been told to allow this.
-            image.hostile().err().filter(|_| !served).map(|e| without_path(&e, path))
+            // Whether its files may lie elsewhere a daemon that serves it knows better.
+            let known = |e: &Error| served && e.kind() == Kind::NotPermitted;
+            image.glance().err().filter(|e| !known(e)).map(|e| match e.kind() {
+                Kind::Damaged => format!("damaged: {}", without_path(&e, path)),
+                _ => without_path(&e, path),
+            })
         }
         Err(e) => Some(format!("damaged: {}", without_path(&e, path))),
     };

@@ -7,6 +7,7 @@ use crate::error::{Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
 use crate::image::check::{Report, check_level};
+use crate::image::layers::other_clusters;
 
 /// What a check of a layered image finds: every delta by itself, then whether they fit together.
 pub struct Examined {
@@ -61,8 +62,13 @@ fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<Strin
         let report = reports.iter().find(|(of, _)| *of == guid)?;
         report.1.header
     };
-    if image.descriptor().volume {
-        notes.push("a ploop volume: its chain goes on in another folder; it is not served".to_owned());
+    if let Some(why) = image.descriptor().refusal() {
+        notes.push(format!("the disk {why}; it is not served"));
+    }
+    for delta in &image.descriptor().deltas {
+        if let Some(why) = header(delta.guid).and_then(|header| other_clusters(image.descriptor(), &header)) {
+            faults.push(format!("{}: {why}", delta.file));
+        }
     }
     for shot in &image.descriptor().shots {
         if shot.marker.is_some() {

@@ -33,6 +33,8 @@ pub struct Facts {
     pub levels: Vec<LevelFacts>,
     /// The tree of snapshots; None: a single file.
     pub snapshots: Option<Vec<SnapshotLine>>,
+    /// Why it is not served, whatever its files look like.
+    pub refusal: Option<String>,
 }
 
 impl Facts {
@@ -40,8 +42,10 @@ impl Facts {
     pub fn of(target: &Target) -> Result<Facts> {
         let path = &target.path;
         let name = find::name(path)?.to_string_lossy().into_owned();
+        let mut refusal = None;
         let (levels, snapshots) = if target.is_layered() {
             let image = Layered::read(path)?;
+            refusal = image.descriptor().refusal().map(str::to_owned);
             let chain = image.chain(image.guid(target.snapshot.as_deref())?)?;
             let level = |delta: &Delta| level(delta.guid.to_string(), image.open(delta)?);
             let levels = chain.into_iter().map(level).collect::<Result<Vec<_>>>()?;
@@ -52,7 +56,8 @@ impl Facts {
             }
             (vec![level(String::new(), AtRest::open(path)?)?], None)
         };
-        Ok(Facts { name, path: path.clone(), snapshot: target.snapshot.clone(), levels, snapshots })
+        let (path, snapshot) = (path.clone(), target.snapshot.clone());
+        Ok(Facts { name, path, snapshot, levels, snapshots, refusal })
     }
 
     /// "ploop", "raw" or "layered".

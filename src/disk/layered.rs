@@ -10,6 +10,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Delta, Descriptor, Guid};
 use crate::format::header::SECTOR;
 use crate::image::chain::{AtRest, Candidate};
+use crate::image::glance;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
 use crate::image::paths;
@@ -79,9 +80,9 @@ impl Layered {
         }
     }
 
-    /// Why a mount would not serve it: a file outside of the images folder, or one that is no regular file.
-    pub fn hostile(&self) -> Result<()> {
-        paths::hostile(self.dir.as_fd(), &self.folder, &self.descriptor, false)
+    /// Why a mount would not serve it, or what a look tells of damage.
+    pub fn glance(&self) -> Result<()> {
+        glance::layers(self.dir.as_fd(), &self.folder, &self.descriptor, false)
     }
 
     /// Files of the folder that a crashed operation made or dropped and that no delta has.
@@ -90,10 +91,9 @@ impl Layered {
         self.labels.noted(&self.descriptor).filter(there).map(str::to_owned).collect()
     }
 
-    /// How a delta's file is stored. Only a base can be raw, whatever Type says above it.
+    /// How a delta's file is stored.
     pub fn kind(&self, delta: &Delta) -> ImageKind {
-        let is_base = self.descriptor.shot(delta.guid).is_some_and(|shot| shot.parent == Guid::NONE);
-        if delta.plain && is_base { ImageKind::Raw } else { ImageKind::Ploop }
+        glance::kind(&self.descriptor, delta)
     }
 
     /// The snapshot of this name; None is the live disk.

@@ -183,6 +183,7 @@ mod tests {
             stamp: Stamp { identity: (1, ino), len: 0, mtime: (0, 0), links: 1 },
             size: 1,
             problem: None,
+            damage: None,
             parts: HashSet::new(),
             levels: HashSet::new(),
         }

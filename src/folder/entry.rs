@@ -93,6 +93,8 @@ pub(super) struct Last {
     /// When the host was asked for it; None: never.
     pub(super) asked: Option<Instant>,
     pub(super) trouble: Option<String>,
+    /// What the last look at the file told of damage.
+    damage: Option<String>,
 }
 
 /// What stat shows of an image.
@@ -132,7 +134,7 @@ impl Entry {
             size: AtomicU64::new(claim.size),
             vanished: AtomicBool::new(false),
             renamed: AtomicBool::new(false),
-            last: Mutex::default(),
+            last: Mutex::new(Last { damage: claim.damage.clone(), ..Last::default() }),
             layers: Mutex::default(),
             views: Mutex::default(),
         }
@@ -227,7 +229,8 @@ impl Entry {
         if self.writable.load(Ordering::Acquire) && self.mode() == "read-only" {
             return Some(FAILED.into());
         }
-        locked(&self.last).trouble.clone()
+        let last = locked(&self.last);
+        last.trouble.clone().or_else(|| last.damage.clone())
     }
 
     /// What stat shows. Asks the host, and so may wait for it; opens nothing. Not for threads of a transport.
@@ -283,7 +286,10 @@ impl Entry {
         self.renamed.store(false, Ordering::Release);
         self.vanished.store(claim.is_none(), Ordering::Release);
         match claim {
-            Some(claim) if !self.is_held() => self.size.swap(claim.size, Ordering::AcqRel) != claim.size,
+            Some(claim) if !self.is_held() => {
+                locked(&self.last).damage.clone_from(&claim.damage);
+                self.size.swap(claim.size, Ordering::AcqRel) != claim.size
+            }
             _ => false,
         }
     }

@@ -9,12 +9,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
-use crate::error::{is_passing, words};
+use crate::error::{self, is_passing, words};
 use crate::format::descriptor::{Delta, Descriptor};
 use crate::format::header::{Header, SECTOR};
+use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
 use crate::image::paths;
 use crate::image::store::Store;
@@ -76,6 +78,8 @@ pub struct Claim {
     pub size: u64,
     /// Why it cannot be served.
     pub problem: Option<String>,
+    /// What is damaged in it all the same: it is served to be read.
+    pub damage: Option<String>,
     /// For a folder: the files in it.
     pub parts: HashSet<Identity>,
     /// For a folder: the files that its descriptor names, wherever they lie.
@@ -232,19 +236,16 @@ fn look_at_folder(
     let mut levels = HashSet::new();
     let (size, problem) = match Store::read(inner.as_fd(), Path::new(name)) {
         Err(e) if e.is_passing() => return Err(Passing),
-        Ok((descriptor, _)) if descriptor.volume => {
-            (0, Some("a ploop volume (its data goes on in another folder); volumes are not served".into()))
-        }
         Ok((descriptor, _)) => {
-            let mut hostile = None;
+            let mut problem = descriptor.refusal().map(str::to_owned);
             for delta in &descriptor.deltas {
-                match paths::named(inner.as_fd(), Path::new(name), &delta.file, allow_outside) {
-                    Ok(stat) => levels.extend(stat.map(|stat| (stat.st_dev, stat.st_ino))),
+                match paths::present(inner.as_fd(), Path::new(name), &descriptor, delta, allow_outside) {
+                    Ok(stat) => drop(levels.insert((stat.st_dev, stat.st_ino))),
                     Err(e) if e.is_passing() => return Err(Passing),
-                    Err(e) => hostile = hostile.or(Some(e.to_string())),
+                    Err(e) => problem = problem.or(Some(e.to_string())),
                 }
             }
-            (descriptor.disk_sectors * SECTOR, hostile)
+            (descriptor.disk_sectors * SECTOR, problem)
         }
         Err(e) => (0, Some(e.to_string())),
     };
@@ -255,6 +256,7 @@ fn look_at_folder(
         stamp,
         size,
         problem,
+        damage: None,
         parts,
         levels,
     }))
@@ -276,12 +278,18 @@ fn is_file_or_folder(stat: &Stat) -> bool {
     matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::Directory)
 }
 
+/// The folder `name` as it is now: no layered image any more, perhaps; None: the host has no answer at the moment.
+pub fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<Option<Claim>> {
+    let Some(stamp) = stamp(dir, name) else { return Some(None) };
+    look_at_folder(dir, name, stamp, allow_outside).ok()
+}
+
 /// Opens a regular file and sees what it is; None: not an image. And true where the host had no answer at the moment.
 fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
     let mut head = [0; HEAD_BYTES];
     let (read, unsure) = match RealFile::open_at(dir, name, Access::ReadOnly) {
         Ok(file) => match read_full(&file, &mut head, 0) {
-            Ok(n) => (Ok(n), false),
+            Ok(n) => (Ok((n, file)), false),
             Err(e) => {
                 (Err(format!("cannot be read: {}", words(&e))), e.raw_os_error().is_some_and(is_passing))
             }
@@ -294,17 +302,21 @@ fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
 fn claim_of(
     name: &OsStr,
     stamp: Stamp,
-    read: Result<usize, String>,
+    read: Result<(usize, RealFile), String>,
     head: &[u8; HEAD_BYTES],
 ) -> Option<Claim> {
-    let head = &head[..*read.as_ref().unwrap_or(&0)];
+    let head = &head[..read.as_ref().map_or(0, |(n, _)| *n)];
     // A file that cannot be read is an image if its name says so, and its trouble is told.
     let Class::Image { name: image, kind } = kind::classify(name, true, head) else { return None };
+    let mut damage = None;
     let (size, problem) = match (read, kind) {
         (Err(problem), _) => (0, Some(problem)),
         (Ok(_), ImageKind::Raw) => (stamp.len, None),
-        (Ok(_), ImageKind::Ploop) => match Header::parse(head) {
-            Ok(header) => (header.geometry().disk, None),
+        (Ok((_, file)), ImageKind::Ploop) => match Header::parse(head) {
+            Ok(header) => {
+                damage = glance(name, file).err().map(|e| format!("damaged: {e}"));
+                (header.geometry().disk, None)
+            }
             Err(field) => (0, Some(format!("damaged: {field}"))),
         },
     };
@@ -316,9 +328,14 @@ fn claim_of(
         stamp,
         size,
         problem,
+        damage,
         parts: HashSet::new(),
         levels: HashSet::new(),
     })
+}
+
+fn glance(name: &OsStr, file: RealFile) -> error::Result<()> {
+    Candidate::read(Path::new(name), Arc::new(file))?.open_as(ImageKind::Ploop)?.glance()
 }
 
 #[cfg(test)]

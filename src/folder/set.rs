@@ -333,6 +333,9 @@ impl Folder {
             let id = kept.unwrap_or_else(|| self.new_id());
             let entry = Arc::new(Entry::new(id, claim, &self.shared, &self.own));
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
+            if let Some(damage) = &claim.damage {
+                log::warn!("{}: {damage}; served, and cannot be written", entry.path().display());
+            }
             set.by_name.insert(claim.name.clone(), entry.clone());
             set.by_id.insert(id, entry.clone());
             new.push(entry);
@@ -347,6 +350,27 @@ impl Folder {
         }
         set.left_out = left_out;
         new
+    }
+
+    /// True when a layered image is left out, which may come back without an event in this folder.
+    pub(super) fn has_broken_layers(&self) -> bool {
+        read(&self.set).left_out.values().any(|(claim, _)| waits(claim))
+    }
+
+    /// True when one of those would be judged in another way now.
+    pub(super) fn broken_layers_changed(&self) -> bool {
+        let broken: Vec<Claim> = read(&self.set)
+            .left_out
+            .values()
+            .map(|(claim, _)| claim)
+            .filter(|claim| waits(claim))
+            .cloned()
+            .collect();
+        let shared = &self.shared;
+        broken.iter().any(|old| {
+            let now = scan::folder_again(shared.place.fd(), &old.file, shared.allow_outside);
+            now.is_some_and(|now| now.is_none_or(|now| now.problem != old.problem))
+        })
     }
 
     /// A number that nothing had before.
@@ -519,4 +543,9 @@ impl Folder {
         });
         ended.collect()
     }
+}
+
+/// A layered image that is left out for what is in its own folder.
+fn waits(claim: &Claim) -> bool {
+    claim.source == scan::Source::Layers && claim.problem.is_some()
 }

@@ -35,6 +35,9 @@ const SLOWEST: Duration = Duration::from_secs(1);
 const READINGS: Duration = Duration::from_millis(20);
 /// When the host had no answer, it is asked again after so long.
 const AGAIN: Duration = Duration::from_secs(3);
+/// How often layered images that are left out are judged again: what comes back into an image's own folder causes no event
+/// in the folder around it. As long as a new file has to be still.
+const BROKEN: Duration = Duration::from_secs(2);
 
 /// The watching thread.
 pub struct Watcher {
@@ -70,6 +73,7 @@ impl Watcher {
             may_read: now,
             may_look: now,
             again: None,
+            broken: None,
         };
         let thread = thread::Builder::new().name("ploopfs/watch".into()).spawn(move || {
             // What came between the first look and this watch has caused no event.
@@ -116,6 +120,8 @@ struct Watch {
     may_look: Instant,
     /// When to ask again what the host could not say.
     again: Option<Instant>,
+    /// When to see whether a layered image that was left out can be served now.
+    broken: Option<Instant>,
 }
 
 /// What a batch of events asks for.
@@ -136,6 +142,7 @@ impl Watch {
             let asked = self.bell.asked();
             self.take_events(&mut buffer)?;
             self.bell.heard(asked);
+            self.look_at_broken(Instant::now());
             if self.is_due(Instant::now()) {
                 self.look(false);
             }
@@ -147,6 +154,16 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    /// Asks for a look where a layered image that was left out would be judged in another way now.
+    fn look_at_broken(&mut self, now: Instant) {
+        if self.broken.is_some_and(|due| due <= now)
+            && let Some(folder) = self.folder.upgrade()
+        {
+            self.batch.look |= folder.broken_layers_changed();
+            self.broken = Some(now + BROKEN);
+        }
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -163,7 +180,7 @@ impl Watch {
             return Ok(self.bell.answer());
         }
         let now = (self.batch.look || self.batch.lost).then_some(now);
-        let due = [now, self.settling.next(), self.again].into_iter().flatten().min();
+        let due = [now, self.settling.next(), self.again, self.broken].into_iter().flatten().min();
         let events = self.inotify.as_fd();
         let mut fds = [PollFd::new(bell, PollFlags::IN), PollFd::new(&events, PollFlags::IN)];
         let rings = sleep(&mut fds, due.map(|due| due.max(self.may_look)))?;
@@ -220,6 +237,7 @@ impl Watch {
         });
         let end = Instant::now();
         self.may_look = end + LOOKS.max(SHARE * end.duration_since(now)).min(SLOWEST);
+        self.broken = folder.has_broken_layers().then_some(end + BROKEN);
         let first = self.again.is_none();
         self.again = (!matches!(looked, Ok(true))).then(|| end + AGAIN);
         match looked {

@@ -24,8 +24,9 @@ const MAGIC_V1: &[u8; 16] = b"WithoutFreeSpace";
 const MAGIC_V2: &[u8; 16] = b"WithouFreSpacExt";
 /// m_Type: the only legal value.
 pub(crate) const TYPE: u32 = 2;
-/// QEMU's limit for the cluster, in sectors (INT32_MAX / 513); above it products overflow elsewhere.
-pub(crate) const MAX_CLUSTER_SECTORS: u32 = i32::MAX as u32 / 513;
+/// ploop's limit for the cluster, in sectors: 64 MiB. QEMU takes up to 2 GiB, but with 2^32 such clusters a file is longer
+/// than any file can be, and a position takes more bits than a cached place has for it. No tool makes such images.
+pub(crate) const MAX_CLUSTER_SECTORS: u32 = 64 << 11;
 /// QEMU's limit for the number of BAT entries ("Catalog too large").
 pub(crate) const MAX_ENTRIES: u32 = i32::MAX as u32 / 4;
 
@@ -156,7 +157,12 @@ impl Header {
         };
         let cluster = raw.cluster_sectors.get();
         if cluster == 0 || cluster > MAX_CLUSTER_SECTORS {
-            return bad("m_Sectors", cluster.into(), 28, "the cluster size must be 1 to 4186126 sectors");
+            return bad(
+                "m_Sectors",
+                cluster.into(),
+                28,
+                "the cluster size must be 1 to 131072 sectors (64 MiB)",
+            );
         }
         let entries = raw.entries.get();
         if entries > MAX_ENTRIES {
@@ -215,7 +221,7 @@ impl Header {
                 "m_Sectors",
                 cluster_bytes,
                 28,
-                "the cluster size must be 1 to 4186126 whole sectors",
+                "the cluster size must be 1 to 131072 whole sectors (64 MiB)",
             );
         }
         let disk_sectors = disk_bytes.div_ceil(SECTOR);
@@ -392,6 +398,24 @@ impl Geometry {
         // u32::MAX never stands on disk (FORMAT.md 1.4), and `entry` has no way back to it.
         let on_grid = at >= self.first && (at - self.first).is_multiple_of(self.cluster);
         (on_grid && entry != u32::MAX).then_some(at)
+    }
+
+    /// Bytes of guest cluster `cluster` that the disk has: the last cluster may be partial, and what lies behind the disk's
+    /// end need not exist in the file.
+    pub fn cluster_len(&self, cluster: u64) -> u64 {
+        self.disk.saturating_sub(cluster.saturating_mul(self.cluster)).min(self.cluster)
+    }
+
+    /// True when a file of `len` bytes ends where a cluster ends, as every file does that was closed.
+    pub fn is_whole(&self, len: u64) -> bool {
+        len.checked_sub(self.first).is_some_and(|data| data.is_multiple_of(self.cluster))
+    }
+
+    /// The byte position of guest cluster `cluster`, whose entry is not 0, in a file of `len` bytes. None: the entry cannot
+    /// be, or the file ends before the cluster does. What a copy that was broken off lacks is lost, and no zeroes; none of
+    /// our own crashes leaves it so, since the file is extended before an entry names the place (R2).
+    pub fn place(&self, cluster: u64, entry: u32, len: u64) -> Option<u64> {
+        self.position(entry).filter(|at| *at < len && at + self.cluster_len(cluster) <= len)
     }
 
     /// The BAT entry for a byte position; None when the format has no number for it (ENOSPC, never truncated).

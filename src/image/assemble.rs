@@ -97,7 +97,8 @@ impl Assembly {
         }
         descriptor.set_size(top.disk_sectors);
         write_beside(dir, &built, LABELS_NAME, &labels.to_bytes())?;
-        write_beside(dir, &built, DESCRIPTOR, &descriptor.to_xml())?;
+        let xml = descriptor.written().map_err(|bad| invalid(bad.to_string()))?;
+        write_beside(dir, &built, DESCRIPTOR, &xml)?;
         // 2.
         sync_folder(dir, &built)?;
         // 3.

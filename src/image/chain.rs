@@ -160,7 +160,7 @@ impl Candidate {
     }
 
     /// The file as it is now.
-    pub(super) fn read(path: &Path, file: Arc<dyn HostFile>) -> Result<Candidate> {
+    pub fn read(path: &Path, file: Arc<dyn HostFile>) -> Result<Candidate> {
         let cannot = |e| Error::io(&e, path, "cannot read the header");
         let status = file.status().map_err(cannot)?;
         let mut head = vec![0; HEAD_BYTES];

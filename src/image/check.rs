@@ -234,11 +234,19 @@ fn check_delta(
                         tell(Seen::Bad { cluster, value: entry, problem: Problem::Double });
                     }
                 }
-                Err((problem, why)) if first_pass => {
-                    report.error(|| place.finding(problem, &why));
-                    tell(Seen::Bad { cluster, value: entry, problem });
+                Err((problem, why)) => {
+                    // What is left of a cut cluster is in use, and no leak.
+                    if problem == Problem::Cut
+                        && let Some(position) = geometry.position(entry)
+                    {
+                        end = end.max(geometry.file_cluster(position) + 1);
+                        used.mark(geometry.file_cluster(position));
+                    }
+                    if first_pass {
+                        report.error(|| place.finding(problem, &why));
+                        tell(Seen::Bad { cluster, value: entry, problem });
+                    }
                 }
-                Err(_) => {}
             }
         })?;
         for (from, to) in used.gaps(end) {
@@ -259,6 +267,7 @@ fn check_delta(
 }
 
 /// One non-zero BAT entry.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     pub cluster: u64,
     pub value: u32,
@@ -291,9 +300,7 @@ impl Entry {
                 format!("byte {position} is past the end of the file, byte {len}"),
             ));
         }
-        // The disk's last cluster may be partial; what lies behind the disk's end need not exist.
-        let needed = (geometry.disk - self.cluster * geometry.cluster).min(geometry.cluster);
-        if position + needed > len {
+        if geometry.place(self.cluster, self.value, len).is_none() {
             return Err((Problem::Cut, format!("the file ends inside its cluster, at byte {len}")));
         }
         Ok(geometry.file_cluster(position))

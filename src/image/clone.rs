@@ -38,7 +38,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Refuses a name that cannot be, or that is taken.
+    /// Refuses a name that cannot be, that its descriptor could not hold, or that is taken.
     pub fn of(to: &Path) -> Result<Place> {
         if let Some(taken) = create::taken_by(to)? {
             let why = "there is an image of this name already; choose another";
@@ -46,6 +46,9 @@ impl Place {
         }
         let name = to.file_name().ok_or_else(|| Error::at(Kind::Invalid, to, "ends in no name"))?;
         let name = name.to_str().ok_or_else(|| Error::at(Kind::Invalid, to, "must be UTF-8"))?.to_owned();
+        let described = Descriptor::new(0, 1, &name, false).written();
+        described
+            .map_err(|bad| Error::at(Kind::Invalid, to, format!("is no name for a layered image: {bad}")))?;
         let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let around = File::open(&parent).map_err(|e| Error::io(&e, &parent, "cannot open the folder"))?;
         Ok(Place { name, around, parent })
@@ -150,7 +153,7 @@ impl NewImage<'_> {
         // 1. Names of their own, so that two deltas from two folders cannot meet.
         let chain = descriptor.chain(guid).map_err(bad)?;
         let base = match levels.first().map(|level| &level.layout) {
-            Some(Layout::Raw) => format!("{}.raw", self.name),
+            Some(Layout::Plain { .. }) => format!("{}.raw", self.name),
             _ => format!("{}.hds", self.name),
         };
         let new_name = || format!("{}.hds.{}", self.name, Guid::random());
@@ -172,7 +175,7 @@ impl NewImage<'_> {
         let mut kept = Labels::default();
         chain.iter().for_each(|guid| kept.set(*guid, labels.label(*guid).map(str::to_owned)));
         write_beside(self.dir, self.path, LABELS_NAME, &kept.to_bytes())?;
-        write_beside(self.dir, self.path, DESCRIPTOR, &next.to_xml())
+        write_beside(self.dir, self.path, DESCRIPTOR, &next.written().map_err(bad)?)
     }
 
     /// Brings one frozen delta into the new folder as `file`.

@@ -127,9 +127,7 @@ impl Layers {
         allow_outside: bool,
     ) -> Result<(Arc<Layers>, Vec<Level>)> {
         let store = Store::open(dir, path, opener.used())?;
-        if store.descriptor().volume {
-            let why =
-                "is part of a ploop volume, whose chain goes on in another folder; this is not supported";
+        if let Some(why) = store.descriptor().refusal() {
             return Err(Error::at(Kind::Unsupported, path.join(DESCRIPTOR), why));
         }
         let open = Mutex::new(HashMap::new());
@@ -311,7 +309,9 @@ impl Layers {
     fn level(&self, store: &Store, file: &str, raw: bool) -> Result<Level> {
         let path = paths::shown(store.path(), file);
         let (opened, is_new) = self.opened(store, file, &path)?;
-        let layout = if raw { Layout::Raw } else { Layout::Ploop(read_header(&*opened.file, &path)?) };
+        // Every delta that will lie on it has the clusters that the descriptor says, whatever would fit its length.
+        let plain = || Layout::Plain { cluster: u64::from(store.descriptor().cluster_sectors) * SECTOR };
+        let layout = if raw { plain() } else { Layout::Ploop(read_header(&*opened.file, &path)?) };
         let mut level = Level { file: opened.file, path, layout };
         if is_new {
             // Now, and not when a snapshot is looked at: by then the file may have a writer.
@@ -326,13 +326,19 @@ impl Layers {
         if let Some(opened) = open.get(file) {
             return Ok((opened.clone(), false));
         }
-        let (dir, name) = paths::resolve(store.dir(), Path::new(file), path, self.allow_outside)?;
+        // The descriptor names it: that it is not there is damage of the image, and not a wrong name of the caller's.
+        let missing = |e: Error| match e.kind() {
+            Kind::NotFound => Error::at(Kind::Damaged, path, paths::MISSING),
+            _ => e,
+        };
+        let place = paths::resolve(store.dir(), Path::new(file), path, self.allow_outside);
+        let (dir, name) = place.map_err(missing)?;
         let descriptor = store.descriptor();
         let top = descriptor.delta(descriptor.top).map(|delta| &*delta.file);
         // One that no descriptor names yet is about to become the top, or a copy's place.
         let frozen = descriptor.names(file) && top != Some(file);
         let used = if frozen { Use::Reader } else { Use::Writer };
-        let opened = self.opener.open(dir.as_fd(), Path::new(&name), path, used)?;
+        let opened = self.opener.open(dir.as_fd(), Path::new(&name), path, used).map_err(missing)?;
         open.insert(file.to_owned(), opened.clone());
         Ok((opened, true))
     }
@@ -361,7 +367,7 @@ fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
 }
 
 /// What must hold between the levels of a chain (FORMAT.md 4.1).
-fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
+pub(super) fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
     let mut below: Option<(&Header, &PathBuf)> = None;
     for (index, level) in levels.iter().enumerate() {
         let refuse = |why: String| Err(Error::at(Kind::Damaged, &level.path, why));
@@ -376,11 +382,8 @@ fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
             ));
         }
         let Layout::Ploop(header) = &level.layout else { continue };
-        if header.cluster_sectors != descriptor.cluster_sectors {
-            return refuse(format!(
-                "its clusters have {} sectors, but Blocksize in the descriptor is {}",
-                header.cluster_sectors, descriptor.cluster_sectors
-            ));
+        if let Some(why) = other_clusters(descriptor, header) {
+            return refuse(why);
         }
         match below {
             Some((lower, path)) if lower.version != header.version => {
@@ -407,6 +410,16 @@ fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
         below = Some((header, &level.path));
     }
     Ok(())
+}
+
+/// What is wrong where a delta has other clusters than its descriptor says.
+pub fn other_clusters(descriptor: &Descriptor, header: &Header) -> Option<String> {
+    (header.cluster_sectors != descriptor.cluster_sectors).then(|| {
+        format!(
+            "its clusters have {} sectors, but Blocksize in the descriptor is {}",
+            header.cluster_sectors, descriptor.cluster_sectors
+        )
+    })
 }
 
 /// The header of a new top on this chain: same version and clusters (v2 over raw), and a disk of `disk` bytes.

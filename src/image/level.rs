@@ -14,6 +14,12 @@ pub enum Layout {
     Ploop(Header),
     /// Plain bytes; guest byte = file byte.
     Raw,
+    /// The same, as the base of an image whose descriptor says by which cluster (in bytes) they are cut: that of every delta
+    /// on them.
+    Plain {
+        /// Bytes.
+        cluster: u64,
+    },
 }
 
 /// One level of the stack; 0 is the base.
@@ -32,7 +38,7 @@ impl Level {
     pub fn geometry(&self) -> Option<Geometry> {
         match &self.layout {
             Layout::Ploop(header) => Some(header.geometry()),
-            Layout::Raw => None,
+            Layout::Raw | Layout::Plain { .. } => None,
         }
     }
 

@@ -21,7 +21,8 @@ use crate::io::real::{Access, RealFile};
 use crate::rules::{Step, step};
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
-/// caller holds the image's lock. `path` is the images folder, for messages.
+/// caller holds the image's lock, and has judged its map: it is open for writing, say, which a damaged image never is.
+/// `path` is the images folder, for messages.
 ///
 /// 1. `.NAME.new/` with a hard link to the file and the descriptor; 2. both, then the folder itself, synced; 3. renamed
 ///    to `NAME`; 4. the images folder synced; 5. the file's old name removed, and that synced.
@@ -32,7 +33,7 @@ use crate::rules::{Step, step};
 pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
     let shown = path.join(file_name);
     let file = RealFile::open_as(&images, file_name, &shown, Access::ReadOnly)?;
-    let (name, descriptor) = describe(&file, file_name, &shown)?;
+    let (name, xml) = describe(&file, file_name, &shown)?;
     drop(file);
     let mut building = OsString::from(".");
     building.push(&name);
@@ -51,7 +52,7 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
             e => Error::io(&e.into(), &shown, "cannot link into the image's new folder"),
         })?;
         // 2. The descriptor is synced as it is written.
-        write_beside(folder.as_fd(), &built, DESCRIPTOR, &descriptor.to_xml())?;
+        write_beside(folder.as_fd(), &built, DESCRIPTOR, &xml)?;
         sync_folder(folder.as_fd(), &built)?;
         // 3.
         rename_new(images, &building, &name).map_err(|e| match e {
@@ -90,8 +91,8 @@ fn half_made(images: BorrowedFd<'_>, name: &OsStr, file_name: &OsStr) -> Option<
     ours.then(|| folder.into())
 }
 
-/// The image's name, and the descriptor of a disk with this file alone.
-fn describe(file: &RealFile, file_name: &OsStr, shown: &Path) -> Result<(OsString, Descriptor)> {
+/// The image's name, and the descriptor's text of a disk with this file alone.
+fn describe(file: &RealFile, file_name: &OsStr, shown: &Path) -> Result<(OsString, Vec<u8>)> {
     let cannot = |e| Error::io(&e, shown, "cannot read the header");
     let mut head = vec![0; HEAD_BYTES];
     let got = read_full(file, &mut head, 0).map_err(cannot)?;
@@ -120,7 +121,10 @@ fn describe(file: &RealFile, file_name: &OsStr, shown: &Path) -> Result<(OsStrin
         let why = "the folder would have the file's own name; give the file the suffix .hds first";
         return Err(invalid(why.into()));
     }
-    Ok((name, descriptor))
+    let xml = descriptor.written().map_err(|bad| {
+        invalid(format!("the image cannot become a folder: {bad}; give the file another name first"))
+    })?;
+    Ok((name, xml))
 }
 
 /// A new, empty folder; what a crash left under that dot-name goes first. The folder's `flock` says that somebody

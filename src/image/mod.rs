@@ -6,6 +6,7 @@ pub mod check;
 pub mod clone;
 pub mod create;
 pub mod diff;
+pub mod glance;
 pub mod kind;
 pub mod labels;
 pub mod layers;

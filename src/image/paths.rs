@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result, is_passing};
-use crate::format::descriptor::Descriptor;
+use crate::format::descriptor::{Delta, Descriptor};
 use crate::image::labels::is_plain_name;
 
 /// Opens an image's folder, without following a link.
@@ -143,10 +143,26 @@ pub fn named(dir: BorrowedFd<'_>, path: &Path, file: &str, allow_outside: bool) 
     }
 }
 
-/// What makes an image one that must not be opened at all: a file that lies outside, or is no regular file.
-pub fn hostile(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, allow_outside: bool) -> Result<()> {
-    descriptor.deltas.iter().try_for_each(|delta| named(dir, path, &delta.file, allow_outside).map(drop))
+/// The same of a file without which the image would not open: Err, also where it is missing or empty.
+pub fn present(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    descriptor: &Descriptor,
+    delta: &Delta,
+    allow_outside: bool,
+) -> Result<Stat> {
+    let damaged = |why: &str| Err(Error::at(Kind::Damaged, shown(path, &delta.file), why));
+    match named(dir, path, &delta.file, allow_outside)? {
+        None => damaged(MISSING),
+        Some(stat) if stat.st_size == 0 && descriptor.disk_sectors > 0 => {
+            damaged("is empty: its part of the image's data is gone")
+        }
+        Some(stat) => Ok(stat),
+    }
 }
+
+/// What is said of a file that a descriptor names and that is not there.
+pub const MISSING: &str = "is missing, and the descriptor names it: a part of the image's data";
 
 /// The file for messages.
 pub fn shown(folder: &Path, file: &str) -> PathBuf {

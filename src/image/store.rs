@@ -152,12 +152,11 @@ impl Store {
             files.filter(|file| is_plain_name(file) && !next.names(file)).map(str::to_owned).collect();
         // 1.
         self.note(&gone.iter().map(String::as_str).collect::<Vec<_>>())?;
-        // 2., 3. Parsed again, so that what we write is never what we refuse to read.
-        let xml = next.to_xml();
+        // 2., 3. Read back first, so that what we write is never what we refuse to read.
         let cannot = |bad: BadXml| {
             Error::at(Kind::Invalid, self.path.join(DESCRIPTOR), format!("cannot be written: {bad}"))
         };
-        Descriptor::parse(&xml).map_err(cannot)?;
+        let xml = next.written().map_err(cannot)?;
         write_beside(self.dir(), &self.path, DESCRIPTOR, &xml)?;
         self.descriptor = next;
         // 4.

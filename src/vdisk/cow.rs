@@ -127,7 +127,7 @@ impl Image {
             return Ok(());
         }
         match level.layout {
-            Layout::Raw => {
+            Layout::Raw | Layout::Plain { .. } => {
                 buf[got..].fill(0);
                 Ok(())
             }

@@ -262,6 +262,8 @@ impl Image {
         let stack = self.stack();
         if stack.bat.is_some() {
             let found = scan::scan(stack.top(), &stack.geometry)?;
+            // A base that was cut off is damage of the disk like any other, and no write may hide a part of it.
+            stack.top_down().skip(1).try_for_each(|(_, level)| scan::refuse_cut(level))?;
             *lock(&stack.state.scan) = Some(found);
             self.settle_lower(&stack);
             if let Err(why) = self.load_tracking(&stack) {

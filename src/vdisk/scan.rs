@@ -27,6 +27,14 @@ pub struct Scan {
     pub free: Bits,
 }
 
+/// Refuses a level below the top whose file ends inside a cluster, where that is a cluster that an entry names: such a
+/// file was cut off. Nothing of the kind costs more than a look at the length in a file that was closed.
+pub fn refuse_cut(level: &Level) -> Result<()> {
+    let Some(geometry) = level.geometry() else { return Ok(()) };
+    let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot read the length"))?;
+    if geometry.is_whole(len) { Ok(()) } else { scan(level, &geometry).map(drop) }
+}
+
 /// Scans the BAT of `level`. An entry out of range, off the grid or used twice is an error that names it.
 pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
     let io = |e: std::io::Error, what: &str| Error::io(&e, &level.path, what);
@@ -36,7 +44,7 @@ pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
         let context = format!("the file ends at byte {len}, inside the BAT, which ends at byte {bat}");
         return Err(Error::at(Kind::Damaged, &level.path, context));
     }
-    // A last cluster that lies only partly in the file counts: the cut makes it whole.
+    // The disk's last cluster, which may be partial, may lie only partly in the file: the cut makes it whole.
     // Nor can an entry reach further than the format counts: a sparse file may be as long as 8 EiB.
     let clusters =
         len.saturating_sub(geometry.first).div_ceil(geometry.cluster).min(geometry.file_clusters());
@@ -60,11 +68,10 @@ pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
                 continue;
             }
             let at = start + 4 * i as u64;
+            let guest = (at - HEADER_BYTES) / 4;
             let damaged = |reason: &str| {
-                let context = format!(
-                    "BAT entry {} = {entry:#x} at byte {at}: {reason}; run `ploopfs check`",
-                    (at - HEADER_BYTES) / 4
-                );
+                let context =
+                    format!("BAT entry {guest} = {entry:#x} at byte {at}: {reason}; run `ploopfs check`");
                 Error::at(Kind::Damaged, &level.path, context)
             };
             let position = geometry
@@ -73,6 +80,9 @@ pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
             let cluster = geometry.file_cluster(position);
             if cluster >= clusters {
                 return Err(damaged("points behind the end of the file"));
+            }
+            if geometry.place(guest, entry, len).is_none() {
+                return Err(damaged("the file ends inside its cluster"));
             }
             let bit = 1 << (cluster % 64);
             if used[(cluster / 64) as usize].fetch_or(bit, Ordering::Relaxed) & bit != 0 {

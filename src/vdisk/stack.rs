@@ -65,9 +65,12 @@ impl Stack {
         }
         let (header, geometry) = match &top.layout {
             Layout::Ploop(header) => (Some(*header), header.geometry()),
-            Layout::Raw => {
+            layout @ (Layout::Raw | Layout::Plain { .. }) => {
                 let len = top.file.len().map_err(|e| Error::io(&e, &top.path, "cannot open the image"))?;
-                let cluster = raw_cluster(len);
+                let cluster = match layout {
+                    Layout::Plain { cluster } => *cluster,
+                    _ => raw_cluster(len),
+                };
                 (None, Geometry { version: Version::V2, cluster, entries: 0, disk: len, first: 0 })
             }
         };

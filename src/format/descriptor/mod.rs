@@ -2,6 +2,7 @@
 //! a rewrite.
 
 mod guid;
+mod meaning;
 mod tree;
 mod xml;
 
@@ -12,12 +13,12 @@ pub use guid::Guid;
 pub use xml::MAX_BYTES;
 use xml::{Element, Node};
 
+use crate::format::header::MAX_CLUSTER_SECTORS;
+
 /// More deltas than any tool makes (ploop stops at 126 in a chain); bounds the work that a hostile file can cause.
 const MAX_DELTAS: usize = 4096;
 /// Longest chain that is opened, in deltas; the kernel target stops at 253.
 pub const MAX_CHAIN: usize = 250;
-/// The format's limit for the cluster in sectors, as for headers.
-const MAX_CLUSTER_SECTORS: u64 = i32::MAX as u64 / 513;
 
 /// What is wrong with a descriptor, or with what was to be done to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,6 +144,8 @@ pub struct Descriptor {
     pub top: Guid,
     /// Part of a ploop "volume": its chain goes on in another folder. Nothing of the tree was checked.
     pub volume: bool,
+    /// Why its bytes are not what they look like, so that it must not be served: [`meaning`].
+    foreign: Option<String>,
     /// The document as it was read.
     document: Vec<Node>,
 }
@@ -161,7 +164,7 @@ impl Descriptor {
             return Err(BadXml::new("Storage", parts, "a disk split over several storages is not supported"));
         }
         let cluster = number(required(storage, "Blocksize")?)?;
-        if cluster == 0 || cluster > MAX_CLUSTER_SECTORS {
+        if cluster == 0 || cluster > u64::from(MAX_CLUSTER_SECTORS) {
             return Err(BadXml::new(
                 "Blocksize",
                 cluster,
@@ -194,6 +197,7 @@ impl Descriptor {
             shots: snapshots.elements().filter(|e| e.name == "Shot").map(shot).collect::<Result<_, _>>()?,
             top: top.unwrap_or(Guid::TOP),
             volume: data.child("Volume").is_some(),
+            foreign: meaning::foreign(parameters, storage)?,
             document: Vec::new(),
         };
         read.document = document;
@@ -216,8 +220,38 @@ impl Descriptor {
             shots: vec![shot],
             top: Guid::TOP,
             volume: false,
+            foreign: None,
             document: vec![Node::Element(Element::of("Virtuozzo_disk_image", Vec::new()))],
         }
+    }
+
+    /// Why this disk must not be opened, in a form that follows its name; None: its bytes are what they look like.
+    pub fn refusal(&self) -> Option<&str> {
+        let volume =
+            "is part of a ploop volume, whose chain goes on in another folder; this is not supported";
+        if self.volume { Some(volume) } else { self.foreign.as_deref() }
+    }
+
+    /// The text, and what reads it again finds the same: a leading blank of a file's name would be trimmed, and a control
+    /// character has no place in XML at all.
+    pub fn written(&self) -> Result<Vec<u8>, BadXml> {
+        let xml = self.to_xml();
+        let again = Descriptor::parse(&xml)?;
+        for (delta, read) in self.deltas.iter().zip(&again.deltas) {
+            if delta.file != read.file {
+                return Err(BadXml::new(
+                    "File",
+                    format!("{:?}", delta.file),
+                    "a descriptor cannot hold this name",
+                ));
+            }
+        }
+        let tree =
+            |d: &Descriptor| (d.disk_sectors, d.cluster_sectors, d.top, d.shots.clone(), d.deltas.clone());
+        if tree(self) != tree(&again) {
+            return Err(BadXml::new("document", "", "would be read back as something else"));
+        }
+        Ok(xml)
     }
 
     /// The text, in the order that ploop needs: after the first `Image` it takes every element for an image, and

@@ -138,6 +138,54 @@ fn crash_markers_are_read_and_written_back() {
     three().set_marker(Guid::TOP, Some(Marker::Temporary)).expect_err("the top");
 }
 
+/// FAULTS 8: Parallels' encrypted disks, and those with padding, were served as plain ones.
+#[test]
+fn a_field_that_changes_what_the_bytes_mean_keeps_the_disk_from_being_served() {
+    let with = |more: &str| EXAMPLE.replace("</Disk_Parameters>", &format!("{more}</Disk_Parameters>"));
+    let zero = Guid::NONE.to_string();
+    for (harmless, encrypted) in [
+        (
+            format!("<Engine>{zero}</Engine><Data></Data><Salt/>"),
+            "<Engine>{12345678-1234-1234-1234-123456789abc}</Engine>",
+        ),
+        (String::new(), "<KeyId>vault</KeyId>"),
+        (format!("<Engine> {zero}\n</Engine>"), "<Data>AAAA</Data>"),
+        ("<Later><Deep/></Later>".into(), "<Later><Deep>1</Deep></Later>"),
+    ] {
+        assert_eq!(
+            read(&with(&format!("<Encryption>{harmless}</Encryption>"))).refusal(),
+            None,
+            "{harmless}"
+        );
+        let secret = read(&with(&format!("<Encryption>{encrypted}</Encryption>")));
+        assert!(secret.refusal().expect(encrypted).contains("is encrypted"), "{encrypted}");
+        // A rewrite keeps it.
+        let again = read(&String::from_utf8(secret.written().expect("sound")).expect("text"));
+        assert!(again.refusal().is_some(), "{encrypted}");
+    }
+    for (from, to) in [
+        ("<Padding>0<", "<Padding>1<"),
+        ("<Start>0<", "<Start>2048<"),
+        ("<Padding>", "<LogicSectorSize>4096</LogicSectorSize><Padding>"),
+        ("</Sectors>", "</Sectors><Padding>0</Padding><Padding>1</Padding>"),
+    ] {
+        assert!(read(&EXAMPLE.replace(from, to)).refusal().is_some(), "{to}");
+    }
+    assert_eq!(read(&with("<LogicSectorSize>512</LogicSectorSize>")).refusal(), None);
+    assert_eq!(read(EXAMPLE).refusal(), None);
+}
+
+/// FAULTS 9: the name came out of the descriptor as another one, or not at all, and the disk did not open any more.
+#[test]
+fn a_name_that_would_be_read_back_as_another_is_not_written() {
+    for name in [" lead", "trail ", "\ttab", "new\n", "\u{1}ctl", "a\u{b}b", "\u{a0}wide"] {
+        Descriptor::new(2048, 2048, name, false).written().expect_err(name);
+    }
+    for name in ["in the middle", "a&b<c>.hds", "\u{e9}\u{4e2d}.hds", "a\rb", "\"quoted\"", "]]>"] {
+        Descriptor::new(2048, 2048, name, false).written().expect(name);
+    }
+}
+
 #[test]
 fn a_volume_is_recognised_and_not_checked() {
     let volume = EXAMPLE

@@ -106,7 +106,7 @@ fn a_raw_base_gets_v2_deltas_and_keeps_its_bytes() {
     rig.make_folder("vm.raw");
     let guid = rig.snapshot("one");
     let (layers, levels) = rig.open();
-    assert!(matches!(levels[0].layout, Layout::Raw));
+    assert!(matches!(levels[0].layout, Layout::Plain { .. }));
     let top = levels[1].geometry().expect("a delta");
     assert_eq!((top.version, top.cluster, top.disk), (Version::V2, 65536, 3 * MIB + 65536));
     switch(&layers, guid).expect("switched");

@@ -474,7 +474,7 @@ fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
             let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
             return Err(Error::at(Kind::Damaged, &level.path, context));
         }
-        page.merge_under(index, &bytes[..want], first..want / 4, &of, len()?);
+        page.merge_under(index, number, &bytes[..want], first..want / 4, &of, len()?);
     }
     Ok(page)
 }

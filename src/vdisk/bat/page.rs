@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS};
-use crate::format::header::{Geometry, SECTOR};
+use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, cluster_of};
+use crate::format::header::{Geometry, MAX_CLUSTER_SECTORS, SECTOR};
 use crate::rules::{Rule, broken};
 
 /// Where a guest cluster lies: a level and a byte position in that level's file, or nowhere.
@@ -24,8 +24,10 @@ pub enum Place {
     Damaged,
 }
 
-/// Sectors take 52 bits (the format's largest position has 49), the level the 12 above.
+/// Sectors take 52 bits, the level the 12 above. The largest position that [`Geometry::entry`] has a number for takes 49:
+/// 2^32 clusters of 64 MiB, above which no header and no descriptor is taken.
 const LEVEL_SHIFT: u32 = 52;
+const _: () = assert!((MAX_CLUSTER_SECTORS as u64) << 32 < 1 << LEVEL_SHIFT);
 const NONE: u64 = u64::MAX;
 const DAMAGED: u64 = u64::MAX - 1;
 
@@ -38,7 +40,12 @@ impl Packed {
         Packed(match place {
             Place::None => NONE,
             Place::Damaged => DAMAGED,
-            Place::At { level, position } => (u64::from(level) << LEVEL_SHIFT) | (position / SECTOR),
+            // Only a raw file could reach further: what does not fit must not be taken for another level's.
+            Place::At { position, .. } if (position / SECTOR) >> LEVEL_SHIFT != 0 => DAMAGED,
+            Place::At { level, position } => {
+                debug_assert!(u64::from(level) >> (64 - LEVEL_SHIFT) == 0);
+                (u64::from(level) << LEVEL_SHIFT) | (position / SECTOR)
+            }
         })
     }
 
@@ -132,10 +139,12 @@ impl Page {
     }
 
     /// Lays the entries of the page's bytes on disk (of delta `level`) under what is there already: a slot
-    /// that an upper level has set stays. `slots` leaves out the header and what lies behind the BAT.
+    /// that an upper level has set stays. `number` is the page's, `slots` leaves out the header and what lies behind the
+    /// BAT.
     pub fn merge_under(
         &mut self,
         level: u16,
+        number: u64,
         bytes: &[u8],
         slots: std::ops::Range<usize>,
         of: &Geometry,
@@ -146,10 +155,10 @@ impl Page {
             let Some(&[a, b, c, d]) = bytes.get(at..at + 4) else { break };
             let entry = match u32::from_le_bytes([a, b, c, d]) {
                 0 => Packed(NONE),
-                // An entry never points past the end of the file (R2) or into the header.
-                entry => match of.position(entry) {
-                    Some(position) if position < len => Packed::pack(Place::At { level, position }),
-                    _ => Packed(DAMAGED),
+                // An entry never names a place that is not all in the file (R2), nor one in the header.
+                entry => match cluster_of(number, slot).and_then(|cluster| of.place(cluster, entry, len)) {
+                    Some(position) => Packed::pack(Place::At { level, position }),
+                    None => Packed(DAMAGED),
                 },
             };
             self.lay_under(slot, entry);
@@ -196,6 +205,15 @@ mod tests {
         }
     }
 
+    /// FAULTS 6: the upper bits of a position were taken for the level, and another file was read and written.
+    #[test]
+    fn a_position_that_does_not_fit_is_damage_and_no_other_levels_place() {
+        let last = ((1 << LEVEL_SHIFT) - 1) * SECTOR;
+        let place = Place::At { level: 1, position: last };
+        assert_eq!(Packed::pack(place).unpack(), place);
+        assert_eq!(Packed::pack(Place::At { level: 0, position: last + SECTOR }).unpack(), Place::Damaged);
+    }
+
     #[test]
     fn an_upper_entry_hides_a_lower_one_and_only_the_tops_own_are_written() {
         let mut top = vec![0; 4096];
@@ -204,8 +222,8 @@ mod tests {
         base[4..8].copy_from_slice(&1u32.to_le_bytes());
         base[8..12].copy_from_slice(&2u32.to_le_bytes());
         let mut page = Page::default();
-        page.merge_under(1, &top, 0..1024, &GEOMETRY, 1 << 30);
-        page.merge_under(0, &base, 0..1024, &GEOMETRY, 1 << 30);
+        page.merge_under(1, 1, &top, 0..1024, &GEOMETRY, 1 << 30);
+        page.merge_under(0, 1, &base, 0..1024, &GEOMETRY, 1 << 30);
         assert_eq!(page.get(1), Place::At { level: 1, position: 3 * 65536 });
         assert_eq!(page.get(2), Place::At { level: 0, position: 2 * 65536 });
         assert_eq!(page.get(3), Place::None);
@@ -231,7 +249,7 @@ mod tests {
         bytes[0..4].copy_from_slice(&1u32.to_le_bytes());
         bytes[4..8].copy_from_slice(&9u32.to_le_bytes());
         let mut page = Page::default();
-        page.merge_under(0, &bytes, 0..2, &first_two_in_header, 9 * 65536);
+        page.merge_under(0, 1, &bytes, 0..2, &first_two_in_header, 9 * 65536);
         assert_eq!((page.get(0), page.get(1)), (Place::Damaged, Place::Damaged));
     }
 }

@@ -5,10 +5,11 @@ use std::fs::File;
 
 use super::Work;
 use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Guid;
 use crate::image::clone;
 use crate::image::labels::Labels;
 use crate::image::layers::Layers;
-use crate::vdisk::Image;
+use crate::vdisk::{Image, scan};
 
 /// Refuses what cannot be done with the open image, whose descriptor and files are `layers`; None: it is a single file.
 /// What passes may still fail: on the host, or because another process was faster.
@@ -18,12 +19,29 @@ pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> 
             Some(layers) => layers.store().labels().check(label),
             None => Labels::default().check(label),
         },
-        Work::Delete { snapshot } | Work::Merge { snapshot } | Work::Switch { snapshot } => {
-            known(image, layers, snapshot)
+        Work::Switch { snapshot } => known(image, layers, snapshot),
+        Work::Delete { snapshot } | Work::Merge { snapshot } => {
+            known(image, layers, snapshot)?;
+            layers.map_or(Ok(()), |layers| {
+                let guid = layers.store().find_snapshot(snapshot)?;
+                let descriptor = layers.store().descriptor().clone();
+                match descriptor.children(guid)[..] {
+                    [child] => [guid, child].into_iter().try_for_each(|guid| sound(layers, guid)),
+                    _ => Ok(()),
+                }
+            })
         }
         Work::Clone { snapshot, to, copy } => {
             if let Some(snapshot) = snapshot {
                 known(image, layers, snapshot)?;
+            }
+            if let Some(layers) = layers {
+                let store = layers.store();
+                let of = snapshot.as_deref().map(|name| store.find_snapshot(name)).transpose()?;
+                let chain = store.descriptor().chain(of.unwrap_or(store.descriptor().top));
+                let chain = chain.map_err(|bad| Error::at(Kind::Damaged, store.path(), bad.to_string()))?;
+                drop(store);
+                chain.into_iter().try_for_each(|guid| sound(layers, guid))?;
             }
             let place = clone::Place::of(to)?;
             if *copy { Ok(()) } else { can_share(image, &place.around) }
@@ -36,6 +54,16 @@ pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> 
         | Work::Untrack
         | Work::Finish => Ok(()),
     }
+}
+
+/// Refuses a damaged level before anything is changed: a merge would bury an entry that names nothing, a clone would spread
+/// it, and `check` might find no fault afterwards. The live top is being written, and was scanned before its first write.
+pub(super) fn sound(layers: &Layers, guid: Guid) -> Result<()> {
+    if guid == layers.store().descriptor().top {
+        return Ok(());
+    }
+    let level = layers.level_of(guid)?;
+    level.geometry().map_or(Ok(()), |geometry| scan::scan(&level, &geometry).map(drop))
 }
 
 /// The image has this snapshot.

@@ -68,6 +68,8 @@ impl Image {
         }
         let of_level = |(i, place): (usize, &Place)| match place {
             Place::At { level, .. } if *level == index => Some(first + i as u64),
+            // Its copy fails and says why: a level that goes takes with it what could not be read.
+            Place::Damaged => Some(first + i as u64),
             _ => None,
         };
         Ok(places.iter().enumerate().filter_map(of_level).collect())

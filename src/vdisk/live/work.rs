@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::time::SystemTime;
 
 use super::freeze::Uncommitted;
-use super::judge::judge;
+use super::judge::{judge, sound};
 use super::merge::Direction;
 use super::snapshot::TopPlan;
 use super::{Done, Work};
@@ -317,6 +317,8 @@ impl Live<'_> {
     }
 
     fn merge_files(&self, image: &Arc<Image>, parent: Guid, child: Guid) -> Result<String> {
+        // The upper one was scanned when it became writable.
+        sound(self.layers, parent)?;
         let raw = self.layers.level_of(parent)?.geometry().is_none();
         // "Plain" on a delta says that its base is raw; swapping files under it would confuse ploop.
         let plain = |guid| self.descriptor().delta(guid).is_none_or(|delta| delta.plain);
