@@ -11,7 +11,7 @@ use crate::format::descriptor::Delta;
 use crate::image::chain::Candidate;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::LABELS_NAME;
-use crate::image::meta::{self, Meta};
+use crate::image::meta::{self, Meta, Restore};
 
 /// Arguments of `meta`.
 #[derive(Debug, clap::Args)]
@@ -129,9 +129,10 @@ fn restore(dump: &Path, path: &Path) -> Result<()> {
             }
         }
     };
-    // All names first: half of a layered image's map is none.
-    let places: Vec<PathBuf> = all.iter().map(find).collect::<Result<_>>()?;
-    all.iter().zip(&places).try_for_each(|(meta, place)| meta::restore(meta, place))
+    // All of them first, each under its lock: half of a layered image's map is none.
+    let prepare = |meta| Restore::prepare(meta, &find(meta)?);
+    let prepared: Vec<Restore<'_>> = all.iter().map(prepare).collect::<Result<_>>()?;
+    prepared.into_iter().try_for_each(Restore::carry_out)
 }
 
 fn pack(path: &Path, to: &Path) -> Result<()> {

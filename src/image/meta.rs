@@ -26,6 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::io::file::write_full;
+use crate::io::lock::DeltaLock;
 use crate::io::real::Access;
 
 /// The header's fields: name, byte, bytes. The magic is in front of them.
@@ -228,7 +229,7 @@ fn value(text: &str) -> Option<u64> {
 }
 
 impl Meta {
-    /// The header, checked, and the last byte that an entry names, plus one.
+    /// The header, checked, and where the last cluster that an entry names ends.
     fn judge(&self) -> std::result::Result<(Header, u64), String> {
         let header = Header::parse(&self.head).map_err(|bad| format!("the header in it cannot be: {bad}"))?;
         let geometry = header.geometry();
@@ -244,7 +245,8 @@ impl Meta {
                 let Some(at) = entry.and_then(|entry| geometry.position(entry)) else {
                     return Err(format!("the entries from {} on name no cluster", run.first));
                 };
-                end = end.max(at + 1);
+                // At least a byte of it, also where the disk has no such cluster.
+                end = end.max(at + geometry.cluster_len(run.first + index).max(1));
             }
         }
         Ok((header, end))
@@ -264,43 +266,66 @@ impl Meta {
     }
 }
 
-/// Puts metadata back into the file at `path`, under its lock. Data is not touched, and the file never becomes shorter.
-///
-/// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable, without extension.
-///
-/// 3 before 2, or no 1, and a power cut could leave half of each map under a header that says "clean".
+/// A file whose metadata is to be replaced: locked, and judged.
+#[derive(Debug)]
+pub struct Restore<'a> {
+    meta: &'a Meta,
+    header: Header,
+    candidate: Candidate,
+    _lock: DeltaLock,
+}
+
+impl<'a> Restore<'a> {
+    /// Locks the file at `path`, and sees whether `meta` can be its metadata. Changes nothing.
+    pub fn prepare(meta: &'a Meta, path: &Path) -> Result<Restore<'a>> {
+        let refuse = |why: String| Err(Error::at(Kind::Invalid, path, format!("cannot be restored: {why}")));
+        let (header, end) = match meta.judge() {
+            Ok(sound) => sound,
+            Err(why) => return refuse(why),
+        };
+        let (candidate, lock) = Candidate::open_locked_as(path, Access::ReadWrite)?;
+        let len = candidate.status.len;
+        if end > len && !(end == header.geometry().first && meta.runs.is_empty()) {
+            return refuse(format!("its entries reach to byte {end}, but the file ends at byte {len}"));
+        }
+        Ok(Restore { meta, header, candidate, _lock: lock })
+    }
+
+    /// Puts the metadata back. Data is not touched, and the file never becomes shorter.
+    ///
+    /// 1. the header says in use, durably (R1); 2. the BAT, durable; 3. the header as it was kept, durable, without
+    ///    extension.
+    ///
+    /// 3 before 2, or no 1, and a power cut could leave half of each map under a header that says "clean".
+    pub fn carry_out(self) -> Result<()> {
+        let (header, file, len) = (self.header, &*self.candidate.file, self.candidate.status.len);
+        let cannot = |e: io::Error| Error::io(&e, &self.candidate.path, "cannot restore the metadata");
+        let write_header = |header: &Header| {
+            write_full(file, &header.encode(), 0).and_then(|()| file.sync_data()).map_err(cannot)
+        };
+        write_header(&Header { in_use: IN_USE, ..header })?; // 1
+        let geometry: Geometry = header.geometry();
+        if len < geometry.first {
+            file.set_len(geometry.first).map_err(cannot)?;
+        }
+        let mut at = 0;
+        while at < geometry.entries {
+            let mut entries = vec![0; (geometry.entries - at).min(PIECE / 4) as usize];
+            self.meta.fill(at, &mut entries);
+            let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+            write_full(file, &bytes, HEADER_BYTES + 4 * at).map_err(cannot)?; // 2
+            at += entries.len() as u64;
+        }
+        file.sync_all().map_err(cannot)?;
+        // What the bitmap in the kept extension says was true when it was kept.
+        let in_use = if header.extension == 0 { header.in_use } else { CLOSED };
+        write_header(&Header { in_use, extension: 0, ..header }) // 3
+    }
+}
+
+/// Puts metadata back into the file at `path`, under its lock.
 pub fn restore(meta: &Meta, path: &Path) -> Result<()> {
-    let refuse = |why: String| Err(Error::at(Kind::Invalid, path, format!("cannot be restored: {why}")));
-    let (header, end) = match meta.judge() {
-        Ok(sound) => sound,
-        Err(why) => return refuse(why),
-    };
-    let (candidate, _lock) = Candidate::open_locked_as(path, Access::ReadWrite)?;
-    let (file, len) = (&*candidate.file, candidate.status.len);
-    if end > len && !(end == header.geometry().first && meta.runs.is_empty()) {
-        return refuse(format!("its entries reach to byte {end}, but the file ends at byte {len}"));
-    }
-    let cannot = |e: io::Error| Error::io(&e, path, "cannot restore the metadata");
-    let write_header = |header: &Header| {
-        write_full(file, &header.encode(), 0).and_then(|()| file.sync_data()).map_err(cannot)
-    };
-    write_header(&Header { in_use: IN_USE, ..header })?; // 1
-    let geometry: Geometry = header.geometry();
-    if len < geometry.first {
-        file.set_len(geometry.first).map_err(cannot)?;
-    }
-    let mut at = 0;
-    while at < geometry.entries {
-        let mut entries = vec![0; (geometry.entries - at).min(PIECE / 4) as usize];
-        meta.fill(at, &mut entries);
-        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
-        write_full(file, &bytes, HEADER_BYTES + 4 * at).map_err(cannot)?; // 2
-        at += entries.len() as u64;
-    }
-    file.sync_all().map_err(cannot)?;
-    // What the bitmap in the kept extension says was true when it was kept.
-    let in_use = if header.extension == 0 { header.in_use } else { CLOSED };
-    write_header(&Header { in_use, extension: 0, ..header }) // 3
+    Restore::prepare(meta, path)?.carry_out()
 }
 
 /// Writes header and BAT of the file at `path` to the new file `to`, at the same bytes and of the same length, without any

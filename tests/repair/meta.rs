@@ -85,3 +85,42 @@ fn a_raw_image_has_no_metadata() {
         assert!(done.stderr.contains("no metadata"), "{done}");
     }
 }
+
+/// FAULTS 89: the first file had its new map when the second one's was refused.
+#[test]
+fn a_dump_of_two_files_is_put_back_into_both_or_into_none() {
+    let folder = temp_dir();
+    let image = folder.path().join("vm.hds");
+    Patient::new(&image, Version::V2, 64 * KIB, 40, &mut Rng::new(1));
+    Run::ploopfs().args(["snapshot", "create"]).arg(&image).arg("s").ok();
+    let image = folder.path().join("vm");
+    let dump = folder.path().join("vm.meta");
+    fs::write(&dump, Run::ploopfs().args(["meta", "dump"]).arg(&image).ok()).expect("write");
+    let base = fs::File::options().read(true).write(true).open(image.join("vm.hds")).expect("the base");
+    // The first in the dump is damaged, and the second too short for its own map, which it gets in the dump.
+    base.write_all_at(&[0xFF; 20], 64).expect("damage");
+    let text = fs::read_to_string(&dump).expect("read");
+    let (first, second) = text.split_at(text.rfind("format 1").expect("two dumps"));
+    fs::write(&dump, format!("{first}{}", second.replace("\nend", "\nbat 39 1 9999 0\nend"))).expect("write");
+    let before = fs::read(image.join("vm.hds")).expect("read");
+    let done = Run::ploopfs().args(["meta", "restore"]).args([&dump, &image]).status(2);
+    assert!(done.stderr.contains("reach to byte"), "{done}");
+    assert!(fs::read(image.join("vm.hds")).expect("read") == before);
+}
+
+/// FAULTS 89: the last cluster had to begin in the file, and not to end there.
+#[test]
+fn a_dump_of_a_file_that_was_cut_inside_its_last_cluster_since_is_refused() {
+    let folder = temp_dir();
+    let image = folder.path().join("vm.hds");
+    let patient = Patient::new(&image, Version::V2, 64 * KIB, 40, &mut Rng::new(1));
+    let dump = folder.path().join("vm.meta");
+    fs::write(&dump, Run::ploopfs().args(["meta", "dump"]).arg(&image).ok()).expect("write");
+    let mut rng = Rng::new(2);
+    let mut patient = patient;
+    assert!(patient.hurt(crate::common::damage::Damage::Cut, &mut rng));
+    let before = patient.bytes();
+    let done = Run::ploopfs().args(["meta", "restore"]).args([&dump, &image]).status(2);
+    assert!(done.stderr.contains("but the file ends at byte"), "{done}");
+    assert!(patient.bytes() == before);
+}
