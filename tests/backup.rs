@@ -275,6 +275,38 @@ fn an_incremental_backup_leaves_a_disk_that_has_grown_since_as_large_as_it_is() 
     mount.umount();
 }
 
+/// FAULTS 89: the snapshot got the size of what it was put on.
+#[test]
+fn an_incremental_backup_makes_no_snapshot_of_another_size_than_its_own() {
+    let folder = Folder::new();
+    for (image, size) in [("vm", "4M"), ("other", "9M")] {
+        folder.ok(&["create", image, "--size", size]);
+        for name in ["a", "b"] {
+            folder.ok(&["snapshot", "create", image, name]);
+        }
+    }
+    folder.ok(&["backup", "vm@b", "--since", "a", "-o", "inc"]);
+    // A larger disk whose newest snapshot says that it is the base.
+    folder.ok(&["snapshot", "delete", "other", "b"]);
+    let guid = |image: &str| -> String {
+        let value: Value =
+            serde_json::from_str(&folder.ok(&["snapshot", "list", image, "--json"])).expect("JSON");
+        value["snapshots"][0]["guid"].as_str().expect("a GUID").to_owned()
+    };
+    let xml = folder.path("other/DiskDescriptor.xml");
+    let text = std::fs::read_to_string(&xml).expect("read").replace(&guid("other"), &guid("vm"));
+    std::fs::write(&xml, text).expect("write");
+    let before = folder.files("other");
+    let said = folder.fails(1, &["restore", "inc", "other"]);
+    assert!(said.contains("has 9437184 bytes"), "{said}");
+    assert_eq!(folder.snapshots("other").len(), 2);
+    let deltas = |files: &[(PathBuf, Vec<u8>)]| {
+        let is_delta = |(path, _): &&(PathBuf, Vec<u8>)| path.to_string_lossy().contains(".hds");
+        files.iter().filter(is_delta).cloned().collect::<Vec<_>>()
+    };
+    assert!(deltas(&folder.files("other")) == deltas(&before));
+}
+
 #[test]
 fn a_backup_goes_on_its_base_alone() {
     require!("fuse");

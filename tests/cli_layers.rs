@@ -297,3 +297,47 @@ fn the_guard_thaws_by_itself_after_ten_seconds_and_says_that_it_was_late() {
     assert!((9..20).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     assert!(ended(&mut writer, Duration::from_secs(20)), "still frozen");
 }
+
+/// FAULTS 73: TAKEN was the time of the last write to a file, which copies, merges and writes move.
+#[test]
+fn a_snapshot_was_taken_when_it_was_taken_whatever_becomes_of_its_file() {
+    let folder = Folder::new();
+    let now = || std::time::SystemTime::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
+    let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_577_836_800);
+    let age = |file: &Path| {
+        fs::File::options().write(true).open(file).and_then(|f| f.set_modified(old)).expect("aged")
+    };
+    age(&folder.0.path().join("vm.hds"));
+    let begun = now();
+    for name in ["a", "b", "c"] {
+        folder.ok(&["snapshot", "create", "vm", name]);
+    }
+    let ended = now();
+    let taken = |image: &str| -> Vec<(String, u64)> {
+        let value: Value =
+            serde_json::from_str(&folder.ok(&["snapshot", "list", image, "--json"])).expect("JSON");
+        let lines = value["snapshots"].as_array().expect("lines").clone();
+        let of = |line: &Value| Some((line["name"].as_str()?.to_owned(), line["created"].as_u64()?));
+        lines.iter().filter_map(of).collect()
+    };
+    let first = taken("vm");
+    assert_eq!(first.len(), 3);
+    assert!(first.iter().all(|(_, time)| (begun..=ended).contains(time)), "{begun} {first:?} {ended}");
+    // A copy, a neighbour that goes, a file that was touched.
+    common::ok(
+        "cp",
+        &["-r", common::text(&folder.0.path().join("vm")), common::text(&folder.0.path().join("copy"))],
+    );
+    folder.ok(&["snapshot", "delete", "copy", "a"]);
+    for file in folder.0.path().join("copy").read_dir().expect("the folder") {
+        age(&file.expect("an entry").path());
+    }
+    assert_eq!(taken("copy"), first[1..]);
+    folder.ok(&["clone", "vm@b", "new"]);
+    assert_eq!(taken("new"), first[..2]);
+    let table = folder.ok(&["snapshot", "list", "vm"]);
+    assert!(table.lines().all(|line| line.len() <= 80), "{table}");
+    // What another program took has no time that we know.
+    fs::remove_file(folder.0.path().join("copy/ploopfs.json")).expect("remove");
+    assert!(taken("copy").is_empty());
+}

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use common::HostFs;
+use common::{Guest, HostFs};
 use ploopfs::format::descriptor::Guid;
 use ploopfs::image::clone::clone;
 use ploopfs::image::create::{Plan, create};
@@ -71,4 +71,30 @@ fn on_ext4_a_clone_links_the_frozen_deltas() {
     let (links, taken) = cloned(host.path());
     assert_eq!(links, 2);
     assert!(taken < 8 * MIB, "the clone took {taken} bytes");
+}
+
+/// FAULTS 72: overlayfs makes a file of its lower layer another one when it is linked, and the clone was refused because the
+/// file "was replaced".
+#[test]
+fn on_overlayfs_files_of_the_lower_layer_are_cloned() {
+    require!("loop", "ext4", "overlay");
+    let lower = common::temp_dir();
+    let run =
+        |args: &[&str], folder: &Path| common::Run::ploopfs().args(args).in_folder(folder).limit(60).ok();
+    run(&["create", "vm", "--size", "8M"], lower.path());
+    run(&["snapshot", "create", "vm", "a"], lower.path());
+    let host = HostFs::new("ext4", 128 * MIB);
+    let [upper, work, merged] = ["upper", "work", "merged"].map(|name| host.path().join(name));
+    [&upper, &work, &merged].iter().for_each(|path| std::fs::create_dir(path).expect("a folder"));
+    let (lower_text, upper, work, point) =
+        (common::text(lower.path()), common::text(&upper), common::text(&work), common::text(&merged));
+    let options = format!("lowerdir={lower_text},upperdir={upper},workdir={work}");
+    common::ok("mount", &["-t", "overlay", "-o", &options, "overlay", point]);
+    let guest = Guest::adopt(&merged);
+    for (new, more) in [("one", None), ("two", Some("--copy"))] {
+        let args: Vec<&str> = ["clone", "vm@a", new].into_iter().chain(more).collect();
+        run(&args, &merged);
+        run(&["check", new], &merged);
+    }
+    guest.umount();
 }

@@ -39,7 +39,8 @@ enum What {
     },
     /// Show the snapshots of an image, and how much space they take
     ///
-    /// OWN is what a snapshot's own file takes, SHARED what it has in common with those it stands on.
+    /// TAKEN is -, where another program took it. OWN is what a snapshot's own file takes, SHARED what it has in common with
+    /// those it stands on. One that is deleted stays until its data is merged.
     List {
         #[command(flatten)]
         which: target::Facts,
@@ -134,7 +135,8 @@ fn create(path: &Path, name: Option<String>, freeze: bool) -> Result<String> {
 fn to_text(lines: &[SnapshotLine]) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
-    let _ = writeln!(text, "{:<40} {:<19} {:>10} {:>10}  STATE", "NAME", "TAKEN (UTC)", "OWN", "SHARED");
+    // With the widest state a line has 80 columns; a name that is longer moves what follows it.
+    let _ = writeln!(text, "{:<28} {:<19} {:>10} {:>10}  STATE", "NAME", "TAKEN (UTC)", "OWN", "SHARED");
     // Depth first; what was not shown yet, with its indentation. Only where several stand on one it grows, so that a
     // long chain stays readable.
     let children = |parent: Option<&str>| -> Vec<&SnapshotLine> {
@@ -147,11 +149,11 @@ fn to_text(lines: &[SnapshotLine]) -> String {
         let taken = line.created.map_or_else(|| "-".to_owned(), utc::shown);
         let state = match (line.current, line.temporary) {
             (true, _) => "current",
-            (_, true) => "deleted, not merged yet",
+            (_, true) => "deleted",
             _ => "",
         };
         let (own, shared) = (size::human(line.exclusive), size::human(line.shared));
-        let row = format!("{name:<40} {taken:<19} {own:>10} {shared:>10}  {state}");
+        let row = format!("{name:<28} {taken:<19} {own:>10} {shared:>10}  {state}");
         let _ = writeln!(text, "{}", row.trim_end());
         let above = children(Some(&line.guid));
         let depth = depth + usize::from(above.len() > 1);

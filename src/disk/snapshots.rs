@@ -24,7 +24,7 @@ pub struct SnapshotLine {
     pub guid: String,
     /// GUID of the one it stands on; None for the base.
     pub parent: Option<String>,
-    /// When it was taken, in seconds since 1970: the last change of its file. None for the live disk.
+    /// When it was taken, in seconds since 1970. None for the live disk, and where another program took it.
     #[serde(default)]
     pub created: Option<i64>,
     /// Space taken on the host by its own file, in bytes.
@@ -60,30 +60,31 @@ pub fn of(image: &Path, allow_outside: bool) -> Result<Vec<SnapshotLine>> {
         // Nothing is told of a file that the image may not have.
         if let Some(stat) = paths::named(dir.as_fd(), image, &delta.file, allow_outside)? {
             // stat(2) counts units of 512 bytes.
-            sizes.insert(delta.guid, (stat.st_blocks as u64 * 512, stat.st_mtime));
+            sizes.insert(delta.guid, stat.st_blocks as u64 * 512);
         }
     }
-    lines(&descriptor, &|guid| labels.name(guid), &sizes)
+    lines(&descriptor, &|guid| (labels.name(guid), labels.taken(guid)), &sizes)
         .map_err(|bad| Error::at(Kind::Damaged, image.join(DESCRIPTOR), bad))
 }
 
-/// Parents before children; `sizes` are bytes on the host and the time of the last change.
+/// Parents before children; `said` is name and time of a snapshot, `sizes` are bytes on the host.
 fn lines(
     descriptor: &Descriptor,
-    name: &dyn Fn(Guid) -> String,
-    sizes: &HashMap<Guid, (u64, i64)>,
+    said: &dyn Fn(Guid) -> (String, Option<i64>),
+    sizes: &HashMap<Guid, u64>,
 ) -> std::result::Result<Vec<SnapshotLine>, String> {
     let mut found = Vec::new();
     for shot in &descriptor.shots {
         let chain = descriptor.chain(shot.guid).map_err(|bad| bad.to_string())?;
-        let size = |guid: &Guid| sizes.get(guid).map_or(0, |(bytes, _)| *bytes);
+        let size = |guid: &Guid| sizes.get(guid).copied().unwrap_or(0);
         let below = chain.split_last().map_or(&[][..], |(_, below)| below);
         let current = shot.guid == descriptor.top;
+        let (name, created) = if current { (String::new(), None) } else { said(shot.guid) };
         let line = SnapshotLine {
-            name: if current { String::new() } else { name(shot.guid) },
+            name,
             guid: shot.guid.to_string(),
             parent: (shot.parent != Guid::NONE).then(|| shot.parent.to_string()),
-            created: sizes.get(&shot.guid).filter(|_| !current).map(|(_, time)| *time),
+            created,
             exclusive: size(&shot.guid),
             shared: below.iter().map(size).sum(),
             current,
@@ -114,12 +115,13 @@ mod tests {
             .map(|n| Guid::parse(&format!("0000000{n}-0000-4000-8000-000000000000")).expect("a GUID"));
         descriptor.add_snapshot(a, "second").expect("add");
         descriptor.add_snapshot(b, "third").expect("add");
-        let sizes = HashMap::from([(a, (10, 1)), (b, (20, 2)), (Guid::TOP, (5, 3))]);
-        let lines = lines(&descriptor, &|guid| guid.to_string(), &sizes).expect("a tree");
+        let sizes = HashMap::from([(a, 10), (b, 20), (Guid::TOP, 5)]);
+        let lines =
+            lines(&descriptor, &|guid| (guid.to_string(), (guid == a).then_some(1)), &sizes).expect("a tree");
         let seen: Vec<_> =
             lines.iter().map(|l| (l.name.as_str(), l.exclusive, l.shared, l.current, l.created)).collect();
         let (a, b) = (a.to_string(), b.to_string());
-        let expected = [(&*a, 10, 0, false, Some(1)), (&*b, 20, 10, false, Some(2)), ("", 5, 30, true, None)];
+        let expected = [(&*a, 10, 0, false, Some(1)), (&*b, 20, 10, false, None), ("", 5, 30, true, None)];
         assert_eq!(seen, expected);
         assert_eq!((&lines[0].parent, &lines[2].parent), (&None, &Some(b)));
     }

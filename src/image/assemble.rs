@@ -72,13 +72,13 @@ impl Assembly {
     }
 
     /// Makes it an image, once every file is durable. The last file is the live top, each of the others a snapshot:
-    /// `snapshots` has the identity and the name of each.
+    /// `snapshots` has the identity and the name of each, and when it was taken (in seconds since 1970).
     ///
     /// 1. the labels, then the descriptor, synced; 2. the folder synced; 3. renamed to its name, which must be free; 4. the
     ///    folder around it synced.
     ///
     /// Until 3 there is no image. 3 before 2: a power cut could leave an image without a file.
-    pub fn finish(mut self, snapshots: &[(Guid, Option<String>)]) -> Result<()> {
+    pub fn finish(mut self, snapshots: &[(Guid, Option<String>, Option<i64>)]) -> Result<()> {
         let built = self.parent.join(&self.building);
         let dir = self.folder.as_fd();
         let invalid = |what: String| Error::at(Kind::Invalid, &self.to, what);
@@ -91,9 +91,10 @@ impl Assembly {
         }
         let mut descriptor = Descriptor::new(bottom.disk_sectors, bottom.cluster_sectors, base, false);
         let mut labels = Labels::default();
-        for ((guid, label), (file, _)) in snapshots.iter().zip(above) {
+        for ((guid, label, taken), (file, _)) in snapshots.iter().zip(above) {
             descriptor.add_snapshot(*guid, file).map_err(|bad| invalid(bad.to_string()))?;
             labels.set(*guid, label.clone());
+            labels.set_taken(*guid, *taken);
         }
         descriptor.set_size(top.disk_sectors);
         write_beside(dir, &built, LABELS_NAME, &labels.to_bytes())?;

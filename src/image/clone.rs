@@ -173,7 +173,10 @@ impl NewImage<'_> {
         create_delta(self.dir, self.path, &top, &header, &like)?;
         // 3.
         let mut kept = Labels::default();
-        chain.iter().for_each(|guid| kept.set(*guid, labels.label(*guid).map(str::to_owned)));
+        for guid in &chain {
+            kept.set(*guid, labels.label(*guid).map(str::to_owned));
+            kept.set_taken(*guid, labels.taken(*guid));
+        }
         write_beside(self.dir, self.path, LABELS_NAME, &kept.to_bytes())?;
         write_beside(self.dir, self.path, DESCRIPTOR, &next.written().map_err(bad)?)
     }
@@ -210,7 +213,10 @@ impl NewImage<'_> {
                 let linked = rustix::fs::statat(self.dir, file, AtFlags::SYMLINK_NOFOLLOW);
                 let linked = linked.map_err(|e| cannot(e.into()))?;
                 if (linked.st_dev, linked.st_ino) != (like.dev, like.ino) {
-                    return Err(Error::at(Kind::Busy, &level.path, "was replaced while it was cloned"));
+                    // Or the host has no such identity: overlayfs makes a file of the lower layer another one for it. What
+                    // we hold open is the snapshot in either case.
+                    rustix::fs::unlinkat(self.dir, file, AtFlags::empty()).map_err(|e| cannot(e.into()))?;
+                    return self.copy(level, file);
                 }
                 // Its content was never synced by us if another program wrote it.
                 level.file.sync_all().map_err(cannot)?;

@@ -19,6 +19,8 @@ const VERSION: u32 = 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Labels {
     names: BTreeMap<Guid, String>,
+    /// When each snapshot was taken, in seconds since 1970: no file of it keeps that through copies, merges and writes.
+    times: BTreeMap<Guid, i64>,
     /// Files of the folder that exist only while a step is underway. One that no delta has at the next open was left
     /// by a crash, and goes.
     pub(super) passing: BTreeSet<String>,
@@ -29,6 +31,8 @@ struct Text {
     version: u32,
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    taken: BTreeMap<String, i64>,
     #[serde(default)]
     passing: BTreeSet<String>,
 }
@@ -42,6 +46,11 @@ impl Labels {
     /// The snapshot's label, if it has one.
     pub fn label(&self, guid: Guid) -> Option<&str> {
         self.names.get(&guid).map(String::as_str)
+    }
+
+    /// When the snapshot was taken, in seconds since 1970; None: not known, since another program took it.
+    pub fn taken(&self, guid: Guid) -> Option<i64> {
+        self.times.get(&guid).copied()
     }
 
     /// The snapshot with this label or GUID. The live top is none.
@@ -83,9 +92,18 @@ impl Labels {
         };
     }
 
+    pub(super) fn set_taken(&mut self, guid: Guid, taken: Option<i64>) {
+        match taken {
+            Some(taken) => self.times.insert(guid, taken),
+            None => self.times.remove(&guid),
+        };
+    }
+
     /// Forgets what no snapshot of `descriptor` has, except for `coming`, which it will have next.
     pub(super) fn prune(&mut self, descriptor: &Descriptor, coming: Option<Guid>) {
-        self.names.retain(|guid, _| Some(*guid) == coming || descriptor.shot(*guid).is_some());
+        let stays = |guid: &Guid| Some(*guid) == coming || descriptor.shot(*guid).is_some();
+        self.names.retain(|guid, _| stays(guid));
+        self.times.retain(|guid, _| stays(guid));
     }
 
     /// Reads the file. Err says what is wrong with it.
@@ -100,6 +118,10 @@ impl Labels {
             labels.check(&label).map_err(|e| e.to_string())?;
             labels.names.insert(guid, label);
         }
+        for (guid, time) in text.taken {
+            let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
+            labels.times.insert(guid, time);
+        }
         if let Some(path) = text.passing.iter().find(|name| !is_plain_name(name)) {
             return Err(format!("{path:?} is not the name of a file"));
         }
@@ -109,7 +131,8 @@ impl Labels {
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let labels = self.names.iter().map(|(guid, label)| (guid.to_string(), label.clone())).collect();
-        let text = Text { version: VERSION, labels, passing: self.passing.clone() };
+        let taken = self.times.iter().map(|(guid, time)| (guid.to_string(), *time)).collect();
+        let text = Text { version: VERSION, labels, taken, passing: self.passing.clone() };
         let mut bytes = serde_json::to_vec_pretty(&text).expect("maps of strings are always JSON");
         bytes.push(b'\n');
         bytes
@@ -162,6 +185,7 @@ mod tests {
     fn the_file_reads_back_and_rubbish_is_refused() {
         let mut labels = Labels::default();
         labels.set(Guid::random(), Some("one".into()));
+        labels.set_taken(Guid::random(), Some(1_795_214_701));
         labels.passing.insert("f1".into());
         assert_eq!(Labels::parse(&labels.to_bytes()), Ok(labels));
         for bad in ["", "{}", "{\"version\":2}", "{\"version\":1,\"labels\":{\"x\":\"y\"}}"] {

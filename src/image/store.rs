@@ -168,12 +168,13 @@ impl Store {
         Ok(synced.map_or_else(Replaced::Unsynced, |()| Replaced::Durable))
     }
 
-    /// Gives the snapshot a name (or takes it away), durably. Before the descriptor that has the snapshot: a crash
+    /// Keeps the snapshot's name and when it was taken (in seconds since 1970), or takes both away, durably. Before the descriptor that has the snapshot: a crash
     /// between the two leaves a label without a snapshot, which nobody sees, and not a snapshot without its name.
-    pub fn set_label(&mut self, guid: Guid, label: Option<&str>) -> Result<()> {
+    pub fn set_label(&mut self, guid: Guid, label: Option<&str>, taken: Option<i64>) -> Result<()> {
         let mut labels = self.labels.clone();
         labels.prune(&self.descriptor, Some(guid));
         labels.set(guid, None);
+        labels.set_taken(guid, taken);
         if let Some(label) = label {
             labels.check(label)?;
             labels.set(guid, Some(label.to_owned()));
@@ -457,13 +458,13 @@ mod tests {
         let mut store = rig.open();
         let (mut next, snapshot) = (store.descriptor().clone(), Guid::random());
         next.add_snapshot(snapshot, "f1").expect("fresh");
-        store.set_label(snapshot, Some("one")).expect("a good label");
+        store.set_label(snapshot, Some("one"), Some(7)).expect("a good label");
         store.replace(next.clone()).and_then(Replaced::durable).expect("replaced");
         let (read, labels) = Store::read(store.dir(), store.path()).expect("read");
         assert_eq!((&read.deltas, &read.shots), (&next.deltas, &next.shots));
-        assert_eq!(labels.name(snapshot), "one");
+        assert_eq!((labels.name(snapshot), labels.taken(snapshot)), ("one".into(), Some(7)));
         assert!(!rig.has(".DiskDescriptor.xml.new") && !rig.has(".ploopfs.json.new"));
-        store.set_label(snapshot, None).expect("taken away");
+        store.set_label(snapshot, None, None).expect("taken away");
         assert_eq!(store.labels().label(snapshot), None);
     }
 

@@ -204,7 +204,7 @@ pub fn import(chain: &[Link], names: &[String], cluster: u64, to: &Path, progres
         filled(&image, |image| pour(&layer, image, levels.len() == 1, progress))?;
     }
     // 2.
-    let snapshots: Vec<_> = names.iter().map(|name| (Guid::random(), Some(name.clone()))).collect();
+    let snapshots: Vec<_> = names.iter().map(|name| (Guid::random(), Some(name.clone()), None)).collect();
     new.finish(&snapshots)?;
     Ok(headers.last().map_or(0, |header| header.geometry().disk))
 }

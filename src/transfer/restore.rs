@@ -145,7 +145,7 @@ impl Stream {
         filled(&image, |image| self.pour(image, progress))?;
         let label = Some(&*self.head.name).filter(|name| Labels::default().check(name).is_ok());
         new.delta(&header)?;
-        new.finish(&[(self.head.guid, label.map(str::to_owned))])?;
+        new.finish(&[(self.head.guid, label.map(str::to_owned), taken(&self.head))])?;
         Ok(self.head)
     }
 
@@ -237,7 +237,15 @@ impl Stream {
         let descriptor = layers.store().descriptor().clone();
         let old = descriptor.delta(descriptor.top).map(|top| top.file.clone()).unwrap_or_default();
         let mut levels = layers.chain(head.base)?;
-        let size = whole_sectors(head.size).max(diff::size(&levels)?);
+        let (size, below) = (whole_sectors(head.size), diff::size(&levels)?);
+        if size < below {
+            let why = format!(
+                "its snapshot {} has {below} bytes, and the one of this backup {size}: it is not the one that the backup \
+                 stands on, though it has its GUID",
+                head.base_name
+            );
+            return Err(Error::at(Kind::Unsupported, layers.store().path(), why));
+        }
         let header = header_above(&levels, &descriptor, size)?;
         let top_header = header_above(&levels, &descriptor, size.max(disk))?;
         // 1.
@@ -253,7 +261,7 @@ impl Stream {
         // 5.
         let mut store = layers.store();
         let label = Some(&*head.name).filter(|name| store.labels().check(name).is_ok());
-        store.set_label(head.guid, label)?;
+        store.set_label(head.guid, label, taken(&head))?;
         // 6.
         let mut next = descriptor.clone();
         next.set_file(next.top, &file)
@@ -268,6 +276,11 @@ impl Stream {
             .is_none()
             .then(|| format!("the name {} is taken here: the snapshot is {}", head.name, head.guid)))
     }
+}
+
+/// When its snapshot was taken, as far as a stream tells: it was there when the stream was made.
+fn taken(head: &Head) -> Option<i64> {
+    i64::try_from(head.made).ok()
 }
 
 /// A disk ends with a whole sector.

@@ -55,7 +55,7 @@ impl Rig {
         let header = header_above(&levels, &next, disk_size(&levels, &next)).expect("a header");
         let (file, _) = layers.add_delta(&header).expect("a delta");
         next.add_snapshot(guid, &file).expect("fresh");
-        layers.store().set_label(guid, Some(label)).expect("a label");
+        layers.store().set_label(guid, Some(label), None).expect("a label");
         layers.store().replace(next).and_then(Replaced::durable).expect("replaced");
         guid
     }

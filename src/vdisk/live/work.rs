@@ -144,7 +144,7 @@ impl Live<'_> {
             Some(label) => label.to_owned(),
             None => self.free_time_label(),
         };
-        self.layers.store().set_label(guid, Some(&label))?; // 1
+        self.layers.store().set_label(guid, Some(&label), i64::try_from(now()).ok())?; // 1
         let file = Cell::new(String::new());
         let create = |plan: TopPlan| {
             let mut header = Header::new(plan.version, plan.disk, plan.cluster)
@@ -171,9 +171,8 @@ impl Live<'_> {
     /// The time as a name; the next second's, and so on, where that is taken.
     fn free_time_label(&self) -> String {
         let store = self.layers.store();
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let taken = |label: &String| store.labels().find(store.descriptor(), label).is_some();
-        (now..).map(time_label).find(|label| !taken(label)).unwrap_or_default()
+        (now()..).map(time_label).find(|label| !taken(label)).unwrap_or_default()
     }
 
     /// After a failed operation: removes a new file, unless the descriptor names it after all.
@@ -247,7 +246,7 @@ impl Live<'_> {
     /// From here on the snapshot is gone for everybody, and its name is free.
     fn mark_deleted(&self, guid: Guid) -> Result<()> {
         self.settle(self.change(|next| next.set_marker(guid, Some(Marker::Temporary))))?;
-        self.layers.store().set_label(guid, None)
+        self.layers.store().set_label(guid, None, None)
     }
 
     /// Outside a freeze, a descriptor whose rename may not be durable is the caller's error, and no more: both states
@@ -412,6 +411,11 @@ impl Image {
         self.swap(&frozen, next);
         Ok(())
     }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// 2026-11-20T22.45.01 (UTC); colons would not do in file names everywhere.
