@@ -2,7 +2,8 @@
 //!
 //! The rooms, lowest first: [`io`] (the host), [`format`] (bytes), [`image`] (an image at rest), [`vdisk`] (one
 //! live image), [`disk`] (the one door to an image at rest), [`transfer`] (disks in and out of images), [`folder`] (the
-//! live set), [`tree`] (what the kernel sees), [`fuse`] (transports), [`control`], [`daemon`] and [`cli`]. A room uses only what stands below it.
+//! live set), [`tree`] (what the kernel sees), [`fuse`] (transports), [`control`], [`daemon`] and [`cli`]. A room uses only
+//! what stands below it.
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 

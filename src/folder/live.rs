@@ -15,10 +15,11 @@ use super::lease::Lease;
 use super::locked;
 use super::scan::Source;
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{HEADER_BYTES, Header};
+use crate::format::header::Header;
 use crate::image::kind::{ImageKind, in_text};
 use crate::image::layers::{Layers, Opened, Opener};
-use crate::io::file::{HostFile, read_full};
+use crate::image::level::read_header;
+use crate::io::file::HostFile;
 use crate::io::lock::Use;
 use crate::vdisk::{Image, Layout, Level, Mode};
 
@@ -72,7 +73,7 @@ impl Entry {
         }
         let layout = match kind {
             ImageKind::Raw => Layout::Raw,
-            ImageKind::Ploop => Layout::Ploop(read_header(&*opened.file, &path)?),
+            ImageKind::Ploop => Layout::Ploop(header_of(&*opened.file, &path)?),
         };
         let level = Level { file: opened.file.clone(), path, layout };
         Ok((opened, level))
@@ -148,12 +149,9 @@ impl Stage for Entry {
     }
 }
 
-/// Reads the header.
-fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
-    let mut head = [0; HEADER_BYTES as usize];
-    let n = read_full(file, &mut head, 0).map_err(|e| Error::io(&e, path, "cannot read the header"))?;
-    let header =
-        Header::parse(&head[..n]).map_err(|field| Error::at(Kind::Damaged, path, field.to_string()))?;
+/// Reads the header, and says what a person should know of it.
+fn header_of(file: &dyn HostFile, path: &Path) -> Result<Header> {
+    let header = read_header(file, path)?;
     if header.is_in_use() {
         log::warn!("{}: was not closed cleanly; it is scanned before its first write", path.display());
     }

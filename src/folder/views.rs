@@ -12,14 +12,14 @@ use super::set::Folder;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
-use crate::format::header::{HEADER_BYTES, Header};
 use crate::image::kind::in_text;
 use crate::image::labels::Labels;
 use crate::image::layers::Reader;
+use crate::image::level::read_header;
 use crate::image::map::Piece;
 use crate::image::paths;
 use crate::image::store::Store;
-use crate::io::file::{HostFile, read_full};
+use crate::io::file::HostFile;
 use crate::io::real::{Access, RealFile};
 use crate::vdisk::Image;
 use crate::vdisk::tracking::Changes;
@@ -181,16 +181,9 @@ impl Entry {
         let file = RealFile::open_as(&folder, Path::new(&name), &shown, Access::ReadOnly)?;
         let cannot = |e: std::io::Error| Error::io(&e, &shown, "cannot look at it");
         let host = file.status().map_err(cannot)?;
-        let mut head = [0; HEADER_BYTES as usize];
-        let read = read_full(&file, &mut head, 0).map_err(cannot)?;
         let is_base = descriptor.shot(guid).is_some_and(|shot| shot.parent == Guid::NONE);
-        let size = if delta.plain && is_base {
-            host.len
-        } else {
-            let damaged =
-                |field: crate::format::header::BadField| Error::at(Kind::Damaged, &shown, field.to_string());
-            Header::parse(&head[..read]).map_err(damaged)?.geometry().disk
-        };
+        let size =
+            if delta.plain && is_base { host.len } else { read_header(&file, &shown)?.geometry().disk };
         Ok(Attributes { host, size, mtime: time_of(host.mtime) })
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, Geometry, HEADER_BYTES, Header};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
-use crate::image::level::{Layout, Level};
+use crate::image::level::{Layout, Level, judge_header};
 use crate::io::file::{HostFile, HostStatus, read_full};
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
@@ -192,14 +192,7 @@ impl Candidate {
         if kind == ImageKind::Raw {
             return Ok(Form::Raw);
         }
-        let header = Header::parse(&self.head)?;
-        let (first, len) = (header.geometry().first, self.status.len);
-        if first > len {
-            let reason = format!("the first data block is at byte {first}, but the file ends at byte {len}");
-            let value = header.first_block.into();
-            return Err(BadField { field: "m_FirstBlockOffset", value, offset: 48, reason });
-        }
-        Ok(Form::Ploop(header))
+        judge_header(&self.head, self.status.len).map(Form::Ploop)
     }
 
     /// Reads it as `kind`. Err(Damaged) names the field.

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
-use crate::format::header::{HEADER_BYTES, Header, SECTOR, Version};
+use crate::format::header::{Header, SECTOR, Version};
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::is_plain_name;
-use crate::image::level::{Layout, Level};
+use crate::image::level::{Layout, Level, read_header};
 use crate::image::paths;
 use crate::image::store::{self, Replaced, Store};
-use crate::io::file::{HostFile, read_full};
+use crate::io::file::HostFile;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
@@ -348,22 +348,6 @@ impl Layers {
         let store = lock(&self.store);
         paths::resolve(store.dir(), Path::new(file), &paths::shown(store.path(), file), self.allow_outside)
     }
-}
-
-fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
-    let cannot = |e| Error::io(&e, path, "cannot read the header");
-    let mut bytes = [0; HEADER_BYTES as usize];
-    let got = read_full(file, &mut bytes, 0).map_err(cannot)?;
-    let header =
-        Header::parse(&bytes[..got]).map_err(|bad| Error::at(Kind::Damaged, path, bad.to_string()))?;
-    let (first, len) = (header.geometry().first, file.len().map_err(cannot)?);
-    if first > len {
-        let why = format!(
-            "m_FirstBlockOffset: the first data block is at byte {first}, but the file ends at byte {len}"
-        );
-        return Err(Error::at(Kind::Damaged, path, why));
-    }
-    Ok(header)
 }
 
 /// What must hold between the levels of a chain (FORMAT.md 4.1).

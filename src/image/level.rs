@@ -1,9 +1,9 @@
 //! One file of an image's stack, and what kind of file it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-use crate::format::header::{Geometry, HEADER_BYTES, Header};
+use crate::format::header::{BadField, Geometry, HEADER_BYTES, Header};
 use crate::io::file::{HostFile, read_full};
 use crate::sync::Arc;
 
@@ -54,13 +54,32 @@ impl Level {
                 log::warn!("{}: an earlier write never reached the disk: {e}", self.path.display());
             }
             self.file.drop_cache().map_err(|e| io(e, "cannot drop the page cache"))?;
-            let mut bytes = [0; HEADER_BYTES as usize];
-            read_full(&*self.file, &mut bytes, 0).map_err(|e| io(e, "cannot read"))?;
-            *header =
-                Header::parse(&bytes).map_err(|e| Error::at(Kind::Damaged, &self.path, e.to_string()))?;
+            *header = read_header(&*self.file, &self.path)?;
         }
         Ok(())
     }
+}
+
+/// Reads the header of a delta, and judges it. The one way to it: who reads it otherwise judges otherwise.
+pub fn read_header(file: &dyn HostFile, path: &Path) -> Result<Header> {
+    let cannot = |e| Error::io(&e, path, "cannot read the header");
+    let mut head = [0; HEADER_BYTES as usize];
+    let got = read_full(file, &mut head, 0).map_err(cannot)?;
+    let len = file.len().map_err(cannot)?;
+    judge_header(&head[..got], len).map_err(|bad| Error::at(Kind::Damaged, path, bad.to_string()))
+}
+
+/// The header in the first bytes of a file of `len` bytes: against the format, and against the file, which must reach its
+/// first data block.
+pub fn judge_header(head: &[u8], len: u64) -> std::result::Result<Header, BadField> {
+    let header = Header::parse(head)?;
+    let first = header.geometry().first;
+    if first > len {
+        let reason = format!("the first data block is at byte {first}, but the file ends at byte {len}");
+        let value = header.first_block.into();
+        return Err(BadField { field: "m_FirstBlockOffset", value, offset: 48, reason });
+    }
+    Ok(header)
 }
 
 /// The cluster by which a raw disk of `size` bytes is cut into pios, and which a delta over it has (FORMAT.md 3.9:

@@ -6,6 +6,7 @@ use crate::image::create::{Plan, create};
 use crate::image::kind::ImageKind;
 use crate::image::make_folder::make_folder;
 use crate::image::switch::switch;
+use crate::io::file::read_full;
 use crate::io::file::write_full;
 use crate::progress::Progress;
 use std::fs::File;
