@@ -6,21 +6,16 @@ use std::time::{Duration, Instant};
 use crate::sync::{Mutex, lock};
 use crate::vdisk::Job;
 
-/// An answer is never older than this.
-const OLDEST: Duration = Duration::from_secs(1);
-
 type Waiter<T> = Box<dyn FnOnce(T) + Send>;
 
 /// One question.
 pub struct Question<T> {
-    /// An answer holds for so many times as long as it took to find; 0: a later question is asked anew.
-    worth: u32,
     /// Protects the answer and who waits for it. A leaf; no waiter is called under it.
     state: Mutex<State<T>>,
 }
 
 struct State<T> {
-    /// The last answer, and until when it holds.
+    /// The last answer, and when it was begun to be found.
     last: Option<(T, Instant)>,
     waiting: Vec<Waiter<T>>,
     /// A thread is finding the answer.
@@ -29,21 +24,22 @@ struct State<T> {
 
 impl<T: Clone + Send + 'static> Question<T> {
     /// It was not asked yet.
-    pub fn new(worth: u32) -> Arc<Question<T>> {
+    pub fn new() -> Arc<Question<T>> {
         let state = State { last: None, waiting: Vec::new(), running: false };
-        Arc::new(Question { worth, state: Mutex::new(state) })
+        Arc::new(Question { state: Mutex::new(state) })
     }
 
-    /// Calls `done` with the answer: at once where there is one that holds, else from the thread that finds it, on which
-    /// `spawn` runs jobs. What came while it was being found is not answered with it unless it holds for longer.
+    /// Calls `done` with the answer: at once where there is one that was begun less than `holds` ago, else from the thread
+    /// that finds it, on which `spawn` runs jobs. With `holds` 0 an answer is never older than the question.
     pub fn ask(
         self: &Arc<Self>,
+        holds: Duration,
         spawn: impl FnOnce(Job),
         find: impl Fn() -> T + Send + 'static,
         done: impl FnOnce(T) + Send + 'static,
     ) {
         let mut state = lock(&self.state);
-        if let Some(answer) = state.fresh() {
+        if let Some(answer) = state.fresh(holds) {
             drop(state);
             return done(answer);
         }
@@ -53,10 +49,10 @@ impl<T: Clone + Send + 'static> Question<T> {
         }
         drop(state);
         let question = self.clone();
-        spawn(Box::new(move || question.find(find)));
+        spawn(Box::new(move || question.find(holds, find)));
     }
 
-    fn find(&self, find: impl Fn() -> T) {
+    fn find(&self, holds: Duration, find: impl Fn() -> T) {
         // Should it panic, those who wait are let go, and the next one to ask tries again.
         let guard = Abandon(self);
         loop {
@@ -67,13 +63,12 @@ impl<T: Clone + Send + 'static> Question<T> {
                 drop(state);
                 return std::mem::forget(guard);
             }
-            let fresh = state.fresh();
+            let fresh = state.fresh(holds);
             drop(state);
             let answer = fresh.unwrap_or_else(|| {
                 let began = Instant::now();
                 let answer = find();
-                let holds = (began.elapsed() * self.worth).min(OLDEST);
-                lock(&self.state).last = Some((answer.clone(), began + holds));
+                lock(&self.state).last = Some((answer.clone(), began));
                 answer
             });
             waiting.into_iter().for_each(|done| done(answer.clone()));
@@ -87,9 +82,9 @@ impl<T: Clone + Send + 'static> Question<T> {
 }
 
 impl<T: Clone> State<T> {
-    fn fresh(&self) -> Option<T> {
-        let (answer, until) = self.last.as_ref()?;
-        (Instant::now() < *until).then(|| answer.clone())
+    fn fresh(&self, holds: Duration) -> Option<T> {
+        let (answer, began) = self.last.as_ref()?;
+        (began.elapsed() < holds).then(|| answer.clone())
     }
 }
 
@@ -116,33 +111,33 @@ mod tests {
         thread::spawn(job);
     }
 
-    fn ask(question: &Arc<Question<u32>>, found: &Arc<AtomicU32>, time: Duration, answers: &Sender<u32>) {
+    fn ask(question: &Arc<Question<u32>>, found: &Arc<AtomicU32>, holds: Duration, answers: &Sender<u32>) {
         let (found, answers) = (found.clone(), answers.clone());
         let find = move || {
             let n = found.fetch_add(1, Ordering::SeqCst);
-            thread::sleep(time);
+            thread::sleep(Duration::from_millis(5));
             n
         };
-        question.ask(spawn, find, move |n| {
+        question.ask(holds, spawn, find, move |n| {
             let _ = answers.send(n);
         });
     }
 
     #[test]
     fn many_who_ask_at_once_are_one_rendering() {
-        let (question, found, (send, receive)) = (Question::new(1000), Arc::default(), channel());
+        let (question, found, (send, receive)) = (Question::new(), Arc::default(), channel());
         for _ in 0..500 {
-            ask(&question, &found, Duration::from_millis(20), &send);
+            ask(&question, &found, Duration::from_secs(3600), &send);
         }
         assert!(receive.iter().take(500).all(|n| n == 0));
-        ask(&question, &found, Duration::from_millis(20), &send);
+        ask(&question, &found, Duration::from_secs(3600), &send);
         assert_eq!((receive.recv(), found.load(Ordering::SeqCst)), (Ok(0), 1));
         assert_eq!(question.last(), Some(0));
     }
 
     #[test]
     fn without_worth_no_asker_is_answered_with_what_was_found_before() {
-        let (question, found, (send, receive)) = (Question::new(0), Arc::default(), channel());
+        let (question, found, (send, receive)) = (Question::new(), Arc::default(), channel());
         for n in 0..10 {
             ask(&question, &found, Duration::ZERO, &send);
             assert_eq!(receive.recv(), Ok(n));
@@ -151,10 +146,11 @@ mod tests {
 
     #[test]
     fn a_question_that_panics_lets_its_askers_go_and_can_be_asked_again() {
-        let question = Question::<u32>::new(0);
+        let question = Question::<u32>::new();
         let (send, receive) = channel();
         let told = send.clone();
         question.ask(
+            Duration::ZERO,
             spawn,
             || panic!("on purpose"),
             move |n| {
@@ -164,6 +160,7 @@ mod tests {
         while receive.try_recv().is_err() {
             let told = send.clone();
             question.ask(
+                Duration::ZERO,
                 spawn,
                 || 7,
                 move |n| {

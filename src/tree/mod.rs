@@ -24,7 +24,7 @@ mod xattrs;
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
@@ -90,7 +90,7 @@ impl Tree {
             numbers,
             stats: OwnFile::new(&owner),
             metrics: OwnFile::new(&owner),
-            space: Question::new(0),
+            space: Question::new(),
             makers: manage::Makers::default(),
         })
     }
@@ -342,7 +342,7 @@ impl FileSystem for Tree {
             let space = folder.space();
             space.map(|s| attrs::space(&s)).map_err(|e| trouble.errno(&e, folder.path(), "statfs"))
         };
-        self.space.ask(|job| self.engine.blocking(FOLDER, job), find, done);
+        self.space.ask(Duration::ZERO, |job| self.engine.blocking(FOLDER, job), find, done);
     }
 
     fn change_name(&self, _caller: Caller, _parent: Ino, _name: &OsStr) -> Answer<()> {

@@ -1,11 +1,12 @@
 //! `.ploopfs/stats.json` and `.ploopfs/metrics`: who may read them, and how often they are made up.
 //!
 //! Making one up takes as long as there are images, and memory that is locked. So those who open it share what was made up
-//! last, as long as that is young for what it cost; a user has a few open at a time; and only the owner of the mount may,
+//! last, as long as that is young; a user has a few open at a time; and only the owner of the mount may,
 //! until he says otherwise with chmod or chgrp.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -19,9 +20,11 @@ use crate::sync::{Mutex, lock};
 
 use super::data::OpenFile;
 
-/// What was made up holds for twenty times what it cost, up to a second: making them up takes a twentieth of a processor at
-/// most, and a small mount's counters are as good as new.
-const WORTH: u32 = 20;
+/// In a large folder what was made up holds for a second, so that it is made up once a second at most.
+const HOLDS: Duration = Duration::from_secs(1);
+/// Up to so many images it is made up for each that opens it, in a millisecond or two: what a program has just done is in
+/// it.
+const FEW: usize = 64;
 /// Most that one user has open of one file. Each may hold a text of its own, of some 350 bytes an image.
 const MOST_OPEN: u32 = 64;
 
@@ -81,7 +84,7 @@ impl Drop for Seat {
 impl OwnFile {
     pub(super) fn new(owner: &Owner) -> OwnFile {
         let rights = Rights { mode: 0o400, uid: owner.uid, gid: owner.gid };
-        OwnFile { text: Question::new(WORTH), rights: Mutex::new(rights), readers: Arc::default() }
+        OwnFile { text: Question::new(), rights: Mutex::new(rights), readers: Arc::default() }
     }
 }
 
@@ -122,7 +125,9 @@ impl Tree {
             _ => stats::render(&folder, &info),
         };
         let handles = self.handles.clone();
+        let holds = if self.folder.entries_behind(0, FEW + 1).len() > FEW { HOLDS } else { Duration::ZERO };
         file.text.ask(
+            holds,
             |job| self.engine.blocking(FOLDER, job),
             render,
             move |bytes| done(keep(&handles, OpenFile::Text(Text { bytes, _seat: seat }))),
