@@ -10,7 +10,6 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -22,6 +21,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
+use crate::io::foreign;
 
 pub use crate::io::connection::DEVICE;
 
@@ -69,21 +69,30 @@ pub struct Options {
     pub asked: Asked,
 }
 
-/// Mounts on `mountpoint` (an existing folder) and returns the connection. The kernel's INIT waits in it: until a
-/// transport has answered that, every access to the mount point hangs. As an ordinary user: through fusermount3.
+/// Mounts on `mountpoint` (an existing folder, by an [`absolute`] path) and returns the connection. The kernel's INIT waits
+/// in it: until a transport has answered that, every access to the mount point hangs. As an ordinary user: through
+/// fusermount3.
+///
+/// As root on the folder itself, by its descriptor: a folder above it may be a user's, who could put a link in the place of
+/// the name, and have root mount over any folder of the machine.
 pub fn mount(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
-    let status = std::fs::metadata(mountpoint).map_err(|e| Error::io(&e, mountpoint, "cannot mount here"))?;
-    if !status.is_dir() {
-        return Err(Error::at(Kind::Invalid, mountpoint, "cannot mount here: not a folder"));
-    }
+    let cannot = |e: io::Error| match e.raw_os_error() {
+        Some(libc::ELOOP) => {
+            Error::at(Kind::Invalid, mountpoint, "cannot mount here: it became a link just now")
+        }
+        Some(libc::ENOTDIR) => Error::at(Kind::Invalid, mountpoint, "cannot mount here: not a folder"),
+        _ => Error::io(&e, mountpoint, "cannot mount here"),
+    };
+    let folder = foreign::resolved_folder(mountpoint).map_err(cannot)?;
     if rustix::process::geteuid().is_root() {
-        mount_directly(mountpoint, status.mode(), options)
+        let mode = rustix::fs::fstat(&folder).map_err(|e| cannot(e.into()))?.st_mode;
+        mount_directly(&folder, mountpoint, mode, options)
     } else {
         mount_with_helper(mountpoint, options)
     }
 }
 
-fn mount_directly(mountpoint: &Path, mode: u32, options: &Options) -> Result<OwnedFd> {
+fn mount_directly(folder: &OwnedFd, mountpoint: &Path, mode: u32, options: &Options) -> Result<OwnedFd> {
     let device =
         rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| match e {
             Errno::NOENT | Errno::NODEV | Errno::NXIO => {
@@ -114,7 +123,8 @@ fn mount_directly(mountpoint: &Path, mode: u32, options: &Options) -> Result<Own
         flags |= MountFlags::RDONLY;
     }
     flags |= options.asked.flags();
-    rustix::mount::mount(options.source.as_os_str(), mountpoint, "fuse", flags, data.as_c_str())
+    let target = format!("/proc/self/fd/{}", folder.as_raw_fd());
+    rustix::mount::mount(options.source.as_os_str(), target, "fuse", flags, data.as_c_str())
         .map_err(|e| Error::io(&e.into(), mountpoint, "cannot mount here"))?;
     Ok(device)
 }
@@ -215,8 +225,12 @@ fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     Ok(None)
 }
 
-/// The absolute path of a mount point, taken before mounting: afterwards the daemon must not look at it.
+/// The absolute path of a mount point, taken before mounting: afterwards the daemon must not look at it. One that is
+/// absolute was resolved before, and is not resolved again: a link in it now was put there meanwhile.
 pub fn absolute(mountpoint: &Path) -> Result<PathBuf> {
+    if mountpoint.is_absolute() {
+        return Ok(mountpoint.to_owned());
+    }
     std::fs::canonicalize(mountpoint).map_err(|e| Error::io(&e, mountpoint, "cannot mount here"))
 }
 
@@ -243,5 +257,21 @@ mod tests {
         let error = mount(Path::new("/nonexistent/ploopfs"), &options).expect_err("nothing to mount on");
         assert_eq!(error.kind(), Kind::NotFound);
         assert!(error.to_string().contains("/nonexistent/ploopfs"), "{error}");
+    }
+
+    #[test]
+    fn a_mount_point_that_became_a_link_is_not_followed() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let (victim, user) = (temp.path().join("etc"), temp.path().join("user"));
+        std::fs::create_dir_all(victim.join("mnt")).expect("folders");
+        std::os::unix::fs::symlink("etc", &user).expect("a link");
+        let options =
+            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
+        for point in [&user, &user.join("mnt")] {
+            let mounted = mount(&absolute(point).expect("as it is"), &options).map(drop);
+            // Where it was followed, nothing is left of it.
+            let _ = crate::io::unmount::unmount(point, true);
+            assert_eq!(mounted.expect_err("a link").kind(), Kind::Invalid);
+        }
     }
 }
