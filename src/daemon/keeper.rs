@@ -41,7 +41,7 @@ pub struct Begun {
 pub fn launch(settings: &Settings) -> Result<Begun> {
     let failed =
         |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
-    let before = OwnMount::before();
+    let before = OwnMount::before(settings);
     let mut child = ourselves("keeper", settings)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -207,7 +207,7 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
-        let mount = OwnMount::before();
+        let mount = OwnMount::before(settings);
         let mut command = ourselves("daemon", settings);
         let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
         let mut daemon = command

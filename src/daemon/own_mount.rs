@@ -16,7 +16,8 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// The mount of the daemon that a keeper has started, or is about to start.
 pub struct OwnMount {
-    /// The mounts that were there before the daemon, by number: none of them is its own.
+    /// The mounts that were on the mount point before the daemon, by number: none of them is its own. Not those elsewhere: the
+    /// number of one that goes meanwhile is given to the next mount, which may be ours.
     before: HashSet<u64>,
     /// The daemon's, once it said that it works.
     known: Option<Mount>,
@@ -24,9 +25,10 @@ pub struct OwnMount {
 
 impl OwnMount {
     /// To be called before the daemon is started.
-    pub fn before() -> OwnMount {
-        let before = mounts::all().unwrap_or_default().into_iter().map(|mount| mount.id).collect();
-        OwnMount { before, known: None }
+    pub fn before(settings: &Settings) -> OwnMount {
+        let mut before = mounts::all().unwrap_or_default();
+        before.retain(|mount| mount.point == settings.mountpoint());
+        OwnMount { before: before.into_iter().map(|mount| mount.id).collect(), known: None }
     }
 
     /// The daemon says that its mount works: from now on that one is meant.
