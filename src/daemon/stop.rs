@@ -19,7 +19,7 @@ use super::link::Link;
 use super::log;
 use super::settings::Settings;
 use crate::control::protocol::Closed;
-use crate::error::{Kind, Result};
+use crate::error::Result;
 use crate::folder::Folder;
 use crate::io::process::spawn_detached as spawn;
 
@@ -167,14 +167,6 @@ impl Ending {
         if orderly {
             match self.link.unmount(&self.settings, false) {
                 Ok(()) => {}
-                Err(e) if e.kind() == Kind::NotPermitted => {
-                    // The keeper was killed. Our end would leave a dead mount, which hangs or fails whatever looks at it.
-                    ::log::error!(
-                        "{e}; all images are closed, and the mount goes on until then (a second signal ends it)"
-                    );
-                    // Asked again; the connection's end ends the process.
-                    let _ = self.requests.1.recv();
-                }
                 Err(e) => {
                     // A working folder in it, most likely; no file is open and none can be opened.
                     ::log::info!("{e}; detaching the mount point");
