@@ -77,7 +77,7 @@ fn a_file_cut_off_inside_a_mapped_cluster_is_damage_to_every_command_and_stays_i
         }
         let found = json(&folder.run(&["check", "vm", "--json"]).stdout);
         assert_eq!((&found["errors"], &found["leaks"]), (&1.into(), &0.into()), "{lacks}: {found:#}");
-        let list = json(&folder.ok(&["list", "--json"]));
+        let list = json(&folder.ok(&["list", ".", "--json"]));
         let reason = list["images"][0]["reason"].as_str().unwrap_or_default();
         assert!(reason.contains("damaged") && reason.contains("BAT entry 5"), "{lacks}: {list:#}");
     }
@@ -119,7 +119,7 @@ fn a_base_that_was_cut_off_is_neither_merged_nor_copied_nor_written_over() {
             let said = folder.fails(3, args);
             assert!(content(folder.0.path()) == before, "{lacks}: {args:?} changed something: {said}");
         }
-        let list = json(&folder.ok(&["list", "--json"]));
+        let list = json(&folder.ok(&["list", ".", "--json"]));
         assert!(list["images"][0]["reason"].as_str().is_some_and(|r| r.contains("damaged")), "{list:#}");
         folder.fails(3, &["check", "vm"]);
     }
@@ -133,7 +133,7 @@ fn a_mounted_cut_file_can_be_read_but_for_what_it_lacks_and_cannot_be_written() 
     image(&folder.path("vm.hds"), 64 * MIB, &[0, 5], 300_000);
     let before = content(folder.0.path());
     let mut mount = Mount::over(folder.0.path(), &[]);
-    let list = json(&folder.ok(&["list", "--json"]));
+    let list = json(&folder.ok(&["list", ".", "--json"]));
     assert!(list["images"][0]["reason"].as_str().is_some_and(|r| r.contains("damaged")), "{list:#}");
     File::options().write(true).open(mount.flat("vm")).expect_err("not to be written");
     let flat = File::open(mount.flat("vm")).expect("to be read");
@@ -230,7 +230,7 @@ fn a_disk_that_is_encrypted_or_padded_is_not_served_and_list_and_info_say_why() 
         if !mounted {
             mount.umount();
         }
-        let list = json(&folder.ok(&["list", "--json"]));
+        let list = json(&folder.ok(&["list", ".", "--json"]));
         for (name, word) in [("secret", "is encrypted"), ("padded", "Padding = 1")] {
             assert!(!mount.flat(name).exists());
             let row = list["images"].as_array().expect("rows").iter().find(|row| row["name"] == name);
@@ -287,7 +287,7 @@ fn a_chain_without_one_of_its_files_is_left_out_and_comes_back_with_it() {
     fs::write(folder.path("empty/empty.hds"), "").expect("write");
     fs::write(folder.path("garbled/garbled.hds"), [1; 4096]).expect("write");
     let reason = |name: &str| -> String {
-        let list = json(&folder.ok(&["list", "--json"]));
+        let list = json(&folder.ok(&["list", ".", "--json"]));
         let row = list["images"].as_array().expect("rows").iter().find(|row| row["name"] == name).cloned();
         row.and_then(|row| row["reason"].as_str().map(str::to_owned)).unwrap_or_default()
     };
