@@ -8,13 +8,11 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
+pub use crate::image::kind::PRIVATE;
 use crate::io::file::HostSpace;
 use crate::io::folder_lock::{FolderLock, ServedLock};
 use crate::io::foreign;
 use crate::io::mounts;
-
-/// Our own folder inside the images folder: lock, log, control socket.
-pub const PRIVATE: &str = ".ploopfs";
 
 /// An images folder, open and locked.
 #[derive(Debug)]

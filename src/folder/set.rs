@@ -24,6 +24,7 @@ use super::watch::{self, Watcher};
 use super::{Wrap, locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::{SHOWN_SUFFIX, in_text};
+use crate::image::reserve;
 use crate::io::file::HostSpace;
 use crate::vdisk::{Engine, Stats};
 
@@ -177,6 +178,9 @@ impl Folder {
     pub fn start_watch(&self) -> Result<()> {
         let started = self.start_watcher();
         self.sweep();
+        if !self.shared.read_only {
+            reserve::keep(self.shared.place.fd().as_fd());
+        }
         // What a crash interrupted goes on by itself; not before this, since there were no threads before.
         self.entries().iter().for_each(|entry| entry.finish_interrupted());
         started

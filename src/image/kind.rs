@@ -12,6 +12,9 @@ pub const SHOWN_SUFFIX: &str = ".img";
 /// The descriptor that makes a folder a layered image.
 pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
 
+/// Our own folder inside the images folder: lock, log, control socket, reserve.
+pub const PRIVATE: &str = ".ploopfs";
+
 /// Linux's limit for one name, in bytes.
 const NAME_MAX: usize = 255;
 

@@ -17,5 +17,6 @@ pub mod meta;
 pub mod names;
 pub mod paths;
 pub mod repair;
+pub mod reserve;
 pub mod store;
 pub mod switch;

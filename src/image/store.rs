@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -21,6 +22,7 @@ use crate::format::header::Header;
 use crate::image::create;
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels, is_plain_name};
+use crate::image::reserve::{self, is_full, with_reserve};
 use crate::io::descriptor_lock::DescriptorLock;
 use crate::io::file::HostStatus;
 use crate::io::lock::Use;
@@ -253,6 +255,7 @@ impl Store {
             return Ok(());
         }
         unlink(self.dir(), OsStr::new(file)).map_err(|e| Error::io(&e, &path, "cannot remove"))?;
+        reserve::keep_around(self.dir());
         if !self.labels.passing.contains(file) {
             return Ok(());
         }
@@ -293,7 +296,8 @@ pub fn new_delta_name(descriptor: &Descriptor) -> String {
 ///
 /// 1. made exclusively and filled; 2. synced; 3. the folder synced: only then a descriptor may name it.
 ///
-/// A file that could not be finished is removed.
+/// A file that could not be finished is removed. On a full host its BAT takes no space before it is written: a switch, which
+/// frees more than that, goes on.
 pub fn create_delta(
     dir: BorrowedFd<'_>,
     path: &Path,
@@ -306,7 +310,11 @@ pub fn create_delta(
         |e: &io::Error, doing: &str| Error::io(e, &shown, format!("cannot create the delta: {doing}"));
     // 1.
     let file = make(dir, name, like.mode).map_err(|e| cannot(&e, "making the file"))?;
-    let filled = create::write_empty(&file, header)
+    let write = || match create::write_empty(&file, header) {
+        Err(e) if is_full(&e) => with_reserve(dir, || write_thin(&file, header)),
+        other => other,
+    };
+    let filled = write()
         .map_err(|e| cannot(&e, "writing it"))
         .and_then(|()| own(&file, like).map_err(|e| cannot(&e, "giving it its owner")))
         // 2.
@@ -326,6 +334,13 @@ pub fn create_delta(
         return Err(error);
     }
     RealFile::from_file(file, shown)
+}
+
+/// The header of an empty delta, whose BAT takes space when it is written.
+fn write_thin(file: &File, header: &Header) -> io::Result<()> {
+    file.set_len(0)?;
+    file.set_len(header.geometry().first)?;
+    file.write_all_at(&header.encode(), 0)
 }
 
 /// Makes a file for reading and writing that was not there.
@@ -352,7 +367,7 @@ pub(super) fn own(file: &File, like: &HostStatus) -> io::Result<()> {
 pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let shown = path.join(name);
     let beside = format!(".{name}.new");
-    let written = (|| -> io::Result<()> {
+    let written = with_reserve(dir, || {
         // Left by a crash; we hold the descriptor's lock, so it is nobody's.
         unlink(dir, OsStr::new(&beside))?;
         let mut file = make(dir, &beside, 0o600)?;
@@ -371,7 +386,7 @@ pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: 
         retry_on_intr(|| rustix::fs::renameat(dir, &beside, dir, name))?;
         step(Step::Names);
         Ok(())
-    })();
+    });
     written.map_err(|e| {
         let _ = unlink(dir, OsStr::new(&beside));
         Error::io(&e, shown, "cannot write")
