@@ -2,8 +2,8 @@
 //!
 //! The way of a request: `gate` and `pio` (split, answer), `fast` (what ends on the caller's thread), `runner`
 //! (who does the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
-//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `foreign` (a file that another
-//! program changes), `space` (a full host), `tracking` (what has changed), `close` (the end).
+//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host), `tracking` (what
+//! has changed).
 //!
 //! Lock order, outermost first: cluster lock (stripes; see `locks`), header, BAT page, then the leaves (allocator,
 //! dirty list, flusher, space, pools). Nothing but the cluster lock and the header is held across I/O.

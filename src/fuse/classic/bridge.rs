@@ -17,10 +17,10 @@ use fuser::{
 };
 
 use super::convert::{GENERATION, attr, caller, errno, file_type};
+use super::door::{Door, HELLO};
 use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
 };
-use super::sessions::{Door, HELLO};
 use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
 use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};

@@ -3,6 +3,7 @@
 
 mod bridge;
 mod convert;
+mod door;
 mod replies;
 mod sessions;
 
@@ -16,7 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fuser::{INodeNo, SessionACL};
 
 use self::bridge::Bridge;
-use self::sessions::{Door, Made, Threads};
+use self::door::Door;
+use self::sessions::{Made, Threads};
 use crate::error::{Error, Result};
 use crate::fuse::handshake;
 use crate::fuse::lanes::Lanes;

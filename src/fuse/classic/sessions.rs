@@ -9,20 +9,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, bounded};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
 use super::bridge::Bridge;
+use super::door::{Door, Entrance, HELLO, Said};
 use crate::error::{Error, Kind, Result};
-use crate::fuse::ops::Ino;
 use crate::io::connection::Slot;
-use crate::io::process::{name_this_thread, no_thread, spawn_thread};
-
-/// The inode of the second message; the kernel's numbers begin with 1.
-pub(super) const HELLO: Ino = 0;
+use crate::io::process::{no_thread, spawn_thread};
 
 /// FUSE_FORGET, and the length of its message: fuse_in_header and fuse_forget_in.
 const FORGET: u32 = 2;
@@ -33,51 +29,6 @@ const ANSWER: usize = 4096;
 
 /// How long all threads may take to come: on a machine that starts none for so long nothing else works either.
 const COMING: Duration = Duration::from_secs(30);
-
-/// What the thread of a session says.
-enum Said {
-    /// It is there, and held.
-    Here,
-    /// It reads from the connection from now on, or cannot.
-    Serves(io::Result<()>),
-    /// It has ended.
-    Ended(io::Result<()>),
-}
-
-/// Where a session's thread comes in.
-#[derive(Default)]
-pub(super) struct Door {
-    /// Protects that it comes in once. A leaf.
-    entrance: Mutex<Option<Entrance>>,
-}
-
-struct Entrance {
-    /// Numbers the thread's name.
-    number: usize,
-    /// Where the session keeps its descriptor, and what belongs there.
-    slot: Slot,
-    connection: OwnedFd,
-    say: Sender<Said>,
-    /// One message is the word to go on; the channel's end sends it home.
-    go: Receiver<()>,
-}
-
-impl Door {
-    /// The session's thread, which is the caller, comes in: see the module. Without a word to go on it reads the socket
-    /// again, finds its other end closed, and ends.
-    pub(super) fn enter(&self) {
-        let Some(entrance) = self.entrance.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            return;
-        };
-        let Entrance { number, slot, connection, say, go } = entrance;
-        // Only for ps and top: a refusal changes nothing.
-        let _ = name_this_thread(&format!("ploopfs/t{number}"));
-        let _ = say.send(Said::Here);
-        if go.recv().is_ok() {
-            let _ = say.send(Said::Serves(slot.put(connection)));
-        }
-    }
-}
 
 /// A session that has had its handshake and whose thread has not been started.
 pub(super) struct Made {
@@ -142,7 +93,7 @@ pub(super) fn start(sessions: Vec<Made>) -> Result<Threads> {
     for (number, made) in sessions.into_iter().enumerate() {
         let Made { fuser, door, slot, connection } = made;
         let entrance = Entrance { number, slot, connection, say: say.clone(), go: go.clone() };
-        *door.entrance.lock().unwrap_or_else(PoisonError::into_inner) = Some(entrance);
+        door.open(entrance);
         let say = say.clone();
         // fuser starts the thread that serves itself, and `run` waits for its end.
         let name = format!("ploopfs/w{number}");

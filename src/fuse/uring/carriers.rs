@@ -192,7 +192,7 @@ fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuse::uring::ring::Queue;
+    use crate::fuse::uring::cpus::Queue;
 
     fn load(carriers: usize) -> Load {
         Load::among((0..carriers).map(|_| Arc::new(Entries::new(u32::MAX, &[]).expect("memory"))).collect())

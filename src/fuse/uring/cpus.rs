@@ -3,8 +3,6 @@
 
 use std::fs;
 
-use super::ring::Queue;
-
 /// Requests that one queue may have under way. One loop device or one submitter sits on one CPU, so its whole queue
 /// depth has to fit; 64 measured best.
 const DEPTH: u32 = 64;
@@ -25,6 +23,15 @@ pub(super) const MOST: u32 = 1024;
 pub const PARKED: usize = MOST as usize / 2;
 /// Of a queue whose CPU is not there (yet), and the least of all others.
 const SPARE: u32 = 4;
+
+/// Entries for one queue of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Queue {
+    /// Its number, which is that of a CPU.
+    pub(super) id: u16,
+    /// How many requests it may have under way.
+    pub(super) depth: u32,
+}
 
 /// One ring.
 #[derive(Debug, PartialEq, Eq)]

@@ -19,8 +19,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use zerocopy::IntoBytes;
 
 use super::answer::{self, OutHeader};
-use super::cpus::{ADDED, MOST};
-use super::ring::Queue;
+use super::cpus::{ADDED, MOST, Queue};
 use super::serve::Exchange;
 use super::wire::{self, Parts};
 use crate::fuse::MAX_WRITE;

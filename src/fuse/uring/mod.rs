@@ -32,7 +32,7 @@ use self::carriers::{Carrier, Load};
 use self::device::{Device, Kernel};
 use self::memory::Entries;
 use self::queue::{Helpers, Worker};
-use self::ring::{Queue, Ring};
+use self::ring::Ring;
 use self::serve::Server;
 use crate::error::{Error, Kind, Result};
 use crate::fuse::mount::{self, DEVICE};
@@ -97,7 +97,7 @@ pub fn available() -> Result<()> {
             return Err(Error::new(Kind::Unsupported, what));
         }
     }
-    ring::make(&[&[Queue { id: 0, depth: 1 }]], 0).map(drop).map_err(|e| no_ring(&e))
+    ring::make(&[&[cpus::Queue { id: 0, depth: 1 }]], 0).map(drop).map_err(|e| no_ring(&e))
 }
 
 fn no_ring(e: &io::Error) -> Error {

@@ -12,7 +12,7 @@ use io_uring::squeue::Entry128;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 
-use super::cpus::{AHEAD, MOST};
+use super::cpus::{AHEAD, MOST, Queue};
 use super::device::Device;
 use super::memory::{Answered, Entries, Filling, Held, Place};
 use super::serve::Exchange;
@@ -29,15 +29,6 @@ const WAKE: u64 = u64::MAX;
 const FILL: u64 = 1 << 63;
 
 const _: () = assert!(size_of::<Entry128>() == 128, "the kernel's io_uring_sqe with IORING_SETUP_SQE128");
-
-/// Entries for one queue of the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Queue {
-    /// Its number, which is that of a CPU.
-    pub(super) id: u16,
-    /// How many requests it may have under way.
-    pub(super) depth: u32,
-}
 
 /// The entries of a session; each knows its number here as its home.
 type Homes = Arc<[Arc<Entries>]>;
