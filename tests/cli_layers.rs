@@ -98,6 +98,20 @@ fn a_deleted_snapshot_goes_away_and_the_image_stays_sound() {
     assert!(said.contains("no snapshot b"), "{said}");
 }
 
+/// It copied 200 MiB for one that had changed, without a word.
+#[test]
+fn deleting_the_only_snapshot_of_a_raw_image_says_first_what_it_copies() {
+    let folder = Folder::new();
+    fs::write(folder.0.path().join("r.raw"), vec![5; 3 << 20]).expect("written");
+    for (work, name) in [(&["snapshot", "delete"][..], "s1"), (&["merge"], "s2")] {
+        folder.ok(&["snapshot", "create", "r", name]);
+        let said = Run::ploopfs().args(work).args(["r", name]).in_folder(folder.0.path()).run();
+        assert!(said.success(), "{said}");
+        let raw = work.len() == 2;
+        assert_eq!(said.stderr.contains("3 MiB of it are copied"), raw, "{said}");
+    }
+}
+
 #[test]
 fn a_deleted_snapshot_goes_when_nothing_stands_on_it_any_more() {
     let folder = Folder::new();

@@ -1,6 +1,5 @@
 //! `ploopfs detach`.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -24,9 +23,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let devices = devices(&args.target)?;
     if devices.is_empty() {
-        let line = format!("ploopfs: {}: not attached", args.target.display());
-        // Nobody is left to hear it where stderr is closed.
-        let _ = writeln!(std::io::stderr(), "{}", out::printable(&line));
+        out::say(&format!("{}: not attached", args.target.display()));
     }
     for device in devices {
         match loopdev::detach(&device, PATIENCE) {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
-use std::io::{Read, Write as _};
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
@@ -122,9 +122,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if listing.images.is_empty() && listing.mounts.as_ref().is_none_or(Vec::is_empty) {
         let folder = args.folder.as_deref().unwrap_or(Path::new("."));
         let nor = if args.folder.is_none() { ", and nothing is mounted" } else { "" };
-        let line = format!("ploopfs: {}: no images in this folder{nor}", in_text(folder.as_os_str()));
-        // Not on standard output, which is the list. Nothing is lost where stderr is closed.
-        let _ = writeln!(std::io::stderr(), "{}", out::printable(&line));
+        // Not on standard output, which is the list.
+        out::say(&format!("{}: no images in this folder{nor}", in_text(folder.as_os_str())));
     }
     out::text(&to_text(&listing))?;
     Ok(Outcome::Done)

@@ -17,6 +17,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let path = target::find(&args.which.image)?;
+    snapshot::forewarn(&path, &args.which.snapshot)?;
     let done = work::carry_out(&path, &Work::Merge { snapshot: args.which.snapshot }, args.pace)?;
     snapshot::say(&done)?;
     Ok(Outcome::Done)

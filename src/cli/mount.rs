@@ -311,7 +311,7 @@ fn clear_dead(mountpoint: &Path) -> Result<()> {
                 .iter()
                 .map(|h| format!("still hanging on the dead mount: {h}; end it with: {}", h.remedy())),
         );
-        say(&lines);
+        lines.iter().for_each(|line| out::say(line));
     }
     Ok(())
 }
@@ -420,13 +420,6 @@ fn program(path: &Path) -> Result<OsString> {
     Ok(found.into())
 }
 
-/// Lines for people; nobody is left to hear it where stderr is closed.
-fn say(lines: &[String]) {
-    for line in lines {
-        let _ = writeln!(std::io::stderr(), "ploopfs: {}", out::printable(line));
-    }
-}
-
 /// The keeper of `-f` is this process.
 fn keep_in_front(settings: &Settings) -> ExitCode {
     struct InFront;
@@ -434,7 +427,7 @@ fn keep_in_front(settings: &Settings) -> ExitCode {
         fn first(&mut self, note: &Note) -> bool {
             // What was refused is in the log, and that is on stderr already.
             if let Note::Failed { text, .. } = note {
-                say(std::slice::from_ref(text));
+                out::say(text);
             }
             true
         }

@@ -21,6 +21,11 @@ pub fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
+/// Writes a line for a person to standard error: what is not the command's answer. Nothing is lost where stderr is closed.
+pub fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "ploopfs: {}", printable(line));
+}
+
 /// Writes `value` as indented JSON and a newline.
 pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
     text(&(serde_json::to_string_pretty(value)? + "\n"))

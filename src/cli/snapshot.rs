@@ -8,6 +8,8 @@ use serde_json::json;
 use crate::cli::freeze::Frozen;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, size, target, utc};
+use crate::disk::find::is_layered;
+use crate::disk::layered::Layered;
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
@@ -92,6 +94,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         What::Delete { which, pace } => {
             let path = target::find(&which.image)?;
+            forewarn(&path, &which.snapshot)?;
             say(&work::carry_out(&path, &Work::Delete { snapshot: which.snapshot }, pace)?)?;
         }
         What::Switch { which } => {
@@ -100,6 +103,24 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
     }
     Ok(Outcome::Done)
+}
+
+/// Says on standard error, before a merge begins, that it copies all of a raw base and that the image is ploop afterwards.
+/// What is wrong with the image or the name, the work itself says.
+pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
+    if !is_layered(path) {
+        return Ok(());
+    }
+    let Ok(image) = Layered::read(path) else { return Ok(()) };
+    let Ok(guid) = image.guid(Some(snapshot)) else { return Ok(()) };
+    if let Some(bytes) = image.raw_merge(guid) {
+        out::say(&format!(
+            "{snapshot} is a raw file: up to {} of it are copied into the file that stands on it, and the image is in \
+             the ploop format afterwards",
+            size::human(bytes)
+        ));
+    }
+    Ok(())
 }
 
 /// What a person should know of work that was done.

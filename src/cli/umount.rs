@@ -4,7 +4,6 @@
 //! file system, a stopped process may never close its images. So all of that is looked for before anything is taken away,
 //! and what is waited for afterwards is said, and has a limit.
 
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -63,7 +62,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         let kept = holders::beyond(&mount);
         unmount_this(&mount, true)?;
-        say(&format!(
+        out::say(&format!(
             "{}: detached; {who} (process {pid}) is stopped, and closes the images when it goes on: kill -CONT {pid}",
             point.display()
         ));
@@ -82,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Err(e) if !args.detach && e.kind() == Kind::Io => return Err(e.with_kind(Kind::InUse).into()),
         Err(e) if !args.detach => return Err(e.into()),
         Err(e) => {
-            say(&e.to_string());
+            out::say(&e.to_string());
             None
         }
     };
@@ -106,7 +105,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         let who: Vec<String> = kept.iter().map(ToString::to_string).collect();
         let pid = pair
             .map_or_else(|| "the daemon".to_owned(), |pair| format!("the daemon (process {})", pair.daemon));
-        say(&format!("{}: detached; {pid} goes on until this ends: {}", point.display(), who.join(", ")));
+        out::say(&format!(
+            "{}: detached; {pid} goes on until this ends: {}",
+            point.display(),
+            who.join(", ")
+        ));
         return Ok(Outcome::Done);
     }
     match daemon {
@@ -144,7 +147,7 @@ fn not_ours(mount: &Mount) -> Result<Error> {
 fn detach_idle_loops(point: &Path) {
     for device in holders::loops_below(point) {
         if let Err(e) = loopdev::detach(&device.dev, LET_GO) {
-            say(&e.to_string());
+            out::say(&e.to_string());
         }
     }
 }
@@ -155,7 +158,7 @@ fn not_mounted(point: &Path) -> anyhow::Result<Outcome> {
         return Err(Error::io(&e, point, "no such mount point").into());
     }
     let Some(pair) = processes::mounted_at(point) else {
-        say(&format!("{}: not mounted", point.display()));
+        out::say(&format!("{}: not mounted", point.display()));
         return Ok(Outcome::Done);
     };
     Err(Error::at(Kind::InUse, point, format!("is not mounted here any more, but {}", goes_on(&pair))).into())
@@ -179,9 +182,9 @@ pub fn goes_on(pair: &Pair) -> String {
 fn take_dead_away(mount: &Mount) -> anyhow::Result<Outcome> {
     let hanging = holders::of(mount);
     unmount(&mount.point, true)?;
-    say(&format!("{}: its daemon had died; unmounted", mount.point.display()));
+    out::say(&format!("{}: its daemon had died; unmounted", mount.point.display()));
     for holder in hanging {
-        say(&format!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy()));
+        out::say(&format!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy()));
     }
     Ok(Outcome::Done)
 }
@@ -311,7 +314,7 @@ impl<'a> Daemon<'a> {
                 let what = format!("unmounted, and its daemon (process {}) goes on: {what}", self.pid());
                 return Err(Error::at(kind, point, what));
             }
-            say(&format!("{}: unmounted; waiting for the end: {what}", point.display()));
+            out::say(&format!("{}: unmounted; waiting for the end: {what}", point.display()));
         }
         Ok(())
     }
@@ -353,11 +356,6 @@ fn ends_before(process: &OwnedFd, deadline: Instant) -> bool {
 
 fn name_all(kept: &[Holder]) {
     for holder in kept {
-        say(&format!("it stays in use: {holder}; end it with: {}", holder.remedy()));
+        out::say(&format!("it stays in use: {holder}; end it with: {}", holder.remedy()));
     }
-}
-
-fn say(line: &str) {
-    // There may be nothing behind stderr any more.
-    let _ = writeln!(std::io::stderr(), "ploopfs: {}", out::printable(line));
 }

@@ -107,6 +107,15 @@ impl Layered {
         found.ok_or_else(|| Error::at(Kind::NotFound, &self.folder, what))
     }
 
+    /// Bytes on the host that a merge of this snapshot copies because it is a raw base: that has no map, so it cannot be
+    /// what the child's file is, and all of it goes up. None: it is none, or has no single child.
+    pub fn raw_merge(&self, guid: Guid) -> Option<u64> {
+        let delta = self.descriptor.delta(guid).filter(|delta| self.kind(delta) == ImageKind::Raw)?;
+        let named = paths::named(self.dir.as_fd(), &self.folder, &delta.file, false).ok()??;
+        // stat(2) counts units of 512 bytes.
+        (self.descriptor.children(guid).len() == 1).then_some(named.st_blocks as u64 * 512)
+    }
+
     /// The levels of a snapshot or of the live disk, base first.
     pub fn chain(&self, guid: Guid) -> Result<Vec<&Delta>> {
         let damaged = |why: String| Error::at(Kind::Damaged, self.folder.join(DESCRIPTOR), why);
