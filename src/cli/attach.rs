@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::{Outcome, out, served, target};
 use crate::control::client::Client;
-use crate::daemon::mounts::{self, Mount};
 use crate::disk::find;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
+use crate::io::mounts::{self, Mount};
 use crate::words::quoted;
 
 /// Where a mount shows snapshots.

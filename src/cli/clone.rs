@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, snapshot, source, target};
-use crate::daemon::mounts;
 use crate::error::{Error, Kind, Result};
+use crate::io::mounts;
 use crate::vdisk::live::Work;
 
 /// Arguments of `clone`.

@@ -14,12 +14,13 @@ use serde::Serialize;
 
 use crate::cli::{Outcome, out, served, size, target};
 use crate::control::protocol::ImageLine;
-use crate::daemon::{holders, mounts};
+use crate::daemon::holders;
 use crate::disk::layered::Layered;
 use crate::error::{Error, Kind};
 use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
 use crate::io::loopdev::LoopDevice;
+use crate::io::mounts;
 use crate::io::process::spawn_detached;
 use crate::words;
 

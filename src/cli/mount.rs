@@ -54,7 +54,7 @@ pub struct Args {
     ///
     /// `truncate -s 20G new.img` and `fallocate` of a new file make a thin image, `truncate` to a larger size grows a disk
     /// (a smaller one is refused), `mv` renames an image that nobody uses and never replaces one, `rm` removes one that
-    /// nobody uses, `cp vm1.img vm2.img` makes a clone, and `chmod` and `chown` change the image's file. Without this each
+    /// is not in use, `cp vm1.img vm2.img` makes a clone, and `chmod` and `chown` change the image's file. Without this each
     /// of them is refused (EPERM).
     #[arg(long)]
     manage: bool,

@@ -54,7 +54,7 @@ pub fn to_text(report: &Report) -> String {
         line(format_args!("error: {unsaid} more of the kind"));
     }
     if report.in_use {
-        line(format_args!("in use: the image was not closed cleanly, or somebody has it open"));
+        line(format_args!("in use: the image was not closed cleanly, or another program has it open"));
     }
     if report.leaks > 0 {
         let cluster = report.header.map_or(0, |header| u64::from(header.cluster_sectors) * SECTOR);

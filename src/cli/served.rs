@@ -11,9 +11,9 @@ use crate::cli::out;
 use crate::control::client::Client;
 use crate::control::protocol::ImageLine;
 use crate::daemon::holders::{self, Holder};
-use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev::{self, LoopDevice};
+use crate::io::mounts::{self, Mount};
 use crate::transfer::disk::FlatFile;
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.

@@ -39,7 +39,7 @@ pub struct Client {
 
 impl Client {
     /// The daemon of the folder `images`, if one lives. A socket without a daemon behind it counts as none; one on which
-    /// another user answers is an error, for whoever owns a folder can put his own there.
+    /// another user answers is an error: the folder's owner can put his own there.
     pub fn find(images: &Path) -> Result<Option<Client>> {
         for place in Place::candidates(images) {
             let socket = place.path(SOCKET);
@@ -228,7 +228,7 @@ impl Client {
     }
 }
 
-/// Connects to the socket of a place; None: nobody listens there. An error: it listens and lets nobody in.
+/// Connects to the socket of a place; None: no process listens there. An error: one listens and accepts no connection.
 fn connect(place: &Place) -> io::Result<Option<UnixStream>> {
     // The name may be a link to some other program's socket; a descriptor of the socket itself is none.
     let Ok(socket) = foreign::socket_in(place, SOCKET) else { return Ok(None) };

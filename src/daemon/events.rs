@@ -1,7 +1,7 @@
 //! `--on-event PROGRAM`: what the engine reports, and how the keeper runs the program.
 //!
 //! The program gets the event and the image as arguments (`PROGRAM low-water vm1`; a name that begins with `-` has `./` in
-//! front there, for whoever owns the folder chose it) and, in its environment,
+//! front there, for the folder's owner chose it) and, in its environment,
 //! PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES (the folder), PLOOPFS_MOUNTPOINT, and, where they apply,
 //! PLOOPFS_FREE and PLOOPFS_TOTAL (bytes) and PLOOPFS_REASON. One runs at a time; one that takes too long is killed.
 

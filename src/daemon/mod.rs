@@ -19,5 +19,3 @@ pub mod start;
 mod stop;
 pub mod wire;
 mod works;
-
-pub use crate::io::mounts;

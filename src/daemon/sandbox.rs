@@ -143,7 +143,7 @@ fn restrict_files(borders: Borders<'_>) -> Result<(), Refusal> {
             .scope(Scope::from_all(abi))?
             .create()?;
         if borders.anywhere {
-            // No border; but whoever is behind one looks into no process outside, its keeper's memory for one.
+            // No border; but a process behind one looks into none outside, its keeper's memory for one.
             rules = rules.add_rule(PathBeneath::new(PathFd::new("/")?, in_images()))?;
         } else {
             rules = rules

@@ -199,7 +199,7 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     ending.exit(&closed, &|| clients.count())
 }
 
-/// The one descriptor of the folder, through which all of it is reached: its path may be someone else's to change.
+/// The one descriptor of the folder, through which all of it is reached: its path may be another user's to change.
 fn open_images(images: &Path) -> Result<OwnedFd> {
     foreign::resolved_folder(images).map_err(|e| match e.raw_os_error() {
         Some(libc::ELOOP | libc::ENOTDIR) => {

@@ -118,7 +118,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("tmp");
         let at = |name: &str| folder.path().join(name);
         assert_eq!(at_rest(&at("vm")).expect_err("nothing there").kind(), Kind::NotFound);
-        // A folder of that name that is no image is in nobody's way.
+        // A folder of that name that is no image does not hide the files.
         std::fs::create_dir(at("vm")).expect("mkdir");
         for name in ["vm.raw", "vm.hdd", "vm.hds"] {
             std::fs::write(at(name), "").expect("write");

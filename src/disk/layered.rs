@@ -74,7 +74,7 @@ impl Layered {
     pub fn path(&self, delta: &Delta) -> Result<PathBuf> {
         let shown = paths::shown(&self.folder, &delta.file);
         match paths::resolve(self.dir.as_fd(), Path::new(&delta.file), &shown, false) {
-            // What is missing is told by who opens it.
+            // The open says what is missing.
             Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => Err(e),
             _ => Ok(shown),
         }

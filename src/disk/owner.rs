@@ -21,7 +21,7 @@ type Identity = (u64, u64);
 /// A descriptor may name files of the folder around its own and of all below it. So every folder is looked at that lies
 /// in one of those above the file. Those on other file systems are passed over: what is mounted there may not answer.
 pub fn owner(path: &Path) -> Result<Option<PathBuf>> {
-    // What is missing, or no file, is told by who opens it.
+    // The open says what is missing, or no file.
     let Some(wanted) = identity(path) else { return Ok(None) };
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let own = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;

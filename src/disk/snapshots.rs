@@ -57,7 +57,7 @@ pub fn of(image: &Path, allow_outside: bool) -> Result<Vec<SnapshotLine>> {
     let (descriptor, labels) = Store::read(dir.as_fd(), image)?;
     let mut sizes = HashMap::new();
     for delta in &descriptor.deltas {
-        // Nothing is told of a file that the image may not have.
+        // A file that the image may not have is not looked at.
         if let Some(stat) = paths::named(dir.as_fd(), image, &delta.file, allow_outside)? {
             // stat(2) counts units of 512 bytes.
             sizes.insert(delta.guid, stat.st_blocks as u64 * 512);

@@ -27,7 +27,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Locks the folder that `fd` has open and `path` names; `note` (the mount point) is shown to whoever finds it locked.
+    /// Locks the folder that `fd` has open and `path` names; `note` (the mount point) is shown to a process that finds it locked.
     /// A folder that cannot be written is used with the lock on the folder itself alone.
     ///
     /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says

@@ -172,7 +172,7 @@ pub fn names_a_part(images: BorrowedFd<'_>, path: &Path, other: &OsStr, file: &O
             Ok(found) => found,
             // Only for the moment.
             Err(e) if e.is_passing() => return Err(e),
-            // What cannot be found can be nobody's part.
+            // What cannot be found is part of no image.
             Err(_) => continue,
         };
         let folder = identity(folder.as_fd()).map_err(cannot)?;

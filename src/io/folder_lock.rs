@@ -69,7 +69,7 @@ pub struct FolderLock {
 
 impl FolderLock {
     /// Takes the lock file in `dir` (the folder's `.ploopfs`, or what stands for it under /run); `path` is how messages name
-    /// the folder. `note` (one line: the mount point) is shown to whoever is refused. What stands there and is no file of
+    /// the folder. `note` (one line: the mount point) is shown to the process that is refused. What stands there and is no file of
     /// ours is taken away with `replace`: for a caller who knows by [`ServedLock`] that nothing serves the folder.
     pub fn acquire(dir: &impl AsFd, path: &Path, note: &str, replace: bool) -> Result<FolderLock> {
         let failed = |e: io::Error| Error::io(&e, path, "cannot take the lock of this folder");
@@ -98,8 +98,8 @@ impl FolderLock {
 
 impl Drop for FolderLock {
     fn drop(&mut self) {
-        // The file stays: removing it could take it from under somebody who has just opened it. The text goes,
-        // so that nobody reads an old name; a crash leaves it, which is why readers test the lock first. The
+        // The file stays: removing it could take it from under a process that has just opened it. The text goes,
+        // so that no old name is read; a crash leaves it, which is why readers test the lock first. The
         // lock is given back by name: a child of ours between fork and exec still has the descriptor.
         let _ = self.file.set_len(0);
         if self.held {

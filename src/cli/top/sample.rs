@@ -9,8 +9,8 @@ use serde::Serialize;
 
 use crate::cli::served;
 use crate::control::client::Client;
-use crate::daemon::mounts::{self, Mount};
 use crate::error::{Error, Kind, Result};
+use crate::io::mounts::{self, Mount};
 use crate::io::process::spawn_detached;
 use crate::tree::{Document, ImageStats};
 use crate::vdisk::latency::{Histogram, Op};
