@@ -5,12 +5,52 @@
 //! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host), `tracking` (what
 //! has changed).
 //!
-//! Lock order, outermost first: cluster lock (stripes; see `locks`), header, BAT page, then the leaves (allocator,
-//! dirty list, flusher, space, pools). Nothing but the cluster lock and the header is held across I/O.
+//! Lock order: docs/design.md#lock-order. Nothing but the cluster lock and the header is held across I/O.
+//!
+//! # The states of a live image
+//!
+//! How far it is on its way to its first change, and back (`Stage`; `operation` is held in the first step and the last):
+//!
+//! ```text
+//!                  make_writable               mark::mark
+//!   open -> ReadOnly ----------> Unmarked --------------------> Marked --.
+//!              |   scan finds      |      first write, discard,    |      | put_on_top, flip, grow, ...: a new stack,
+//!              |   damage: stays   |      or work that changes     |      | frozen; the stage stays
+//!              |                   |                               |<-----'
+//!              '---------- close --+-------- close: round ---------'
+//!                            v               mark::unmark_tracked
+//!                          closed            (the next open begins anew)
+//! ```
+//!
+//! What it can do meanwhile ([`Mode`]: of `failed`, the stage and `space`):
+//!
+//! ```text
+//!   ReadOnly            stage ReadOnly, or failed
+//!      ^ fail: a sync, a BAT write given up, a file that is another's (foreign), a rename of unknown end (commit)
+//!      |
+//!   Write --- park, bat_is_full ---> FullQueue --- tick past --full-timeout, bat_timed_out ---> FullError
+//!     ^                                  |         (with --on-full error at once)                  |
+//!     '------ space_worked, bat_fits ----+---------------------------------------------------------'
+//! ```
+//!
+//! `failed` is for ever, until the image is closed: rounds and writes answer the failure, reads go on.
+//!
+//! The end (`close`):
+//!
+//! ```text
+//!   close: closing = true, parked pios fail, waits for `operation`
+//!     |-- ends in time ----> gate shut -> flush_now -> unmark_tracked -> stop_rounds -> closed = true
+//!     |                         any of them fails: fail; the mark stays
+//!     '-- does not end ----> close_beside_an_operation: a last sync, fail -> closed = true; the mark stays
+//! ```
+//!
+//! `closing` ends what is long (an operation looks at it before each cluster) and what waits for space or clean pages.
+//! From `closed` on, what comes is answered EIO.
 
 pub mod alloc;
 pub mod bat;
 mod bits;
+mod blocking;
 mod changed;
 mod clock;
 mod close;
@@ -56,9 +96,9 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
 use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, mpsc,
-    thread_shard,
+    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
 };
+use blocking::wait_for;
 pub use engine::{Engine, Event, Listener, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
@@ -414,26 +454,6 @@ impl Image {
         self.gate.open().into_iter().for_each(|job| self.submit(job));
     }
 
-    /// Blocking read, for tests and library users.
-    pub fn read_at(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes> {
-        wait_for(|reply| self.read(offset, len, reply))
-    }
-
-    /// Blocking write.
-    pub fn write_at(self: &Arc<Self>, offset: u64, data: &[u8]) -> Result<()> {
-        wait_for(|reply| self.write(offset, Bytes::copy_from_slice(data), false, reply))
-    }
-
-    /// Blocking discard.
-    pub fn discard_at(self: &Arc<Self>, offset: u64, len: u64) -> Result<()> {
-        wait_for(|reply| self.discard(offset, len, reply))
-    }
-
-    /// Blocking flush.
-    pub fn flush_now(self: &Arc<Self>) -> Result<()> {
-        wait_for(|reply| self.flush(reply))
-    }
-
     // What the files of this room share.
 
     /// The levels as they are now. Inside the gate they stay so; outside, they are those of this moment.
@@ -576,13 +596,4 @@ impl Image {
     fn count_flush(&self) {
         self.flushes.fetch_add(1, Ordering::Relaxed);
     }
-}
-
-/// Turns a call with a reply into one that waits.
-fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
-    let (tell, answer) = mpsc::channel();
-    start(Box::new(move |result| {
-        let _ = tell.send(result);
-    }));
-    answer.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "internal error: the request was dropped")))
 }
