@@ -1,5 +1,6 @@
-//! The synchronisation types of the whole library, in one place, so that a model checker can stand in for them: with
-//! the feature `shuttle` they are the ones of `model`, and only the tests in `vdisk::models` can run.
+//! The synchronisation types of `vdisk` and of what it stands on, as far as the models run it, in one place, so that a
+//! model checker can stand in for them: with the feature `shuttle` they are the ones of `model`, and only the tests in
+//! `vdisk::models` can run. Other rooms, and what models do not reach, use those of the standard library.
 //!
 //! No state here is left half-changed by a panic (every critical section is a few assignments), so a poisoned
 //! mutex is simply taken.

@@ -1,4 +1,6 @@
-//! The commands; each file parses its arguments and calls the library.
+//! The commands: a file or a folder for each, with its arguments, what it asks of daemon or library, and its words.
+//! Beside them what several need: `target`, `served`, `source`, `work` (who carries it out), `out`, `output`, `input`,
+//! `report`, `size`, `utc`. What must hold of images is below.
 
 use std::ffi::OsString;
 use std::io::Write;

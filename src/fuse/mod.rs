@@ -12,8 +12,10 @@ pub mod ops;
 pub mod session;
 pub mod uring;
 
-/// How long the kernel may keep names and attributes without asking. Short, because st_blocks moves with every
-/// allocation; size and name changes are announced at once (fuse/notify).
+/// How long the kernel may keep names and attributes without asking. Short, because blocks and times move with every
+/// write and are not announced. A name that went and a disk whose size changed are, once the daemon knows
+/// (fuse/notify): at the end of a command, or at the next look at the folder. A name that comes need not be: the kernel
+/// keeps no missing ones.
 const TTL: Duration = Duration::from_secs(1);
 
 /// Largest WRITE in bytes: 256 pages, the kernel's own limit, and the same as for reads.

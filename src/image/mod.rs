@@ -1,4 +1,6 @@
-//! An image at rest: opened, locked, created, checked, without a live data path.
+//! The files of an image, and the descriptor that binds them: opened, made, changed and removed, checked, repaired,
+//! cloned. A live image (`vdisk`) stands on them and changes names and descriptor through [`layers`] and [`store`]; no
+//! request of a guest comes here. What a path means, and who may use it, is said above (`disk`, `folder`).
 
 pub mod assemble;
 pub mod chain;
