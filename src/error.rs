@@ -58,7 +58,7 @@ impl Kind {
         }
     }
 
-    /// The exit status of a command that ends with this error (DESIGN.md 3).
+    /// The exit status of a command that ends with this error (docs/design.md#errors).
     pub fn exit_status(self) -> u8 {
         match self {
             Kind::Invalid => 2,

@@ -1,5 +1,5 @@
-//! The crash rules R1 to R9 (DESIGN.md 5), and the switch of a test build (feature `break-rules`) that breaks one of
-//! them at run time, at the rule's home: the crash and fault tests must then find a violation.
+//! The crash rules R1 to R9 (docs/design.md#crash-rules), and the switch of a test build (feature `break-rules`) that
+//! breaks one of them at run time, at the rule's home: the crash and fault tests must then find a violation.
 //!
 //! Without the feature [`broken`] is `const false`, and what stands behind it is not compiled in. With it, a test also
 //! sees every [`Step`] of an operation over several files (R8).
@@ -7,26 +7,61 @@
 #[cfg(all(feature = "break-rules", not(debug_assertions)))]
 compile_error!("the feature `break-rules` is for tests; it does not go into a release");
 
-/// A crash rule.
+/// A crash rule, in the words of the page (tests/tidy.rs).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// Marked in use before the first change. Broken: the mark comes with the first BAT page.
+    /// The top is marked in use, durably, before its first change; a level below the top that a merge changes,
+    /// likewise. Clean close: BAT durable; file cut to its last used cluster; fsync; then the mark cleared, synced. A
+    /// running operation counts as a user. An in-use mark below the top at open means "finish the close", not "refuse".
+    ///
+    /// Broken: the mark comes with the first BAT page.
     R1,
-    /// No entry points past the end of the file. Broken: the file grows only as far as it is written.
+    /// A BAT entry on disk never points past the end of the file. The file is extended ahead of need, sparse, and an
+    /// entry is set only inside it; a round that writes an entry behind the length that is durably there syncs the file
+    /// first. Header and BAT have their space from the beginning.
+    ///
+    /// Broken: the file grows only as far as it is written.
     R2,
-    /// Data before its entry. Broken: a round never syncs the data before it writes the BAT.
+    /// A cluster's content is durable before its entry is written to the host file whenever anything could be read
+    /// there before: copy on write, a whole-cluster overwrite of what a lower level maps, relocation, merge. Only an
+    /// allocation for a guest cluster that no level maps, in space known to be zero, may have its entry written first.
+    /// Space is known to be zero when it lies beyond the file's size at the first change (the free tail is cut off
+    /// then, not trusted) and was not handed out since. All other free space, every cluster handed out and given back
+    /// included, is punched, and the punch durable, before an entry names it.
+    ///
+    /// Broken: a round never syncs the data before it writes the BAT.
     R3,
-    /// A freed cluster is reused after its entry is durably gone. Broken: at once.
+    /// A freed cluster is reused only after: unmapped, punched, and its BAT page durable.
+    ///
+    /// Broken: it is reused at once.
     R4,
-    /// A BAT page has the top's own entries only. Broken: it has those of every level.
+    /// A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across the
+    /// write; every attempt, retries included, is built from the header as it is at that moment.
+    ///
+    /// Broken: a page has the entries of every level.
     R5,
-    /// An fsync waits for a round that starts after it. Broken: it joins the running one.
+    /// fsync returns after data and BAT are durable, the data first wherever R3 asks for it. An fsync waits for the
+    /// first round that starts after it arrived; it never joins a running one; at most one running and one waiting
+    /// round. O_SYNC and O_DSYNC writes likewise (the kernel sends no fsync for them).
+    ///
+    /// Broken: an fsync joins the running round.
     R6,
-    /// A failed sync is final. Broken: it is told once and forgotten.
+    /// Retried: a BAT write whose own system call failed before any sync of that file failed, for a bounded time. Any
+    /// failed fdatasync, fsync or O_DSYNC write: the image is read-only at once, all waiters and all later fsyncs fail
+    /// until it is closed, info and the log say so. A delta found in use at open has its page cache dropped before
+    /// anything of it is trusted.
+    ///
+    /// Broken: a failure is reported once and forgotten.
     R7,
-    /// New file, descriptor, folder, then the old file's removal. Broken: neither a new delta nor the folder is synced.
+    /// Operations over several files: new file durable, descriptor written beside and renamed, folder synced, old file
+    /// removed last. Whatever the moment of a crash, the image opens with the old state or the new one.
+    ///
+    /// Broken: neither a new delta nor the folder is synced.
     R8,
-    /// What others depend on is neither changed nor removed. Broken: nobody asks whether a file has another name.
+    /// A delta file below a top is neither changed nor removed while anything else depends on it: another child, an
+    /// open snapshot file, another descriptor.
+    ///
+    /// Broken: no link count is asked for.
     R9,
 }
 

@@ -1,4 +1,5 @@
-//! Bugs that others shipped (PEERS.md A4), each as a test on the real binary, named for what went wrong there.
+//! Bugs that others shipped (docs/testing.md#bugs-of-others), each as a test on the real binary, named for what went
+//! wrong there.
 
 mod common;
 

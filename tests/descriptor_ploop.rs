@@ -1,5 +1,5 @@
 //! Debian's ploop 1.15 as a second judge of chains at rest: it lists, checks, merges and grows what we wrote, and what
-//! it leaves opens here. Its kernel module is not needed (FORMAT.md 7b).
+//! it leaves opens here. Its kernel module is not needed (docs/format.md#oracles).
 
 mod common;
 

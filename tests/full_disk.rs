@@ -1,4 +1,4 @@
-//! The host is really full (DESIGN.md 6): a small ext4 in a loop-mounted file.
+//! The host is really full (docs/design.md#a-full-host): a small ext4 in a loop-mounted file.
 //!
 //! Where something else must work while a write is parked, the write goes through loop with direct I/O: a synchronous
 //! write to the flat file holds the kernel's inode lock until it is answered, and fsync and fallocate wait for that
@@ -193,7 +193,7 @@ fn umount_does_not_wait_for_a_write_that_waits_for_space() {
         let writer = scope.spawn(|| write_until_refused(&file));
         let waiting = || small.mount.mode("vm1").to_lowercase().contains("full");
         assert!(until(Duration::from_secs(60), waiting), "never full");
-        // Twice: the first goes on because a file is open, the second ends (DESIGN.md 8).
+        // Twice: the first goes on because a file is open, the second ends (docs/design.md#ends).
         for _ in 0..2 {
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("our own daemon");
             std::thread::sleep(Duration::from_millis(300));

@@ -1,5 +1,5 @@
-//! The host files and locks on the file systems that are home (DESIGN.md 2): ext4, XFS, btrfs and tmpfs, each
-//! mounted for the test.
+//! The host files and locks on the file systems that are home (docs/kernel.md#the-host): ext4, XFS, btrfs and tmpfs,
+//! each mounted for the test.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

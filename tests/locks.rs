@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use common::{Holder, Mount, Run, ok, qemu_holds, qemu_reads, temp_dir, text, until};
 
-/// What current ploop does before it touches an image (FORMAT.md 3.2): a POSIX write lock on bytes 200 to 204, which
-/// an outsider's lock of any kind refuses. Debian's 1.15 is older and takes none, so perl stands in for it.
+/// What current ploop does before it touches an image (docs/format.md#locks): a POSIX write lock on bytes 200 to 204,
+/// which an outsider's lock of any kind refuses. Debian's 1.15 is older and takes none, so perl stands in for it.
 fn ploop_style_lock(delta: &Path) -> common::Finished {
     let script = r#"use Fcntl; open(my $f, "+<", $ARGV[0]) or die "open: $!";
         my $lock = pack("s s x4 q q i", F_WRLCK, 0, 200, 5, 0); fcntl($f, F_SETLK, $lock) or die "Already locked: $!\n";"#;

@@ -1,5 +1,5 @@
 //! Debian's ploop 1.15 as a second judge of our files. With `-f`, else a clean file is not scanned at all; on a copy
-//! without holes, because it calls a sparse file on ext4 damaged (FORMAT.md 7b).
+//! without holes, because it calls a sparse file on ext4 damaged (docs/format.md#oracles).
 
 mod common;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{Mount, Run, ok, read_at, temp_dir, text, until};
 
-/// How long a folder change may take to show: 2 s of stillness (DESIGN.md 2) and a busy machine.
+/// How long a folder change may take to show: 2 s of stillness (docs/design.md#what-is-an-image) and a busy machine.
 const SHOWN: Duration = Duration::from_secs(15);
 
 fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> Option<i32> {

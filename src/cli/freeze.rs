@@ -14,7 +14,7 @@ use crate::io::freeze::FileSystem;
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::process;
 
-/// How long a guest waits at most (DESIGN.md 7). A snapshot takes milliseconds.
+/// How long a guest waits at most (docs/design.md#live-operations). A snapshot takes milliseconds.
 pub(crate) const LONGEST: Duration = Duration::from_secs(10);
 
 /// Arguments of the hidden command.

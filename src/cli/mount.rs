@@ -25,7 +25,7 @@ use crate::words::quoted;
 /// How long the start of another command may take that mounts the same at the same time.
 const OTHERS_START: Duration = Duration::from_secs(20);
 /// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
-/// request that blocks, and many wake cache-cold (FUSE.md 1.1).
+/// request that blocks, and many wake cache-cold (docs/kernel.md#hand-over).
 const THREADS: (usize, usize) = (2, 8);
 
 /// Arguments of `mount`.

@@ -1,4 +1,4 @@
-//! One served folder as processes (DESIGN.md 8).
+//! One served folder as processes (docs/design.md#processes).
 //!
 //! The command line starts the [`keeper`], the keeper starts the daemon ([`start`]). The keeper stays small and
 //! stays outside of the [`sandbox`]: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and

@@ -1,5 +1,6 @@
-//! The daemon's sandbox (DESIGN.md 8): what the process gives up once its mount works, before its first thread, because
-//! threads inherit it. An image that made it run foreign code would gain little: the images it serves anyway.
+//! The daemon's sandbox (docs/threat-model.md#the-sandbox): what the process gives up once its mount works, before its
+//! first thread, because threads inherit it. An image that made it run foreign code would gain little: the images it
+//! serves anyway.
 //!
 //! Each part may be missing, in the kernel or by the user's choice; the mount then goes on with the others, and says so. A
 //! daemon of root also gives up what it does not need of root's powers.

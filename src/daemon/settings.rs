@@ -10,7 +10,7 @@ use crate::fuse::mount::Asked;
 use crate::vdisk::{OnFull, Options};
 
 /// Background requests of the connection: at least twice what the runners and 256 per loop device can keep
-/// busy (FUSE.md 7.2).
+/// busy (docs/kernel.md#init).
 pub const BACKGROUND: u16 = 4096;
 
 /// How requests of the kernel arrive.

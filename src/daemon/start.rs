@@ -1,4 +1,4 @@
-//! The daemon's start, in the order of DESIGN.md 8, and its way to the end.
+//! The daemon's start, in the order of docs/design.md#start, and its way to the end.
 
 use std::io::{self, BufReader, Stdin};
 use std::os::fd::{AsFd, OwnedFd};

@@ -1,4 +1,4 @@
-//! The end of a mount, however it comes (DESIGN.md 8).
+//! The end of a mount, however it comes (docs/design.md#ends).
 //!
 //! - The connection ended (anyone's umount, and the last file closed): every image is closed, the daemon ends.
 //! - SIGTERM, SIGINT or `stop` on the control socket: everything is synced. With no file open the mount is taken

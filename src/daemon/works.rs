@@ -1,5 +1,5 @@
 //! Long work with images that clients ask for: one piece at a time for each image, on a thread of its own, so that it
-//! goes on when the client goes away (DESIGN.md 7).
+//! goes on when the client goes away (docs/design.md#live-operations).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

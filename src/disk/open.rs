@@ -1,4 +1,4 @@
-//! An image at rest is opened: its locks, its levels, its live code without a transport (DESIGN.md 9).
+//! An image at rest is opened: its locks, its levels, its live code without a transport (docs/design.md#at-rest).
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
 //! Work with an image that is at rest: the live code without a transport, in this process, under the same locks
-//! (DESIGN.md 9). What is refused is refused before anything is changed.
+//! (docs/design.md#at-rest). What is refused is refused before anything is changed.
 
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};

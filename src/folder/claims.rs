@@ -1,4 +1,4 @@
-//! Who gets a name: the rules of DESIGN.md 2 for sources that come, go and clash. Pure.
+//! Who gets a name: the rules of docs/design.md#what-is-an-image for sources that come, go and clash. Pure.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};

@@ -1,7 +1,8 @@
 //! How often an image is open, and what the first, the first writing and the last opener cause.
 //!
 //! Pure bookkeeping over a [`Stage`]; calls come one at a time, from the image's strand. The in-use mark of an
-//! image lives from its first write to [`Stage::close`], so it stays while any opener is left (PEERS.md A4).
+//! image lives from its first write to [`Stage::close`], so it stays while any opener is left
+//! (docs/testing.md#bugs-of-others).
 
 use crate::error::{Error, Kind, Result};
 

@@ -1,6 +1,7 @@
 //! The delta files that are open, by device and inode: one descriptor and one lock for each in the whole process, since
-//! a second one of our own looks foreign (DESIGN.md 7). Shared by the live disk, its snapshots, and clones that have
-//! the same file under another name. The lock is a writer's as long as one of them writes the file, else a reader's.
+//! a second one of our own looks foreign (docs/design.md#who-may-use-a-file). Shared by the live disk, its snapshots,
+//! and clones that have the same file under another name. The lock is a writer's as long as one of them writes the
+//! file, else a reader's.
 
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;

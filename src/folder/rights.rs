@@ -1,4 +1,4 @@
-//! Mode, owner and group of an image: those of its top file (DESIGN.md 2).
+//! Mode, owner and group of an image: those of its top file (docs/design.md#what-is-an-image).
 
 use std::os::fd::AsFd;
 use std::path::Path;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::scan::Stamp;
 
-/// How long a file must not change (DESIGN.md 2): long enough for a tool that closes and reopens what it makes,
-/// short enough for a person who waits.
+/// How long a file must not change (docs/design.md#what-is-an-image): long enough for a tool that closes and reopens
+/// what it makes, short enough for a person who waits.
 pub const STILL: Duration = Duration::from_secs(2);
 
 /// Files that are watched until they are still.

@@ -1,5 +1,5 @@
 //! Where a BAT entry stands: the BAT begins at byte 64, inside page 0, so that page 0 holds 1008 entries and
-//! every further page 1024 (FORMAT.md 1.1).
+//! every further page 1024 (docs/format.md#layout-of-a-delta).
 
 /// Bytes of a BAT page, the unit of caching and write-back.
 pub const PAGE_BYTES: u64 = 4096;

@@ -1,4 +1,4 @@
-//! The format extension cluster and the dirty bitmap in it (FORMAT.md 1.10).
+//! The format extension cluster and the dirty bitmap in it (docs/format.md#format-extension).
 
 use md5::{Digest, Md5};
 

@@ -1,4 +1,4 @@
-//! The 64-byte header, v1 and v2, and the geometry that follows from it (FORMAT.md 1.2 to 1.7).
+//! The 64-byte header, v1 and v2, and the geometry that follows from it (docs/format.md#header).
 
 use std::fmt;
 
@@ -15,7 +15,7 @@ pub const IN_USE: u32 = 0x746F_6E59;
 pub const CLOSED_V21: u32 = 0x312e_3276;
 /// Closed cleanly by everyone else; what we write.
 pub const CLOSED: u32 = 0;
-/// Flag: empty, nothing written. Never trusted (FORMAT.md 1.7).
+/// Flag: empty, nothing written. Never trusted (docs/format.md#flags).
 pub const FLAG_EMPTY: u32 = 1;
 /// Flag: a version conversion was interrupted; such a file is not opened.
 pub const FLAG_CONVERSION: u32 = 2;
@@ -51,7 +51,7 @@ impl fmt::Display for Version {
 /// A field that cannot be: its name, its value, where it stands, and why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BadField {
-    /// The field's name in FORMAT.md 1.2.
+    /// The field's name in docs/format.md#header.
     pub field: &'static str,
     /// The value found.
     pub value: u64,
@@ -105,11 +105,11 @@ pub struct Header {
     pub first_block: u32,
     /// m_Flags.
     pub flags: u32,
-    /// Format extension in sectors; 0 = none. May dangle (FORMAT.md 1.10).
+    /// Format extension in sectors; 0 = none. May dangle (docs/format.md#format-extension).
     pub extension: u64,
 }
 
-/// Heads and cylinders as ploop computes them; nobody needs them (FORMAT.md 1.6).
+/// Heads and cylinders as ploop computes them; no reader uses them (docs/format.md#sizes).
 pub(crate) fn chs(disk_sectors: u64) -> (u32, u32) {
     let (heads, cylinders) = if disk_sectors > 1_032_192 && disk_sectors < 16_777_216 {
         (16, disk_sectors / 1008)
@@ -150,7 +150,7 @@ impl Header {
         if raw.kind.get() != TYPE {
             return bad("m_Type", raw.kind.get().into(), 16, "must be 2");
         }
-        // v1 counts the disk in 32 bits; the upper half is unused there (FORMAT.md 1.2).
+        // v1 counts the disk in 32 bits; the upper half is unused there (docs/format.md#header).
         let disk_sectors = match version {
             Version::V1 => raw.disk_sectors.get() & 0xFFFF_FFFF,
             Version::V2 => raw.disk_sectors.get(),
@@ -395,7 +395,7 @@ impl Geometry {
             Version::V1 => u64::from(entry) * SECTOR,
             Version::V2 => u64::from(entry) * self.cluster,
         };
-        // u32::MAX never stands on disk (FORMAT.md 1.4), and `entry` has no way back to it.
+        // u32::MAX never stands on disk (docs/format.md#bat-entries), and `entry` has no way back to it.
         let on_grid = at >= self.first && (at - self.first).is_multiple_of(self.cluster);
         (on_grid && entry != u32::MAX).then_some(at)
     }

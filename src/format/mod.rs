@@ -1,4 +1,4 @@
-//! The ploop/Parallels format as bytes: pure functions, no I/O. Facts: FORMAT.md 1.
+//! The ploop/Parallels format as bytes: pure functions, no I/O. Facts: docs/format.md.
 
 pub mod bat;
 pub mod descriptor;

@@ -143,7 +143,7 @@ fn kernel_options(options: &Options) -> Vec<&'static str> {
 fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
     let failed = |e: io::Error| Error::io(&e, mountpoint, "cannot mount through fusermount3");
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-    // The helper's end must survive exec. No thread runs yet (DESIGN.md 8), so no other child can inherit it.
+    // The helper's end must survive exec. No thread runs yet (docs/design.md#start), so no other child can inherit it.
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|e| failed(e.into()))?;
     let mut text = OsString::from("nosuid,nodev,noexec,noatime");
     for option in kernel_options(options) {

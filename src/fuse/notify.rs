@@ -77,7 +77,7 @@ impl Notifier {
     }
 }
 
-/// The other end, before its thread runs: a mount is made before the first thread (DESIGN.md 8).
+/// The other end, before its thread runs: a mount is made before the first thread (docs/design.md#start).
 pub(crate) struct Pending {
     sender: Sender<Message>,
     receiver: Receiver<Message>,

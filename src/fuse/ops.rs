@@ -1,10 +1,10 @@
 //! The typed operations that every transport speaks and `tree` implements. No transport's types appear here.
 //!
 //! Reads and writes come in two steps, because a hand-over to another thread costs half of a small request
-//! (FUSE.md 0): `read_now`/`write_now` run on the transport thread, with the transport's own buffer, and finish
-//! only what cannot block; what they refuse goes through `read_later`/`write_later`, which own their bytes and
-//! answer from whichever thread finished. Everything else that may block takes a [`Done`]: whatever asks the host, since a
-//! host that hangs below one image must stop no thread that serves the others.
+//! (docs/kernel.md#hand-over): `read_now`/`write_now` run on the transport thread, with the transport's own buffer, and
+//! finish only what cannot block; what they refuse goes through `read_later`/`write_later`, which own their bytes and
+//! answer from whichever thread finished. Everything else that may block takes a [`Done`]: whatever asks the host,
+//! since a host that hangs below one image must stop no thread that serves the others.
 
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
@@ -32,7 +32,7 @@ pub type Done<T> = Box<dyn FnOnce(Answer<T>) + Send>;
 
 /// Inode number; never reused within a mount. 1 is the root.
 pub type Ino = u64;
-/// File handle: a stable number (DESIGN.md 12).
+/// File handle: a stable number (docs/design.md#kept-open).
 pub type Handle = u64;
 
 /// Who asks.

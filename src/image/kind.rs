@@ -1,4 +1,4 @@
-//! Which entries of an images folder are images, and under which name (DESIGN.md 2). Pure: no I/O.
+//! Which entries of an images folder are images, and under which name (docs/design.md#what-is-an-image). Pure: no I/O.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

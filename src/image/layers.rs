@@ -350,7 +350,7 @@ impl Layers {
     }
 }
 
-/// What must hold between the levels of a chain (FORMAT.md 4.1).
+/// What must hold between the levels of a chain (docs/format.md#bat-entries).
 pub(super) fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
     let mut below: Option<(&Header, &PathBuf)> = None;
     for (index, level) in levels.iter().enumerate() {

@@ -82,8 +82,8 @@ pub fn judge_header(head: &[u8], len: u64) -> std::result::Result<Header, BadFie
     Ok(header)
 }
 
-/// The cluster by which a raw disk of `size` bytes is cut into pios, and which a delta over it has (FORMAT.md 3.9:
-/// the largest of 32 KiB to 1 MiB that divides the size; else 1 MiB with a partial last one).
+/// The cluster by which a raw disk of `size` bytes is cut into pios, and which a delta over it has
+/// (docs/format.md#raw-base: the largest of 32 KiB to 1 MiB that divides the size; else 1 MiB with a partial last one).
 pub fn raw_cluster(size: u64) -> u64 {
     (15..=20).rev().map(|bits| 1 << bits).find(|cluster| size.is_multiple_of(*cluster)).unwrap_or(1 << 20)
 }

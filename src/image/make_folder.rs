@@ -1,4 +1,4 @@
-//! A single-file image becomes a layered one: a folder with a descriptor (DESIGN.md 2).
+//! A single-file image becomes a layered one: a folder with a descriptor (docs/design.md#what-is-an-image).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;

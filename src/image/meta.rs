@@ -7,7 +7,7 @@
 //! length 12582912
 //! m_Sig 576974686f7546726553706163457874
 //! m_Type 2
-//! ...                               every field of the header, by its name in FORMAT.md 1.2
+//! ...                               every field of the header, by its name in docs/format.md#header
 //! bat 5 3 9 1                       guest clusters 5, 6, 7 have the entries 9, 10, 11; all others are 0
 //! end
 //! ```

@@ -275,7 +275,7 @@ impl Store {
     }
 }
 
-/// A name for the next delta of this image (FORMAT.md 2.4): that of the base, a dot, a random GUID.
+/// A name for the next delta of this image (docs/format.md#files-and-names): that of the base, a dot, a random GUID.
 pub fn new_delta_name(descriptor: &Descriptor) -> String {
     let base = descriptor.chain(descriptor.top).ok().and_then(|chain| descriptor.delta(*chain.first()?));
     let file = base.map_or("root.hds", |delta| &delta.file);

@@ -26,7 +26,7 @@ use super::real::RealFile;
 
 /// Alignment where the host does not tell: the largest that disks have.
 const ALIGN: usize = PAGE;
-/// Most that is copied at once: a request's own limit (FUSE.md 7.2), and a block on either side.
+/// Most that is copied at once: a request's own limit (docs/kernel.md#init), and a block on either side.
 const BOUNCE: usize = (1 << 20) + 2 * ALIGN;
 
 thread_local! {

@@ -1,7 +1,7 @@
 //! What a delta file can do, whatever stands behind it: a host file, memory, a file that fails on demand.
 //!
 //! Everything above this trait reaches a delta by offset and length only, so that a frozen delta may one day
-//! live on an object store (DESIGN.md 12). No method keeps a position; all may be called from many threads.
+//! live on an object store (docs/design.md#kept-open). No method keeps a position; all may be called from many threads.
 
 use std::fmt;
 use std::io;

@@ -1,7 +1,7 @@
-//! R7: Retried: a BAT write whose own system call failed before any sync of that file failed, for a bounded
-//! time. Any failed fdatasync, fsync or O_DSYNC write: the image is read-only at once, all waiters and all later
-//! fsyncs fail until it is closed, `info` and the log say so. A delta found in use at open has its page cache
-//! dropped before anything of it is trusted.
+//! **R7** Retried: a BAT write whose own system call failed before any sync of that file failed, for a bounded time.
+//! Any failed fdatasync, fsync or O_DSYNC write: the image is read-only at once, all waiters and all later fsyncs fail
+//! until it is closed, info and the log say so. A delta found in use at open has its page cache dropped before anything
+//! of it is trusted.
 //!
 //! This file is the middle sentence, for one host file. The kernel reports a lost page once, marks it clean and
 //! lets the next sync succeed; so the failure is remembered here, where no caller can get around it.

@@ -1,8 +1,8 @@
 //! A file of the host file system.
 //!
-//! One descriptor per file in the whole process (DESIGN.md 7): locks of a second descriptor of ours would look
-//! foreign. So nothing here reopens a file to make it writable. [`Access::Widest`] takes read-write where the
-//! host allows it, and "opened read-only" is the policy of whoever holds the file.
+//! One descriptor per file in the whole process (docs/design.md#who-may-use-a-file): locks of a second descriptor of
+//! ours would look foreign. So nothing here reopens a file to make it writable. [`Access::Widest`] takes read-write
+//! where the host allows it, and "opened read-only" is the policy of the holder.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};

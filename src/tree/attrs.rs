@@ -7,10 +7,11 @@ use crate::folder::Attributes;
 use crate::fuse::ops::{Attr, FileKind, Space};
 use crate::io::file::HostSpace;
 
-/// What programs take as the size of a request: `cp` then sends 1 MiB at a time, not 128 KiB (FUSE.md 7.1).
+/// What programs take as the size of a request: `cp` then sends 1 MiB at a time, not 128 KiB
+/// (docs/kernel.md#what-programs-see).
 const REQUEST: u32 = 1 << 20;
 /// What punching gives back at the least, on every host that matters. Loop makes it the discard granularity; a
-/// larger one would keep the guest's fstrim from asking for what can be had (FUSE.md 0).
+/// larger one would keep the guest's fstrim from asking for what can be had (docs/kernel.md#what-programs-see).
 const BLOCK: u32 = 4096;
 
 /// An image: owner, group, mode and space are those of its top delta.

@@ -142,7 +142,7 @@ impl OpenFile {
     /// An image that may be written through this handle, and where `len` bytes at `offset` lie inside.
     ///
     /// A write across the end fails whole, with the errno that a full disk has: loop takes a short write for a
-    /// complete one, and the tail would be lost (FUSE.md 8.1).
+    /// complete one, and the tail would be lost (docs/kernel.md#short-writes).
     fn writable(&self, offset: u64, len: u64) -> Answer<&OpenImage> {
         match self.open_image() {
             Some(open) if open.writes() => {

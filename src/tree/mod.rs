@@ -199,7 +199,8 @@ impl Tree {
     }
 
     /// Carries out what of a `setattr` is a change to what stat shows now. What is so already is done, so that `cp -p`,
-    /// `tar` and `install` go on; times are taken and forgotten: what is shown is the last write (DESIGN.md 2).
+    /// `tar` and `install` go on; times are taken and forgotten: what is shown is the last write
+    /// (docs/design.md#what-is-an-image).
     fn change_attr(&self, node: Node, now: Attr, asked: &SetAttr, done: Done<Attr>) {
         let change = SetAttr {
             mode: asked.mode.map(|mode| mode & 0o7777).filter(|mode| *mode != u32::from(now.mode)),

@@ -1,17 +1,22 @@
 //! Which file clusters of the top are free, and which of them may be handed out (R2, R3, R4).
 //!
-//! - **R2** A BAT entry never points past the end of the file: the file is extended ahead of need. That is durable before any
-//!   entry that relies on it: a round that has entries behind the length that the last round made durable syncs the file, and
-//!   so its length, before it writes them (`flush`, step 2).
-//! - **R3** (its space part) Space is known to be zero when it lies beyond the file's size at the first change
-//!   (the free tail is cut off then, not trusted) and was never handed out in this process, or since the file was cut off
-//!   there, durably (`live::compact`). All other free space,
-//!   every cluster handed out and given back included, is punched, and the punch durable, before an entry names it.
+//! - **R2** A BAT entry on disk never points past the end of the file. The file is extended ahead of need, sparse, and
+//!   an entry is set only inside it; a round that writes an entry behind the length that is durably there syncs the
+//!   file first. Header and BAT have their space from the beginning.
+//! - **R3** A cluster's content is durable before its entry is written to the host file whenever anything could be read
+//!   there before: copy on write, a whole-cluster overwrite of what a lower level maps, relocation, merge. Only an
+//!   allocation for a guest cluster that no level maps, in space known to be zero, may have its entry written first.
+//!   Space is known to be zero when it lies beyond the file's size at the first change (the free tail is cut off then,
+//!   not trusted) and was not handed out since. All other free space, every cluster handed out and given back included,
+//!   is punched, and the punch durable, before an entry names it.
 //! - **R4** A freed cluster is reused only after: unmapped, punched, and its BAT page durable.
 //!
 //! So free space has three states here: *fresh* (behind `next`, never handed out), *stale* (free, content
 //! unknown: must be scrubbed) and *clean* (punched, durable, its old entry durably gone). Only fresh space inside
-//! the file and clean space is handed out; whoever finds neither waits for an extension or a scrub.
+//! the file and clean space is handed out; a request that finds neither waits for an extension or a scrub.
+//!
+//! R2: a round that has entries behind the length that the last round made durable syncs the file before it writes them
+//! (`flush`, step 2). R3: a file that was cut, durably, ends there as at an open (`live::compact`).
 
 pub use super::bits::Bits;
 use crate::rules::{Rule, broken};
@@ -471,8 +476,8 @@ impl Allocator {
         lock(&self.state).made
     }
 
-    /// Where the file may end when it is closed: behind the last cluster in use. `pending` are clusters whose
-    /// unmapping never became durable; they count as used.
+    /// Where the file may end when it is closed: behind the last cluster that is not free. A cluster whose unmapping is
+    /// not durable is not free yet ([`freed`](Self::freed)), and so stays inside.
     pub fn used_end(&self) -> u64 {
         lock(&self.state).used_end()
     }

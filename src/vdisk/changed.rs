@@ -12,7 +12,7 @@ pub type Range = (u64, u64);
 
 /// Bytes of bits that a new tracking takes at most, unless a granularity is asked for: 8 TiB of disk at the default.
 const USUAL_BYTES: u64 = 16 << 20;
-/// ploop's and QEMU's default, in bytes (FORMAT.md 1.10).
+/// ploop's and QEMU's default, in bytes (docs/format.md#format-extension).
 const DEFAULT_GRANULARITY: u64 = 64 << 10;
 /// Bytes of bits that are held in memory at most.
 pub(super) const MAX_BYTES: u64 = 256 << 20;

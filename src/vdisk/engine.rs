@@ -12,7 +12,7 @@ use crate::io::process;
 use crate::io::reads::Reads;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
 
-/// What to do when the host is full (DESIGN.md 6).
+/// What to do when the host is full (docs/design.md#a-full-host).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnFull {
     /// Park writes until space comes back or the timeout is over.

@@ -1,8 +1,8 @@
 //! fsync as rounds, one round for all who wait (R6), and what a failed sync means (R7).
 //!
-//! **R6** fsync returns after data, then BAT, are durable, in every delta written since its last sync. An fsync
-//! waits for the first round that *starts* after it arrived; it never joins a running one; at most one running and
-//! one waiting round. O_SYNC/O_DSYNC writes likewise (the kernel sends no fsync for them).
+//! **R6** fsync returns after data and BAT are durable, the data first wherever R3 asks for it. An fsync waits for the
+//! first round that starts after it arrived; it never joins a running one; at most one running and one waiting round.
+//! O_SYNC and O_DSYNC writes likewise (the kernel sends no fsync for them).
 //!
 //! A round, on a thread of its own:
 //! 1. under each dirty page's lock, copy the top's own entries;
@@ -37,7 +37,7 @@ use crate::error::{Error, Kind, Result};
 use crate::rules::{Rule, broken};
 use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted, thread};
 
-/// Unsynced bytes per image from which a round begins in the background (DESIGN.md 6).
+/// Unsynced bytes per image from which a round begins in the background (docs/design.md#bounds).
 pub(crate) const BACKGROUND: u64 = 64 << 20;
 /// Unsynced bytes beyond which writes wait for a round.
 pub(crate) const BOUND: u64 = 256 << 20;

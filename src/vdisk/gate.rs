@@ -1,4 +1,5 @@
-//! The gate of one image: every pio is counted in and out; closing it freezes the image (DESIGN.md 4.1, 7).
+//! The gate of one image: every pio is counted in and out; closing it freezes the image
+//! (docs/design.md#the-life-of-a-request).
 //!
 //! The counter is sharded per thread, so that submitters on different CPUs do not share a cache line.
 

@@ -1,7 +1,8 @@
 //! The in-use mark of the top (R1), and the cut of its free tail.
 //!
-//! **R1** The top is marked in use, durably, before its first change. Clean close: BAT durable; file cut to its
-//! last used cluster; fsync; then the mark cleared, synced.
+//! **R1** The top is marked in use, durably, before its first change; a level below the top that a merge changes,
+//! likewise. Clean close: BAT durable; file cut to its last used cluster; fsync; then the mark cleared, synced. A
+//! running operation counts as a user. An in-use mark below the top at open means "finish the close", not "refuse".
 
 use super::alloc::Allocator;
 use super::changed::Changed;

@@ -1,9 +1,9 @@
 //! Pools of named threads that execute pios (and, in pools of their own, sync rounds and opens).
 //!
 //! Work is queued in lanes, one per image: lanes take turns, and no lane may hold more than its share of the
-//! threads, so that one image cannot starve the others (DESIGN.md 4.4). Threads come with work and go when idle, but
-//! for one, which [`Pool::start`] makes: it takes what no other thread can be had for, so that a limit of threads that is
-//! reached later (a pids cgroup, TasksMax=) makes work slow, and never leaves it lying.
+//! threads, so that one image cannot starve the others (docs/design.md#threads). Threads come with work and go when
+//! idle, but for one, which [`Pool::start`] makes: it takes what no other thread can be had for, so that a limit of
+//! threads that is reached later (a pids cgroup, TasksMax=) makes work slow, and never leaves it lying.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;

@@ -1,4 +1,4 @@
-//! When the host is full: parked writes, the modes, the way back, and the low-water mark (DESIGN.md 6).
+//! When the host is full: parked writes, the modes, the way back, and the low-water mark (docs/design.md#a-full-host).
 //!
 //! A pio parked for space holds no lock and is outside the gate: freeze, fsync and shutdown do not wait for it.
 //! Every second, for as long as the image is full, the one that waits longest is tried again; when it gets through, all

@@ -1,5 +1,5 @@
-//! Changed-block tracking of a live image: the dirty bitmap of the format extension (FORMAT.md 1.10, 5) is in memory
-//! while the image can be written, and in the file only while it is closed.
+//! Changed-block tracking of a live image: the dirty bitmap of the format extension (docs/format.md#format-extension)
+//! is in memory while the image can be written, and in the file only while it is closed.
 //!
 //! A bitmap on disk may be trusted only as long as nothing has changed since it was written, whatever program reads it:
 //! 1. it is read at the writable open, before the first change, from a file that says "closed as v2.1";

@@ -205,8 +205,8 @@ fn wait_for_clean_pages(mut pio: Pio) {
 }
 
 impl Image {
-    /// Parks `pio` until unsynced data is below the upper bound (DESIGN.md 6), or gives it back. It waits outside the gate: a
-    /// freeze does not wait for the disk in its place.
+    /// Parks `pio` until unsynced data is below the upper bound (docs/design.md#bounds), or gives it back. It waits
+    /// outside the gate: a freeze does not wait for the disk in its place.
     fn throttle(&self, mut pio: Pio) -> Option<Pio> {
         if !self.flusher.is_over_bound() || self.stack().never_blocks {
             return Some(pio);

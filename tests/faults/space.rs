@@ -1,4 +1,4 @@
-//! A full host: parked writes, the modes, and the way back (DESIGN.md 6).
+//! A full host: parked writes, the modes, and the way back (docs/design.md#a-full-host).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -7,7 +7,7 @@ use std::fmt;
 pub struct Guid([u8; 16]);
 
 impl Guid {
-    /// The GUID of every live top (FORMAT.md 2.2).
+    /// The GUID of every live top (docs/format.md#guids).
     pub const TOP: Guid = Guid(0x5fba_abe3_6958_40ff_92a7_860e_329a_ab41_u128.to_be_bytes());
     /// The parent of a base: none.
     pub const NONE: Guid = Guid([0; 16]);

@@ -1,5 +1,5 @@
-//! `DiskDescriptor.xml` as text and as a struct (FORMAT.md 2). Pure: no I/O. What is not understood is kept through
-//! a rewrite.
+//! `DiskDescriptor.xml` as text and as a struct (docs/format.md#descriptor). Pure: no I/O. What is not understood is
+//! kept through a rewrite.
 
 mod guid;
 mod meaning;
@@ -51,7 +51,7 @@ impl fmt::Display for BadXml {
 
 impl std::error::Error for BadXml {}
 
-/// Where a crashed operation stood (FORMAT.md 3.4 to 3.6).
+/// Where a crashed operation stood (docs/format.md#markers).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Marker {
     /// Deleted; is merged as soon as it has one child.
@@ -288,7 +288,7 @@ impl Descriptor {
         let parameters = root.child_mut("Disk_Parameters");
         let written = parameters.child("Disk_size").and_then(|e| number(e).ok());
         if written != Some(self.disk_sectors) {
-            // ploop's own figures for its own disks (FORMAT.md 2.5); nobody reads them.
+            // ploop's own figures for its own disks (docs/format.md#descriptor), which no reader uses.
             let (heads, sectors) = (16, 32);
             for (name, value) in [
                 ("Padding", 0),
@@ -302,7 +302,7 @@ impl Descriptor {
         }
     }
 
-    /// Adds what old single-image descriptors leave out (FORMAT.md 2.3).
+    /// Adds what old single-image descriptors leave out (docs/format.md#reading).
     fn complete(&mut self, has_top: bool) {
         if let ([only], []) = (&self.deltas[..], &self.shots[..]) {
             let guid = only.guid;

@@ -207,7 +207,7 @@ impl Descriptor {
     }
 
     fn push_top(&mut self, parent: Guid, file: &str) {
-        // On every image of a raw disk ploop writes "Plain" (FORMAT.md 2.3).
+        // On every image of a raw disk ploop writes "Plain" (docs/format.md#reading).
         let plain = self.deltas.iter().any(|delta| delta.plain);
         self.deltas.push(Delta { guid: Guid::TOP, file: file.into(), plain, kept: Kept::default() });
         self.shots.push(Shot { guid: Guid::TOP, parent, marker: None, kept: Kept::default() });

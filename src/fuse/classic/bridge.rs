@@ -28,8 +28,8 @@ use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
 use crate::io::buffers;
 
-/// What is asked of the kernel beyond fuser's own (FUSE.md 7.2), and what is lost where it refuses. Not READDIRPLUS: one
-/// answer would need the attributes of all images, and wait for the slowest host.
+/// What is asked of the kernel beyond fuser's own (docs/kernel.md#init), and what is lost where it refuses. Not
+/// READDIRPLUS: one answer would need the attributes of all images, and wait for the slowest host.
 const WANTED: [(InitFlags, &str); 4] = [
     (InitFlags::FUSE_ASYNC_DIO, "loop and libaio requests run one at a time"),
     (InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP, "images cannot be mapped shared"),
@@ -69,7 +69,8 @@ impl Bridge {
         }
     }
 
-    /// The one place that decides whether a write runs here (DESIGN.md 4, step 3).
+    /// Whether a write runs on this thread (docs/design.md#the-fast-path). On rings `uring/serve.rs` decides, where a
+    /// write that may wait runs on helpers only.
     fn place(&self, handle: u64) -> Place<'_> {
         if !self.fs.writes_may_block(handle) {
             return Place::Here(None);
@@ -463,7 +464,8 @@ impl fuser::Filesystem for Bridge {
     }
 
     // ENOSYS from here on, on purpose: the kernel remembers it and does the right thing without asking again. For
-    // any other operation it would be remembered too, and something would be lost for the whole mount (FUSE.md 8.6).
+    // any other operation it would be remembered too, and something would be lost for the whole mount
+    // (docs/kernel.md#enosys).
 
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
         reply.error(fuser::Errno::ENOSYS);

@@ -1,5 +1,5 @@
 //! The `fuse` transport: /dev/fuse through fuser 0.18, several threads with a descriptor each, requests served on the
-//! thread that read them (FUSE.md 0: a hand-over costs half of a small request).
+//! thread that read them (docs/kernel.md#hand-over: a hand-over costs half of a small request).
 
 mod bridge;
 mod convert;

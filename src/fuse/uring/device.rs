@@ -30,8 +30,8 @@ const OVER_IO_URING: u64 = 1 << 41;
 /// FUSE_PASSTHROUGH: answers to OPEN may name a host file.
 const PASSTHROUGH: u64 = 1 << 37;
 
-/// What is asked of the kernel beyond these (FUSE.md 7.2), and what is lost where it refuses. Not READDIRPLUS: one answer
-/// would need the attributes of all images, and wait for the slowest host.
+/// What is asked of the kernel beyond these (docs/kernel.md#init), and what is lost where it refuses. Not READDIRPLUS:
+/// one answer would need the attributes of all images, and wait for the slowest host.
 const WANTED: [(u64, &str, &str); 4] = [
     (1 << 15, "FUSE_ASYNC_DIO", "loop and libaio requests run one at a time"),
     (1 << 36, "FUSE_DIRECT_IO_ALLOW_MMAP", "images cannot be mapped shared"),

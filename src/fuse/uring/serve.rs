@@ -361,7 +361,9 @@ impl Server {
         }
     }
 
-    /// The one place that decides whether a write runs here (DESIGN.md 4, step 3).
+    /// Whether a write runs on this thread (docs/design.md#the-fast-path): a sifted one does, which cannot wait
+    /// (`queue`), and of those that may wait what comes on a helper, while another stays free. `classic/bridge.rs`
+    /// decides for fuser's.
     fn place(&self, handle: Handle, thread: Thread) -> Place<'_> {
         if thread == Thread::Sifted || !self.fs.writes_may_block(handle) {
             return Place::Here(None);

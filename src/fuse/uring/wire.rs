@@ -1,5 +1,6 @@
-//! What the kernel asks, read out of its own structures (uapi/linux/fuse.h). The one place that does it, for requests
-//! from a ring and from /dev/fuse alike. Nothing here trusts a length: rubbish is [`Malformed`], never a panic.
+//! What the kernel asks, read out of its own structures (uapi/linux/fuse.h): every request of the `uring` transport,
+//! from a ring or from /dev/fuse, and the header of INIT for both transports (fuse/handshake). All else of the `fuse`
+//! transport fuser decodes. Nothing here trusts a length: rubbish is [`Malformed`], never a panic.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -190,8 +191,8 @@ pub enum Operation<'a> {
     Init,
     /// The file system goes; nothing follows.
     Destroy,
-    /// ENOSYS, on purpose (FUSE.md 8.6) or because this is newer than we are: the kernel remembers it and goes on
-    /// without.
+    /// ENOSYS, on purpose (docs/kernel.md#enosys) or because this is newer than we are: the kernel remembers it and
+    /// goes on without.
     Unsupported,
 }
 

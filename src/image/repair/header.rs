@@ -31,7 +31,7 @@ pub struct Facts {
 /// A header field that is changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Its name in FORMAT.md 1.2.
+    /// Its name in docs/format.md#header.
     pub name: &'static str,
     /// Byte in the file.
     pub offset: u64,

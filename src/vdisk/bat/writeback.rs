@@ -1,8 +1,8 @@
 //! BAT write-back (R5): the issuer collects dirty pages into a round, the collector releases pages as their
 //! copies are durable; what failed is reissued by a later round (`flush`).
 //!
-//! **R5** A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across
-//! the write; every attempt, retries included, is built from the header as it is at that moment.
+//! **R5** A BAT page on disk holds the top's own entries only. Bytes 0 to 4095 have one writer, a lock held across the
+//! write; every attempt, retries included, is built from the header as it is at that moment.
 
 use std::time::{Duration, Instant};
 

@@ -11,7 +11,8 @@
 //!
 //! P's entries for what T maps are hidden, so taking them away changes nothing that anybody reads; then the two map
 //! different clusters, and either order reads the same. ploop does the same and calls it a reverse merge
-//! (FORMAT.md 3.6). The snapshot that P was is marked Temporary before all this: nobody reads it alone any more.
+//! (docs/format.md#what-ploop-does). The snapshot that P was is marked Temporary before all this: it is not read alone
+//! any more.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
