@@ -140,6 +140,34 @@ fn every_reference_to_a_page_leads_to_a_heading_that_is_there() {
 }
 
 #[test]
+fn every_source_that_a_page_names_is_there() {
+    let files = files();
+    let mut missing = Vec::new();
+    let mut count = 0;
+    for (name, text) in files.iter().filter(|(name, _)| is_page(name) && !older(name)) {
+        // Between backticks: `flush.rs`, `vdisk/flush.rs`, `vdisk/flush.rs::rounds`.
+        for word in text.split('`').skip(1).step_by(2).filter(|word| !word.contains(char::is_whitespace)) {
+            let (path, function) = word.split_once("::").unwrap_or((word, ""));
+            if !path.ends_with(".rs") {
+                continue;
+            }
+            count += 1;
+            let fits = |file: &str| file == path || file.ends_with(&format!("/{path}"));
+            let mut sources = files.iter().filter(|(file, _)| fits(file)).peekable();
+            if sources.peek().is_none() {
+                missing.push(format!("{name}: {path}: there is no such file"));
+            } else if !function.is_empty()
+                && !sources.any(|(_, source)| source.contains(&format!("fn {function}")))
+            {
+                missing.push(format!("{name}: {word}: there is no such function"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+    assert!(count > 80, "only {count} sources were found: the test sees too little");
+}
+
+#[test]
 fn nothing_refers_to_pages_outside_of_the_repository() {
     let gone = ["DESIGN", "FORMAT", "FUSE", "PEERS", "SEEDS", "MODELS", "FAULTS", "RESTART", "REMOTE"];
     let mut strays = Vec::new();
