@@ -1,4 +1,5 @@
 //! The `ploopfs` program.
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 fn main() -> std::process::ExitCode {
     ploopfs::cli::main(std::env::args_os())

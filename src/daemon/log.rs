@@ -18,6 +18,7 @@ use rustix::fs::{Mode, OFlags};
 use crate::control::place::{LOG, Place};
 use crate::error::{Error, Kind, Result, printable};
 use crate::io::foreign;
+use crate::io::rename::rename_over;
 
 /// Length of one log file in bytes; with the older one, 16 MiB are the most that a mount keeps.
 const MAX_FILE: u64 = 8 << 20;
@@ -72,7 +73,7 @@ impl Rotating {
     /// Where the older half cannot be kept (the folder's owner has put something in its way), it is given up: the log stays
     /// bounded, and goes on.
     fn rotate(&mut self) -> io::Result<()> {
-        let moved = rustix::fs::renameat(&self.dir, LOG, &self.dir, OLDER);
+        let moved = rename_over(self.dir.as_fd(), LOG.as_ref(), OLDER.as_ref());
         match moved.map_err(io::Error::from).and_then(|()| open_log(&self.dir)) {
             Ok(file) => {
                 self.len = file.metadata()?.len();

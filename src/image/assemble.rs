@@ -14,9 +14,10 @@ use crate::image::clone::Place;
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::level::{Layout, Level};
-use crate::image::make_folder::{new_folder, remove_folder, rename_new};
+use crate::image::make_folder::{new_folder, remove_folder};
 use crate::image::store::{create_delta, sync_folder, write_beside};
 use crate::io::file::HostStatus;
+use crate::io::rename::rename_new_folder;
 use crate::sync::Arc;
 
 /// The image on its way. Dropped before [`finish`](Self::finish), nothing is left of it; killed, a dot-folder is, which the
@@ -103,7 +104,7 @@ impl Assembly {
         // 2.
         sync_folder(dir, &built)?;
         // 3.
-        rename_new(self.around.as_fd(), &self.building, self.name.as_ref()).map_err(|e| match e {
+        rename_new_folder(self.around.as_fd(), &self.building, self.name.as_ref()).map_err(|e| match e {
             Errno::EXIST | Errno::NOTEMPTY => {
                 Error::at(Kind::Exists, &self.to, "has just been made by another")
             }

@@ -16,10 +16,11 @@ use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::layers::{Layers, disk_size, header_above};
 use crate::image::level::{Layout, Level};
-use crate::image::make_folder::{new_folder, remove_folder, rename_new};
+use crate::image::make_folder::{new_folder, remove_folder};
 use crate::image::store::{create_delta, make, new_delta_name, own, sync_folder, write_beside};
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::RealFile;
+use crate::io::rename::rename_new_folder;
 use crate::progress::Progress;
 use crate::rules::{Step, step};
 
@@ -100,7 +101,7 @@ pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Prog
         .and_then(|()| sync_folder(folder.as_fd(), &built))
         // 5.
         .and_then(|()| {
-            rename_new(around.as_fd(), building.as_ref(), name).map_err(|e| match e {
+            rename_new_folder(around.as_fd(), building.as_ref(), name).map_err(|e| match e {
                 Errno::EXIST | Errno::NOTEMPTY => {
                     Error::at(Kind::Exists, to, "has just been made by another")
                 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, flock};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
@@ -18,6 +18,7 @@ use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
+use crate::io::rename::rename_new_folder;
 use crate::rules::{Step, step};
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
@@ -55,7 +56,7 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
         write_beside(folder.as_fd(), &built, DESCRIPTOR, &xml)?;
         sync_folder(folder.as_fd(), &built)?;
         // 3.
-        rename_new(images, &building, &name).map_err(|e| match e {
+        rename_new_folder(images, &building, &name).map_err(|e| match e {
             Errno::EXIST | Errno::NOTEMPTY => {
                 Error::at(Kind::Exists, path.join(&name), "is in the way of the image's folder; rename it")
             }
@@ -207,12 +208,4 @@ pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Re
     rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?;
     step(Step::Names);
     Ok(())
-}
-
-/// Renames; fails where `to` exists. An empty folder there is replaced by hosts that know no better.
-pub(super) fn rename_new(parent: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> rustix::io::Result<()> {
-    match rustix::fs::renameat_with(parent, from, parent, to, RenameFlags::NOREPLACE) {
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => rustix::fs::renameat(parent, from, parent, to),
-        other => other,
-    }
 }

@@ -15,9 +15,8 @@
 //! Lines that begin with # say something to a person.
 
 use std::fmt::Write as _;
-use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -27,6 +26,7 @@ use crate::format::header::{CLOSED, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::io::file::write_full;
 use crate::io::lock::DeltaLock;
+use crate::io::new_file::NewFile;
 use crate::io::real::Access;
 
 /// The header's fields: name, byte, bytes. The magic is in front of them.
@@ -337,46 +337,37 @@ pub fn pack(path: &Path, to: &Path) -> Result<u64> {
     let end = header.map_or(HEADER_BYTES, |header| header.geometry().bat_end()).min(candidate.status.len);
     let image = header.map(|header| at_rest(&candidate, &header));
     let cannot = |e: io::Error| Error::io(&e, to, "cannot pack the metadata");
-    let file = new_file(to)?;
-    let packed = (|| {
-        file.set_len(candidate.status.len).map_err(cannot)?;
-        file.write_all_at(&candidate.head, 0).map_err(cannot)?;
-        let mut piece = vec![0; PIECE as usize];
-        let mut at = 0;
-        while let Some(image) = image.as_ref().filter(|_| at < end) {
-            let want = (end - at).min(PIECE) as usize;
-            let got = image.read(&mut piece[..want], at)?;
-            // A BAT may be mostly zeroes.
-            if piece[..got].iter().any(|byte| *byte != 0) {
-                file.write_all_at(&piece[..got], at).map_err(cannot)?;
-            }
-            at += want as u64;
+    let new = NewFile::begin(to)?;
+    new.file().set_len(candidate.status.len).map_err(cannot)?;
+    new.file().write_all_at(&candidate.head, 0).map_err(cannot)?;
+    let mut piece = vec![0; PIECE as usize];
+    let mut at = 0;
+    while let Some(image) = image.as_ref().filter(|_| at < end) {
+        let want = (end - at).min(PIECE) as usize;
+        let got = image.read(&mut piece[..want], at)?;
+        // A BAT may be mostly zeroes.
+        if piece[..got].iter().any(|byte| *byte != 0) {
+            new.file().write_all_at(&piece[..got], at).map_err(cannot)?;
         }
-        file.sync_all().map_err(cannot)
-    })();
-    if packed.is_err() {
-        // Best effort; half a file must not be sent to anybody.
-        let _ = std::fs::remove_file(to);
+        at += want as u64;
     }
-    packed.map(|()| end)
+    new.commit()?;
+    Ok(end)
 }
 
 /// A new sparse file of the length of a raw base, without its data.
 pub fn pack_raw(path: &Path, to: &Path) -> Result<()> {
     let len = Candidate::open(path)?.extent().0;
-    new_file(to)?.set_len(len).map_err(|e| Error::io(&e, to, "cannot pack the metadata"))
-}
-
-fn new_file(to: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true).mode(0o600);
-    options.open(to).map_err(|e| Error::io(&e, to, "cannot make the file"))
+    let new = NewFile::begin(to)?;
+    new.file().set_len(len).map_err(|e| Error::io(&e, to, "cannot pack the metadata"))?;
+    new.commit()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::format::header::Version;
+    use std::fs::{File, OpenOptions};
 
     const CLUSTER: u64 = 32 << 10;
 
@@ -406,7 +397,7 @@ mod tests {
         let path = image(folder.path(), &[(0, 5), (1, 6), (2, 7), (3, 4), (4, 3), (2999, 0)]);
         let (before, kept) = (std::fs::read(&path).expect("read"), text(&path));
         assert!(kept.contains("\nbat 0 3 6 1\nbat 3 1 5 0\nbat 4 1 4 0\nbat 2999 1 1 0\nend\n"), "{kept}");
-        std::fs::OpenOptions::new()
+        OpenOptions::new()
             .write(true)
             .open(&path)
             .and_then(|file| file.write_all_at(&[0xA5; 20_000], 0))

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
@@ -16,6 +16,7 @@ use crate::image::make_folder::{remove_abandoned, remove_folder};
 use crate::image::paths;
 use crate::image::store::{Store, sync_folder, unlink};
 use crate::io::new_file;
+use crate::io::rename::{rename_new_file, rename_new_folder, rename_over};
 use crate::rules::{Rule, Step, broken, step};
 
 /// Behind the dot-name of a layered image's folder that is being removed.
@@ -68,16 +69,9 @@ pub fn rename(images: BorrowedFd<'_>, path: &Path, file: &OsStr, name: &OsStr, n
         let why = "its descriptor names files by a path through the folder's own name; rename it by hand";
         return Err(Error::at(Kind::Unsupported, shown, why));
     }
-    let renamed = match rustix::fs::renameat_with(images, file, images, &to, RenameFlags::NOREPLACE) {
-        // Hosts without it: a folder replaces an empty one at most, and a hard link nothing.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) if is_folder => {
-            rustix::fs::renameat(images, file, images, &to)
-        }
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            rustix::fs::linkat(images, file, images, &to, AtFlags::empty())
-                .and_then(|()| rustix::fs::unlinkat(images, file, AtFlags::empty()))
-        }
-        other => other,
+    let renamed = match is_folder {
+        true => rename_new_folder(images, file, &to),
+        false => rename_new_file(images, file, &to),
     }; // 1
     renamed.map_err(|e| match e {
         Errno::EXIST | Errno::NOTEMPTY => Error::at(Kind::Exists, path.join(&to), "is in the way"),
@@ -113,7 +107,7 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
     }
     let gone = OsString::from_vec([b".", file.as_bytes(), REMOVED].concat());
     remove_folder(images, &gone).map_err(cannot)?;
-    rustix::fs::renameat(images, file, images, &gone).map_err(|e| cannot(e.into()))?; // 1
+    rename_over(images, file, &gone).map_err(|e| cannot(e.into()))?; // 1
     step(Step::Names);
     if !broken(Rule::R8) {
         sync_folder(images, path)?; // 2

@@ -27,6 +27,7 @@ use crate::io::descriptor_lock::DescriptorLock;
 use crate::io::file::HostStatus;
 use crate::io::lock::Use;
 use crate::io::real::RealFile;
+use crate::io::rename::rename_over;
 use crate::rules::{Rule, Step, broken, step};
 
 /// What came of [`Store::replace`], where the new descriptor is in place.
@@ -383,7 +384,7 @@ pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: 
         // Before the rename: else a power cut could leave the name on an empty file.
         file.sync_all()?;
         step(Step::FileSynced(&path.join(&beside)));
-        retry_on_intr(|| rustix::fs::renameat(dir, &beside, dir, name))?;
+        rename_over(dir, beside.as_ref(), name.as_ref())?;
         step(Step::Names);
         Ok(())
     });

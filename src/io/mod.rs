@@ -24,6 +24,7 @@ pub mod poison;
 pub mod process;
 pub mod reads;
 pub mod real;
+pub mod rename;
 pub mod ring;
 pub mod share;
 pub mod unmount;

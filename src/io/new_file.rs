@@ -33,8 +33,13 @@ pub struct NewFile {
 }
 
 impl NewFile {
-    /// Begins the file `path`, which must not be there.
+    /// Begins the file `path`, which must not be there; for its owner alone, since it holds what a disk holds.
     pub fn begin(path: &Path) -> Result<NewFile> {
+        NewFile::begin_as(path, MODE)
+    }
+
+    /// The same with other permissions, of which the umask takes what it takes.
+    pub fn begin_as(path: &Path, mode: u32) -> Result<NewFile> {
         let name = path.file_name().ok_or_else(|| Error::at(Kind::Invalid, path, "ends in no name"))?;
         if path.symlink_metadata().is_ok() {
             return Err(exists(path));
@@ -44,14 +49,14 @@ impl NewFile {
         let folder = retry_on_intr(|| rustix::fs::open(parent, flags, Mode::empty()))
             .map_err(|e| Error::io(&e.into(), parent, "cannot open the folder"))?;
         let cannot = |e: Errno| Error::io(&e.into(), path, "cannot make the file");
-        let (mode, flags) = (Mode::from_raw_mode(MODE), OFlags::RDWR | OFlags::CLOEXEC);
+        let (mode, flags) = (Mode::from_raw_mode(mode), OFlags::RDWR | OFlags::CLOEXEC);
         sweep(folder.as_fd(), parent);
         let nameless = retry_on_intr(|| rustix::fs::openat(&folder, ".", flags | OFlags::TMPFILE, mode));
         let (file, temporary) = match nameless {
             Ok(file) => (file, None),
             // Hosts without nameless files.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
-                let (file, temporary) = named(folder.as_fd(), name).map_err(cannot)?;
+                let (file, temporary) = named(folder.as_fd(), name, mode).map_err(cannot)?;
                 (file, Some(temporary))
             }
             Err(e) => return Err(cannot(e)),
@@ -81,6 +86,7 @@ impl NewFile {
     /// 2 before 1: a power cut could leave the name on a file with holes where data was. Without 3 a power cut could take
     /// the name back after we said that it is there. 4, because what watches a folder takes a file that was created and not
     /// closed for one that is still being written.
+    #[expect(clippy::disallowed_methods, reason = "the home of new files' names")]
     pub fn commit(mut self) -> Result<()> {
         let shown = self.path.clone();
         let cannot = |e: Errno, doing: &str| Error::io(&e.into(), &shown, doing);
@@ -136,13 +142,13 @@ impl Drop for NewFile {
 }
 
 /// A new file with a dot-name, locked.
-fn named(folder: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<(OwnedFd, OsString)> {
+fn named(folder: BorrowedFd<'_>, name: &OsStr, mode: Mode) -> rustix::io::Result<(OwnedFd, OsString)> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mut attempt = 0;
     loop {
         let temporary = dot_name(name, attempt);
         attempt += 1;
-        let made = retry_on_intr(|| rustix::fs::openat(folder, &temporary, flags, Mode::from_raw_mode(MODE)));
+        let made = retry_on_intr(|| rustix::fs::openat(folder, &temporary, flags, mode));
         let file = match made {
             // Of a killed process of our number, or of another thread of ours.
             Err(Errno::EXIST) if attempt < 100 => continue,
@@ -253,8 +259,10 @@ mod tests {
     fn where_every_file_has_a_name_a_killed_ones_goes_and_a_running_ones_stays() {
         let folder = tempfile::tempdir().expect("tmp");
         let dir = File::open(folder.path()).expect("a folder");
-        let (running, running_name) = named(dir.as_fd(), "new".as_ref()).expect("made");
-        let (killed, killed_name) = named(dir.as_fd(), "new".as_ref()).expect("made");
+        let (running, running_name) =
+            named(dir.as_fd(), "new".as_ref(), Mode::from_raw_mode(MODE)).expect("made");
+        let (killed, killed_name) =
+            named(dir.as_fd(), "new".as_ref(), Mode::from_raw_mode(MODE)).expect("made");
         assert_ne!(running_name, killed_name);
         drop(killed);
         std::fs::create_dir(folder.path().join(".folder.ploopfs-new")).expect("mkdir");
@@ -275,7 +283,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("tmp");
         let path = folder.path().join("new");
         let mut file = NewFile::begin(&path).expect("begun");
-        let (named, temporary) = named(file.folder.as_fd(), "new".as_ref()).expect("made");
+        let (named, temporary) =
+            named(file.folder.as_fd(), "new".as_ref(), Mode::from_raw_mode(MODE)).expect("made");
         (file.file, file.temporary) = (File::from(named), Some(temporary));
         file.file.write_all(b"all").expect("write");
         file.commit().expect("committed");

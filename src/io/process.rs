@@ -73,6 +73,7 @@ pub fn lock_memory() -> Result<(), Refused> {
 }
 
 /// The out-of-memory killer takes others first.
+#[expect(clippy::disallowed_methods, reason = "a setting of the kernel, not a file")]
 pub fn avoid_oom_killer() -> Result<(), Refused> {
     fs::write("/proc/self/oom_score_adj", "-1000")
         .map_err(refused("OOM protection", "with no memory left the mount may be killed"))
@@ -224,6 +225,7 @@ pub fn spawn_or_run<F: FnOnce() + Send + 'static>(name: &str, body: F) {
 
 /// Closes every descriptor but the three standard ones: those that the caller of a command had open (a lock of a script, the
 /// pipe of a job) would live as long as a daemon does. Belongs at the very start of a process that stays.
+#[expect(clippy::disallowed_methods, reason = "descriptors that came from outside and have no owner here")]
 pub fn close_inherited() {
     const FIRST: libc::c_int = 3;
     // SAFETY: called before anything of this process has opened a descriptor, so that none of them has an owner here.

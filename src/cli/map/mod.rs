@@ -7,14 +7,15 @@ mod svg;
 
 use std::borrow::Cow;
 use std::io::IsTerminal;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use serde::Serialize;
 
 use crate::cli::{Outcome, out, target};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use crate::image::map::{At, Joiner, Range};
+use crate::io::new_file::NewFile;
 use cells::Drawing;
 use source::{LevelInfo, Source};
 
@@ -184,39 +185,9 @@ fn write_svg(file: &Path, text: &str) -> anyhow::Result<()> {
     if file == Path::new("-") {
         return out::text(text);
     }
-    Ok(write_new(file, text.as_bytes())?)
-}
-
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    use rustix::io::Errno;
-    use std::io::Write;
-    use std::os::fd::AsRawFd;
-    let cannot = |e: &std::io::Error| Error::io(e, path, "cannot write the picture");
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mode = Mode::from_raw_mode(0o644);
-    match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC, mode) {
-        Ok(fd) => {
-            let mut nameless = std::fs::File::from(fd);
-            nameless.write_all(bytes).map_err(|e| cannot(&e))?;
-            let link = format!("/proc/self/fd/{}", nameless.as_raw_fd());
-            match rustix::fs::linkat(CWD, link.as_str(), CWD, path, AtFlags::SYMLINK_FOLLOW) {
-                Err(Errno::EXIST) => Err(taken(path)),
-                other => other.map_err(|e| cannot(&e.into())),
-            }
-        }
-        // A file system that has no nameless files.
-        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-            let made = std::fs::File::create_new(path);
-            let mut file = made.map_err(|e| match e.kind() {
-                std::io::ErrorKind::AlreadyExists => taken(path),
-                _ => cannot(&e),
-            })?;
-            file.write_all(bytes).map_err(|e| {
-                // Ours, and half of a picture is none.
-                let _ = std::fs::remove_file(path);
-                cannot(&e)
-            })
-        }
-        Err(e) => Err(cannot(&e.into())),
-    }
+    let new = NewFile::begin_as(file, 0o644)?;
+    new.file()
+        .write_all_at(text.as_bytes(), 0)
+        .map_err(|e| Error::io(&e, file, "cannot write the picture"))?;
+    Ok(new.commit()?)
 }
