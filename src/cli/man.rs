@@ -1,9 +1,9 @@
 //! `ploopfs man`, hidden: writes the man pages that are checked in under `man/`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::CommandFactory;
+use clap::{Command, CommandFactory};
 
 use crate::cli::{Cli, Outcome, freeze};
 use crate::error::Kind;
@@ -16,6 +16,13 @@ use crate::vdisk;
 /// ploopfs-semantics(7), with names between two `@` where the code has a number or a name of its own.
 const SEMANTICS: &str = include_str!("semantics.7");
 
+/// When the pages last changed in more than words. Not the time of the build, which would make every package another one.
+const DATE: &str = "2026-11-30";
+/// The longest line of a page's source.
+const WIDTH: usize = 80;
+/// What stands in a page's head, and its foot.
+const MANUAL: &str = "Disk images";
+
 /// Arguments of `man`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -25,16 +32,91 @@ pub struct Args {
 }
 
 /// Runs the command.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "pages of the repository, written anew in place; no disk depends on them"
+)]
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let failed = || format!("{}: cannot write the man pages", args.dir.display());
-    clap_mangen::generate_to(Cli::command(), &args.dir).with_context(failed)?;
-    std::fs::write(args.dir.join("ploopfs-semantics.7"), semantics()).with_context(failed)?;
+    let mut command = Cli::command().disable_help_subcommand(true);
+    command.build();
+    let mut pages = vec![("ploopfs-semantics.7".to_owned(), semantics())];
+    collect(&command, &mut pages).with_context(failed)?;
+    for (name, page) in pages {
+        std::fs::write(Path::new(&args.dir).join(name), page).with_context(failed)?;
+    }
     Ok(Outcome::Done)
+}
+
+/// Name and text of the page of a command, and of those below it.
+fn collect(command: &Command, pages: &mut Vec<(String, String)>) -> std::io::Result<()> {
+    for inner in command.get_subcommands().filter(|inner| !inner.is_hide_set()) {
+        collect(inner, pages)?;
+    }
+    let source = concat!("ploopfs ", env!("CARGO_PKG_VERSION"));
+    let page = clap_mangen::Man::new(command.clone()).date(DATE).source(source).manual(MANUAL);
+    let title = command.get_display_name().unwrap_or_else(|| command.get_name()).to_uppercase();
+    let page = page.title(title);
+    let mut text = Vec::new();
+    page.render(&mut text)?;
+    pages.push((page.get_filename(), tidy(&String::from_utf8_lossy(&text))));
+    Ok(())
+}
+
+/// A page as mandoc(1) wants it: short lines, no blanks at their ends; a vertical space where one is empty or broken twice, which
+/// keeps the indentation of an option; the last words under a head of their own; the version in the foot alone.
+fn tidy(page: &str) -> String {
+    let page = page.replace(".SH EXTRA\nExit status: ", ".SH EXIT STATUS\n");
+    let page = page.split("\n.SH VERSION\n").next().unwrap_or_default();
+    let mut out = String::new();
+    let (mut gap, mut tag) = (false, false);
+    for line in page.lines().map(str::trim_end) {
+        if line.is_empty() || line == ".br" {
+            gap = true;
+            continue;
+        }
+        if std::mem::take(&mut gap) && !line.starts_with('.') {
+            out.push_str(".sp\n");
+        }
+        // The line behind .TP is a tag, whole; in all others a new line is a blank.
+        match tag || line.starts_with('.') {
+            true => out.push_str(line),
+            false => wrap(line, &mut out),
+        }
+        out.push('\n');
+        tag = line == ".TP";
+    }
+    out
+}
+
+/// Puts words into lines of at most `WIDTH` bytes, where they fit.
+fn wrap(text: &str, out: &mut String) {
+    let mut len = 0;
+    for word in text.split(' ') {
+        match len {
+            0 => {}
+            _ if len + 1 + word.len() > WIDTH => {
+                out.push('\n');
+                len = 0;
+                // At the beginning of a line these two would make it a request.
+                if word.starts_with(['.', '\'']) {
+                    out.push_str("\\&");
+                    len = 2;
+                }
+            }
+            _ => {
+                out.push(' ');
+                len += 1;
+            }
+        }
+        out.push_str(word);
+        len += word.len();
+    }
 }
 
 fn semantics() -> String {
     let put_in = |page: String, (name, value): (&str, String)| page.replace(&format!("@{name}@"), &value);
-    facts().into_iter().fold(SEMANTICS.to_owned(), put_in)
+    tidy(&facts().into_iter().fold(SEMANTICS.to_owned(), put_in))
 }
 
 /// What the page gives numbers and names of.
@@ -72,6 +154,7 @@ fn facts() -> Vec<(&'static str, String)> {
     ];
     let mut facts = vec![
         ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),
+        ("DATE", DATE.to_owned()),
         ("MAX_LEVELS", vdisk::MAX_LEVELS.to_string()),
         ("MAX_LABEL", MAX_LABEL.to_string()),
         ("FREEZE_LIMIT", freeze::LONGEST.as_secs().to_string()),
@@ -131,6 +214,20 @@ mod tests {
         let numbers = words.filter(|word| word.len() > 1 && word.bytes().all(|byte| byte.is_ascii_digit()));
         let strays: Vec<&str> = numbers.filter(|number| *number != "512").collect();
         assert!(strays.is_empty(), "{strays:?} should come from the code");
+    }
+
+    #[test]
+    fn a_page_has_no_blank_lines_no_blanks_at_ends_and_its_exit_status_under_a_head() {
+        let page = ".TH a 1\n.SH NAME\na \\- b \n.TP\nx\n\ny\n.br\n\n.br\nz\n.SH EXTRA\nExit status: 0\n.SH VERSION\nv1\n";
+        let tidied = ".TH a 1\n.SH NAME\na \\- b\n.TP\nx\n.sp\ny\n.sp\nz\n.SH EXIT STATUS\n0\n";
+        assert_eq!(tidy(page), tidied);
+    }
+
+    #[test]
+    fn a_long_line_is_wrapped_and_a_word_with_a_dot_in_front_makes_no_request() {
+        let mut out = String::new();
+        wrap(&format!("{} .hds {}", "a".repeat(76), "b".repeat(90)), &mut out);
+        assert_eq!(out, format!("{}\n\\&.hds\n{}", "a".repeat(76), "b".repeat(90)));
     }
 
     #[test]
