@@ -1,6 +1,7 @@
-//! The Debian package: built, installed into a root of its own, used from there, and removed again without a trace.
+//! The Debian package: built, installed into a root of its own, used from there, and removed again without a trace. And
+//! the tarball.
 //!
-//! It takes PLOOPFS_PACKAGE=1: cargo-deb has to be built first, and the package is 27 MB to compress.
+//! The former takes PLOOPFS_PACKAGE=1: cargo-deb has to be built first, and the package is 27 MB to compress.
 
 mod common;
 
@@ -92,4 +93,38 @@ fn the_debian_package_installs_mounts_and_is_removed_without_a_trace() {
     let mut left = Vec::new();
     files_below(&root, &mut left);
     assert_eq!(left, Vec::<PathBuf>::new(), "left behind");
+}
+
+#[test]
+fn the_tarball_has_what_its_sums_name_and_is_the_same_twice() {
+    let folder = temp_dir();
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let packed = |name: &str| {
+        let file = folder.path().join(name);
+        let pack = Run::new(own.join("contrib/package")).args(["--built", "--tar"]).arg(&file);
+        pack.env("SOURCE_DATE_EPOCH", "1000000000").limit(300).ok();
+        std::fs::read(file).expect("the tarball")
+    };
+    assert!(packed("b.tar.gz") == packed("a.tar.gz"), "the same sources give other bytes");
+    let check = "sha256sum --quiet -c a.tar.gz.sha256 && tar -xzf a.tar.gz --strip-components=1 \
+                 && sha256sum --quiet -c SHA256SUMS && bin/ploopfs --version";
+    let said = Run::new("bash").args(["-e", "-c", check]).in_folder(folder.path()).ok();
+    assert_eq!(said.trim(), concat!("ploopfs ", env!("CARGO_PKG_VERSION")));
+    for file in [
+        "sbin/mount.fuse.ploopfs",
+        "sbin/umount.fuse.ploopfs",
+        "share/man/man1/ploopfs-mount.1",
+        "share/man/man7/ploopfs-semantics.7",
+        "share/bash-completion/completions/ploopfs",
+        "share/zsh/site-functions/_ploopfs",
+        "share/fish/vendor_completions.d/ploopfs.fish",
+        "lib/systemd/system/ploopfs@.service",
+        "lib/udev/rules.d/60-ploopfs-loop.rules",
+        "share/doc/ploopfs/README.md",
+        "share/doc/ploopfs/docs/promises.md",
+        "share/doc/ploopfs/LICENSE-MIT",
+        "share/doc/ploopfs/LICENSE-APACHE",
+    ] {
+        assert!(folder.path().join(file).is_file(), "{file} is missing");
+    }
 }
