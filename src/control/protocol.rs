@@ -266,6 +266,9 @@ pub fn parse_request(line: &[u8]) -> Result<Op, Error> {
 }
 
 #[cfg(test)]
+mod golden;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
