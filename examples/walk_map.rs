@@ -1,5 +1,7 @@
 //! Walks the map of a thin image: `walk_map FILE` prints, for every range of the disk that has a place of its own, where
 //! the range begins on the disk, its length, and where it lies in the file (bytes). Neighbours are one range.
+//!
+//! It looks into the rooms behind the library's front (feature `internals`), which promise nothing.
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -2,5 +2,5 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 fn main() -> std::process::ExitCode {
-    ploopfs::cli::main(std::env::args_os())
+    ploopfs::main(std::env::args_os())
 }

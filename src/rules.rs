@@ -86,7 +86,12 @@ pub enum Step<'a> {
 /// Tells who watches of a step.
 #[cfg(not(feature = "break-rules"))]
 #[inline(always)]
-pub fn step(_: Step<'_>) {}
+pub fn step(step: Step<'_>) {
+    match step {
+        Step::Names => {}
+        Step::FileSynced(path) | Step::FolderSynced(path) => _ = path,
+    }
+}
 
 #[cfg(feature = "break-rules")]
 pub use switch::{Broken, Watching, broken, step};

@@ -62,7 +62,7 @@ fn an_image_is_served_written_read_and_mapped_through_the_library() {
     assert!(serving.0.wait().is_ok_and(|status| status.success()));
     assert!(!marked_in_use(&guard.delta("vm1")));
 
-    let read = Command::new(open_and_read).arg(&images).args(["vm1", "5242879", "2097154"]).output();
+    let read = Command::new(open_and_read).arg(images.join("vm1")).args(["5242879", "2097154"]).output();
     let read = read.expect("the example");
     assert!(read.status.success(), "{read:?}");
     assert!(
@@ -91,7 +91,7 @@ fn an_example_says_what_is_wrong_and_fails() {
     let folder = temp_dir();
     let raw = folder.path().join("a.raw");
     fs::write(&raw, [0; 4096]).expect("a file");
-    let nothing = Run::new(open_and_read).arg(folder.path()).arg("nothing").status(1);
+    let nothing = Run::new(open_and_read).arg(folder.path().join("nothing")).status(1);
     assert!(nothing.stderr.contains("nothing"), "{nothing}");
     let no_map = Run::new(walk_map).arg(&raw).status(1);
     assert!(no_map.stderr.contains("has no map"), "{no_map}");

@@ -423,7 +423,6 @@ fn notifications_are_taken_by_the_kernel_and_harmless_after_the_end() {
     let disk = mounted.disk();
     let notifier = mounted.notifier.clone();
     notifier.attributes_changed(DISK);
-    notifier.content_changed(DISK);
     notifier.name_changed(1, OsStr::new("disk"));
     notifier.name_changed(1, OsStr::new("never seen"));
     drop(disk);

@@ -110,11 +110,7 @@ fn gives_what_a_delta_needs(kind: &str, nowait: bool, never_blocks: bool) {
     let expected = |at: usize| if (100..5100).contains(&at) { 0 } else { 7 };
     assert!(buf.iter().enumerate().all(|(at, byte)| *byte == expected(at)));
 
-    file.allocate(0, 16 * MIB).expect("allocate");
     file.sync_all().expect("fsync");
-    let status = file.status().expect("status");
-    assert_eq!(status.len, 16 * MIB);
-    assert!(status.blocks * 512 >= 16 * MIB, "{} bytes taken", status.blocks * 512);
     file.drop_cache().expect("drop the cache");
     assert_eq!(read_full(&file, &mut buf, 3 * MIB).expect("read"), 8192);
     assert!(buf.iter().all(|byte| *byte == 7));

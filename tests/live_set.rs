@@ -97,11 +97,11 @@ fn a4_the_in_use_mark_stays_until_the_last_of_two_handles_is_closed() {
     assert_eq!(header(&path).in_use, CLOSED, "nothing is marked before the first write");
     a.image().write_at(0, &[7; 4096]).expect("writes");
     assert_eq!(header(&path).in_use, IN_USE);
-    b.release();
+    drop(b);
     until("the release is counted", || folder.images()[0].openers == 1);
     assert_eq!(header(&path).in_use, IN_USE);
     assert!(!is_free(&path));
-    a.release();
+    drop(a);
     until("the image is closed", || folder.images()[0].mode == "closed");
     until("the lock is given back", || is_free(&path));
     assert_eq!(header(&path).in_use, CLOSED);
@@ -357,7 +357,7 @@ mod with_faults {
         open.image().write_at(0, &[1; 4096]).expect("writes");
         plan.set_delay(Op::Sync, 500);
         let begun = Instant::now();
-        open.release();
+        drop(open);
         let released = begun.elapsed();
         let open = folder.open_image("vm1", true).expect("opens, and is not in use");
         assert!(begun.elapsed() >= Duration::from_millis(500), "the close syncs first");

@@ -87,11 +87,6 @@ impl Client {
         self.ask(Op::Rescan { made: file.to_str().map(str::to_owned) }).map(drop)
     }
 
-    /// Ends the daemon as SIGTERM does.
-    pub fn stop(&mut self) -> Result<()> {
-        self.ask(Op::Stop).map(drop)
-    }
-
     /// The snapshots of an image, by its name without `.img`.
     pub fn snapshots(&mut self, image: &str) -> Result<Vec<SnapshotLine>> {
         let answer = self.ask(Op::Snapshots { image: image.to_owned() })?;

@@ -478,9 +478,6 @@ impl OpenImage {
     pub fn may_change(&self) -> bool {
         self.entry.writable.load(Ordering::Acquire) || self.image().failure().is_some()
     }
-
-    /// Gives it back; the same as dropping it.
-    pub fn release(self) {}
 }
 
 impl Drop for OpenImage {

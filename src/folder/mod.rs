@@ -32,7 +32,7 @@ mod watch;
 mod work;
 
 pub use changes::Announce;
-pub use entry::{Attributes, Entry, OpenDone, OpenImage};
+pub use entry::{Attributes, Entry, OpenImage};
 pub use place::PRIVATE;
 pub use rights::Rights;
 pub use set::{FOLDER, Folder, FolderOptions};

@@ -1,7 +1,7 @@
 //! The images folder itself: one descriptor through which everything in it is reached, its lock, its space.
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -19,8 +19,6 @@ use crate::io::mounts;
 pub struct Place {
     fd: OwnedFd,
     path: PathBuf,
-    /// `.ploopfs`; None where it is not there and cannot be made.
-    private: Option<OwnedFd>,
     /// None on a folder that cannot be written.
     _lock: Option<FolderLock>,
     _served: ServedLock,
@@ -57,7 +55,7 @@ impl Place {
         if !served.held() && !lock.as_ref().is_some_and(FolderLock::held) {
             log::warn!("{}: cannot be locked; do not mount it a second time", path.display());
         }
-        Ok(Place { fd, path: path.to_owned(), private, _lock: lock, _served: served })
+        Ok(Place { fd, path: path.to_owned(), _lock: lock, _served: served })
     }
 
     /// The folder.
@@ -68,11 +66,6 @@ impl Place {
     /// As it was named.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// The folder `.ploopfs` in it, if there is one.
-    pub fn private(&self) -> Option<BorrowedFd<'_>> {
-        self.private.as_ref().map(AsFd::as_fd)
     }
 
     /// Space of the file system that holds it.
@@ -142,7 +135,6 @@ mod tests {
         let place = opened(temp.path(), "/mnt/x").expect("opens");
         let private = std::fs::metadata(temp.path().join(PRIVATE)).expect("made");
         assert_eq!(private.permissions().mode() & 0o777, 0o700);
-        assert!(place.private().is_some());
         assert!(place.space().expect("asked").total > 0);
         let second = opened(temp.path(), "/mnt/y").expect_err("locked");
         assert_eq!(second.kind(), Kind::InUse);

@@ -13,7 +13,7 @@ use inotify::Inotify;
 use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
-use super::entry::{Entry, OpenDone, OpenImage};
+use super::entry::{Entry, OpenImage};
 use super::looks::KnownSnapshots;
 use super::names::Names;
 use super::place::{self, Place};
@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::kind::{SHOWN_SUFFIX, in_text};
 use crate::image::reserve;
 use crate::io::file::HostSpace;
-use crate::vdisk::{Engine, Stats};
+use crate::vdisk::Engine;
 
 /// How a folder is served.
 #[derive(Clone, Default)]
@@ -439,11 +439,6 @@ impl Folder {
         self.shared.place.fd().as_fd()
     }
 
-    /// The folder `.ploopfs` in it (log, socket); None on a folder that cannot be written.
-    pub fn private(&self) -> Option<BorrowedFd<'_>> {
-        self.shared.place.private()
-    }
-
     /// Space of the file system that holds the images.
     pub fn space(&self) -> Result<HostSpace> {
         self.shared.place.space()
@@ -484,21 +479,6 @@ impl Folder {
     /// What is not served, and why.
     pub(super) fn left_out(&self) -> Vec<(Claim, String)> {
         read(&self.set).left_out.values().cloned().collect()
-    }
-
-    /// Live counters of every open image, sorted by name.
-    pub fn stats(&self) -> Vec<(String, &'static str, Stats)> {
-        let entries = self.entries();
-        let open = entries.iter().filter_map(|e| Some((e.stats()?, e)));
-        open.map(|(stats, e)| (in_text(e.name()), e.mode(), stats)).collect()
-    }
-
-    /// Opens an image; `done` is called from a thread of the engine.
-    pub fn open_later(&self, id: u64, write: bool, done: OpenDone) {
-        match self.get(id) {
-            Some(entry) => entry.open_later(write, done),
-            None => done(Err(Error::at(Kind::NotFound, self.path(), format!("serves no image number {id}")))),
-        }
     }
 
     /// Opens an image by name (without `.img`), and waits for it. Not for threads of the engine or a transport.

@@ -16,20 +16,16 @@ use crate::io::process::{no_thread, spawn_thread};
 
 /// The way into the kernel; each transport has one.
 pub trait Sink: Send + 'static {
-    /// Drops the cached attributes of `ino`, and its cached pages of `[offset, offset + len)` bytes; `offset` < 0:
-    /// attributes only; `len` <= 0: to the end.
-    fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()>;
+    /// Drops the cached attributes of `ino`. Its pages stay: what is written past the kernel changes no image that it has
+    /// open, and an open drops them.
+    fn inval_attributes(&self, ino: Ino) -> io::Result<()>;
     /// Drops the cached name.
     fn inval_entry(&self, parent: Ino, name: &OsStr) -> io::Result<()>;
 }
 
 #[derive(Debug)]
 enum Message {
-    Inode {
-        ino: Ino,
-        offset: i64,
-        len: i64,
-    },
+    Attributes(Ino),
     Entry {
         parent: Ino,
         name: OsString,
@@ -49,12 +45,7 @@ pub struct Notifier {
 impl Notifier {
     /// The attributes (size, blocks, times) of `ino` have changed.
     pub fn attributes_changed(&self, ino: Ino) {
-        self.send(Message::Inode { ino, offset: -1, len: 0 });
-    }
-
-    /// Attributes and all content of `ino` have changed.
-    pub fn content_changed(&self, ino: Ino) {
-        self.send(Message::Inode { ino, offset: 0, len: 0 });
+        self.send(Message::Attributes(ino));
     }
 
     /// `name` in the folder `parent` appeared, went away or means another inode.
@@ -122,7 +113,7 @@ impl Drop for Running {
 fn run(queue: &Receiver<Message>, sink: &dyn Sink) {
     while let Ok(message) = queue.recv() {
         let sent = match &message {
-            Message::Inode { ino, offset, len } => sink.inval_inode(*ino, *offset, *len),
+            Message::Attributes(ino) => sink.inval_attributes(*ino),
             Message::Entry { parent, name } => sink.inval_entry(*parent, name),
             Message::Settle(waiting) => {
                 // Who waited too long is gone.
@@ -153,8 +144,8 @@ mod tests {
     struct Recorder(Sender<String>);
 
     impl Sink for Recorder {
-        fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()> {
-            let _ = self.0.send(format!("{} inode {ino} {offset} {len}", thread_name()));
+        fn inval_attributes(&self, ino: Ino) -> io::Result<()> {
+            let _ = self.0.send(format!("{} attributes {ino}", thread_name()));
             Ok(())
         }
 
@@ -175,12 +166,12 @@ mod tests {
         notifier.attributes_changed(7);
         let running = pending.start().expect("a thread can be started");
         notifier.name_changed(1, OsStr::new("vm1.img"));
-        notifier.content_changed(8);
+        notifier.attributes_changed(8);
         assert!(notifier.settle(Duration::from_secs(60)));
         assert_eq!(log.len(), 3, "what was queued before is sent");
         drop(running);
         let all: Vec<String> = log.iter().collect();
-        let want = ["inode 7 -1 0", "entry 1 vm1.img", "inode 8 0 0"].map(|m| format!("ploopfs/notify {m}"));
+        let want = ["attributes 7", "entry 1 vm1.img", "attributes 8"].map(|m| format!("ploopfs/notify {m}"));
         assert_eq!(all, want);
         notifier.attributes_changed(9);
         assert!(notifier.settle(Duration::from_secs(60)), "after the end nothing is waited for");

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -64,12 +64,6 @@ impl Assembly {
         let path = shown.join(&name);
         self.files.push((name, *header));
         Ok(Level { file: Arc::new(file), path, layout: Layout::Ploop(*header) })
-    }
-
-    /// A short path under which other programs can put something into the folder on its way. What they put there must be
-    /// gone before [`finish`](Self::finish).
-    pub fn open_path(&self) -> PathBuf {
-        format!("/proc/{}/fd/{}", std::process::id(), self.folder.as_raw_fd()).into()
     }
 
     /// Makes it an image, once every file is durable. The last file is the live top, each of the others a snapshot:

@@ -147,11 +147,6 @@ impl Draft {
         self.place.kind
     }
 
-    /// Its file.
-    pub fn file(&self) -> &NewFile {
-        &self.file
-    }
-
     /// Its file, to be opened as an image.
     pub fn level(&self) -> Result<Level> {
         let cannot = |e: io::Error| Error::io(&e, self.path(), "cannot open the new file");

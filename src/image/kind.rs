@@ -37,16 +37,6 @@ impl ImageKind {
     }
 }
 
-impl ImageKind {
-    /// QEMU's word.
-    pub fn as_qemu(self) -> &'static str {
-        match self {
-            ImageKind::Ploop => "parallels",
-            ImageKind::Raw => "raw",
-        }
-    }
-}
-
 /// A name as text: what is UTF-8 as it is, and else its other bytes as `\xNN`, so that no two names are one. Where that
 /// could be mistaken, a backslash of the name itself is two.
 pub fn in_text(name: &OsStr) -> String {

@@ -323,11 +323,6 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Puts metadata back into the file at `path`, under its lock.
-pub fn restore(meta: &Meta, path: &Path) -> Result<()> {
-    Restore::prepare(meta, path)?.carry_out()
-}
-
 /// Writes header and BAT of the file at `path` to the new file `to`, at the same bytes and of the same length, without any
 /// data: a sparse file. Returns the bytes packed.
 pub fn pack(path: &Path, to: &Path) -> Result<u64> {
@@ -402,7 +397,7 @@ mod tests {
             .open(&path)
             .and_then(|file| file.write_all_at(&[0xA5; 20_000], 0))
             .expect("damage");
-        restore(&parse(&kept).expect("a dump")[0], &path).expect("restored");
+        Restore::prepare(&parse(&kept).expect("a dump")[0], &path).and_then(Restore::carry_out).expect("restored");
         let after = std::fs::read(&path).expect("read");
         let bat_end = HEADER_BYTES as usize + 4 * 3000;
         assert!(after[..bat_end] == before[..bat_end]);
@@ -424,7 +419,7 @@ mod tests {
             [("m_Type 2", "m_Type 3"), ("bat 0 1 6 0", "bat 3000 1 6 0"), ("bat 0 1 6 0", "bat 0 1 9999 0")]
         {
             let changed = parse(&good.replace(from, to)).expect("well-formed");
-            restore(&changed[0], &path).expect_err(to);
+            Restore::prepare(&changed[0], &path).and_then(Restore::carry_out).expect_err(to);
         }
         assert!(std::fs::read(&path).expect("read") == before);
     }

@@ -137,11 +137,6 @@ impl Store {
         &self.path
     }
 
-    /// False where the host has no locks: nothing is kept out.
-    pub fn locked(&self) -> bool {
-        self.lock.held()
-    }
-
     /// Makes `next` the descriptor.
     ///
     /// 1. the files that `next` does not name any more are noted, durably: after 2 and a crash nobody else would know

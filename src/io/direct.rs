@@ -196,10 +196,6 @@ impl HostFile for DirectFile {
         self.file.punch(offset, len)
     }
 
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.allocate(offset, len)
-    }
-
     fn sync_data(&self) -> io::Result<()> {
         self.file.sync_data()
     }

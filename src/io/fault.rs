@@ -12,7 +12,7 @@
 //!                                               power-cut test must catch)
 //!          | "trigger=" PATH                    faults are active, and operations counted for N, only while PATH
 //!                                               exists (the idea is nbdkit's)
-//! KIND    := "read" | "write" | "punch" | "allocate" | "sync" | "set_len" | "any"
+//! KIND    := "read" | "write" | "punch" | "sync" | "set_len" | "any"
 //! ERRNO   := "EIO" | "ENOSPC" | ... | a positive number
 //! ```
 //!
@@ -38,8 +38,6 @@ pub enum Op {
     Write,
     /// Punched holes.
     Punch,
-    /// Reserved space.
-    Allocate,
     /// fdatasync and fsync.
     Sync,
     /// Changes of the length.
@@ -47,11 +45,10 @@ pub enum Op {
 }
 
 /// The kinds by name, each at its own index.
-const OPS: [(&str, Op); 6] = [
+const OPS: [(&str, Op); 5] = [
     ("read", Op::Read),
     ("write", Op::Write),
     ("punch", Op::Punch),
-    ("allocate", Op::Allocate),
     ("sync", Op::Sync),
     ("set_len", Op::SetLen),
 ];
@@ -171,7 +168,7 @@ impl Plan {
             0 => {}
             ms => thread::sleep(Duration::from_millis(ms)),
         }
-        if self.full.load(SeqCst) && matches!(op, Op::Write | Op::Allocate) {
+        if self.full.load(SeqCst) && op == Op::Write {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         running.skip = self.skip_sync && op == Op::Sync;
@@ -334,11 +331,6 @@ impl HostFile for FaultFile {
         self.file.punch(offset, len)
     }
 
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        let _running = self.plan.enter(Op::Allocate)?;
-        self.file.allocate(offset, len)
-    }
-
     fn sync_data(&self) -> io::Result<()> {
         let running = self.plan.enter(Op::Sync)?;
         if running.skip { Ok(()) } else { self.file.sync_data() }
@@ -412,7 +404,6 @@ mod tests {
         file.set_len(10).expect("second");
         assert_eq!(errno(file.sync_all()), Some(libc::EIO));
         assert_eq!(errno(file.read_at(&mut [0], 0)), Some(libc::EIO));
-        assert_eq!(errno(file.allocate(0, 1)), Some(libc::EIO));
     }
 
     #[test]
@@ -438,7 +429,6 @@ mod tests {
     fn full_is_switched_on_and_off_at_run_time() {
         let (file, plan) = faulty("full");
         assert_eq!(errno(file.write_at(b"x", 0)), Some(libc::ENOSPC));
-        assert_eq!(errno(file.allocate(0, 1)), Some(libc::ENOSPC));
         file.punch(0, 1).expect("punching needs no space");
         plan.set_full(false);
         file.write_at(b"x", 0).expect("space again");

@@ -29,20 +29,12 @@ pub trait HostFile: Send + Sync + fmt::Debug {
     /// The file's length in bytes.
     fn len(&self) -> io::Result<u64>;
 
-    /// True when the file is empty.
-    fn is_empty(&self) -> io::Result<bool> {
-        Ok(self.len()? == 0)
-    }
-
     /// Makes the file exactly `len` bytes long; a longer file reads as zeroes (sparse) in the new part.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
     /// Makes `[offset, offset + len)` read as zeroes and gives whole host blocks back. The length stays.
     /// EOPNOTSUPP where the host cannot: the caller then writes zeroes.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
-
-    /// Reserves host space for the range without changing content; extends the file where needed.
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// fdatasync: content, and the metadata needed to read it back (length, extents, punched holes), is durable.
     fn sync_data(&self) -> io::Result<()>;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 
 use super::mounts::{self, Mount};
 use crate::{Error, Kind, Result};
@@ -23,6 +23,7 @@ use crate::{Error, Kind, Result};
 const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
 const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
 const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
+#[cfg(test)]
 const LOOP_SET_DIRECT_IO: libc::Ioctl = 0x4C08;
 const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
@@ -136,11 +137,12 @@ impl LoopDevice {
     }
 }
 
+#[cfg(any(test, feature = "internals"))]
 /// Puts a loop device over the file at `path`, with direct I/O where the file can do it.
 pub fn attach(path: &Path, read_only: bool) -> Result<LoopDevice> {
     attach_opened(path, read_only, &|flags| {
         let flags = flags | OFlags::CLOEXEC;
-        Ok(File::from(rustix::fs::open(path, flags, Mode::empty())?))
+        Ok(File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?))
     })
 }
 
@@ -226,6 +228,7 @@ fn drop_partitions(dev: &File, number: u32) -> io::Result<()> {
     Ok(())
 }
 
+#[cfg(test)]
 /// Turns direct I/O on or off.
 pub fn set_direct_io(dev: &Path, on: bool) -> Result<()> {
     let set = || -> io::Result<()> {

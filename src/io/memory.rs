@@ -120,11 +120,6 @@ impl HostFile for MemoryFile {
         inner.punch(offset, end);
         Ok(())
     }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut inner = self.lock();
-        inner.len = inner.len.max(offset + len);
-        Ok(())
-    }
     fn sync_data(&self) -> io::Result<()> {
         Ok(())
     }

@@ -15,6 +15,7 @@ pub mod freeze;
 pub mod holder;
 pub mod lock;
 pub mod loopdev;
+#[cfg(any(test, feature = "internals"))]
 pub mod memory;
 pub mod mounts;
 pub mod new_file;

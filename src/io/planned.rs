@@ -49,11 +49,6 @@ impl Planned {
         self.len
     }
 
-    /// True where there is nothing to read.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// True when `result`, that of a system call, says that all bytes were read.
     pub fn is_filled_by(&self, result: i32) -> bool {
         usize::try_from(result).is_ok_and(|n| n == self.len)

@@ -71,10 +71,6 @@ impl HostFile for Poison {
         self.check()?;
         self.file.punch(offset, len)
     }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.check()?;
-        self.file.allocate(offset, len)
-    }
     fn sync_data(&self) -> io::Result<()> {
         self.sync(|file| file.sync_data())
     }
@@ -140,7 +136,6 @@ mod tests {
         assert_eq!(errno(file.write_at(b"x", 0)), Some(libc::EIO));
         assert_eq!(errno(file.punch(0, 4)), Some(libc::EIO));
         assert_eq!(errno(file.set_len(1)), Some(libc::EIO));
-        assert_eq!(errno(file.allocate(0, 1 << 20)), Some(libc::EIO));
         let mut buf = [0; 7];
         assert_eq!(file.read_at(&mut buf, 0).expect("reads go on"), 7);
         assert_eq!(&buf, b"content");

@@ -112,11 +112,6 @@ pub fn may_lock_all() -> bool {
     rustix::process::getrlimit(Resource::Memlock).current.is_none()
 }
 
-/// How many files may be open at once; None is without limit.
-pub fn open_files_limit() -> Option<u64> {
-    rustix::process::getrlimit(Resource::Nofile).current
-}
-
 /// Starts a thread, which may run on any CPU, whoever starts it. The name is at most [`MAX_THREAD_NAME`] bytes; what is longer is cut by the kernel.
 pub fn spawn_thread<T: Send + 'static>(
     name: &str,
@@ -327,7 +322,7 @@ mod tests {
         assert_eq!(rustix::process::is_io_flusher().is_ok_and(|is| is), powerful);
         let score = fs::read_to_string("/proc/self/oom_score_adj").expect("score");
         assert_eq!(score.trim() == "-1000", powerful);
-        assert!(open_files_limit().is_none_or(|limit| limit >= 1000));
+        assert!(rustix::process::getrlimit(Resource::Nofile).current.is_none_or(|limit| limit >= 1000));
         // Untouched memory is not made present by the lock.
         let before = status_field("VmRSS");
         let kib = |text: &str| text.split(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("kB");

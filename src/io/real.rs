@@ -206,13 +206,6 @@ impl HostFile for RealFile {
         }
     }
 
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        if len == 0 {
-            return Ok(());
-        }
-        Ok(retry_on_intr(|| rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len))?)
-    }
-
     fn sync_data(&self) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
     }
@@ -333,20 +326,6 @@ mod tests {
             assert_eq!(file.seek_hole(5 << 20).expect("hole"), 4 << 20);
             write_full(&file, &[1u8; 4096], (4 << 20) - 4096).expect("write");
             assert_eq!(file.seek_hole((4 << 20) - 4096).expect("hole"), 4 << 20);
-        }
-    }
-
-    #[test]
-    fn allocate_takes_host_space_and_extends_the_file_without_changing_content() {
-        for (_dir, file) in on_disk_and_in_memory() {
-            write_full(&file, b"kept", 0).expect("write");
-            file.allocate(0, 1 << 20).expect("allocate");
-            let status = file.status().expect("status");
-            assert_eq!(status.len, 1 << 20);
-            assert!(status.blocks >= 2048, "{} blocks", status.blocks);
-            let mut buf = [0u8; 5];
-            read_full(&file, &mut buf, 0).expect("read");
-            assert_eq!(&buf, b"kept\0");
         }
     }
 

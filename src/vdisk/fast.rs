@@ -189,11 +189,6 @@ impl Image {
         // 5. The lock goes with `_alone`.
         Some(Ok(()))
     }
-
-    /// True where inline writes may wait for a device, so that a transport keeps one thread free of them.
-    pub fn writes_may_block(&self) -> bool {
-        !self.stack().never_blocks
-    }
 }
 
 /// One system call, without waiting. A short answer is never returned as it is: the runner reads again.

@@ -99,7 +99,7 @@ use crate::sync::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
 };
 use blocking::wait_for;
-pub use engine::{Engine, Event, Listener, OnFull, Options};
+pub use engine::{Engine, Event, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
 pub use runner::Job;

@@ -167,8 +167,8 @@ impl Serving {
 struct Kernel(fuser::Notifier);
 
 impl notify::Sink for Kernel {
-    fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()> {
-        self.0.inval_inode(INodeNo(ino), offset, len)
+    fn inval_attributes(&self, ino: Ino) -> io::Result<()> {
+        self.0.inval_inode(INodeNo(ino), -1, 0)
     }
 
     fn inval_entry(&self, parent: Ino, name: &OsStr) -> io::Result<()> {

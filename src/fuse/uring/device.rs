@@ -265,8 +265,9 @@ impl Exchange for Message {
 pub(super) struct Kernel(pub(super) Arc<Device>);
 
 impl notify::Sink for Kernel {
-    fn inval_inode(&self, ino: Ino, offset: i64, len: i64) -> io::Result<()> {
-        self.0.write(0, INVAL_INODE, &[InvalInode { ino, offset, len }.as_bytes()])
+    fn inval_attributes(&self, ino: Ino) -> io::Result<()> {
+        // A negative offset leaves the content in the cache.
+        self.0.write(0, INVAL_INODE, &[InvalInode { ino, offset: -1, len: 0 }.as_bytes()])
     }
 
     fn inval_entry(&self, parent: Ino, name: &OsStr) -> io::Result<()> {

@@ -142,9 +142,6 @@ impl HostFile for Host {
         self.pause();
         self.file.punch(offset, len)
     }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.allocate(offset, len)
-    }
     fn sync_data(&self) -> io::Result<()> {
         self.pause();
         let mut synced = self.synced();

@@ -87,9 +87,6 @@ impl<W: Watch> HostFile for Watched<W> {
     fn punch(&self, at: u64, len: u64) -> io::Result<()> {
         self.call(HostCall::Punch { at, len }).map(drop)
     }
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.allocate(offset, len)
-    }
     fn sync_data(&self) -> io::Result<()> {
         self.call(HostCall::SyncData).map(drop)
     }
