@@ -1,7 +1,7 @@
 //! One served folder as processes (docs/design.md#processes).
 //!
 //! The command line starts the [`keeper`], the keeper starts the daemon ([`start`]). The keeper stays small and
-//! stays outside of the [`sandbox`]: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and
+//! stays outside of the `sandbox`: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and
 //! `/sys`, and cleans up when the daemon dies. [`wire`] is what the two say to each other.
 
 pub mod events;

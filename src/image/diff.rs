@@ -75,7 +75,7 @@ impl Diff {
 }
 
 /// Compares two snapshots, by label or GUID; `to` None, or the live top's GUID, is the live disk, whose map must be in its
-/// file. From byte `start` on, at most [`MAX_RANGES`]. No operation runs meanwhile, so that no level changes its place.
+/// file. From byte `start` on, at most `MAX_RANGES`. No operation runs meanwhile, so that no level changes its place.
 pub fn diff(layers: &Layers, from: &str, to: Option<&str>, start: u64) -> Result<Diff> {
     let _alone = layers.begin_operation()?;
     let (from, from_name) = find(layers, Some(from))?;

@@ -2,7 +2,7 @@
 //!
 //! A write that does not end on the transport's thread is copied, and waits: for a runner, a sync, space, or a host that
 //! stands still. The kernel sends thousands of them, each of up to 1 MiB, to a daemon whose memory is locked and which is
-//! the last to be killed for want of it. So the next one is taken only while what waits is below [`LIMIT`], over all images
+//! the last to be killed for want of it. So the next one is taken only while what waits is below `LIMIT`, over all images
 //! of the process; more stays with the kernel, that is with who writes.
 //!
 //! Large ones lie in mappings of their own: what the allocator has had it keeps, after a gigabyte of writes a gigabyte.

@@ -1,6 +1,6 @@
 //! Formats of other programs, by the `qemu-img` program: what is tested most and repaired first for qcow2, VMDK, VHDX, VHD
 //! and VDI, in its own process, where what it makes of a hostile file harms nothing here. The disk itself is read and
-//! written by way of [`super::qemu_nbd`].
+//! written by way of `qemu_nbd`.
 
 use std::io::{self, BufReader, Read};
 use std::os::unix::process::CommandExt;

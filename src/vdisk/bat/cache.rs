@@ -113,7 +113,7 @@ pub enum Lookup {
 pub enum Loading<T> {
     /// The page is loaded now.
     Loaded(T),
-    /// The caller loads it: [`BatCache::load`].
+    /// The caller loads it: `BatCache::load`.
     Mine(T),
     /// Somebody else does; the token waits.
     Queued,
