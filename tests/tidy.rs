@@ -284,6 +284,41 @@ fn the_rules_in_the_code_read_as_those_of_the_page() {
 }
 
 #[test]
+fn every_lock_says_its_place_in_the_order() {
+    let mut silent = Vec::new();
+    let mut count = 0;
+    let is_of_tests =
+        |name: &str| name.ends_with("tests.rs") || name.contains("/models/") || name.ends_with("model.rs");
+    let is_source = |name: &str| name.starts_with("src/") && name.ends_with(".rs") && !is_of_tests(name);
+    for (name, text) in files().iter().filter(|(name, _)| is_source(name)) {
+        let mut comment = String::new();
+        for line in text.lines().take_while(|line| *line != "#[cfg(test)]" || !text.contains("mod tests {")) {
+            let line = line.trim();
+            let declares = ["Mutex<", "RwLock<"].iter().any(|lock| line.contains(lock))
+                && !["use ", "impl", "fn ", "let ", "MutexGuard<", "=>", "//"]
+                    .iter()
+                    .any(|other| line.contains(other));
+            if declares {
+                count += 1;
+                let says = |word| comment.contains(word);
+                if !["leaf", "efore ", "ehind ", "docs/design.md#lock-order"].into_iter().any(says) {
+                    silent.push(format!(
+                        "{name}: {line}: its comment says no place in docs/design.md#lock-order"
+                    ));
+                }
+            }
+            match line.strip_prefix("//") {
+                Some(text) => comment.push_str(text),
+                None if line.starts_with("#[") => {}
+                None => comment.clear(),
+            }
+        }
+    }
+    assert!(silent.is_empty(), "{}", silent.join("\n"));
+    assert!(count > 50, "only {count} locks were found: the test sees too little");
+}
+
+#[test]
 fn headings_become_anchors_as_github_makes_them() {
     assert_eq!(slug(" A full host"), "a-full-host");
     assert_eq!(slug(" What a fallocate's errno does"), "what-a-fallocates-errno-does");

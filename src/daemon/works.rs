@@ -18,7 +18,7 @@ use crate::vdisk::live::{Done, Work};
 /// How often a client hears how far the work is: five times a second looks smooth to a person.
 const TELL: Duration = Duration::from_millis(200);
 
-/// What is under way, by image.
+/// What is under way, by image. A leaf.
 type Table = Arc<Mutex<HashMap<String, Arc<Progress>>>>;
 
 /// Does a piece of work with the image of this name; blocks.

@@ -33,7 +33,7 @@ pub struct Deltas {
 }
 
 /// The place of one file. Protects that it is opened once for all its users. Held across that open, its locks, and the end of
-/// a use of ours that has begun (which takes no lock).
+/// a use of ours that has begun (which takes no lock). Behind the table, which is let go of by then.
 type FilePlace = Mutex<Leased<Held>>;
 
 /// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks

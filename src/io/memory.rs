@@ -11,6 +11,7 @@ const BLOCK: u64 = 4096;
 /// A sparse file in memory.
 #[derive(Debug, Default)]
 pub struct MemoryFile {
+    /// Protects blocks and length. A leaf.
     inner: Mutex<Inner>,
 }
 

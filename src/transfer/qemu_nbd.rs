@@ -43,7 +43,7 @@ pub struct QemuNbd {
     child: Child,
     /// What the program says before it ends.
     said: Option<JoinHandle<Vec<u8>>>,
-    /// As many as threads that copy. Each is held by one thread as long as it asks and hears; leaves.
+    /// As many as threads that copy. Each is held by one thread as long as it asks and hears; each a leaf.
     connections: Vec<Mutex<Connection>>,
     /// Whose turn it is where all are in use.
     turn: AtomicUsize,

@@ -21,7 +21,7 @@ use crate::io::process::spawn_detached;
 /// "Read and write instead": the kernel copies by itself.
 const COPY_YOURSELF: Errno = Errno(libc::EOPNOTSUPP);
 
-/// Who makes which image.
+/// Who makes which image. A leaf.
 pub(super) type Makers = Mutex<HashMap<u64, Weak<Unborn>>>;
 
 /// Which disk: an image's number, and the snapshot where it is one.

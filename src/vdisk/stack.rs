@@ -46,6 +46,7 @@ pub struct Stack {
 #[derive(Default)]
 pub struct TopState {
     /// The header as it should be on disk; None for raw. Held across every write of bytes 0 to 4095 (R5).
+    /// Before the pages of the BAT.
     pub header: Mutex<Option<Header>>,
     /// What the scan found, until the mark turns it into the allocator. A leaf.
     pub scan: Mutex<Option<Scan>>,

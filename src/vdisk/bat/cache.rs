@@ -25,6 +25,7 @@ pub struct Budget {
     /// Dirty pages of images whose host has no room for them: they wait for that host, and no other image waits for them.
     apart: AtomicU64,
     /// Loaded pages in the order of the second-chance hand. Touched by loads and evictions only, never by a hit.
+    /// A leaf.
     ring: Mutex<VecDeque<(Weak<BatCache>, u32)>>,
 }
 
@@ -95,6 +96,7 @@ enum State {
 #[derive(Default)]
 struct Slot {
     /// Protects the page: entries, levels and write-back state together. Held for a look-up only, never across I/O.
+    /// Before the list of dirty pages.
     state: Mutex<State>,
     /// Hit since the eviction hand last passed.
     hot: AtomicBool,
