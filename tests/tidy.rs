@@ -319,6 +319,22 @@ fn every_lock_says_its_place_in_the_order() {
 }
 
 #[test]
+fn nothing_but_text_is_kept_outside_of_the_fuzz_corpus() {
+    let mut left: Vec<PathBuf> = HOUSE.iter().map(|part| root().join(part)).collect();
+    let mut blobs = Vec::new();
+    while let Some(path) = left.pop() {
+        if path.is_dir() {
+            let entries = fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            let entries = entries.map(|entry| entry.expect("an entry").path());
+            left.extend(entries.filter(|path| !path.ends_with("__pycache__")));
+        } else if fs::read(&path).is_ok_and(|bytes| String::from_utf8(bytes).is_err()) {
+            blobs.push(path.display().to_string());
+        }
+    }
+    assert!(blobs.is_empty(), "no text, so no change of it can be read: {}", blobs.join(", "));
+}
+
+#[test]
 fn headings_become_anchors_as_github_makes_them() {
     assert_eq!(slug(" A full host"), "a-full-host");
     assert_eq!(slug(" What a fallocate's errno does"), "what-a-fallocates-errno-does");
