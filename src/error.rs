@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 /// What went wrong, as far as a caller can act on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Kind {
     /// No such image, snapshot, file or mount.
     NotFound,
@@ -94,6 +95,10 @@ struct Inner {
     /// The host's own errno where there was one, so that the kernel is told exactly it.
     errno: Option<i32>,
     file: Option<PathBuf>,
+    /// Of a failed host operation: which one, in words.
+    operation: Option<String>,
+    /// Where in the file, in bytes.
+    offset: Option<u64>,
     context: String,
     /// What it comes from, for callers that can do something about it.
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -105,42 +110,42 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error without a file; `context` says what happened and what to do next.
     pub fn new(kind: Kind, context: impl Into<String>) -> Error {
-        Error(Arc::new(Inner { kind, errno: None, file: None, context: context.into(), source: None }))
+        Inner::new(kind, context.into()).into()
     }
 
     /// An error about `file`.
     pub fn at(kind: Kind, file: impl AsRef<Path>, context: impl Into<String>) -> Error {
-        let file = Some(file.as_ref().to_owned());
-        Error(Arc::new(Inner { kind, errno: None, file, context: context.into(), source: None }))
+        Inner { file: Some(file.as_ref().to_owned()), ..Inner::new(kind, context.into()) }.into()
     }
 
     /// A failed host operation; `doing` names it ("cannot write the BAT").
     pub fn io(source: &io::Error, file: impl AsRef<Path>, doing: impl fmt::Display) -> Error {
+        Error::of_host(source, file.as_ref(), doing.to_string(), None)
+    }
+
+    /// The same, at byte `offset` of the file.
+    pub fn io_at(source: &io::Error, file: impl AsRef<Path>, doing: impl fmt::Display, offset: u64) -> Error {
+        Error::of_host(source, file.as_ref(), doing.to_string(), Some(offset))
+    }
+
+    fn of_host(source: &io::Error, file: &Path, operation: String, offset: Option<u64>) -> Error {
         let errno = source.raw_os_error();
+        let place = offset.map(|offset| format!(" at byte {offset}")).unwrap_or_default();
+        let context = format!("{operation}{place}: {}", words(source));
+        let (file, operation) = (Some(file.to_owned()), Some(operation));
         let kind = errno.map_or(Kind::Io, Kind::of_errno);
-        let file = Some(file.as_ref().to_owned());
-        let context = format!("{doing}: {}", words(source));
-        Error(Arc::new(Inner { kind, errno, file, context, source: None }))
+        Inner { errno, file, operation, offset, ..Inner::new(kind, context) }.into()
     }
 
     /// The same error, which comes from `source`.
     #[must_use]
     pub fn because(&self, source: impl std::error::Error + Send + Sync + 'static) -> Error {
-        let Inner { kind, errno, file, context, .. } = &*self.0;
-        let (file, context) = (file.clone(), context.clone());
-        Error(Arc::new(Inner { kind: *kind, errno: *errno, file, context, source: Some(Arc::new(source)) }))
+        Inner { source: Some(Arc::new(source)), ..self.0.again() }.into()
     }
 
     /// The same error, seen as another kind.
     pub fn with_kind(&self, kind: Kind) -> Error {
-        let Inner { file, context, .. } = &*self.0;
-        Error(Arc::new(Inner {
-            kind,
-            errno: None,
-            file: file.clone(),
-            context: context.clone(),
-            source: None,
-        }))
+        Inner { kind, errno: None, source: None, ..self.0.again() }.into()
     }
 
     /// What a caller may act on.
@@ -162,6 +167,38 @@ impl Error {
     /// The file it happened to.
     pub fn file(&self) -> Option<&Path> {
         self.0.file.as_deref()
+    }
+
+    /// The host's operation that failed, in words ("cannot write the BAT"); None where none did.
+    pub fn operation(&self) -> Option<&str> {
+        self.0.operation.as_deref()
+    }
+
+    /// Where in the file it happened, in bytes, where that is known.
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+}
+
+impl Inner {
+    fn new(kind: Kind, context: String) -> Inner {
+        Inner { kind, errno: None, file: None, operation: None, offset: None, context, source: None }
+    }
+
+    fn again(&self) -> Inner {
+        Inner {
+            file: self.file.clone(),
+            operation: self.operation.clone(),
+            context: self.context.clone(),
+            source: self.source.clone(),
+            ..*self
+        }
+    }
+}
+
+impl From<Inner> for Error {
+    fn from(inner: Inner) -> Error {
+        Error(Arc::new(inner))
     }
 }
 
@@ -226,6 +263,16 @@ impl std::error::Error for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_host_operation_is_also_data() {
+        let failed = io::Error::from_raw_os_error(libc::ENOSPC);
+        let e = Error::io_at(&failed, "/images/vm1.hds", "cannot write", 4096);
+        assert_eq!(e.to_string(), "/images/vm1.hds: cannot write at byte 4096: No space left on device");
+        assert_eq!((e.operation(), e.offset(), e.errno()), (Some("cannot write"), Some(4096), libc::ENOSPC));
+        let other = e.with_kind(Kind::Damaged);
+        assert_eq!((other.operation(), other.offset(), other.kind()), (e.operation(), e.offset(), Kind::Damaged));
+    }
 
     #[test]
     fn control_characters_in_a_name_are_made_visible() {

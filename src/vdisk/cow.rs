@@ -122,7 +122,7 @@ impl Image {
     ) -> Result<()> {
         let level = stack.level(index);
         let got = read_full(&*level.file, buf, position)
-            .map_err(|e| Error::io(&e, &level.path, format!("cannot read at byte {position}")))?;
+            .map_err(|e| Error::io_at(&e, &level.path, "cannot read", position))?;
         if got == buf.len() {
             return Ok(());
         }

@@ -405,6 +405,6 @@ impl Image {
             other => other,
         };
         self.touched(1);
-        done.map_err(|e| Error::io(&e, &top.path, format!("cannot punch {len} bytes at byte {position}")))
+        done.map_err(|e| Error::io_at(&e, &top.path, format!("cannot punch {len} bytes"), position))
     }
 }

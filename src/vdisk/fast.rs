@@ -124,7 +124,7 @@ impl Image {
                     // Full: the queued path does it again, and parks it.
                     Err(e) if is_full(&e) => false,
                     Err(e) => {
-                        failure = Some(Error::io(&e, &top.path, format!("cannot write at byte {position}")));
+                        failure = Some(Error::io_at(&e, &top.path, "cannot write", position));
                         false
                     }
                 }
@@ -178,7 +178,7 @@ impl Image {
         if let Err(e) = written {
             bat.unpin(cluster);
             alloc.give_back(file_cluster);
-            let failed = || Error::io(&e, &top.path, format!("cannot write at byte {position}"));
+            let failed = || Error::io_at(&e, &top.path, "cannot write", position);
             // Full: the queued path does it again, and parks it.
             return (!is_full(&e)).then(|| Err(failed()));
         }

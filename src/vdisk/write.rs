@@ -105,7 +105,7 @@ fn failed(pio: Pio, stack: &Stack, e: &std::io::Error, at: u64) {
     if is_full(e) {
         return image.park(pio);
     }
-    pio.finish(Err(Error::io(e, &stack.top().path, format!("cannot write at byte {at}"))));
+    pio.finish(Err(Error::io_at(e, &stack.top().path, "cannot write", at)));
 }
 
 /// Want of space, in whatever words the host says it.

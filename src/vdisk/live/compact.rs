@@ -344,7 +344,7 @@ impl Image {
         while at < bat_end {
             let mut bytes = vec![0; (bat_end - at).min(BAT_PIECE) as usize];
             read_full(&*top.file, &mut bytes, at)
-                .map_err(|e| Error::io(&e, &top.path, format!("cannot read the BAT at byte {at}")))?;
+                .map_err(|e| Error::io_at(&e, &top.path, "cannot read the BAT", at))?;
             for (i, entry) in bytes.chunks_exact(4).enumerate() {
                 let entry = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
                 let position = if entry == 0 { None } else { stack.geometry.position(entry) };

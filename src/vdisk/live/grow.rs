@@ -132,7 +132,7 @@ impl Image {
         while at < end {
             let mut bytes = vec![0; (end - at).min(PIECE) as usize];
             read_full(&*top.file, &mut bytes, at)
-                .map_err(|e| Error::io(&e, &top.path, format!("cannot read the BAT at byte {at}")))?;
+                .map_err(|e| Error::io_at(&e, &top.path, "cannot read the BAT", at))?;
             for (i, entry) in bytes.chunks_exact(4).enumerate() {
                 let entry = u32::from_le_bytes([entry[0], entry[1], entry[2], entry[3]]);
                 let in_the_way = entry != 0 && stack.geometry.position(entry).is_some_and(|p| p < first);

@@ -211,7 +211,7 @@ fn take_away_hidden(
         let bytes: Vec<u8> = own[first..=last].iter().flat_map(|entry| entry.to_le_bytes()).collect();
         let at = piece.start + 4 * first as u64;
         write_full(&*lower.file, &bytes, at)
-            .map_err(|e| Error::io(&e, &lower.path, format!("cannot write the BAT at byte {at}")))?;
+            .map_err(|e| Error::io_at(&e, &lower.path, "cannot write the BAT", at))?;
     }
     Ok(())
 }
@@ -245,6 +245,6 @@ fn read_bat(level: &Level, of: &Geometry, range: &Range<u64>) -> Result<Vec<u32>
     let mut bytes = vec![0; (range.end - range.start) as usize];
     let inside = of.bat_end().saturating_sub(range.start).min(bytes.len() as u64) as usize;
     read_full(&*level.file, &mut bytes[..inside], range.start)
-        .map_err(|e| Error::io(&e, &level.path, format!("cannot read the BAT at byte {}", range.start)))?;
+        .map_err(|e| Error::io_at(&e, &level.path, "cannot read the BAT", range.start))?;
     Ok(bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
 }
