@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use common::namespace::for_a_user;
 use common::{Loop, Mount, Run, marked_in_use, signal, text, until};
 use rustix::process::Signal;
 
@@ -558,28 +559,18 @@ fn a_user_without_root_can_mount_through_fusermount3_and_is_told_what_is_missing
     }
     let folder = common::temp_dir();
     let here = text(folder.path());
-    // The binary under test may lie where nobody cannot reach it, and /dev/fuse may be closed to ordinary users:
-    // in a mount namespace of our own it is opened to all.
-    let done = Run::new("unshare")
-        .args(["--mount", "bash", "-euxc"])
-        .arg(format!(
-            "cp {program} {here}/ploopfs; chmod 755 {here} {here}/ploopfs; mkdir -m 777 {here}/own
-             mknod {here}/fuse c 10 229; chmod 666 {here}/fuse; mount --bind {here}/fuse /dev/fuse
-             as_nobody() {{ runuser -u nobody -- \"$@\"; }}
-             as_nobody {here}/ploopfs mount --create vm1=64M {here}/own/i {here}/own/m
-             as_nobody dd if=/dev/zero of={here}/own/m/vm1.img bs=64k count=1 conv=notrunc,fsync status=none
-             as_nobody stat -c size=%s {here}/own/m/vm1.img
-             as_nobody {here}/ploopfs umount {here}/own/m",
-            program = env!("CARGO_BIN_EXE_ploopfs"),
-        ))
-        .limit(60)
-        .run();
-    // Whatever happened: nobody's daemon ends with its files.
-    let left = Run::new("pgrep").args(["-f", &format!("ploopfs daemon {here}")]).run();
-    for pid in left.stdout.lines().filter_map(|pid| pid.parse().ok()) {
-        signal(pid, Signal::KILL);
-    }
-    assert!(done.success() && left.stdout.is_empty(), "{done}");
+    // The binary under test may lie where that user cannot reach it, and /dev/fuse may be closed to it.
+    let (done, left) = for_a_user(
+        folder.path(),
+        env!("CARGO_BIN_EXE_ploopfs").as_ref(),
+        &format!(
+            "as_user {here}/ploopfs mount --create vm1=64M {here}/own/i {here}/own/m
+             as_user dd if=/dev/zero of=own/m/vm1.img bs=64k count=1 conv=notrunc,fsync status=none
+             as_user stat -c size=%s own/m/vm1.img
+             as_user {here}/ploopfs umount {here}/own/m"
+        ),
+    );
+    assert!(done.success() && !left, "{done}");
     assert!(done.stderr.contains("not running as root"), "{done}");
     assert!(done.stdout.contains(&format!("size={}", 64 << 20)), "{done}");
 }
@@ -595,25 +586,17 @@ fn allow_other_of_an_ordinary_user_is_not_swallowed() {
     }
     let folder = common::temp_dir();
     let here = text(folder.path());
-    let done = Run::new("unshare")
-        .args(["--mount", "bash", "-euxc"])
-        .arg(format!(
-            "cp {program} {here}/ploopfs; chmod 755 {here} {here}/ploopfs; mkdir -m 777 {here}/own
-             mknod {here}/fuse c 10 229; chmod 666 {here}/fuse; mount --bind {here}/fuse /dev/fuse
-             echo user_allow_other > {here}/conf; mount --bind {here}/conf /etc/fuse.conf
-             as_nobody() {{ runuser -u nobody -- \"$@\"; }}
-             as_nobody {here}/ploopfs mount -o allow_other --create vm1=64M {here}/own/i {here}/own/m
+    let (done, _) = for_a_user(
+        folder.path(),
+        env!("CARGO_BIN_EXE_ploopfs").as_ref(),
+        &format!(
+            "echo user_allow_other > conf; mount --bind conf /etc/fuse.conf
+             as_user {here}/ploopfs mount -o allow_other --create vm1=64M {here}/own/i {here}/own/m
              grep -c \" {here}/own/m .*allow_other\" /proc/self/mountinfo
-             ls {here}/own/m
-             as_nobody {here}/ploopfs umount {here}/own/m",
-            program = env!("CARGO_BIN_EXE_ploopfs"),
-        ))
-        .limit(60)
-        .run();
-    let left = Run::new("pgrep").args(["-f", &format!("ploopfs daemon {here}")]).run();
-    for pid in left.stdout.lines().filter_map(|pid| pid.parse().ok()) {
-        signal(pid, Signal::KILL);
-    }
+             ls own/m
+             as_user {here}/ploopfs umount {here}/own/m"
+        ),
+    );
     assert!(done.success() && done.stdout == "1\nvm1.img\n", "{done}");
 }
 

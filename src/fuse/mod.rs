@@ -11,6 +11,7 @@ pub mod notify;
 pub mod ops;
 pub mod session;
 pub mod uring;
+mod wanted;
 
 /// How long the kernel may keep names and attributes without asking. Short, because blocks and times move with every
 /// write and are not announced. A name that went and a disk whose size changed are, once the daemon knows

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
@@ -19,6 +19,7 @@ use crate::image::level::{Layout, Level};
 use crate::image::make_folder::{new_folder, remove_folder};
 use crate::image::store::{create_delta, make, new_delta_name, own, sync_folder, write_beside};
 use crate::io::file::{HostFile, read_full};
+use crate::io::foreign::mount_id;
 use crate::io::real::RealFile;
 use crate::io::rename::rename_new_folder;
 use crate::progress::Progress;
@@ -56,19 +57,13 @@ impl Place {
     }
 }
 
-/// The number of the mount through which it was opened; None: the kernel does not tell.
-fn mount_of(fd: impl AsFd) -> Option<u64> {
-    let stat = rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
-    (stat.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(stat.stx_mnt_id)
-}
-
 /// False where a file in the folder `around` can neither share extents with `source` nor be a link to it. On one file
 /// system a link is taken for possible; on another, a file without a name shows whether extents are shared.
 pub fn shares(source: &dyn HostFile, around: &File) -> io::Result<bool> {
     let there = rustix::fs::fstat(around)?;
     // overlayfs gives its files the device of the layer they lie in: there the mount is the same.
-    let mount = source.descriptor().and_then(mount_of);
-    if source.status()?.dev == there.st_dev || mount.is_some() && mount == mount_of(around) {
+    let mount = source.descriptor().and_then(|fd| mount_id(&fd).ok());
+    if source.status()?.dev == there.st_dev || mount.is_some() && mount == mount_id(around).ok() {
         return Ok(true);
     }
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;

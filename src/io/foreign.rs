@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 /// What every open here has: a pipe does not wait for its other end, a terminal does not become ours.
@@ -38,8 +38,18 @@ pub fn folder_in(dir: &impl AsFd, name: impl AsRef<Path>) -> io::Result<OwnedFd>
     Ok(rustix::fs::openat(dir, name.as_ref(), flags, Mode::empty())?)
 }
 
-/// The kernel's number of the mount that `fd` lies on. It asks no file system, so a dead mount does not hold it up.
+/// The kernel's number of the mount that `fd` lies on. Its file system is asked for nothing, so a dead mount does not hold
+/// it up; nor is /proc, which a confined process may not read, where the kernel tells it (Linux 5.8).
 pub fn mount_id(fd: &impl AsFd) -> io::Result<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    match rustix::fs::statx(fd, "", flags, StatxFlags::MNT_ID) {
+        Ok(stat) if stat.stx_mask & StatxFlags::MNT_ID.bits() != 0 => Ok(stat.stx_mnt_id),
+        _ => listed_mount_id(fd),
+    }
+}
+
+/// The same, for kernels that tell it in /proc only.
+fn listed_mount_id(fd: &impl AsFd) -> io::Result<u64> {
     let info = std::fs::read(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))?;
     mount_id_in(&info).ok_or_else(|| io::Error::other("the kernel names no mount in /proc/self/fdinfo"))
 }
@@ -167,6 +177,14 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
 
     const APPEND: OFlags = OFlags::WRONLY.union(OFlags::APPEND);
+
+    #[test]
+    fn a_mount_has_one_number_whichever_way_it_is_asked_for() {
+        for path in ["/", "/proc", "/dev"] {
+            let dir = folder(Path::new(path)).expect("opens");
+            assert_eq!(mount_id(&dir).expect("a number"), listed_mount_id(&dir).expect("a number"), "{path}");
+        }
+    }
 
     #[test]
     fn what_is_no_file_of_ours_loses_its_name_and_is_not_written() {

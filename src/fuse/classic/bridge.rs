@@ -24,19 +24,10 @@ use super::replies::{
 use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
 use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
+use crate::fuse::wanted::{WANTED, Wanted};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
 use crate::io::buffers;
-
-/// What is asked of the kernel beyond fuser's own (docs/kernel.md#init), and what is lost where it refuses. Not
-/// READDIRPLUS: one answer would need the attributes of all images, and wait for the slowest host.
-const WANTED: [(InitFlags, &str); 4] = [
-    (InitFlags::FUSE_ASYNC_DIO, "loop and libaio requests run one at a time"),
-    (InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP, "images cannot be mapped shared"),
-    (InitFlags::FUSE_PARALLEL_DIROPS, "look-ups in one folder run one at a time"),
-    // Images show neither set-user-id bits nor capabilities: there is nothing to take away.
-    (InitFlags::FUSE_HANDLE_KILLPRIV_V2, "each write that is passed through asks for capabilities first"),
-];
 
 /// One session's; what they all share is behind an `Arc`.
 #[derive(Clone)]
@@ -97,9 +88,9 @@ impl Bridge {
 
 impl fuser::Filesystem for Bridge {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        for (flag, loss) in WANTED {
-            if config.add_capabilities(flag).is_err() && !self.quiet {
-                log::warn!("the kernel (FUSE {}) has no {flag:?}: {loss}", config.kernel_abi());
+        for Wanted { bit, name, loss } in WANTED {
+            if config.add_capabilities(InitFlags::from_bits_retain(bit)).is_err() && !self.quiet {
+                log::warn!("the kernel (FUSE {}) has no {name}: {loss}", config.kernel_abi());
             }
         }
         for (what, refused) in [

@@ -13,6 +13,7 @@ use super::answer::{self, OutHeader};
 use super::serve::{Exchange, Server, Thread};
 use super::wire::{self, Parts};
 use crate::fuse::ops::{Answer, Errno, Ino};
+use crate::fuse::wanted::{WANTED, Wanted};
 use crate::fuse::{MAX_WRITE, congestion, handshake, notify};
 use crate::io::backing::{self, STACK_DEPTH};
 
@@ -29,16 +30,6 @@ const INIT_EXT: u64 = 1 << 30;
 const OVER_IO_URING: u64 = 1 << 41;
 /// FUSE_PASSTHROUGH: answers to OPEN may name a host file.
 const PASSTHROUGH: u64 = 1 << 37;
-
-/// What is asked of the kernel beyond these (docs/kernel.md#init), and what is lost where it refuses. Not READDIRPLUS:
-/// one answer would need the attributes of all images, and wait for the slowest host.
-const WANTED: [(u64, &str, &str); 4] = [
-    (1 << 15, "FUSE_ASYNC_DIO", "loop and libaio requests run one at a time"),
-    (1 << 36, "FUSE_DIRECT_IO_ALLOW_MMAP", "images cannot be mapped shared"),
-    (1 << 18, "FUSE_PARALLEL_DIROPS", "look-ups in one folder run one at a time"),
-    // Images show neither set-user-id bits nor capabilities: there is nothing to take away.
-    (1 << 28, "FUSE_HANDLE_KILLPRIV_V2", "each write that is passed through asks for capabilities first"),
-];
 
 /// Codes of notifications.
 const INVAL_INODE: i32 = 2;
@@ -193,11 +184,11 @@ fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<
         )));
     }
     let mut flags = ASYNC_READ | BIG_WRITES | MAX_PAGES | INIT_EXT | OVER_IO_URING;
-    for (flag, name, loss) in WANTED {
-        if offered & flag == 0 {
+    for Wanted { bit, name, loss } in WANTED {
+        if offered & bit == 0 {
             log::warn!("the kernel (FUSE {}.{}) has no {name}: {loss}", offer.major, offer.minor);
         }
-        flags |= flag & offered;
+        flags |= bit & offered;
     }
     let passes = passthrough && offered & PASSTHROUGH != 0;
     if passes {

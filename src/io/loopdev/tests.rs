@@ -31,6 +31,22 @@ impl Drop for Attached {
     }
 }
 
+/// A mount point whose mount is gone at the end.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn of(device: &LoopDevice, point: &Path) -> Mounted {
+        run("mount", &[&device.dev, point]);
+        Mounted(point.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
 fn run(program: &str, args: &[&Path]) {
     let output = Command::new(program).args(args).output().expect(program);
     assert!(output.status.success(), "{program}: {output:?}");
@@ -70,18 +86,11 @@ fn a_detached_device_is_gone_when_detach_returns() {
 
 #[test]
 fn a_mounted_device_is_not_detached_and_the_mount_point_is_named() {
-    struct Mounted(PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
     let a = Attached::new(false);
     run("mkfs.ext4", &[Path::new("-q"), &a.device.dev]);
     let point = a.dir.path().join("a point");
     fs::create_dir(&point).expect("mkdir");
-    run("mount", &[&a.device.dev, &point]);
-    let mounted = Mounted(point.clone());
+    let mounted = Mounted::of(&a.device, &point);
     let error = detach(&a.device.dev, WAIT).expect_err("mounted");
     assert_eq!(error.kind(), Kind::Busy);
     assert!(error.to_string().contains(&format!("mounted at {}", point.display())), "{error}");
@@ -144,21 +153,12 @@ fn a_device_over_a_file_that_grew_is_as_large_as_it_once_it_is_told() {
 
 #[test]
 fn a_file_system_is_named_once_however_often_it_is_mounted() {
-    struct Mounted(PathBuf);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
     let a = Attached::new(false);
     run("mkfs.ext4", &[Path::new("-q"), &a.device.dev]);
     assert!(mounted_on(&a.device).expect("looked").is_empty());
     let points = ["one", "other"].map(|name| a.dir.path().join(name));
     points.iter().for_each(|point| fs::create_dir(point).expect("mkdir"));
-    let mounted = points.each_ref().map(|point| {
-        run("mount", &[&a.device.dev, point]);
-        Mounted(point.clone())
-    });
+    let mounted = points.each_ref().map(|point| Mounted::of(&a.device, point));
     let found = mounted_on(&a.device).expect("looked");
     let found: Vec<Vec<PathBuf>> =
         found.into_iter().map(|one| one.into_iter().map(|mount| mount.point).collect()).collect();
