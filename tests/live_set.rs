@@ -315,6 +315,8 @@ fn the_end_closes_every_image_whoever_has_it_and_opens_nothing_more() {
 mod with_faults {
     use super::*;
     use ploopfs::io::fault::{FaultFile, Op, Plan};
+    use ploopfs::progress::Progress;
+    use ploopfs::vdisk::live::Work;
 
     fn serve_with(temp: &TempDir, plan: &Arc<Plan>) -> Arc<Folder> {
         let plan = plan.clone();
@@ -345,6 +347,29 @@ mod with_faults {
         assert_eq!(header(&path).in_use, IN_USE, "a close that failed leaves the mark");
         assert!(folder.images()[0].reason.is_some());
         folder.open_image("vm1", true).expect("opens anew");
+    }
+
+    /// Its write may land in what the next holder of the lock has put there.
+    #[test]
+    fn an_operation_that_a_forced_end_did_not_wait_for_keeps_the_image_locked() {
+        let temp = temp();
+        let path = make(&temp, "vm1.hds");
+        let plan = Arc::new(Plan::default());
+        let folder = serve_with(&temp, &plan);
+        let open = folder.open_image("vm1", true).expect("opens");
+        plan.set_delay(Op::Read, 6000);
+        let worker = folder.clone();
+        let work = Work::Compact { dry_run: false, defrag: false };
+        let operation = thread::spawn(move || worker.work("vm1", &work, &Progress::new()));
+        until("the host hangs", || plan.counters(Op::Read).running > 0);
+        let closed = folder.close_all();
+        assert!(closed[0].1.is_err() && plan.counters(Op::Read).running > 0, "{closed:?}");
+        assert!(!is_free(&path), "its files are locked as long as it has them");
+        plan.set_delay(Op::Read, 0);
+        operation.join().expect("no panic").expect_err("it was closed");
+        drop(open);
+        until("its last user is gone", || is_free(&path));
+        assert_eq!(header(&path).in_use, CLOSED, "nothing was changed");
     }
 
     #[test]

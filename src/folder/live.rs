@@ -129,8 +129,8 @@ impl Stage for Entry {
         }
     }
 
-    /// Order: (1) the image's own close: durable, mark cleared; (2) the lock. Swapped, somebody else would open
-    /// an image that we still change.
+    /// Order: (1) the image's own close: durable, mark cleared; (2) the lock, where nothing is under way any more. Swapped,
+    /// another process would open an image that we still change.
     fn close(&self, live: Arc<Live>) -> Result<()> {
         let (now, status) = (Instant::now(), live.image.host_status());
         let result = live.image.close();
@@ -143,8 +143,11 @@ impl Stage for Entry {
             (last.status, last.asked) = (status, Some(now));
         }
         self.live.store(None);
-        drop(locked(&live.hold).take());
-        live.layers.store(None);
+        let locks = (locked(&live.hold).take(), live.layers.swap(None));
+        // By force, beside an operation: a write of it may still be under way.
+        if live.image.is_busy() {
+            live.image.keep(locks);
+        }
         result
     }
 }

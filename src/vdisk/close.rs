@@ -1,5 +1,6 @@
 //! The end of an open image.
 
+use std::any::Any;
 use std::time::{Duration, Instant};
 
 use super::{Image, Stage};
@@ -37,6 +38,18 @@ impl Image {
         result
     }
 
+    /// True while an operation or a request is under way: also after a close that did not wait for it.
+    pub fn is_busy(&self) -> bool {
+        self.gate.inside() > 0 || matches!(self.operation.try_lock(), Err(TryLockError::WouldBlock))
+    }
+
+    /// Keeps the locks of a closed image until its last user lets go: what is under way in it may still write, and a new
+    /// holder of those locks would have its files changed.
+    pub fn keep(&self, locks: impl Any + Send + Sync) {
+        // Once is enough: an image is closed once.
+        let _ = self.kept.set(Box::new(locks));
+    }
+
     /// What comes from now on, or came meanwhile, finds the image closed.
     fn closed(&self) {
         self.give_up_pages();
@@ -61,8 +74,8 @@ impl Image {
     /// 1. what was acknowledged is made durable, if the host does that in time;
     /// 2. the image is read-only, for the operation as well.
     ///
-    /// Its mark stays, and its files stay open, and locked, for as long as the operation has them. 2 before 1 would fail
-    /// that last sync. The gate is not waited for: the operation may be inside.
+    /// Its mark stays, and its files stay open, and locked ([`keep`](Self::keep)), for as long as the operation has them. 2
+    /// before 1 would fail that last sync. The gate is not waited for: the operation may be inside.
     fn close_beside_an_operation(self: &Arc<Self>) -> Result<()> {
         let (tell, synced) = mpsc::channel();
         self.flush(Box::new(move |result| {

@@ -219,6 +219,8 @@ pub struct Image {
     last_write: AtomicU64,
     /// The file that the kernel may read and write in our place.
     backing: std::sync::OnceLock<std::sync::Arc<Backing>>,
+    /// The locks of its files, after a close that waited for no operation ([`keep`](Self::keep)). Behind the files.
+    kept: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
 
 impl Image {
@@ -285,6 +287,7 @@ impl Image {
             flushes: AtomicU64::new(0),
             last_write: AtomicU64::new(0),
             backing: std::sync::OnceLock::new(),
+            kept: std::sync::OnceLock::new(),
         }))
     }
 
