@@ -238,7 +238,10 @@ impl Entry {
         let now = Instant::now();
         let status = match &*self.live.load() {
             Some(live) => live.image.host_status().ok(),
-            None => self.origin().status(self.shared.place.fd().as_fd(), &self.path()),
+            None => {
+                let (images, trusted) = (self.shared.place.fd().as_fd(), self.shared.allow_outside);
+                self.origin().status(images, &self.path(), trusted)
+            }
         };
         let mut last = locked(&self.last);
         // What was known stands in for a file that is gone.

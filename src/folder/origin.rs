@@ -9,6 +9,8 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::scan::{Identity, Source};
 use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::Guid;
+use crate::image::paths;
 use crate::image::store::Store;
 use crate::io::file::HostStatus;
 
@@ -49,27 +51,60 @@ impl Origin {
     }
 
     /// What the host says of it without opening any delta: of a layered image, the top's owner, mode and time, and the
-    /// space of its whole chain. None when it is gone.
-    pub fn status(&self, images: BorrowedFd<'_>, path: &Path) -> Option<HostStatus> {
+    /// space of its whole chain. None when it is gone, or its top is no file that it may have.
+    pub fn status(&self, images: BorrowedFd<'_>, path: &Path, allow_outside: bool) -> Option<HostStatus> {
         match self.source {
             Source::File(_) => {
-                let status = status_of(images, &self.file)?;
-                ((status.dev, status.ino) == self.identity).then_some(status)
+                let stat = rustix::fs::statat(images, &self.file, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+                ((stat.st_dev, stat.st_ino) == self.identity).then(|| stat.into())
             }
             Source::Layers => {
                 let dir = self.folder(images, path).ok()?;
                 let (descriptor, _) = Store::read(dir.as_fd(), path).ok()?;
                 let chain = descriptor.chain(descriptor.top).ok()?;
-                let files = chain.iter().filter_map(|guid| descriptor.delta(*guid));
-                let all: Vec<HostStatus> =
-                    files.filter_map(|delta| status_of(dir.as_fd(), delta.file.as_ref())).collect();
-                let blocks = all.iter().map(|status| status.blocks).sum();
-                all.last().map(|top| HostStatus { blocks, ..*top })
+                // A descriptor can name any file of the host, as well after the image was taken in.
+                let status = |guid: &Guid| -> Option<HostStatus> {
+                    let file = &descriptor.delta(*guid)?.file;
+                    let stat = paths::named(dir.as_fd(), path, file, allow_outside).ok()??;
+                    Some(stat.into())
+                };
+                let (top, below) = chain.split_last()?;
+                let top = status(top)?;
+                let below: u64 = below.iter().filter_map(status).map(|status| status.blocks).sum();
+                Some(HostStatus { blocks: top.blocks + below, ..top })
             }
         }
     }
 }
 
-fn status_of(dir: BorrowedFd<'_>, file: &std::ffi::OsStr) -> Option<HostStatus> {
-    Some(HostStatus::from(rustix::fs::statat(dir, file, AtFlags::SYMLINK_NOFOLLOW).ok()?))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::descriptor::Descriptor;
+    use crate::image::kind::DESCRIPTOR;
+    use std::fs::{self, File};
+
+    /// stat of the image in the mount told owner, mode, length and times of whatever file its descriptor named.
+    #[test]
+    fn a_descriptor_that_names_a_file_outside_shows_nothing_of_it() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let images = temp.path().join("images");
+        fs::create_dir_all(images.join("vm")).expect("folders");
+        for secret in [temp.path().join("secret"), images.join("beside")] {
+            fs::write(secret, [1; 5000]).expect("written");
+        }
+        let dir = File::open(&images).expect("opens");
+        let stat = rustix::fs::statat(&dir, "vm", AtFlags::SYMLINK_NOFOLLOW).expect("there");
+        let (file, identity) = (OsString::from("vm"), (stat.st_dev, stat.st_ino));
+        let origin = Origin { name: file.clone(), file, source: Source::Layers, identity };
+        let status = |named: &str| {
+            let xml = Descriptor::new(2048, 2048, named, false).to_xml();
+            fs::write(images.join("vm").join(DESCRIPTOR), xml).expect("written");
+            origin.status(dir.as_fd(), &images.join("vm"), false)
+        };
+        assert_eq!(status("../beside").expect("it may have it").len, 5000);
+        assert!(status("../../secret").is_none());
+        assert!(status(temp.path().join("secret").to_str().expect("ASCII")).is_none());
+        assert!(origin.status(dir.as_fd(), &images.join("vm"), true).is_some(), "with --allow-outside");
+    }
 }
