@@ -189,6 +189,37 @@ fn a_full_image_notices_that_there_is_space_though_the_guest_only_overwrites() {
     }
 }
 
+/// A host that is full has many images, and each could fill half of the cache with pages that are not written.
+#[test]
+fn the_dirty_pages_of_all_full_images_together_take_half_of_the_cache_at_most() {
+    let delay = std::time::Duration::from_secs(3600);
+    // 16 pages.
+    let engine = engine(Options { bat_cache: 0, bat_delay: delay, ..Options::default() });
+    let full: Vec<_> = (0..3).map(|_| bench(&engine, "")).collect();
+    for b in &full {
+        for page in 0..14 {
+            b.image.write_at(page * PAGE, &[1; 512]).expect("space");
+            b.image.flush_now().expect("durable");
+        }
+    }
+    for b in &full {
+        b.plan.set_full(true);
+        b.image.discard_at(0, CLUSTER).expect("a hole takes no space");
+        b.image.flush(Box::new(|_| ()));
+        until(|| b.image.mode() == Mode::FullQueue);
+    }
+    let refused =
+        |b: &super::races::Bench| (1..14).any(|page| b.image.discard_at(page * PAGE, CLUSTER).is_err());
+    assert!(full.iter().all(refused), "no image takes more than its share");
+    let dirty: u64 = full.iter().map(|b| b.image.stats().dirty_pages).sum();
+    assert!(dirty <= 8 + 2, "{dirty} of 16 pages");
+    for b in &full {
+        b.plan.set_full(false);
+        b.image.flush_now().expect("space is back");
+        b.image.close().expect("closes");
+    }
+}
+
 /// As many requests as may be parked hold gigabytes where each is large.
 #[test]
 fn what_waits_for_space_is_bounded_in_bytes() {

@@ -332,11 +332,13 @@ impl BatCache {
         news
     }
 
-    /// True when no further page of it may become dirty for now: as many are as may be, or as a single image may have
-    /// apart.
+    /// True when no further page of it may become dirty for now: as many are as may be, or, where it is apart, as all that
+    /// are apart may have together. They cannot be written for as long as their hosts are full, nor evicted: were it half of
+    /// the cache for each image, many of them would take many times what the cache may have.
     pub fn crowded(&self) -> bool {
         self.budget.dirty_full()
-            || self.apart.load(Ordering::Relaxed) && self.dirty_pages() * 2 >= self.budget.limit
+            || self.apart.load(Ordering::Relaxed)
+                && self.budget.apart.load(Ordering::Relaxed) * 2 >= self.budget.limit
     }
 
     /// Pages not yet durable, those being written included.
