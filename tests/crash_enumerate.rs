@@ -24,6 +24,7 @@ use crash::world::{Host, Record, World, empty, lock};
 use ploopfs::format::header::{Header, Version};
 use ploopfs::image::check::check_level;
 use ploopfs::image::kind::ImageKind;
+use ploopfs::image::paths::Located;
 use ploopfs::vdisk::{Engine, Image};
 
 /// Two sectors: the least that can be written in part.
@@ -354,7 +355,8 @@ fn check_and_qemu_img_check_find_nothing_worse_than_leaks_in_a_sample() {
                     let name = format!("{}.hds", checked.fetch_add(1, Ordering::Relaxed));
                     let path = folder.path().join(name);
                     std::fs::write(&path, &left[*file]).map_err(|e| e.to_string())?;
-                    let ours = check_level(&path, ImageKind::Ploop).map_err(|e| e.to_string())?;
+                    let ours = check_level(&Located::of(&path).map_err(|e| e.to_string())?, ImageKind::Ploop)
+                        .map_err(|e| e.to_string())?;
                     let theirs = qemu_check(&path)?;
                     std::fs::remove_file(&path).map_err(|e| e.to_string())?;
                     // QEMU counts the in-use mark as a corruption.

@@ -240,3 +240,29 @@ fn a_frozen_delta_that_is_a_hard_link_to_something_outside_is_never_written() {
     mount.umount();
     assert!(fs::read(&victim).expect("read").iter().all(|byte| *byte == 9), "the file outside was changed");
 }
+
+/// What is packed goes to strangers, with a report of a bug.
+#[test]
+fn a_pack_of_metadata_takes_no_file_to_which_a_link_in_the_images_folder_leads() {
+    let temp = common::temp_dir();
+    let (image, packed) = (temp.path().join("vm1"), temp.path().join("packed"));
+    Run::ploopfs().args(["create", text(&image), "--size", "64M"]).ok();
+    Run::ploopfs().args(["snapshot", "create", text(&image), "one"]).ok();
+    let secret = temp.path().join("secret");
+    fs::write(&secret, "the secret").expect("written");
+    for name in ["ploopfs.json", "DiskDescriptor.xml"] {
+        let (own, kept) = (image.join(name), temp.path().join("kept"));
+        fs::rename(&own, &kept).expect("renamed");
+        symlink(&secret, &own).expect("a link");
+        let done = Run::ploopfs().args(["meta", "pack", text(&image), text(&packed)]).run();
+        assert!(!done.success(), "{done}");
+        let taken = fs::read(packed.join(name)).unwrap_or_default();
+        assert!(taken.is_empty(), "{name}: {}", String::from_utf8_lossy(&taken));
+        let _ = fs::remove_dir_all(&packed);
+        fs::rename(&kept, &own).expect("renamed back");
+    }
+    Run::ploopfs().args(["meta", "pack", text(&image), text(&packed)]).ok();
+    for name in ["ploopfs.json", "DiskDescriptor.xml"] {
+        assert!(fs::read(packed.join(name)).expect("packed") == fs::read(image.join(name)).expect("there"));
+    }
+}

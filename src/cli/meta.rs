@@ -12,6 +12,8 @@ use crate::image::chain::Candidate;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::LABELS_NAME;
 use crate::image::meta::{self, Meta, Restore};
+use crate::image::paths::Located;
+use crate::io::new_file::NewFile;
 
 /// Arguments of `meta`.
 #[derive(Debug, clap::Args)]
@@ -67,15 +69,20 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// The files of the image at `path` that have metadata, each with its name; and raw ones.
-fn files(path: &Path) -> Result<Vec<(String, PathBuf, ImageKind)>> {
-    if target::is_layered(path) {
-        let image = Layered::read(path)?;
-        let file = |delta: &Delta| Ok((delta.file.clone(), image.path(delta)?, image.kind(delta)));
+fn files(path: &Path, layered: Option<&Layered>) -> Result<Vec<(String, Located, ImageKind)>> {
+    if let Some(image) = layered {
+        let file = |delta: &Delta| Ok((delta.file.clone(), image.located(delta)?, image.kind(delta)));
         return image.descriptor().deltas.iter().map(file).collect();
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let is_raw = Candidate::open(path)?.kind().is_ok_and(|kind| kind == ImageKind::Raw);
-    Ok(vec![(name, path.to_owned(), if is_raw { ImageKind::Raw } else { ImageKind::Ploop })])
+    let at = Located::of(path)?;
+    let is_raw = Candidate::open_at(&at)?.kind().is_ok_and(|kind| kind == ImageKind::Raw);
+    Ok(vec![(name, at, if is_raw { ImageKind::Raw } else { ImageKind::Ploop })])
+}
+
+/// The image of several files at `path`, opened; None: it is one file.
+fn layered(path: &Path) -> Result<Option<Layered>> {
+    target::is_layered(path).then(|| Layered::read(path)).transpose()
 }
 
 fn raw(path: &Path) -> Error {
@@ -83,17 +90,17 @@ fn raw(path: &Path) -> Error {
 }
 
 fn dump(path: &Path) -> Result<()> {
-    let files = files(path)?;
+    let layered = layered(path)?;
+    let files = files(path, layered.as_ref())?;
     if let [(_, file, ImageKind::Raw)] = &files[..] {
-        return Err(raw(file));
+        return Err(raw(&file.shown));
     }
     let mut stdout = BufWriter::new(io::stdout().lock());
     let cannot = |e: io::Error| Error::io(&e, path, "cannot write the dump");
     let put = |line: &str, to: &mut dyn Write| writeln!(to, "{line}").map_err(cannot);
     put("# Header and map of an image; ploopfs meta restore FILE IMAGE puts them back.", &mut stdout)?;
-    if target::is_layered(path) {
-        let xml = path.join(DESCRIPTOR);
-        let text = std::fs::read(&xml).map_err(|e| Error::io(&e, &xml, "cannot read"))?;
+    if let Some(image) = &layered {
+        let text = image.beside(DESCRIPTOR)?.unwrap_or_default();
         for line in String::from_utf8_lossy(&text).lines() {
             put(&format!("# {}", out::printable(line)), &mut stdout)?;
         }
@@ -112,53 +119,51 @@ fn restore(dump: &Path, path: &Path) -> Result<()> {
     let text = std::fs::read_to_string(dump).map_err(|e| Error::io(&e, dump, "cannot read the dump"))?;
     let refuse = |why: String| Error::at(Kind::Invalid, dump, why);
     let all = meta::parse(&text).map_err(refuse)?;
-    let files = files(path)?;
-    let find = |meta: &Meta| -> Result<PathBuf> {
+    let layered = layered(path)?;
+    let files = files(path, layered.as_ref())?;
+    let find = |meta: &Meta| -> Result<&Located> {
         match &files[..] {
             // A file may have got another name since.
-            [(_, file, kind)] if all.len() == 1 && !target::is_layered(path) => match kind {
-                ImageKind::Raw => Err(raw(file)),
-                ImageKind::Ploop => Ok(file.clone()),
+            [(_, file, kind)] if all.len() == 1 && layered.is_none() => match kind {
+                ImageKind::Raw => Err(raw(&file.shown)),
+                ImageKind::Ploop => Ok(file),
             },
             _ => {
-                let same = |(name, _, kind): &&(String, PathBuf, ImageKind)| {
+                let same = |(name, _, kind): &&(String, Located, ImageKind)| {
                     *kind == ImageKind::Ploop && name.escape_default().to_string() == meta.name
                 };
                 let why = || refuse(format!("the image {} has no file {}", path.display(), meta.name));
-                files.iter().find(same).map(|(_, file, _)| file.clone()).ok_or_else(why)
+                files.iter().find(same).map(|(_, file, _)| file).ok_or_else(why)
             }
         }
     };
     // All of them first, each under its lock: half of a layered image's map is none.
-    let prepare = |meta| Restore::prepare(meta, &find(meta)?);
+    let prepare = |meta| Restore::prepare(meta, find(meta)?);
     let prepared: Vec<Restore<'_>> = all.iter().map(prepare).collect::<Result<_>>()?;
     prepared.into_iter().try_for_each(Restore::carry_out)
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a copy to be sent away, in a folder that is new; no disk depends on it"
-)]
 fn pack(path: &Path, to: &Path) -> Result<()> {
-    let layered = target::is_layered(path);
+    let layered = layered(path)?;
     let mut bytes = 0;
-    if layered {
-        std::fs::create_dir(to).map_err(|e| Error::io(&e, to, "cannot make the folder"))?;
+    if let Some(image) = &layered {
+        let mut beside = Vec::new();
         for name in [DESCRIPTOR, LABELS_NAME] {
-            match std::fs::copy(path.join(name), to.join(name)) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(Error::io(&e, path.join(name), "cannot copy"));
-                }
-                _ => {}
-            }
+            beside.extend(image.beside(name)?.map(|text| (to.join(name), text)));
+        }
+        std::fs::create_dir(to).map_err(|e| Error::io(&e, to, "cannot make the folder"))?;
+        for (copy, text) in beside {
+            let new = NewFile::begin(&copy)?;
+            new.file().write_all(&text).map_err(|e| Error::io(&e, &copy, "cannot copy"))?;
+            new.commit()?;
         }
     }
-    for (name, file, kind) in files(path)? {
+    for (name, file, kind) in files(path, layered.as_ref())? {
         // A file that lies elsewhere comes along; the descriptor then tells where it was.
         let name = Path::new(&name).file_name().unwrap_or_default().to_owned();
-        let to = if layered { to.join(name) } else { to.to_owned() };
+        let to = if layered.is_some() { to.join(name) } else { to.to_owned() };
         match kind {
-            ImageKind::Raw if !layered => return Err(raw(&file)),
+            ImageKind::Raw if layered.is_none() => return Err(raw(&file.shown)),
             ImageKind::Raw => meta::pack_raw(&file, &to)?,
             ImageKind::Ploop => bytes += meta::pack(&file, &to)?,
         }

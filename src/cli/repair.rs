@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{DESCRIPTOR, ImageKind};
-use crate::image::paths::image_folder;
+use crate::image::paths::{Located, image_folder};
 use crate::image::repair::{self, Facts, repair};
 use crate::image::store::{Replaced, Store};
 use crate::io::lock::Use;
@@ -127,7 +127,7 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
         let examined = layered_image(path, &mut told)?;
         (report::layered_text(&examined), report::layered_json(&examined), examined.is_damaged())
     } else {
-        let outcome = repair(path, None, &Facts::default(), dry_run)?;
+        let outcome = repair(&Located::of(path)?, None, &Facts::default(), dry_run)?;
         told.add(None, false, &outcome);
         let found = &outcome.report;
         (report::to_text(found), report::to_json(found), found.is_damaged())
@@ -175,9 +175,9 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
         if !before.reports.iter().any(|(guid, _)| *guid == delta.guid) || kind == ImageKind::Raw {
             continue;
         }
-        let path = image.path(delta)?;
+        let at = image.located(delta)?;
         let below = image.descriptor().shot(delta.guid).is_some_and(|shot| shot.parent != Guid::NONE);
-        match repair(&path, Some(kind), &facts(&before, delta.guid), told.dry_run) {
+        match repair(&at, Some(kind), &facts(&before, delta.guid), told.dry_run) {
             Ok(outcome) => told.add(Some(&delta.file), below, &outcome), // 2
             // The header: it is in the report of the check, but why it stays as it is is not.
             Err(e) if e.kind() == Kind::Damaged => told.refused.push(e.to_string()),

@@ -27,7 +27,7 @@ pub fn examine(folder: &Path) -> Result<Examined> {
     let mut reports = Vec::new();
     let (mut faults, mut notes) = (Vec::new(), Vec::new());
     for delta in &image.descriptor().deltas {
-        match image.path(delta).and_then(|path| check_level(&path, image.kind(delta))) {
+        match image.located(delta).and_then(|at| check_level(&at, image.kind(delta))) {
             Ok(report) => reports.push((delta.guid, report)),
             Err(e)
                 if matches!(

@@ -7,14 +7,16 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Stat;
 
 use crate::error::{Error, Kind, Result};
-use crate::format::descriptor::{Delta, Descriptor, Guid};
+use crate::format::descriptor::{Delta, Descriptor, Guid, MAX_BYTES};
 use crate::format::header::SECTOR;
 use crate::image::chain::{AtRest, Candidate};
 use crate::image::glance;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
-use crate::image::paths;
+use crate::image::paths::{self, Located};
 use crate::image::store::Store;
+use crate::io::file::{HostFile, read_full};
+use crate::io::real::{Access, RealFile};
 use crate::words::quoted;
 
 /// An image with a descriptor.
@@ -71,13 +73,24 @@ impl Layered {
 
     /// Where a delta's file lies. A descriptor comes from elsewhere, and must not make us read just any file: those of
     /// its folder and of the folder around it are enough.
-    pub fn path(&self, delta: &Delta) -> Result<PathBuf> {
-        let shown = paths::shown(&self.folder, &delta.file);
-        match paths::resolve(self.dir.as_fd(), Path::new(&delta.file), &shown, false) {
-            // The open says what is missing.
-            Err(e) if matches!(e.kind(), Kind::NotPermitted | Kind::Damaged) => Err(e),
-            _ => Ok(shown),
-        }
+    pub fn located(&self, delta: &Delta) -> Result<Located> {
+        Located::named(self.dir.as_fd(), &self.folder, &delta.file, false)
+    }
+
+    /// The bytes of the file `name` in its folder, the descriptor or what lies beside it; None: it is not there. A link there
+    /// may lead to a file that is not the image's, and is an error.
+    pub fn beside(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        let shown = self.folder.join(name);
+        let cannot = |e: std::io::Error| Error::io(&e, &shown, "cannot read");
+        let file = match RealFile::open_as(&self.dir, name, &shown, Access::ReadOnly) {
+            Err(e) if e.kind() == Kind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let len = file.len().map_err(cannot)?.min(MAX_BYTES as u64);
+        let mut bytes = vec![0; len as usize];
+        let got = read_full(&file, &mut bytes, 0).map_err(cannot)?;
+        bytes.truncate(got);
+        Ok(Some(bytes))
     }
 
     /// Why a mount would not serve it, or what a look tells of damage.
@@ -127,8 +140,6 @@ impl Layered {
 
     /// Opens the file of a delta, its header judged.
     pub fn open(&self, delta: &Delta) -> Result<AtRest> {
-        let shown = paths::shown(&self.folder, &delta.file);
-        let (dir, name) = paths::resolve(self.dir.as_fd(), Path::new(&delta.file), &shown, false)?;
-        Candidate::open_in(dir.as_fd(), &name, &shown)?.open_as(self.kind(delta))
+        Candidate::open_at(&self.located(delta)?)?.open_as(self.kind(delta))
     }
 }

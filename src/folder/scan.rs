@@ -13,11 +13,11 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
-use crate::error::{self, is_passing, words};
+use crate::error::{self, is_passing};
 use crate::format::descriptor::{Delta, Descriptor};
-use crate::format::header::{Header, SECTOR};
+use crate::format::header::SECTOR;
 use crate::image::chain::Candidate;
-use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
 use crate::image::paths;
 use crate::image::store::Store;
 use crate::io::file::read_full;
@@ -286,38 +286,22 @@ pub fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<
 
 /// Opens a regular file and sees what it is; None: not an image. And true where the host had no answer at the moment.
 fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
-    let mut head = [0; HEAD_BYTES];
-    let (read, unsure) = match RealFile::open_at(dir, name, Access::ReadOnly) {
-        Ok(file) => match read_full(&file, &mut head, 0) {
-            Ok(n) => (Ok((n, file)), false),
-            Err(e) => {
-                (Err(format!("cannot be read: {}", words(&e))), e.raw_os_error().is_some_and(is_passing))
-            }
-        },
-        Err(e) => (Err(format!("cannot be opened: {e}")), e.is_passing()),
-    };
-    (claim_of(name, stamp, read, &head), unsure)
+    let opened = RealFile::open_at(dir, name, Access::ReadOnly);
+    let read = opened.and_then(|file| Candidate::read(Path::new(name), Arc::new(file)));
+    let unsure = read.as_ref().is_err_and(error::Error::is_passing);
+    (claim_of(name, stamp, read.map_err(|e| format!("cannot be opened: {e}"))), unsure)
 }
 
-fn claim_of(
-    name: &OsStr,
-    stamp: Stamp,
-    read: Result<(usize, RealFile), String>,
-    head: &[u8; HEAD_BYTES],
-) -> Option<Claim> {
-    let head = &head[..read.as_ref().map_or(0, |(n, _)| *n)];
+fn claim_of(name: &OsStr, stamp: Stamp, read: Result<Candidate, String>) -> Option<Claim> {
     // A file that cannot be read is an image if its name says so, and its trouble is told.
-    let Class::Image { name: image, kind } = kind::classify(name, true, head) else { return None };
-    let mut damage = None;
-    let (size, problem) = match (read, kind) {
-        (Err(problem), _) => (0, Some(problem)),
-        (Ok(_), ImageKind::Raw) => (stamp.len, None),
-        (Ok((_, file)), ImageKind::Ploop) => match Header::parse(head) {
-            Ok(header) => {
-                damage = glance(name, file).err().map(|e| format!("damaged: {e}"));
-                (header.geometry().disk, None)
-            }
-            Err(field) => (0, Some(format!("damaged: {field}"))),
+    let class = read.as_ref().map_or_else(|_| kind::classify(name, true, &[]), Candidate::class);
+    let Class::Image { name: image, kind } = class else { return None };
+    let form = |file: &Candidate| file.form(kind).map_err(|field| format!("damaged: {field}"));
+    let (size, problem, damage) = match read.and_then(|file| form(&file).map(|_| file)) {
+        Err(problem) => (0, Some(problem), None),
+        Ok(file) => match file.open_as(kind) {
+            Err(e) => (0, Some(format!("damaged: {e}")), None),
+            Ok(file) => (file.size(), None, file.glance().err().map(|e| format!("damaged: {e}"))),
         },
     };
     let source = Source::File(kind);
@@ -334,18 +318,15 @@ fn claim_of(
     })
 }
 
-fn glance(name: &OsStr, file: RealFile) -> error::Result<()> {
-    Candidate::read(Path::new(name), Arc::new(file))?.open_as(ImageKind::Ploop)?.glance()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
     use std::os::unix::fs::symlink;
 
+    /// An empty image.
     fn header() -> Vec<u8> {
-        let mut bytes = vec![0; 64];
+        let mut bytes = vec![0; 1 << 20];
         bytes[..16].copy_from_slice(b"WithouFreSpacExt");
         bytes[16] = 2;
         bytes[28..32].copy_from_slice(&2048u32.to_le_bytes());
@@ -398,10 +379,13 @@ mod tests {
         bad[28] = 0;
         bad[29] = 0;
         fs::write(temp.path().join("zero.hds"), bad).expect("written");
+        // It was taken in, and could not be opened.
+        fs::write(temp.path().join("ends.hds"), &header()[..4096]).expect("written");
         let claims = scan(temp.path());
-        assert_eq!(names_of(&claims), ["short", "zero"]);
-        assert!(claims[1].problem.as_ref().expect("damaged").contains("m_Sectors"));
-        assert!(claims[0].problem.is_some());
+        assert_eq!(names_of(&claims), ["ends", "short", "zero"]);
+        assert!(claims[0].problem.as_ref().expect("damaged").contains("ends at byte 4096"));
+        assert!(claims[1].problem.is_some());
+        assert!(claims[2].problem.as_ref().expect("damaged").contains("m_Sectors"));
     }
 
     #[test]

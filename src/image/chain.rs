@@ -1,8 +1,6 @@
 //! Opening an image at rest for reading: regular files only, no link followed, nothing trusted. Offline commands
 //! that report (`info`, `check`, `list`) read through here.
 
-use std::ffi::OsStr;
-use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{BadField, Geometry, HEADER_BYTES, Header};
 use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
 use crate::image::level::{Layout, Level, judge_header};
+use crate::image::paths::Located;
 use crate::io::file::{HostFile, HostStatus, read_full};
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
@@ -138,12 +137,8 @@ impl Candidate {
     /// Opens a regular file for reading, without following a link and without waiting (a FIFO or a device is never
     /// opened), and reads its first bytes.
     pub fn open(path: &Path) -> Result<Candidate> {
-        Candidate::read(path, open_file(path, Access::ReadOnly)?)
-    }
-
-    /// The same for the file `name` of the folder `dir`; `shown` is for messages.
-    pub fn open_in(dir: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> Result<Candidate> {
-        Candidate::read(shown, Arc::new(RealFile::open_as(&dir, name, shown, Access::ReadOnly)?))
+        explain_irregular(path)?;
+        Candidate::read(path, Arc::new(RealFile::open(path, Access::ReadOnly)?))
     }
 
     /// Like [`open`](Self::open), but keeps every writer out first, or says who has the image
@@ -154,9 +149,22 @@ impl Candidate {
 
     /// The same; a file that is to be changed keeps readers out, too.
     pub fn open_locked_as(path: &Path, access: Access) -> Result<(Candidate, DeltaLock)> {
-        let file = open_file(path, access)?;
+        explain_irregular(path)?;
+        Candidate::open_locked_at(&Located::of(path)?, access)
+    }
+
+    /// The same for a file that was looked for already.
+    pub fn open_locked_at(at: &Located, access: Access) -> Result<(Candidate, DeltaLock)> {
+        explain_irregular(&at.shown)?;
+        let file = Arc::new(at.open(access)?);
         let lock = DeltaLock::acquire(Arc::clone(&file), Use::of(access))?;
-        Ok((Candidate::read(path, file)?, lock))
+        Ok((Candidate::read(&at.shown, file)?, lock))
+    }
+
+    /// Opens it without a lock.
+    pub fn open_at(at: &Located) -> Result<Candidate> {
+        explain_irregular(&at.shown)?;
+        Candidate::read(&at.shown, Arc::new(at.open(Access::ReadOnly)?))
     }
 
     /// The file as it is now.
@@ -207,11 +215,6 @@ impl Candidate {
     pub fn extent(&self) -> (u64, u64) {
         (self.status.len, self.status.blocks * 512)
     }
-}
-
-fn open_file(path: &Path, access: Access) -> Result<Arc<RealFile>> {
-    explain_irregular(path)?;
-    Ok(Arc::new(RealFile::open(path, access)?))
 }
 
 /// Says of a folder or a link what the open, which refuses both, cannot know.

@@ -9,6 +9,8 @@ use crate::format::extension;
 use crate::format::header::{CLOSED, CLOSED_V21, Geometry, HEADER_BYTES, Header, IN_USE, SECTOR, Version};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::kind::ImageKind;
+use crate::image::paths::Located;
+use crate::io::real::Access;
 
 /// Errors that are kept in full; of the others only the number. A BAT of garbage would give millions.
 pub const MAX_FINDINGS: usize = 100;
@@ -137,9 +139,9 @@ pub fn check(path: &Path) -> Result<Report> {
 }
 
 /// Checks a file that a descriptor names, whatever its own name says of it.
-pub fn check_level(path: &Path, kind: ImageKind) -> Result<Report> {
-    let (candidate, _lock) = Candidate::open_locked(path)?;
-    check_candidate(path, candidate, kind)
+pub fn check_level(at: &Located, kind: ImageKind) -> Result<Report> {
+    let (candidate, _lock) = Candidate::open_locked_at(at, Access::ReadOnly)?;
+    check_candidate(&at.shown, candidate, kind)
 }
 
 pub(super) fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<Report> {

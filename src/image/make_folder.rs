@@ -11,15 +11,16 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Descriptor;
-use crate::format::header::{Header, SECTOR};
-use crate::image::kind::{self, Class, DESCRIPTOR, HEAD_BYTES, ImageKind};
+use crate::format::header::SECTOR;
+use crate::image::chain::{Candidate, Form};
+use crate::image::kind::{Class, DESCRIPTOR};
 use crate::image::labels::LABELS_NAME;
 use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
-use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
 use crate::io::rename::rename_new_folder;
 use crate::rules::{Step, step};
+use crate::sync::Arc;
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
 /// caller holds the image's lock, and has judged its map: it is open for writing, say, which a damaged image never is.
@@ -34,8 +35,7 @@ use crate::rules::{Step, step};
 pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
     let shown = path.join(file_name);
     let file = RealFile::open_as(&images, file_name, &shown, Access::ReadOnly)?;
-    let (name, xml) = describe(&file, file_name, &shown)?;
-    drop(file);
+    let (name, xml) = describe(&Candidate::read(&shown, Arc::new(file))?, file_name)?;
     let mut building = OsString::from(".");
     building.push(&name);
     building.push(".new");
@@ -93,26 +93,19 @@ fn half_made(images: BorrowedFd<'_>, name: &OsStr, file_name: &OsStr) -> Option<
 }
 
 /// The image's name, and the descriptor's text of a disk with this file alone.
-fn describe(file: &RealFile, file_name: &OsStr, shown: &Path) -> Result<(OsString, Vec<u8>)> {
-    let cannot = |e| Error::io(&e, shown, "cannot read the header");
-    let mut head = vec![0; HEAD_BYTES];
-    let got = read_full(file, &mut head, 0).map_err(cannot)?;
-    head.truncate(got);
+fn describe(file: &Candidate, file_name: &OsStr) -> Result<(OsString, Vec<u8>)> {
+    let shown = &file.path;
     let invalid = |why: String| Error::at(Kind::Invalid, shown, why);
     let text =
         file_name.to_str().ok_or_else(|| invalid("a descriptor takes UTF-8 names only; rename it".into()))?;
-    let (name, kind) = match kind::classify(file_name, true, &head) {
+    let (name, kind) = match file.class() {
         Class::Image { name, kind } => (name, kind),
         Class::NotAnImage { reason } => return Err(invalid(format!("not an image: {reason}"))),
     };
-    let descriptor = match kind {
-        ImageKind::Ploop => {
-            let header =
-                Header::parse(&head).map_err(|bad| Error::at(Kind::Damaged, shown, bad.to_string()))?;
-            Descriptor::new(header.disk_sectors, header.cluster_sectors, text, false)
-        }
-        ImageKind::Raw => {
-            let len = file.len().map_err(cannot)?;
+    let descriptor = match file.form(kind).map_err(|bad| Error::at(Kind::Damaged, shown, bad.to_string()))? {
+        Form::Ploop(header) => Descriptor::new(header.disk_sectors, header.cluster_sectors, text, false),
+        Form::Raw => {
+            let (len, _) = file.extent();
             // At most 1 MiB.
             Descriptor::new(len.div_ceil(SECTOR), (raw_cluster(len) / SECTOR) as u32, text, true)
         }

@@ -24,6 +24,7 @@ use super::repair::proven_header;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
+use crate::image::paths::Located;
 use crate::io::file::write_full;
 use crate::io::lock::DeltaLock;
 use crate::io::new_file::NewFile;
@@ -83,10 +84,10 @@ pub struct Meta {
     runs: Vec<Run>,
 }
 
-/// Writes the metadata of the file at `path` as text. A damaged header is written as it is; the BAT as far as it is known
+/// Writes the metadata of a file as text. A damaged header is written as it is; the BAT as far as it is known
 /// where it ends.
-pub fn dump(path: &Path, name: &str, to: &mut dyn Write) -> Result<()> {
-    let candidate = Candidate::open(path)?;
+pub fn dump(at: &Located, name: &str, to: &mut dyn Write) -> Result<()> {
+    let (path, candidate) = (&*at.shown, Candidate::open_at(at)?);
     let mut text = String::from("format 1\n");
     // Writing into a String cannot fail.
     let _ = write!(text, "file {}\nlength {}\n", name.escape_default(), candidate.status.len);
@@ -276,14 +277,15 @@ pub struct Restore<'a> {
 }
 
 impl<'a> Restore<'a> {
-    /// Locks the file at `path`, and sees whether `meta` can be its metadata. Changes nothing.
-    pub fn prepare(meta: &'a Meta, path: &Path) -> Result<Restore<'a>> {
-        let refuse = |why: String| Err(Error::at(Kind::Invalid, path, format!("cannot be restored: {why}")));
+    /// Locks the file, and sees whether `meta` can be its metadata. Changes nothing.
+    pub fn prepare(meta: &'a Meta, at: &Located) -> Result<Restore<'a>> {
+        let refuse =
+            |why: String| Err(Error::at(Kind::Invalid, &at.shown, format!("cannot be restored: {why}")));
         let (header, end) = match meta.judge() {
             Ok(sound) => sound,
             Err(why) => return refuse(why),
         };
-        let (candidate, lock) = Candidate::open_locked_as(path, Access::ReadWrite)?;
+        let (candidate, lock) = Candidate::open_locked_at(at, Access::ReadWrite)?;
         let len = candidate.status.len;
         if end > len && !(end == header.geometry().first && meta.runs.is_empty()) {
             return refuse(format!("its entries reach to byte {end}, but the file ends at byte {len}"));
@@ -323,10 +325,10 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Writes header and BAT of the file at `path` to the new file `to`, at the same bytes and of the same length, without any
+/// Writes header and BAT of a file to the new file `to`, at the same bytes and of the same length, without any
 /// data: a sparse file. Returns the bytes packed.
-pub fn pack(path: &Path, to: &Path) -> Result<u64> {
-    let candidate = Candidate::open(path)?;
+pub fn pack(at: &Located, to: &Path) -> Result<u64> {
+    let candidate = Candidate::open_at(at)?;
     // Where nothing proves how long the BAT is, what follows the header may be data.
     let header = proven_header(&candidate).ok();
     let end = header.map_or(HEADER_BYTES, |header| header.geometry().bat_end()).min(candidate.status.len);
@@ -351,8 +353,8 @@ pub fn pack(path: &Path, to: &Path) -> Result<u64> {
 }
 
 /// A new sparse file of the length of a raw base, without its data.
-pub fn pack_raw(path: &Path, to: &Path) -> Result<()> {
-    let len = Candidate::open(path)?.extent().0;
+pub fn pack_raw(at: &Located, to: &Path) -> Result<()> {
+    let len = Candidate::open_at(at)?.extent().0;
     let new = NewFile::begin(to)?;
     new.file().set_len(len).map_err(|e| Error::io(&e, to, "cannot pack the metadata"))?;
     new.commit()
@@ -380,9 +382,17 @@ mod tests {
         path
     }
 
+    fn at(path: &Path) -> Located {
+        Located::of(path).expect("a name in a folder")
+    }
+
+    fn restore(meta: &Meta, path: &Path) -> Result<()> {
+        Restore::prepare(meta, &at(path))?.carry_out()
+    }
+
     fn text(path: &Path) -> String {
         let mut bytes = Vec::new();
-        dump(path, "vm.hds", &mut bytes).expect("dumped");
+        dump(&at(path), "vm.hds", &mut bytes).expect("dumped");
         String::from_utf8(bytes).expect("text")
     }
 
@@ -436,15 +446,15 @@ mod tests {
         file.write_all_at(b"secret", CLUSTER * 6).expect("data");
         assert!(secret(&path));
         let packed = folder.path().join("packed");
-        pack(&path, &packed).expect("packed");
+        pack(&at(&path), &packed).expect("packed");
         assert!(!secret(&packed));
         assert_eq!(packed.metadata().expect("stat").len(), path.metadata().expect("stat").len());
         assert_eq!(text(&packed), text(&path));
-        pack(&path, &packed).expect_err("never over a file");
+        pack(&at(&path), &packed).expect_err("never over a file");
         // A header that nothing proves: the BAT's end is not known, and data could lie where it seems to be.
         file.write_all_at(&[0xFF; 64], 0).expect("damage");
         let header_only = folder.path().join("header");
-        assert_eq!(pack(&path, &header_only).expect("packed"), HEADER_BYTES);
+        assert_eq!(pack(&at(&path), &header_only).expect("packed"), HEADER_BYTES);
     }
 
     proptest::proptest! {

@@ -14,12 +14,57 @@ use rustix::io::{Errno, retry_on_intr};
 use crate::error::{Error, Kind, Result, is_passing};
 use crate::format::descriptor::{Delta, Descriptor};
 use crate::image::labels::is_plain_name;
+use crate::io::real::{Access, RealFile};
 
 /// Opens an image's folder, without following a link.
 pub fn image_folder(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()))
         .map_err(|e| Error::io(&e.into(), path, "cannot open the image's folder"))
+}
+
+/// Where a file lies: a folder that is open, and a name in it. What was judged of the way to it stays true, whoever owns the
+/// folders on that way and renames them meanwhile.
+#[derive(Debug)]
+pub struct Located {
+    folder: OwnedFd,
+    name: OsString,
+    /// For messages.
+    pub shown: PathBuf,
+}
+
+impl Located {
+    /// The file at `path`, as a user named it: links to folders on the way are his own choice.
+    pub fn of(path: &Path) -> Result<Located> {
+        let cannot = |e: Errno| Error::io(&e.into(), path, "cannot open");
+        let name = path.file_name().ok_or_else(|| cannot(Errno::ISDIR))?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = open_folder(CWD, parent.as_os_str(), OFlags::PATH).map_err(cannot)?;
+        Ok(Located { folder, name: name.to_owned(), shown: path.to_owned() })
+    }
+
+    /// The file that the descriptor in `dir` (`path`, for messages) names `file`; see [`resolve`].
+    pub fn named(dir: BorrowedFd<'_>, path: &Path, file: &str, allow_outside: bool) -> Result<Located> {
+        let shown = shown(path, file);
+        let (folder, name) = resolve(dir, Path::new(file), &shown, allow_outside)?;
+        Ok(Located { folder, name, shown })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &OsStr {
+        &self.name
+    }
+
+    /// Opens it, and no link.
+    pub fn open(&self, access: Access) -> Result<RealFile> {
+        RealFile::open_as(&self.folder, &self.name, &self.shown, access)
+    }
+
+    /// Its folder, to make files in it and to sync it.
+    pub fn around(&self) -> Result<OwnedFd> {
+        let opened = open_folder(&self.folder, OsStr::new("."), OFlags::empty());
+        opened.map_err(|e| Error::io(&e.into(), &self.shown, "cannot open the folder around it"))
+    }
 }
 
 /// Opens the folder that holds `file`, and returns it with the file's name. `dir` is the image's folder, `shown` the
@@ -178,6 +223,36 @@ mod tests {
         let dir = File::open(image).expect("open");
         let found = resolve(dir.as_fd(), Path::new(file), &image.join(file), allow);
         found.map(|(_, name)| name).map_err(|e| e.kind())
+    }
+
+    /// `check`, `check --repair` and `meta` resolved a delta's path, and then opened it by that path.
+    #[test]
+    fn a_file_that_was_located_is_opened_there_though_a_link_takes_the_place_of_its_folder() {
+        use std::io::Read;
+        let temp = tempfile::tempdir().expect("tmp");
+        let images = temp.path().join("images");
+        let (image, swapped) = (images.join("vm1"), images.join("vm1/sub"));
+        for folder in [&swapped, &temp.path().join("secret")] {
+            std::fs::create_dir_all(folder).expect("mkdir");
+        }
+        std::fs::write(swapped.join("f"), "ours").expect("write");
+        std::fs::write(temp.path().join("secret/f"), "secret").expect("write");
+        let dir = File::open(&image).expect("open");
+        let ways = [
+            Located::named(dir.as_fd(), &image, "sub/f", false).expect("inside"),
+            Located::of(&swapped.join("f")).expect("there"),
+        ];
+        std::fs::rename(&swapped, images.join("away")).expect("rename");
+        std::os::unix::fs::symlink(temp.path().join("secret"), &swapped).expect("link");
+        for at in ways {
+            let mut text = String::new();
+            let file = at.open(Access::ReadOnly).expect("opens");
+            File::from(file.as_fd().try_clone_to_owned().expect("cloned"))
+                .read_to_string(&mut text)
+                .expect("read");
+            assert_eq!(text, "ours");
+        }
+        Located::named(dir.as_fd(), &image, "sub/f", false).expect_err("a link is on the way now");
     }
 
     #[test]

@@ -11,7 +11,7 @@ mod lost;
 mod plan;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
@@ -19,6 +19,7 @@ use crate::format::header::Header;
 use crate::image::chain::Candidate;
 use crate::image::check::{Problem, Report, check_candidate};
 use crate::image::kind::ImageKind;
+use crate::image::paths::Located;
 use crate::io::file::HostFile;
 use crate::io::real::Access;
 use act::Target;
@@ -188,7 +189,7 @@ impl Outcome {
     }
 }
 
-/// Repairs the file at `path` under its lock, or says what it would do. `kind`: how it is stored, where a descriptor says
+/// Repairs the file `at` under its lock, or says what it would do. `kind`: how it is stored, where a descriptor says
 /// so. Err(InUse): somebody has it. Err(Damaged): the header cannot be what it is, and nothing proves what it was;
 /// nothing is changed.
 ///
@@ -206,24 +207,24 @@ impl Outcome {
 /// 2 comes before 1, but for giving back, where the header is corrected. 3 before 2: after a power cut what is kept would look like a mere leak, and go. 4 or 5 before 3: an entry past the end
 /// could come to name a copy of somebody else's data. 6 before 5: an entry past the end, or naming half a copy. 8 is last:
 /// until then the next check looks again. A crash anywhere leaves what the next repair finds and goes on with.
-pub fn repair(path: &Path, kind: Option<ImageKind>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
+pub fn repair(at: &Located, kind: Option<ImageKind>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
     let access = if dry_run { Access::ReadOnly } else { Access::ReadWrite };
-    let (candidate, lock) = Candidate::open_locked_as(path, access)?;
+    let (candidate, lock) = Candidate::open_locked_at(at, access)?;
     let kind = match kind {
         Some(kind) => kind,
         None => candidate.kind()?,
     };
     if kind == ImageKind::Raw {
-        return Ok(Outcome::unchanged(check_candidate(path, candidate, kind)?));
+        return Ok(Outcome::unchanged(check_candidate(&at.shown, candidate, kind)?));
     }
     // A look changes nothing, and lets other readers by.
     let _long = (!dry_run).then(|| lock.begin_long()).transpose()?;
-    repair_open(path, &candidate.file, facts, dry_run)
+    repair_open(at, &candidate.file, facts, dry_run)
 }
 
 /// The same for a file of the ploop format that is open and locked.
-pub fn repair_open(path: &Path, file: &Arc<dyn HostFile>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
-    let kind = ImageKind::Ploop;
+pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
+    let (path, kind) = (&*at.shown, ImageKind::Ploop);
     // What a crash left in the page cache may never have reached the disk (R7). Only clean pages can be dropped, and a
     // sync that fails tells of an old failure: what is read from now on is what the disk has.
     if !dry_run && let Err(e) = file.sync_data() {
@@ -252,7 +253,7 @@ pub fn repair_open(path: &Path, file: &Arc<dyn HostFile>, facts: &Facts, dry_run
     let header = plan.header;
     // Leaks are nothing that the guest, or a bitmap of what changed, knows of.
     let mut as_it_was = !was_in_use;
-    let mut lost = LostFile::beside(&**file, path);
+    let mut lost = LostFile::beside(&**file, at);
     for _ in 0..MOST_ROUNDS {
         if plan.is_empty() {
             break;

@@ -2,12 +2,12 @@
 //! be the only copy of something. The bytes stand where they stood in the image.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
+use crate::image::paths::Located;
 use crate::image::store::{make, own, sync_folder};
 use crate::io::file::{HostFile, read_full, write_full};
 use crate::io::real::RealFile;
@@ -22,8 +22,8 @@ const MOST_FILES: u32 = 1000;
 #[derive(Debug)]
 pub(super) struct LostFile<'a> {
     image: &'a dyn HostFile,
-    /// Of the image.
-    path: &'a Path,
+    /// Where the image is.
+    at: &'a Located,
     file: Option<RealFile>,
     /// Bytes in it.
     bytes: u64,
@@ -31,8 +31,8 @@ pub(super) struct LostFile<'a> {
 }
 
 impl<'a> LostFile<'a> {
-    pub fn beside(image: &'a dyn HostFile, path: &'a Path) -> LostFile<'a> {
-        LostFile { image, path, file: None, bytes: 0, synced: true }
+    pub fn beside(image: &'a dyn HostFile, at: &'a Located) -> LostFile<'a> {
+        LostFile { image, at, file: None, bytes: 0, synced: true }
     }
 
     /// Where it is and how many bytes it keeps.
@@ -43,7 +43,7 @@ impl<'a> LostFile<'a> {
     /// Keeps the bytes `from..to` of the image that are not zero. Not durable before [`sync`](Self::sync). Returns how
     /// many were kept.
     pub fn keep(&mut self, from: u64, to: u64) -> Result<u64> {
-        let (image, path) = (self.image, self.path);
+        let (image, path) = (self.image, &*self.at.shown);
         let cannot = |e| Error::io(&e, path, "cannot read what nothing refers to");
         let before = self.bytes;
         let mut buffer = vec![0; PIECE as usize];
@@ -88,13 +88,12 @@ impl<'a> LostFile<'a> {
 
     /// Makes the file, never over another one, with the owner and mode of the image.
     fn create(&self) -> Result<RealFile> {
-        let path = self.path;
-        let name = path.file_name().unwrap_or_default();
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let dir = File::open(folder).map_err(|e| Error::io(&e, folder, "cannot open the folder"))?;
+        let path = &*self.at.shown;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let dir = self.at.around()?;
         let like = self.image.status().map_err(|e| Error::io(&e, path, "cannot look at it"))?;
         for number in 1..MOST_FILES {
-            let mut lost = OsString::from(name);
+            let mut lost = OsString::from(self.at.name());
             lost.push(if number == 1 { ".lost".to_owned() } else { format!(".lost-{number}") });
             let path = path.with_file_name(&lost);
             let Some(text) = lost.to_str() else { continue };
