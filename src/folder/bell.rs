@@ -4,7 +4,8 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::event::EventfdFlags;
@@ -81,6 +82,32 @@ impl Bell {
         *heard = (*heard).max(asked);
         drop(heard);
         self.told.notify_all();
+    }
+}
+
+/// The watching thread.
+pub struct Watcher {
+    bell: Arc<Bell>,
+    thread: JoinHandle<()>,
+}
+
+impl Watcher {
+    pub(super) fn new(bell: Arc<Bell>, thread: JoinHandle<()>) -> Watcher {
+        Watcher { bell, thread }
+    }
+
+    /// Ends the thread and waits for it.
+    pub fn stop(self) {
+        self.bell.end();
+        // The last one to let go of a folder may be the thread itself.
+        if self.thread.thread().id() != thread::current().id() && self.thread.join().is_err() {
+            log::error!("the watching thread has panicked");
+        }
+    }
+
+    /// What makes it hear of all that has happened.
+    pub(super) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
     }
 }
 

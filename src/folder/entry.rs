@@ -14,9 +14,9 @@ use super::lease::Leased;
 use super::live::Live;
 use super::origin::Origin;
 use super::scan::{Claim, Identity};
-use super::set::{Folder, Shared};
+use super::shared::{Around, Shared};
+use super::snapshots::Views;
 use super::strand::{Spawn, Strand};
-use super::views::Views;
 use super::{locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::layers::Layers;
@@ -39,7 +39,7 @@ pub struct Entry {
     /// Changes when the first snapshot makes a file a folder. A leaf.
     origin: RwLock<Origin>,
     pub(super) shared: Arc<Shared>,
-    pub(super) folder: Weak<Folder>,
+    pub(super) folder: Weak<dyn Around>,
     /// Runs a job on a thread that may block, beside few others of this image.
     pub(super) spawn: Spawn,
     pub(super) strand: Arc<Strand>,
@@ -109,7 +109,7 @@ pub struct Attributes {
 }
 
 impl Entry {
-    pub(super) fn new(id: u64, claim: &Claim, shared: &Arc<Shared>, folder: &Weak<Folder>) -> Entry {
+    pub(super) fn new(id: u64, claim: &Claim, shared: &Arc<Shared>, folder: Weak<dyn Around>) -> Entry {
         let spawn = shared.spawn_for(id);
         Entry {
             id,
@@ -121,7 +121,7 @@ impl Entry {
                 identity: claim.stamp.identity,
             }),
             shared: shared.clone(),
-            folder: folder.clone(),
+            folder,
             strand: Strand::new(spawn.clone()),
             questions: Strand::new(spawn.clone()),
             asked: AtomicBool::new(false),

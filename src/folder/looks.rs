@@ -4,57 +4,20 @@
 //! about an image is carried out on a thread of the engine, one at a time for each image; the thread that asked goes on, and
 //! the answer finds its way from there. What hangs holds up who asks about that image, and one thread.
 
-use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-use lru::LruCache;
 
 use super::entry::{Attributes, Entry};
 use super::locked;
 use super::set::Folder;
-use super::views::Snapshot;
+use super::snapshots::Snapshot;
+use crate::error::{Error, Result};
+use crate::io::holder::{self, Held};
 
-/// Most images whose snapshots' names are known: each has tens, of some 100 bytes.
-const MOST: NonZeroUsize = NonZeroUsize::new(256).expect("not 0");
-/// How long they are taken for true where only one name is wanted: as long as the kernel does.
-const FRESH: Duration = Duration::from_secs(1);
 /// How long a look at all images waits for one whose host does not answer. What was known of it then has to do.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// When they were read, and what they were.
-type Read = (Instant, Arc<[Snapshot]>);
-
-/// The names of snapshots that were read last, by image.
-pub(super) struct KnownSnapshots {
-    /// A leaf.
-    lists: Mutex<LruCache<u64, Read>>,
-}
-
-impl Default for KnownSnapshots {
-    fn default() -> KnownSnapshots {
-        KnownSnapshots { lists: Mutex::new(LruCache::new(MOST)) }
-    }
-}
-
-impl KnownSnapshots {
-    pub(super) fn keep(&self, image: u64, read: Instant, list: &[Snapshot]) {
-        locked(&self.lists).put(image, (read, list.into()));
-    }
-
-    pub(super) fn get(&self, image: u64) -> Option<Arc<[Snapshot]>> {
-        let mut lists = locked(&self.lists);
-        let (read, list) = lists.get(&image)?;
-        (read.elapsed() < FRESH).then(|| list.clone())
-    }
-
-    /// They have changed.
-    pub(super) fn forget(&self, image: u64) {
-        locked(&self.lists).pop(&image);
-    }
-}
 
 impl Entry {
     /// Runs `question` behind those that were asked about this image before, on a thread that may wait for its host.
@@ -73,7 +36,7 @@ impl Entry {
     }
 
     /// The snapshot of this name. Blocks.
-    pub fn find_snapshot(&self, name: &[u8]) -> crate::Result<Option<Snapshot>> {
+    pub fn find_snapshot(&self, name: &[u8]) -> Result<Option<Snapshot>> {
         let is = |snapshot: &&Snapshot| snapshot.name.as_bytes() == name;
         let known = self.shared.snapshots.get(self.id());
         if let Some(found) = known.as_deref().and_then(|list| list.iter().find(is)) {
@@ -104,6 +67,26 @@ impl Folder {
         // Nothing is ever sent: the end of the last question ends the wait.
         if all.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
             log::debug!("{}: the hosts of some images do not answer", self.path().display());
+        }
+    }
+
+    /// Logs who holds the lock that `error` is about, once that is known; to be called when the error was answered. Does
+    /// nothing with other errors. Never waits.
+    pub fn name_later(&self, error: &Error, doing: &'static str) {
+        let Some(held) = holder::unnamed(error) else { return };
+        if self.wanted.enqueue(held, doing, error) {
+            let wanted = self.wanted.clone();
+            let log = |doing: &str, error: &Error| log::error!("{doing} failed: {error}");
+            (self.shared.spawn)(Box::new(move || wanted.work(&Held::holder, &log)));
+        }
+    }
+
+    /// The same error with the name of who holds the lock, for a command that waits for it. Blocks; not for threads of the
+    /// engine or a transport.
+    pub fn named(&self, error: Error) -> Error {
+        match holder::unnamed(&error) {
+            Some(held) => holder::named(&error, self.wanted.look(held, &Held::holder).as_ref()),
+            None => error,
         }
     }
 }

@@ -162,9 +162,9 @@ impl Folder {
             return Err(Error::at(Kind::Busy, entry.path(), why));
         }
         let (send, receive) = mpsc::channel();
-        let taken = entry.clone();
+        let (folder, taken) = (self.own.clone(), entry.clone());
         entry.strand.submit(Box::new(move || {
-            let _ = send.send(taken.folder.upgrade().map_or_else(
+            let _ = send.send(folder.upgrade().map_or_else(
                 || Err(Error::at(Kind::Io, taken.path(), "the mount has ended")),
                 |folder| folder.act_on(&taken, act),
             ));

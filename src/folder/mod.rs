@@ -24,6 +24,9 @@ mod rights;
 mod scan;
 mod set;
 mod settle;
+mod shared;
+mod snapshots;
+mod stage;
 mod status;
 mod strand;
 mod views;
@@ -35,9 +38,11 @@ pub use changes::Announce;
 pub use entry::{Attributes, Entry, OpenImage};
 pub use place::PRIVATE;
 pub use rights::Rights;
-pub use set::{FOLDER, Folder, FolderOptions};
+pub use set::{Folder, FolderOptions};
+pub use shared::FOLDER;
+pub use snapshots::Snapshot;
 pub use status::ImageStatus;
-pub use views::{OpenSnapshot, Snapshot};
+pub use views::OpenSnapshot;
 
 /// Puts something around an image's file (`mount --fault`).
 pub type Wrap = Arc<dyn Fn(Arc<dyn HostFile>) -> Arc<dyn HostFile> + Send + Sync>;

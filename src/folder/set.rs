@@ -10,21 +10,20 @@ use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak, mpsc};
 
 use inotify::Inotify;
 
+use super::bell::Watcher;
 use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenImage};
-use super::looks::KnownSnapshots;
 use super::names::Names;
 use super::place::{self, Place};
 use super::scan::{self, Claim, Look, Seen, Stamp};
-use super::strand::Spawn;
+use super::shared::{FOLDER, Shared};
+use super::snapshots::KnownSnapshots;
 use super::wanted::Wanted;
-use super::watch::{self, Watcher};
 use super::{Wrap, locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::{SHOWN_SUFFIX, in_text};
-use crate::image::reserve;
 use crate::io::file::HostSpace;
 use crate::vdisk::Engine;
 
@@ -56,38 +55,9 @@ impl FolderOptions {
     }
 }
 
-/// The lane of jobs that are about no single image: images count from 1.
-pub const FOLDER: u64 = 0;
-
-/// What all images of a folder have in common.
-pub(super) struct Shared {
-    pub(super) place: Place,
-    pub(super) engine: Arc<Engine>,
-    pub(super) spawn: Spawn,
-    pub(super) deltas: Arc<Deltas>,
-    pub(super) read_only: bool,
-    /// Deltas may lie anywhere.
-    pub(super) allow_outside: bool,
-    /// No image is opened any more.
-    pub(super) refusing: AtomicBool,
-    /// The kernel may read and write raw images in our place.
-    pub(super) passthrough: AtomicBool,
-    /// It was said that it does not.
-    pub(super) passthrough_told: Arc<AtomicBool>,
-    pub(super) snapshots: KnownSnapshots,
-}
-
-impl Shared {
-    /// Runs jobs of the image number `id` on threads that may block, of which one image has few.
-    pub(super) fn spawn_for(&self, id: u64) -> Spawn {
-        let engine = self.engine.clone();
-        Arc::new(move |job| engine.blocking(id, job))
-    }
-}
-
 /// An images folder that is being served.
 pub struct Folder {
-    own: Weak<Folder>,
+    pub(super) own: Weak<Folder>,
     pub(super) shared: Arc<Shared>,
     next_id: AtomicU64,
     /// Protects "one look at the folder at a time" and what was seen at the last. Before `set`.
@@ -102,9 +72,9 @@ pub struct Folder {
     /// Protects the names of files that were created and are not closed yet. A leaf.
     writing: Mutex<HashSet<OsString>>,
     /// Protects the watch that has no thread yet. A leaf.
-    watch: Mutex<Option<Inotify>>,
+    pub(super) watch: Mutex<Option<Inotify>>,
     /// Protects the watching thread's handle. A leaf.
-    watcher: Mutex<Option<Watcher>>,
+    pub(super) watcher: Mutex<Option<Watcher>>,
     /// Hears what changes; see `changes`.
     pub(super) announce: OnceLock<Arc<dyn Announce>>,
 }
@@ -164,47 +134,6 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Begins to note what happens in the folder, for [`start_watch`](Self::start_watch): before a sandbox, which forbids it.
-    pub fn prepare_watch(&self) -> Result<()> {
-        *locked(&self.watch) = Some(watch::watch(self.shared.place.fd()).map_err(|e| self.cannot_watch(&e))?);
-        Ok(())
-    }
-
-    fn cannot_watch(&self, e: &std::io::Error) -> Error {
-        Error::io(e, self.path(), "cannot watch the images folder")
-    }
-
-    /// Starts the thread that sees images come and go, and goes on with merges that a crash interrupted.
-    pub fn start_watch(&self) -> Result<()> {
-        let started = self.start_watcher();
-        self.sweep();
-        if !self.shared.read_only {
-            reserve::keep(self.shared.place.fd().as_fd());
-        }
-        // What a crash interrupted goes on by itself; not before this, since there were no threads before.
-        self.entries().iter().for_each(|entry| entry.finish_interrupted());
-        started
-    }
-
-    fn start_watcher(&self) -> Result<()> {
-        if locked(&self.watch).is_none() {
-            self.prepare_watch()?;
-        }
-        if let Some(watch) = locked(&self.watch).take() {
-            let watcher = Watcher::start(&self.own, watch).map_err(|e| self.cannot_watch(&e))?;
-            *locked(&self.watcher) = Some(watcher);
-        }
-        Ok(())
-    }
-
-    /// Ends that thread, and waits for it.
-    pub fn stop_watch(&self) {
-        let watcher = locked(&self.watcher).take();
-        if let Some(watcher) = watcher {
-            watcher.stop();
-        }
-    }
-
     /// Takes in at once what is new in the folder, but for files that are still being written: what was closed before this
     /// call is not.
     pub fn rescan_now(&self) -> Result<()> {
@@ -221,13 +150,6 @@ impl Folder {
     pub fn take_in(&self, file: &OsStr) -> Result<()> {
         self.note_writing(file, false);
         self.rescan_now()
-    }
-
-    /// Looks at the folder again without taking in anything new.
-    pub(super) fn look_again(&self) {
-        if let Err(e) = self.look(&mut |_, _, _| false) {
-            log::warn!("{e}");
-        }
     }
 
     /// True when an image comes, or would come, from this file: its going changes what is served.
@@ -335,7 +257,7 @@ impl Folder {
         for claim in &verdict.new {
             let kept = locked(&self.names).take(&claim.name);
             let id = kept.unwrap_or_else(|| self.new_id());
-            let entry = Arc::new(Entry::new(id, claim, &self.shared, &self.own));
+            let entry = Arc::new(Entry::new(id, claim, &self.shared, self.own.clone()));
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             if let Some(damage) = &claim.damage {
                 log::warn!("{}: {damage}; served, and cannot be written", entry.path().display());
@@ -375,6 +297,18 @@ impl Folder {
             let now = scan::folder_again(shared.place.fd(), &old.file, shared.allow_outside);
             now.is_some_and(|now| now.is_none_or(|now| now.problem != old.problem))
         })
+    }
+
+    /// From now on `announce` hears what changes; only the first is taken.
+    pub fn announce_to(&self, announce: Arc<dyn Announce>) {
+        let _ = self.announce.set(announce);
+    }
+
+    /// Tells, where there is one who hears it.
+    pub(super) fn tell(&self, what: impl FnOnce(&dyn Announce)) {
+        if let Some(announce) = self.announce.get() {
+            what(&**announce);
+        }
     }
 
     /// A number that nothing had before.

@@ -1,6 +1,5 @@
 //! Snapshots that are looked at through the mount: read-only images of their own over the files that the live disk has.
 
-use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, TryLockError};
@@ -9,6 +8,7 @@ use std::time::Instant;
 use super::entry::{Attributes, Entry, time_of};
 use super::scan::Source;
 use super::set::Folder;
+use super::snapshots::Snapshot;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
@@ -23,25 +23,6 @@ use crate::io::file::HostFile;
 use crate::io::real::{Access, RealFile};
 use crate::vdisk::Image;
 use crate::vdisk::tracking::Changes;
-
-/// Which snapshots of one image are looked at.
-#[derive(Default)]
-pub struct Views {
-    open: HashMap<Guid, u32>,
-    /// About to be deleted or merged: nobody opens them any more.
-    going: HashSet<Guid>,
-    /// The image itself goes, or changes its name.
-    image_goes: bool,
-}
-
-/// One snapshot, as the mount shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
-    /// Its identity.
-    pub guid: Guid,
-    /// Label, or GUID.
-    pub name: String,
-}
 
 /// A snapshot that is open; dropping it gives it back.
 pub struct OpenSnapshot {

@@ -6,13 +6,12 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
 
 use super::locked;
-use super::set::Folder;
 use crate::error::Error;
 use crate::io::holder::{self, Held, Holder};
 
@@ -52,7 +51,7 @@ impl State {
 
 impl Wanted {
     /// Looks, unless it is known. Blocks.
-    fn look(&self, held: Held, look: &dyn Fn(Held) -> Option<Holder>) -> Option<Holder> {
+    pub(super) fn look(&self, held: Held, look: &dyn Fn(Held) -> Option<Holder>) -> Option<Holder> {
         let _one = locked(&self.looking);
         if let Some(known) = locked(&self.state).remembered(held) {
             return known;
@@ -63,7 +62,7 @@ impl Wanted {
     }
 
     /// Notes a look for later. True: no thread works on the queue yet.
-    fn enqueue(&self, held: Held, doing: &'static str, error: &Error) -> bool {
+    pub(super) fn enqueue(&self, held: Held, doing: &'static str, error: &Error) -> bool {
         let mut state = locked(&self.state);
         // What is remembered was logged, and what is queued will be.
         let queued = state.queue.iter().any(|(other, ..)| *other == held);
@@ -75,7 +74,7 @@ impl Wanted {
     }
 
     /// Works on the queue until it is empty. Blocks.
-    fn work(&self, look: &dyn Fn(Held) -> Option<Holder>, tell: &dyn Fn(&str, &Error)) {
+    pub(super) fn work(&self, look: &dyn Fn(Held) -> Option<Holder>, tell: &dyn Fn(&str, &Error)) {
         loop {
             let mut state = locked(&self.state);
             let Some((held, doing, error)) = state.queue.front().cloned() else {
@@ -87,28 +86,6 @@ impl Wanted {
             // Out of the queue only now that it is remembered: no second look is noted meanwhile.
             locked(&self.state).queue.pop_front();
             tell(doing, &holder::named(&error, holder.as_ref()));
-        }
-    }
-}
-
-impl Folder {
-    /// Logs who holds the lock that `error` is about, once that is known; to be called when the error was answered. Does
-    /// nothing with other errors. Never waits.
-    pub fn name_later(&self, error: &Error, doing: &'static str) {
-        let Some(held) = holder::unnamed(error) else { return };
-        if self.wanted.enqueue(held, doing, error) {
-            let wanted: Arc<Wanted> = self.wanted.clone();
-            let log = |doing: &str, error: &Error| log::error!("{doing} failed: {error}");
-            (self.shared.spawn)(Box::new(move || wanted.work(&Held::holder, &log)));
-        }
-    }
-
-    /// The same error with the name of who holds the lock, for a command that waits for it. Blocks; not for threads of the
-    /// engine or a transport.
-    pub fn named(&self, error: Error) -> Error {
-        match holder::unnamed(&error) {
-            Some(held) => holder::named(&error, self.wanted.look(held, &Held::holder).as_ref()),
-            None => error,
         }
     }
 }

@@ -9,15 +9,18 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Weak};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use inotify::{EventMask, Inotify, WatchMask};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::bell::Bell;
+use super::bell::{Bell, Watcher};
+use super::locked;
 use super::set::Folder;
 use super::settle::Settling;
+use crate::error::{Error, Result};
+use crate::image::reserve;
 
 /// Room for events of one read: some 60 with the longest names. More are read in the next round.
 const EVENTS: usize = 16 << 10;
@@ -39,12 +42,6 @@ const AGAIN: Duration = Duration::from_secs(3);
 /// in the folder around it. As long as a new file has to be still.
 const BROKEN: Duration = Duration::from_secs(2);
 
-/// The watching thread.
-pub struct Watcher {
-    bell: Arc<Bell>,
-    thread: JoinHandle<()>,
-}
-
 /// Begins to note what happens in `dir`. A confined process makes no watch: it could watch any file of the machine.
 pub fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
     let inotify = Inotify::init()?;
@@ -59,46 +56,73 @@ pub fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
     Ok(inotify)
 }
 
-impl Watcher {
-    /// Begins to look at what `inotify` notes. The thread keeps no folder alive; it ends with it.
-    pub fn start(folder: &Weak<Folder>, inotify: Inotify) -> io::Result<Watcher> {
-        let bell = Arc::new(Bell::new()?);
-        let now = Instant::now();
-        let mut watch = Watch {
-            inotify,
-            folder: folder.clone(),
-            bell: bell.clone(),
-            settling: Settling::default(),
-            batch: Batch::default(),
-            may_read: now,
-            may_look: now,
-            again: None,
-            broken: None,
-        };
-        let thread = thread::Builder::new().name("ploopfs/watch".into()).spawn(move || {
-            // What came between the first look and this watch has caused no event.
-            watch.look(true);
-            if let Err(e) = watch.run() {
-                log::warn!("the images folder is no longer watched: {e}; new images are not seen");
-            }
-            // There is nothing to wait for any more.
-            watch.bell.heard(u64::MAX);
-        })?;
-        Ok(Watcher { bell, thread })
-    }
-
-    /// Ends the thread and waits for it.
-    pub fn stop(self) {
-        self.bell.end();
-        // The last one to let go of a folder may be the thread itself.
-        if self.thread.thread().id() != thread::current().id() && self.thread.join().is_err() {
-            log::error!("the watching thread has panicked");
+/// Begins to look at what `inotify` notes. The thread keeps no folder alive; it ends with it.
+fn start(folder: &Weak<Folder>, inotify: Inotify) -> io::Result<Watcher> {
+    let bell = Arc::new(Bell::new()?);
+    let now = Instant::now();
+    let mut watch = Watch {
+        inotify,
+        folder: folder.clone(),
+        bell: bell.clone(),
+        settling: Settling::default(),
+        batch: Batch::default(),
+        may_read: now,
+        may_look: now,
+        again: None,
+        broken: None,
+    };
+    let thread = thread::Builder::new().name("ploopfs/watch".into()).spawn(move || {
+        // What came between the first look and this watch has caused no event.
+        watch.look(true);
+        if let Err(e) = watch.run() {
+            log::warn!("the images folder is no longer watched: {e}; new images are not seen");
         }
+        // There is nothing to wait for any more.
+        watch.bell.heard(u64::MAX);
+    })?;
+    Ok(Watcher::new(bell, thread))
+}
+
+impl Folder {
+    /// Begins to note what happens in the folder, for [`start_watch`](Self::start_watch): before a sandbox, which forbids it.
+    pub fn prepare_watch(&self) -> Result<()> {
+        *locked(&self.watch) = Some(watch(self.shared.place.fd()).map_err(|e| self.cannot_watch(&e))?);
+        Ok(())
     }
 
-    /// What makes it hear of all that has happened.
-    pub(super) fn bell(&self) -> &Arc<Bell> {
-        &self.bell
+    fn cannot_watch(&self, e: &std::io::Error) -> Error {
+        Error::io(e, self.path(), "cannot watch the images folder")
+    }
+
+    /// Starts the thread that sees images come and go, and goes on with merges that a crash interrupted.
+    pub fn start_watch(&self) -> Result<()> {
+        let started = self.start_watcher();
+        self.sweep();
+        if !self.shared.read_only {
+            reserve::keep(self.shared.place.fd().as_fd());
+        }
+        // What a crash interrupted goes on by itself; not before this, since there were no threads before.
+        self.entries().iter().for_each(|entry| entry.finish_interrupted());
+        started
+    }
+
+    fn start_watcher(&self) -> Result<()> {
+        if locked(&self.watch).is_none() {
+            self.prepare_watch()?;
+        }
+        if let Some(watch) = locked(&self.watch).take() {
+            let watcher = start(&self.own, watch).map_err(|e| self.cannot_watch(&e))?;
+            *locked(&self.watcher) = Some(watcher);
+        }
+        Ok(())
+    }
+
+    /// Ends that thread, and waits for it.
+    pub fn stop_watch(&self) {
+        let watcher = locked(&self.watcher).take();
+        if let Some(watcher) = watcher {
+            watcher.stop();
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Live operations on the images of a folder. A running one counts as an opener: the image stays open for it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
@@ -8,6 +8,7 @@ use super::entry::{Entry, OpenImage};
 use super::origin::Origin;
 use super::scan::Source;
 use super::set::Folder;
+use super::shared::Around;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::in_text;
@@ -38,6 +39,18 @@ impl Folder {
         entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
         self.tell_work(entry.id(), work, going.as_deref());
         done
+    }
+
+    /// Tells what `work` has changed, or may have before it failed: when its caller hears of the end, who looks sees it.
+    /// `going`: the name of the snapshot that it took away.
+    pub(super) fn tell_work(&self, id: u64, work: &Work, going: Option<&OsStr>) {
+        self.tell(|announce| {
+            announce.disk(id);
+            if let (Work::Delete { .. } | Work::Merge { .. }, Some(name)) = (work, going) {
+                announce.snapshot(id, name);
+            }
+            announce.settle();
+        });
     }
 
     fn work_on(&self, open: &OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
@@ -95,6 +108,22 @@ impl Folder {
         }
         log::info!("{}: is a folder from now on, for its snapshots", entry.path().display());
         Ok(layers)
+    }
+}
+
+impl Around for Folder {
+    fn look_again(&self) {
+        if let Err(e) = self.look(&mut |_, _, _| false) {
+            log::warn!("{e}");
+        }
+    }
+
+    fn finish(&self, name: &str) {
+        // The image is being opened just now; this open comes behind it.
+        match self.work(name, &Work::Finish, &Progress::new()) {
+            Ok(_) => log::info!("{name}: the deleted snapshots are merged"),
+            Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {}", self.named(e)),
+        }
     }
 }
 
@@ -169,11 +198,7 @@ impl Entry {
         let (folder, name) = (self.folder.clone(), in_text(self.name()));
         let body = move || {
             let Some(folder) = folder.upgrade() else { return };
-            // The image is being opened just now; this open comes behind it.
-            match folder.work(&name, &Work::Finish, &Progress::new()) {
-                Ok(_) => log::info!("{name}: the deleted snapshots are merged"),
-                Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {}", folder.named(e)),
-            }
+            folder.finish(&name);
         };
         if let Err(e) = crate::io::process::spawn_detached("ploopfs/merge", body) {
             log::warn!("{e}");
