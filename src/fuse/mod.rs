@@ -10,6 +10,7 @@ pub mod mount;
 pub mod notify;
 pub mod ops;
 pub mod session;
+mod settings;
 pub mod uring;
 mod wanted;
 

@@ -10,8 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use super::lock::Use;
 use crate::{Error, Kind};
+
+/// What a delta is locked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Use {
+    /// Its content is read and must not change. Any number at a time.
+    Reader,
+    /// It may be changed. One, and no reader beside it.
+    Writer,
+}
 
 /// A process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

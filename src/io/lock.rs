@@ -15,9 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::file::HostFile;
+pub use super::holder::Use;
 use super::holder::{self, Held};
 use super::real::{Access, RealFile};
 use crate::{Error, Result};
@@ -44,16 +43,6 @@ const ALL: [Range; 2] = [READS, IN_USE];
 /// Two that lock at the same moment both lose, as with ploop. So many tries are then made, with a pause
 /// that differs between processes.
 const RACE_TRIES: u32 = 4;
-
-/// What a delta is locked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Use {
-    /// Its content is read and must not change. Any number at a time.
-    Reader,
-    /// It may be changed. One, and no reader beside it.
-    Writer,
-}
 
 impl Use {
     /// The use that goes with how a file is opened.

@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::manage::Unborn;
-use super::own::Text;
+use super::text::Text;
 use super::trouble::Trouble;
+use super::unborn::Unborn;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, OpenImage, OpenSnapshot};
 use crate::fuse::ops::{Answer, Done, Errno, Now, OpenFlags, Whence};

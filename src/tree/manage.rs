@@ -4,13 +4,13 @@
 //! before that goes on with the image ([`Unborn`]). What changes the folder runs on a thread of its own, since it blocks
 //! and the engine's threads may be what it waits for.
 
-use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use super::attrs;
 use super::data::OpenFile;
 use super::names::{self, Node};
+use super::unborn::{Disk, Unborn};
 use super::{NOT_PERMITTED, Tree, keep};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Entry, OpenImage, Rights};
@@ -20,43 +20,6 @@ use crate::io::process::spawn_detached;
 
 /// "Read and write instead": the kernel copies by itself.
 const COPY_YOURSELF: Errno = Errno(libc::EOPNOTSUPP);
-
-/// Who makes which image. A leaf.
-pub(super) type Makers = Mutex<HashMap<u64, Weak<Unborn>>>;
-
-/// Which disk: an image's number, and the snapshot where it is one.
-type Disk = (u64, Option<String>);
-
-/// A file that was opened before it was an image.
-pub struct Unborn {
-    /// The number that its image will have.
-    id: u64,
-    /// The handle may write.
-    writes: bool,
-    /// This handle created the name.
-    made: bool,
-    /// The image, once it is there and somebody asked for it; or why it cannot be opened.
-    image: OnceLock<Answer<OpenImage>>,
-    /// What it was cloned from. A leaf.
-    cloned: Mutex<Option<Disk>>,
-    /// One change of size at a time. Before the folder's locks; held across the change.
-    growing: Mutex<()>,
-}
-
-impl Unborn {
-    /// The image, if it is there.
-    pub fn image(&self) -> Option<&OpenImage> {
-        self.image.get()?.as_ref().ok()
-    }
-
-    /// Why a write does nothing: the image cannot be opened, or has no size yet.
-    pub fn refusal(&self) -> Errno {
-        match self.image.get() {
-            Some(Err(errno)) => *errno,
-            _ => Errno(libc::ENOSPC),
-        }
-    }
-}
 
 impl Tree {
     /// Runs `body` on a thread of its own; `done` hears the errno of what failed, and the log the reason.

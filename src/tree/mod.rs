@@ -18,7 +18,9 @@ mod names;
 mod own;
 mod snapshots;
 mod stats;
+mod text;
 mod trouble;
+mod unborn;
 mod xattrs;
 
 use std::ffi::{OsStr, OsString};
@@ -46,6 +48,7 @@ use own::OwnFile;
 use snapshots::Numbers;
 pub use stats::{Document, Image as ImageStats, MountInfo, Sandbox, document};
 use trouble::Trouble;
+use unborn::Makers;
 
 /// The mount of one folder.
 pub struct Tree {
@@ -62,7 +65,7 @@ pub struct Tree {
     /// Free space of the host.
     space: Arc<Question<Answer<Space>>>,
     /// The open handles that made images. A leaf.
-    makers: manage::Makers,
+    makers: Makers,
 }
 
 const NO_ENTRY: Errno = Errno(libc::ENOENT);
@@ -91,7 +94,7 @@ impl Tree {
             stats: OwnFile::new(&owner),
             metrics: OwnFile::new(&owner),
             space: Question::new(),
-            makers: manage::Makers::default(),
+            makers: Makers::default(),
         })
     }
 

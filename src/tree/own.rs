@@ -4,7 +4,6 @@
 //! last, as long as that is young; a user has a few open at a time; and only the owner of the mount may,
 //! until he says otherwise with chmod or chgrp.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,21 +11,19 @@ use bytes::Bytes;
 
 use super::asking::Question;
 use super::attrs::Owner;
+use super::data::OpenFile;
 use super::names::Node;
+use super::text::{Readers, Text};
 use super::{NOT_PERMITTED, Tree, keep, metrics, stats};
 use crate::folder::FOLDER;
 use crate::fuse::ops::{Answer, Attr, Caller, Done, Errno, Opened, SetAttr};
 use crate::sync::{Mutex, lock};
-
-use super::data::OpenFile;
 
 /// In a large folder what was made up holds for a second, so that it is made up once a second at most.
 const HOLDS: Duration = Duration::from_secs(1);
 /// Up to so many images it is made up for each that opens it, in a millisecond or two: what a program has just done is in
 /// it.
 const FEW: usize = 64;
-/// Most that one user has open of one file. Each may hold a text of its own, of some 350 bytes an image.
-const MOST_OPEN: u32 = 64;
 
 /// One of the two files.
 pub(super) struct OwnFile {
@@ -40,45 +37,6 @@ struct Rights {
     mode: u16,
     uid: u32,
     gid: u32,
-}
-
-/// How many each user has open. A leaf.
-#[derive(Default)]
-struct Readers(Mutex<HashMap<u32, u32>>);
-
-/// One text that a user has open; counted until it is dropped.
-pub(super) struct Text {
-    pub(super) bytes: Bytes,
-    _seat: Seat,
-}
-
-struct Seat {
-    uid: u32,
-    readers: Arc<Readers>,
-}
-
-impl Readers {
-    fn enter(self: &Arc<Self>, uid: u32) -> Option<Seat> {
-        let mut open = lock(&self.0);
-        let count = open.entry(uid).or_default();
-        if *count == MOST_OPEN {
-            return None;
-        }
-        *count += 1;
-        Some(Seat { uid, readers: self.clone() })
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut open = lock(&self.readers.0);
-        if let Some(count) = open.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                open.remove(&self.uid);
-            }
-        }
-    }
 }
 
 impl OwnFile {
@@ -130,24 +88,7 @@ impl Tree {
             holds,
             |job| self.engine.blocking(FOLDER, job),
             render,
-            move |bytes| done(keep(&handles, OpenFile::Text(Text { bytes, _seat: seat }))),
+            move |bytes| done(keep(&handles, OpenFile::Text(Text::new(bytes, seat)))),
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_user_cannot_keep_any_number_of_texts() {
-        let readers = Arc::<Readers>::default();
-        let mut seats: Vec<Seat> = (0..MOST_OPEN).map(|_| readers.enter(1000).expect("room")).collect();
-        assert!(readers.enter(1000).is_none());
-        assert!(readers.enter(1001).is_some(), "others have their own");
-        seats.pop();
-        assert!(readers.enter(1000).is_some());
-        drop(seats);
-        assert!(lock(&readers.0).is_empty());
     }
 }

@@ -25,7 +25,7 @@ use crate::fuse::lanes::Lanes;
 use crate::fuse::mount;
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
-use crate::fuse::session::Settings;
+use crate::fuse::settings::Settings;
 use crate::io::connection;
 use crate::io::unmount::unmount;
 

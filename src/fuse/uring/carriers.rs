@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crossbeam_channel::Sender;
 
 use super::device::Device;
+use super::helpers::{Bench, pause, sift};
 use super::memory::{Entries, Held, answering_here};
-use super::queue::{Bench, pause, sift};
 use super::ring::Ring;
 use super::serve::{Server, Thread};
 use crate::error::Result;

@@ -10,9 +10,8 @@ use std::sync::{Arc, Weak};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::answer::{self, OutHeader};
-use super::serve::{Exchange, Server, Thread};
-use super::wire::{self, Parts};
-use crate::fuse::ops::{Answer, Errno, Ino};
+use super::wire;
+use crate::fuse::ops::Ino;
 use crate::fuse::wanted::{WANTED, Wanted};
 use crate::fuse::{MAX_WRITE, congestion, handshake, notify};
 use crate::io::backing::{self, STACK_DEPTH};
@@ -34,9 +33,6 @@ const PASSTHROUGH: u64 = 1 << 37;
 /// Codes of notifications.
 const INVAL_INODE: i32 = 2;
 const INVAL_ENTRY: i32 = 3;
-
-/// Room for a message: the largest write and what stands in front of it.
-const MESSAGE: usize = MAX_WRITE as usize + 4096;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -138,33 +134,12 @@ impl Device {
         Ok(answer.max_stack_depth > 0)
     }
 
-    /// Serves what comes here until the connection has ended.
-    pub(super) fn serve(self: &Arc<Self>, server: &Server) -> io::Result<()> {
-        let mut buffer = vec![0; MESSAGE];
-        loop {
-            match self.read(&mut buffer) {
-                Ok(message) => {
-                    let message =
-                        Message { device: self.clone(), request: message.to_vec(), answer: Vec::new() };
-                    server.serve(message, Thread::Transport);
-                }
-                // ECONNABORTED: the administrator's abort.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ECONNABORTED)) => {
-                    return Ok(());
-                }
-                // ENOENT: the request was interrupted before we had it.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::ENOENT)) => {}
-                Err(e) => return Err(e),
-            }
-        }
-    }
-
-    fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    pub(super) fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
         let len = rustix::io::read(&self.0, &mut *buffer)?;
         Ok(&buffer[..len])
     }
 
-    fn write(&self, unique: u64, error: i32, parts: &[&[u8]]) -> io::Result<()> {
+    pub(super) fn write(&self, unique: u64, error: i32, parts: &[&[u8]]) -> io::Result<()> {
         let len = answer::HEADER + parts.iter().map(|part| part.len()).sum::<usize>();
         let header = OutHeader { len: len as u32, error, unique };
         let mut all = vec![IoSlice::new(header.as_bytes())];
@@ -211,45 +186,6 @@ fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<
         request_timeout: 0,
         unused: [0; 11],
     })
-}
-
-/// A request that came over /dev/fuse.
-struct Message {
-    device: Arc<Device>,
-    request: Vec<u8>,
-    answer: Vec<u8>,
-}
-
-impl Exchange for Message {
-    fn parts(&self) -> Parts<'_> {
-        // What cannot be taken apart has no header, and so is malformed to whoever reads on.
-        wire::split(&self.request).unwrap_or(Parts { header: &[], operation: &[], payload: &[] })
-    }
-
-    fn room(&mut self, len: usize) -> Option<&mut [u8]> {
-        if len > MAX_WRITE as usize {
-            return None;
-        }
-        self.answer.resize(len, 0);
-        Some(&mut self.answer)
-    }
-
-    fn send(self, outcome: Answer<usize>) {
-        let Ok(header) = wire::header(&self.request) else { return };
-        let sent = match outcome {
-            Ok(len) => self.device.write(header.unique, 0, &[&self.answer[..len]]),
-            Err(Errno(errno)) => self.device.write(header.unique, -errno, &[]),
-        };
-        match sent {
-            Ok(()) => {}
-            // ENOENT: nobody waits any more (or it is the interrupt of a request on a ring, where the kernel does not
-            // look for it); ENODEV: the mount is gone.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {}
-            Err(e) => log::warn!("the kernel refused an answer: {e}"),
-        }
-    }
-
-    fn forget(self) {}
 }
 
 /// The way for notifications.

@@ -1,12 +1,12 @@
 //! The `uring` transport: FUSE over io_uring (Linux 6.14), one ring and thread for each CPU, requests served on the thread
 //! that got them, which stays on its CPU where that is best (see `affinity`). What would hold a ring up goes to helpers
-//! (see `queue`), large requests to carriers, which have rings of their own, small reads of the disk through the ring
+//! (see `helpers`), large requests to carriers, which have rings of their own, small reads of the disk through the ring
 //! itself (`ring`), and, as in every transport, what takes longer to the runners of the file system.
 //!
 //! An answer may come from any thread; it is handed to the kernel by a ring's own (a carrier's, or that of the entry's
 //! home), because the next request of an entry is copied in the context of the thread that submitted it.
 //!
-//! /dev/fuse stays open beside the rings for what the kernel sends there only (see `device`).
+//! /dev/fuse stays open beside the rings for what the kernel sends there only (see `messages`).
 
 pub use cpus::PARKED;
 
@@ -15,7 +15,9 @@ mod answer;
 mod carriers;
 mod cpus;
 mod device;
+mod helpers;
 mod memory;
+mod messages;
 mod queue;
 mod ring;
 mod serve;
@@ -30,15 +32,16 @@ use rustix::thread::CpuSet;
 
 use self::carriers::{Carrier, Load};
 use self::device::{Device, Kernel};
+use self::helpers::Helpers;
 use self::memory::Entries;
-use self::queue::{Helpers, Worker};
+use self::queue::Worker;
 use self::ring::Ring;
 use self::serve::Server;
 use crate::error::{Error, Kind, Result};
 use crate::fuse::mount::{self, DEVICE};
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::FileSystem;
-use crate::fuse::session::Settings;
+use crate::fuse::settings::Settings;
 use crate::io::process;
 use crate::io::unmount::unmount;
 
@@ -213,7 +216,7 @@ impl Serving {
     /// hears of it, because no operation may follow.
     pub(super) fn wait(self) -> Result<()> {
         let Serving { device, server, sending, helpers, entries, load, over, mountpoint } = self;
-        let served = device.serve(&server); // 1
+        let served = messages::serve(&device, &server); // 1
         drop(sending);
         server.close(); // 2
         entries.iter().for_each(|ring| ring.call());
