@@ -208,7 +208,12 @@ pub fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// The same for an errno of the host.
+/// Want of space, in whatever words the host says it.
+pub fn is_full(e: &std::io::Error) -> bool {
+    e.raw_os_error().is_some_and(|errno| Kind::of_errno(errno) == Kind::NoSpace)
+}
+
+/// True when this errno of the host says something of its state at that moment: see [`Error::is_passing`].
 pub fn is_passing(errno: i32) -> bool {
     matches!(
         errno,

@@ -8,10 +8,9 @@ use std::io;
 use std::ops::Range;
 
 use super::stack::Stack;
-use super::write::is_full;
 use super::zero::is_zero;
 use super::{Image, Layout};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, is_full};
 use crate::io::file::{read_full, write_full};
 use crate::io::share;
 use crate::sync::Arc;

@@ -6,11 +6,11 @@ use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::gate::Inside;
 use super::locks::Mode;
+use super::reads::Reads;
 use super::stack::Stack;
-use super::write::is_full;
 use super::zero::is_zero;
-use super::{Image, Level, Ready};
-use crate::error::{Error, Result};
+use super::{Image, Ready};
+use crate::error::{Error, Result, is_full};
 use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering};
 
@@ -323,26 +323,5 @@ impl<'a> Alone<'a> {
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
         self.image.unlock(self.cluster, Mode::Exclusive);
-    }
-}
-
-/// How a level is read on a thread that does not wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reads {
-    /// Its host never waits for a device.
-    Plain,
-    /// Its host says when it would have to wait.
-    Nowait,
-    /// Not here.
-    Wait,
-}
-
-/// What a level's host can do. Each level has its own: a request may touch several, and none has to do as another.
-pub(super) fn probe(level: &Level) -> Reads {
-    let traits = level.file.traits();
-    match (traits.never_blocks, traits.nowait_reads) {
-        (true, _) => Reads::Plain,
-        (false, true) => Reads::Nowait,
-        (false, false) => Reads::Wait,
     }
 }

@@ -76,6 +76,7 @@ mod queued;
 mod races;
 mod ranges;
 mod read;
+mod reads;
 mod runner;
 mod scan;
 mod seek;

@@ -9,8 +9,9 @@ use std::sync::OnceLock;
 use super::alloc::Allocator;
 use super::bat::cache::{BatCache, Budget, Lookup};
 use super::bat::page::Place;
+use super::reads::Reads;
 use super::scan::Scan;
-use super::{Layout, Level, fast};
+use super::{Layout, Level, reads};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{Geometry, Header, Version};
 use crate::image::level::raw_cluster;
@@ -35,7 +36,7 @@ pub struct Stack {
     /// The top's own state; outlives the stack while the top stays the same.
     pub state: Arc<TopState>,
     /// How each level of the table is read on a thread that does not wait.
-    reads: Vec<fast::Reads>,
+    reads: Vec<Reads>,
     /// The top never waits for a device: writes go there alone.
     pub never_blocks: bool,
     /// Something lies below the lowest level that this stack does not have: two levels of a longer chain are merged.
@@ -96,7 +97,7 @@ impl Stack {
         bat: Option<Arc<BatCache>>,
         state: Arc<TopState>,
     ) -> Stack {
-        let probed = |level: &Option<Level>| level.as_ref().map_or(fast::Reads::Wait, fast::probe);
+        let probed = |level: &Option<Level>| level.as_ref().map_or(Reads::Wait, reads::probe);
         let reads: Vec<_> = table.iter().map(probed).collect();
         let top = order.last().and_then(|top| table[usize::from(*top)].as_ref());
         let never_blocks = top.is_some_and(|top| top.file.traits().never_blocks);
@@ -199,7 +200,7 @@ impl Stack {
     }
 
     /// How the level that a place names is read on a thread that does not wait.
-    pub(super) fn reads_of(&self, index: u16) -> fast::Reads {
+    pub(super) fn reads_of(&self, index: u16) -> Reads {
         self.reads[usize::from(index)]
     }
 

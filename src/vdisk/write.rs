@@ -21,7 +21,7 @@ use super::pio::{Body, Pio};
 use super::stack::Stack;
 use super::zero::is_zero;
 use super::{Image, Ready};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, is_full};
 use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering};
 
@@ -106,11 +106,6 @@ fn failed(pio: Pio, stack: &Stack, e: &std::io::Error, at: u64) {
         return image.park(pio);
     }
     pio.finish(Err(Error::io_at(e, &stack.top().path, "cannot write", at)));
-}
-
-/// Want of space, in whatever words the host says it.
-pub(super) fn is_full(e: &std::io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
 }
 
 fn allocate(pio: Pio) {

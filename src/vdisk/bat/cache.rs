@@ -8,13 +8,11 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::page::{Page, Place};
-use crate::error::{Error, Kind, Result};
-use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, cluster_of, pages, slot_of};
-use crate::format::header::{Geometry, HEADER_BYTES};
-use crate::io::file::read_full;
+use crate::error::Result;
+use crate::format::bat::{PAGE_SLOTS, pages, slot_of};
+use crate::format::header::Geometry;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Bug, Mutex, MutexGuard, Ordering, Weak, lock, planted};
 use crate::vdisk::runner::Job;
-use crate::vdisk::stack::Stack;
 
 /// The bound on loaded pages, shared by all images of an engine.
 pub struct Budget {
@@ -406,11 +404,11 @@ impl BatCache {
         }
     }
 
-    /// Loads the page of `cluster`, merged over all levels from the top down; blocks on the host. Only after
-    /// [`Loading::Mine`]. Returns those who waited, to be submitted: on failure each tries for itself.
-    pub(in crate::vdisk) fn load(&self, cluster: u64, stack: &Stack) -> (Vec<Job>, Result<()>) {
+    /// Loads the page of `cluster` as `read` finds it by its number; that may block. Only after [`Loading::Mine`]. Returns
+    /// those who waited, to be submitted: on failure each tries for itself.
+    pub fn load(&self, cluster: u64, read: impl FnOnce(u64) -> Result<Box<Page>>) -> (Vec<Job>, Result<()>) {
         let number = slot_of(cluster).0;
-        let read = read_page(number, stack);
+        let read = read(number);
         let (slot, mut state) = self.loaded(number);
         let State::Loading(waiting) = std::mem::take(&mut *state) else {
             unreachable!("only the loader ends the loading")
@@ -449,36 +447,4 @@ impl Drop for BatCache {
         // An image that was dropped without a close.
         self.give_up();
     }
-}
-
-/// Reads a page's entries from every level's file, the top's first.
-fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
-    let mut page = Box::<Page>::default();
-    let mut bytes = [0; PAGE_BYTES as usize];
-    for (index, level) in stack.top_down() {
-        let start = number * PAGE_BYTES;
-        let io =
-            |e: &std::io::Error| Error::io_at(e, &level.path, "cannot read the BAT", start);
-        let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
-        // Always after the entries: a merge makes the file longer and enters the cluster then. The length from before would
-        // call it damaged.
-        let len = || level.file.len().map_err(|e| io(&e));
-        let Some(of) = level.geometry() else {
-            let cluster = cluster_of(number, first).expect("the first slot behind the header is a cluster's");
-            page.merge_raw_under(index, (cluster, first), stack.geometry.cluster, len()?);
-            continue;
-        };
-        let end = of.bat_end().min(start + PAGE_BYTES);
-        if end <= start {
-            continue; // A lower BAT may be shorter.
-        }
-        let want = (end - start) as usize;
-        let got = read_full(&*level.file, &mut bytes[..want], start).map_err(|e| io(&e))?;
-        if got < want {
-            let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
-            return Err(Error::at(Kind::Damaged, &level.path, context));
-        }
-        page.merge_under(index, number, &bytes[..want], first..want / 4, &of, len()?);
-    }
-    Ok(page)
 }

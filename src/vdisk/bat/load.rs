@@ -1,7 +1,11 @@
 //! Loading a BAT page on behalf of whoever missed it: one loads, the others go on when it is there.
 
 use super::cache::Loading;
-use crate::error::Result;
+use super::page::Page;
+use crate::error::{Error, Kind, Result};
+use crate::format::bat::{PAGE_BYTES, cluster_of};
+use crate::format::header::HEADER_BYTES;
+use crate::io::file::read_full;
 use crate::sync::{Arc, mpsc};
 use crate::vdisk::Image;
 use crate::vdisk::runner::Job;
@@ -23,7 +27,7 @@ impl Image {
             Loading::Queued => {}
             Loading::Loaded(token) => then(token),
             Loading::Mine(token) => {
-                let (waiting, loaded) = bat.load(cluster, &stack);
+                let (waiting, loaded) = bat.load(cluster, |page| read_page(page, &stack));
                 waiting.into_iter().for_each(|job| self.submit(job));
                 match loaded {
                     Ok(()) => then(token),
@@ -45,7 +49,7 @@ impl Image {
         match bat.load_or_queue(cluster, tell, job) {
             Loading::Loaded(_) => Ok(()),
             Loading::Mine(_) => {
-                let (waiting, result) = bat.load(cluster, stack);
+                let (waiting, result) = bat.load(cluster, |page| read_page(page, stack));
                 waiting.into_iter().for_each(|job| self.submit(job));
                 result
             }
@@ -56,4 +60,37 @@ impl Image {
             }
         }
     }
+}
+
+/// Reads a page's entries from every level's file, the top's first, and lays those of the others under them. Blocks on the
+/// host.
+pub(in crate::vdisk) fn read_page(number: u64, stack: &Stack) -> Result<Box<Page>> {
+    let mut page = Box::<Page>::default();
+    let mut bytes = [0; PAGE_BYTES as usize];
+    for (index, level) in stack.top_down() {
+        let start = number * PAGE_BYTES;
+        let io =
+            |e: &std::io::Error| Error::io_at(e, &level.path, "cannot read the BAT", start);
+        let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
+        // Always after the entries: a merge makes the file longer and enters the cluster then. The length from before would
+        // call it damaged.
+        let len = || level.file.len().map_err(|e| io(&e));
+        let Some(of) = level.geometry() else {
+            let cluster = cluster_of(number, first).expect("the first slot behind the header is a cluster's");
+            page.merge_raw_under(index, (cluster, first), stack.geometry.cluster, len()?);
+            continue;
+        };
+        let end = of.bat_end().min(start + PAGE_BYTES);
+        if end <= start {
+            continue; // A lower BAT may be shorter.
+        }
+        let want = (end - start) as usize;
+        let got = read_full(&*level.file, &mut bytes[..want], start).map_err(|e| io(&e))?;
+        if got < want {
+            let context = format!("the file ends at byte {} inside the BAT", start + got as u64);
+            return Err(Error::at(Kind::Damaged, &level.path, context));
+        }
+        page.merge_under(index, number, &bytes[..want], first..want / 4, &of, len()?);
+    }
+    Ok(page)
 }

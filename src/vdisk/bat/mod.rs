@@ -1,6 +1,6 @@
 //! The block allocation table in memory: entries and pages, the cache of pages, and their way back to disk.
 
 pub mod cache;
-mod load;
+pub(in crate::vdisk) mod load;
 pub mod page;
 pub mod writeback;

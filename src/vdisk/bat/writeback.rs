@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use super::cache::Copy;
-use crate::error::{Error, Kind};
+use crate::error::{Error, Kind, is_full};
 use crate::format::bat::PAGE_BYTES;
 use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering, lock};
@@ -15,7 +15,6 @@ use crate::vdisk::Image;
 use crate::vdisk::engine::OnFull;
 use crate::vdisk::flush::Unfinished;
 use crate::vdisk::stack::Stack;
-use crate::vdisk::write::is_full;
 
 /// How long a failed BAT write is tried again before the image goes read-only: long enough for a path that comes
 /// back, short enough that a guest's own timeout (30 s and more) has not fired.

@@ -9,6 +9,7 @@ use crate::io::file::HostFile;
 use crate::sync::mpsc::{Sender, channel};
 use crate::sync::{Arc, Bug, thread};
 use crate::vdisk::bat::cache::{BatCache, Budget, Copy, Loading, Lookup};
+use crate::vdisk::bat::load::read_page;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;
@@ -54,7 +55,7 @@ impl Rig {
             Loading::Loaded(_) => {}
             Loading::Queued => told.recv().expect("the loader tells"),
             Loading::Mine(_) => {
-                let (waiting, loaded) = self.bat().load(cluster, &self.stack);
+                let (waiting, loaded) = self.bat().load(cluster, |page| read_page(page, &self.stack));
                 waiting.into_iter().for_each(|job| drop(thread::spawn(job)));
                 loaded.expect("memory reads");
             }

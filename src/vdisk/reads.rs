@@ -1,0 +1,24 @@
+//! How the file of a level is read on a thread that must not wait for a device.
+
+use super::Level;
+
+/// How a level is read on a thread that does not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// Its host never waits for a device.
+    Plain,
+    /// Its host says when it would have to wait.
+    Nowait,
+    /// Not here.
+    Wait,
+}
+
+/// What a level's host can do. Each level has its own: a request may touch several, and none has to do as another.
+pub(super) fn probe(level: &Level) -> Reads {
+    let traits = level.file.traits();
+    match (traits.never_blocks, traits.nowait_reads) {
+        (true, _) => Reads::Plain,
+        (false, true) => Reads::Nowait,
+        (false, false) => Reads::Wait,
+    }
+}
