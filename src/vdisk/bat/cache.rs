@@ -52,18 +52,19 @@ impl Budget {
     }
 
     fn count_loaded(&self, cache: Weak<BatCache>, page: u32) {
-        // Counted before it can be found there: an eviction that came first would count below zero.
+        // Counted before it can be found there: an eviction that came first would count below zero. And found there only when
+        // room was made for it: where all others are pinned or dirty it would go itself, its loader would find it missing,
+        // load it again, and so on until its stack was used up, and with it the process.
         let before = self.loaded.fetch_add(1, Ordering::Relaxed);
+        if before >= self.limit {
+            self.evict();
+        }
         let mut ring = lock(&self.ring);
         // Entries of closed images go when the hand meets them; where it never moves, they go here.
         if ring.len() as u64 > 2 * self.loaded() + 64 {
             ring.retain(|(cache, _)| cache.strong_count() > 0);
         }
         ring.push_back((cache, page));
-        drop(ring);
-        if before >= self.limit {
-            self.evict();
-        }
     }
 
     /// Drops pages until the bound holds. A page that was hit since the hand last passed gets another round;
@@ -446,5 +447,36 @@ impl Drop for BatCache {
         self.budget.loaded.fetch_sub(loaded as u64, Ordering::Relaxed);
         // An image that was dropped without a close.
         self.give_up();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(cache: &BatCache, page: u64) {
+        let cluster = page * PAGE_SLOTS as u64;
+        let loading = cache.load_or_queue(cluster, (), |()| Box::new(|| ()));
+        assert!(matches!(loading, Loading::Mine(())));
+        cache.load(cluster, |_| Ok(Box::default())).1.expect("loaded");
+    }
+
+    /// The daemon ended with a stack overflow, and all disks with it: a discard loaded its page again and again.
+    #[test]
+    fn a_page_is_not_evicted_before_its_loader_has_it_though_all_others_are_pinned() {
+        let budget = Arc::new(Budget::new(0));
+        let cache = BatCache::new(budget.clone(), 40 * PAGE_SLOTS as u64);
+        for page in 1..=budget.limit {
+            load(&cache, page);
+            assert!(cache.pin(page * PAGE_SLOTS as u64));
+        }
+        for page in [30, 31] {
+            load(&cache, page);
+            assert_eq!(cache.lookup(page * PAGE_SLOTS as u64), Lookup::Found(Place::None));
+        }
+        assert_eq!(budget.loaded(), budget.limit + 1, "and it goes when the next one comes");
+        cache.unpin(PAGE_SLOTS as u64);
+        load(&cache, 32);
+        assert_eq!(budget.loaded(), budget.limit);
     }
 }
