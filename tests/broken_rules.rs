@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crash::campaign::{Campaign, Live, layers, one_file};
-use crash::folder::{Op, clone_and_merge, enumerate};
+use crash::folder::{Op, clone_and_merge, enumerate, enumerate_raw};
 use crash::images;
 use crash::judge::{engine, judge_world};
 use crash::power::Rng;
@@ -172,6 +172,19 @@ fn r8_a_file_that_goes_before_its_image_is_durably_gone_is_caught() {
     let remove = [images::Op::Remove(images::Which::Layered)];
     let what = found(Rule::R8, |_| images::enumerate(scratch.path(), &remove, 1).map(drop));
     assert!(what.contains("a holds"), "{what}");
+}
+
+#[test]
+fn r8_a_folder_that_goes_before_the_file_beside_it_is_durable_is_caught() {
+    let scratch = common::memory_dir();
+    found(Rule::R8, |_| images::leave(scratch.path()).map(drop));
+}
+
+#[test]
+fn r3_a_raw_base_that_takes_the_disk_before_its_data_is_synced_is_caught() {
+    let scratch = common::memory_dir();
+    let what = found(Rule::R3, |_| enumerate_raw(scratch.path(), &[Op::DeleteOldest], 2).map(drop));
+    assert!(what.contains("sector"), "{what}");
 }
 
 #[test]

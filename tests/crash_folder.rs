@@ -10,7 +10,7 @@ mod crash;
 
 use std::time::Instant;
 
-use crash::folder::{OPS, clone_and_merge, enumerate};
+use crash::folder::{OPS, Op, clone_and_merge, enumerate, enumerate_raw};
 use crash::images;
 
 #[test]
@@ -22,6 +22,29 @@ fn every_power_cut_of_every_short_history_of_a_folder_leaves_the_disk_and_its_sn
             "CRASH STATES {states} of {histories} histories over a folder in {} s",
             began.elapsed().as_secs()
         ),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+/// FAULTS 70: what has changed goes down into a raw base, which alone is a snapshot until then.
+#[test]
+fn every_power_cut_of_every_short_history_over_a_raw_file_leaves_the_disk_and_its_snapshots() {
+    let (scratch, began) = (common::memory_dir(), Instant::now());
+    let of = [Op::Write, Op::Fsync, Op::Snapshot, Op::DeleteOldest, Op::DeleteNewest, Op::Switch, Op::Grow];
+    let longest = if common::long() { 3 } else { 2 };
+    match enumerate_raw(scratch.path(), &of, longest) {
+        Ok((histories, states)) => println!(
+            "CRASH STATES {states} of {histories} histories over a raw file in {} s",
+            began.elapsed().as_secs()
+        ),
+        Err(e) => panic!("{e}"),
+    }
+}
+
+#[test]
+fn every_power_cut_while_an_image_becomes_a_raw_file_again_leaves_it_once_and_whole() {
+    match images::leave(common::memory_dir().path()) {
+        Ok(states) => println!("CRASH STATES {states} of a folder that becomes a raw file"),
         Err(e) => panic!("{e}"),
     }
 }

@@ -386,6 +386,43 @@ fn sigkill_in_the_middle_of_a_merge_loses_nothing() {
     sound(&images, "vm1");
 }
 
+/// FAULTS 70: 200 MiB were copied for one that had changed, and the image stayed a folder.
+#[test]
+fn deleting_the_only_snapshot_of_an_idle_raw_image_makes_it_the_raw_file_that_it_was() {
+    require!("fuse");
+    let folder = temp_dir();
+    let images = folder.path().join("images");
+    fs::create_dir(&images).expect("a folder");
+    fs::write(images.join("vm1.raw"), vec![1; 32 * MIB as usize]).expect("a raw image");
+    let mut mount = Mount::over(&images, &[]);
+    let flat = mount.flat("vm1");
+    let ino = |file: &Path| file.metadata().expect("it is there").ino();
+    let (shown, file) = (ino(&flat), ino(&images.join("vm1.raw")));
+    for round in 2..4 {
+        cli(&["snapshot", "create", text(&flat), "s1"]);
+        assert!(images.join("vm1").is_dir());
+        fill(&flat, 3, 1, round);
+        let said = run(&["snapshot", "delete", text(&flat), "s1"]);
+        assert!(said.success() && said.output().is_empty(), "{said}");
+        assert_eq!((ino(&flat), ino(&images.join("vm1.raw"))), (shown, file));
+        assert!(!images.join("vm1").exists());
+        // A look at the folder finds nothing else.
+        cli(&["create", text(&images.join(format!("new{round}"))), "--size", "1M"]);
+        let list: Value = serde_json::from_str(&cli(&["list", text(&images), "--json"])).expect("JSON");
+        let found = list["images"].as_array().expect("a list").iter().find(|image| image["name"] == "vm1");
+        let found = found.expect("listed");
+        assert_eq!((&found["kind"], &found["served"]), (&"raw".into(), &true.into()), "{found}");
+        assert_eq!(ino(&flat), shown, "another file by now");
+        assert_eq!([2, 3, 4].map(|mib| byte_at(&flat, mib)), [1, round, 1]);
+        assert_eq!(names(text(&flat)), Vec::<String>::new());
+    }
+    fill(&flat, 4, 1, 9);
+    mount.umount();
+    let bytes = fs::read(images.join("vm1.raw")).expect("read");
+    assert_eq!(bytes.len(), 32 * MIB as usize);
+    assert_eq!([2, 3, 4, 5].map(|mib| bytes[mib * MIB as usize]), [1, 3, 9, 1]);
+}
+
 #[test]
 fn a_read_only_mount_shows_the_snapshots_and_changes_nothing() {
     require!("fuse");

@@ -15,7 +15,7 @@ use ploopfs::image::make_folder::make_folder;
 use ploopfs::image::switch::switch;
 use ploopfs::io::real::Access;
 use ploopfs::progress::Progress;
-use ploopfs::vdisk::live::{Work, carry_out};
+use ploopfs::vdisk::live::{Work, carry_out, carry_out_before_close, lower};
 use ploopfs::vdisk::{Engine, Image, Options};
 use proptest::prelude::*;
 
@@ -23,14 +23,34 @@ const MIB: u64 = 1 << 20;
 
 #[derive(Clone, Debug)]
 enum Op {
-    Write { at: u64, len: u64, byte: u8 },
-    Discard { at: u64, len: u64 },
+    Write {
+        at: u64,
+        len: u64,
+        byte: u8,
+    },
+    Discard {
+        at: u64,
+        len: u64,
+    },
     Snapshot,
-    Delete { which: prop::sample::Index },
-    Merge { which: prop::sample::Index },
-    Switch { which: prop::sample::Index },
-    Clone { which: prop::sample::Index, live: bool },
-    Grow { by: u64 },
+    /// Closed: the image is closed behind it, and what was left for that is done.
+    Delete {
+        which: prop::sample::Index,
+        closed: bool,
+    },
+    Merge {
+        which: prop::sample::Index,
+    },
+    Switch {
+        which: prop::sample::Index,
+    },
+    Clone {
+        which: prop::sample::Index,
+        live: bool,
+    },
+    Grow {
+        by: u64,
+    },
     Reopen,
 }
 
@@ -42,7 +62,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (at.clone(), len.clone(), any::<u8>()).prop_map(|(at, len, byte)| Op::Write { at, len, byte }),
         4 => (at, len).prop_map(|(at, len)| Op::Discard { at, len }),
         5 => Just(Op::Snapshot),
-        3 => which.clone().prop_map(|which| Op::Delete { which }),
+        3 => (which.clone(), any::<bool>()).prop_map(|(which, closed)| Op::Delete { which, closed }),
         1 => which.clone().prop_map(|which| Op::Merge { which }),
         1 => which.clone().prop_map(|which| Op::Switch { which }),
         1 => (which, any::<bool>()).prop_map(|(which, live)| Op::Clone { which, live }),
@@ -126,6 +146,16 @@ impl Disk {
         carry_out(image, Some(layers), &work, &Progress::new())
     }
 
+    fn delete_and_close(&mut self, work: &Work) {
+        let (image, layers) = self.open.take().expect("open");
+        carry_out_before_close(&image, Some(&layers), work, &Progress::new()).expect("deleted");
+        image.close().expect("closes");
+        assert!(lower::finish(&layers, &Progress::new(), &|| true).expect("merged"));
+        assert!(layers.store().descriptor().unfinished().is_empty());
+        drop(layers);
+        self.reopen();
+    }
+
     fn pick(&self, which: &prop::sample::Index) -> Option<String> {
         let names: Vec<&String> = self.snapshots.keys().collect();
         (!names.is_empty()).then(|| which.get(&names).to_string())
@@ -157,9 +187,14 @@ impl Disk {
                 assert_eq!(done.name, Some(label.clone()));
                 self.snapshots.insert(label, self.live.clone());
             }
-            Op::Delete { which } => {
+            Op::Delete { which, closed } => {
                 if let Some(name) = self.pick(which) {
-                    self.work(Work::Delete { snapshot: name.clone() }).expect("deleted");
+                    let work = Work::Delete { snapshot: name.clone() };
+                    if *closed {
+                        self.delete_and_close(&work);
+                    } else {
+                        self.work(work).expect("deleted");
+                    }
                     self.snapshots.remove(&name);
                 }
             }

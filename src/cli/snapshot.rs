@@ -2,18 +2,24 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::cli::freeze::Frozen;
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, attach, out, size, target, utc};
+use crate::cli::{Outcome, attach, out, served, size, target, utc};
 use crate::disk::find::is_layered;
 use crate::disk::layered::Layered;
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::vdisk::live::{Done, Work};
+
+/// How long a close may be on its way to the daemon, with its sync.
+const CLOSING: Duration = Duration::from_secs(1);
+/// How often it is asked meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Arguments of `snapshot`.
 #[derive(Debug, clap::Args)]
@@ -51,6 +57,9 @@ enum What {
     ///
     /// Its data goes to the only one that stands on it. Where several do, it is only marked, and goes away with the last
     /// but one of them. May be interrupted, and be done again.
+    ///
+    /// Over a raw file, what has changed goes down into it where that is less; with its last snapshot gone the image is that
+    /// file again. Not while the disk is open: then all of the raw file is copied up, and the image is in the ploop format.
     Delete {
         #[command(flatten)]
         which: Named,
@@ -105,22 +114,44 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Says on standard error, before a merge begins, that it copies all of a raw base and that the image is ploop afterwards.
-/// What is wrong with the image or the name, the work itself says.
+/// Says on standard error, before a merge begins, that it copies all of a raw base and that the image is ploop afterwards,
+/// where that is so. What is wrong with the image or the name, the work itself says.
 pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
     if !is_layered(path) {
         return Ok(());
     }
     let Ok(image) = Layered::read(path) else { return Ok(()) };
     let Ok(guid) = image.guid(Some(snapshot)) else { return Ok(()) };
-    if let Some(bytes) = image.raw_merge(guid) {
-        out::say(&format!(
-            "{snapshot} is a raw file: up to {} of it are copied into the file that stands on it, and the image is in \
-             the ploop format afterwards",
-            size::human(bytes)
-        ));
+    let Some(merge) = image.raw_merge(guid) else { return Ok(()) };
+    let waits = merge.goes_down && merge.under_the_disk && stays_open(path);
+    if merge.goes_down && !waits {
+        return Ok(());
     }
+    let rather = match waits {
+        true => {
+            "; while nothing has the disk open, only what has changed is copied, and it stays raw: Ctrl-C, close it, \
+             and give this command again"
+        }
+        false => "",
+    };
+    out::say(&format!(
+        "{snapshot} is a raw file: up to {} of it are copied into the file that stands on it, and the image is in the \
+         ploop format afterwards{rather}",
+        size::human(merge.bytes)
+    ));
     Ok(())
+}
+
+/// True when the mount that serves the image has it open. It hears of a close a moment after it.
+fn stays_open(path: &Path) -> bool {
+    let deadline = Instant::now() + CLOSING;
+    while served::serving(path).is_ok_and(|served| served.is_some_and(|(_, image)| image.openers > 0)) {
+        if Instant::now() >= deadline {
+            return true;
+        }
+        std::thread::sleep(LOOK);
+    }
+    false
 }
 
 /// What a person should know of work that was done.

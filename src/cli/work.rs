@@ -208,15 +208,16 @@ pub fn snapshots(path: &Path) -> Result<Vec<SnapshotLine>> {
 fn cancelled(path: &Path, work: &Work) -> Error {
     let state = match work {
         Work::Delete { snapshot } | Work::Merge { snapshot } => match snapshots(path) {
-            Ok(lines) if lines.iter().any(|l| l.is(snapshot) && l.temporary) => format!(
+            Ok(lines) if lines.iter().any(|l| l.is(snapshot) && !l.temporary) => {
+                format!("the snapshot {snapshot} is there as before")
+            }
+            // It is listed by its GUID: the name is free.
+            Ok(lines) if lines.iter().any(|l| l.temporary) => format!(
                 "the snapshot {snapshot} is marked as deleted and not merged yet; nothing is lost, and this goes on: \
                  ploopfs snapshot delete {} {}",
                 quoted(path),
                 quoted(snapshot)
             ),
-            Ok(lines) if lines.iter().any(|l| l.is(snapshot)) => {
-                format!("the snapshot {snapshot} is there as before")
-            }
             Ok(_) => format!("too late: the snapshot {snapshot} is merged"),
             Err(e) => format!("what is left cannot be read now ({e})"),
         },

@@ -17,7 +17,19 @@ use crate::image::paths::{self, Located};
 use crate::image::store::Store;
 use crate::io::file::{HostFile, read_full};
 use crate::io::real::{Access, RealFile};
+use crate::vdisk::live::lower;
 use crate::words::quoted;
+
+/// A merge of a raw base with the only delta on it.
+#[derive(Clone, Copy, Debug)]
+pub struct RawMerge {
+    /// Bytes that the raw file takes on the host: so much is copied where it goes up into the delta.
+    pub bytes: u64,
+    /// What the delta holds goes down into the raw file, which costs less, unless the disk that is written is open.
+    pub goes_down: bool,
+    /// The delta is what the disk is written to.
+    pub under_the_disk: bool,
+}
 
 /// An image with a descriptor.
 pub struct Layered {
@@ -120,13 +132,21 @@ impl Layered {
         found.ok_or_else(|| Error::at(Kind::NotFound, &self.folder, what))
     }
 
-    /// Bytes on the host that a merge of this snapshot copies because it is a raw base: that has no map, so it cannot be
-    /// what the child's file is, and all of it goes up. None: it is none, or has no single child.
-    pub fn raw_merge(&self, guid: Guid) -> Option<u64> {
+    /// What a merge of this snapshot comes to because it is a raw base. None: it is none, or has no single child.
+    pub fn raw_merge(&self, guid: Guid) -> Option<RawMerge> {
         let delta = self.descriptor.delta(guid).filter(|delta| self.kind(delta) == ImageKind::Raw)?;
         let named = paths::named(self.dir.as_fd(), &self.folder, &delta.file, false).ok()??;
-        // stat(2) counts units of 512 bytes.
-        (self.descriptor.children(guid).len() == 1).then_some(named.st_blocks as u64 * 512)
+        let [child] = self.descriptor.children(guid)[..] else { return None };
+        let above = self.descriptor.delta(child)?;
+        let goes_down =
+            || lower::is_cheaper(&self.open(delta)?.into_level(), &self.open(above)?.into_level());
+        Some(RawMerge {
+            // stat(2) counts units of 512 bytes.
+            bytes: named.st_blocks as u64 * 512,
+            // The work says what is wrong with them.
+            goes_down: goes_down().unwrap_or(true),
+            under_the_disk: child == self.descriptor.top,
+        })
     }
 
     /// The levels of a snapshot or of the live disk, base first.

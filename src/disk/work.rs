@@ -11,6 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::image::layers::{Direct, Layers};
+use crate::image::leave_folder::leave_folder;
 use crate::image::make_folder::make_folder;
 use crate::image::paths::image_folder;
 use crate::image::switch::switch;
@@ -18,7 +19,7 @@ use crate::io::real::Access;
 use crate::progress::Progress;
 use crate::sync::Arc;
 use crate::vdisk::Options;
-use crate::vdisk::live::{Done, Work, carry_out as carry_out_live, judge};
+use crate::vdisk::live::{Done, Work, carry_out_before_close, judge, lower};
 
 /// Does `work` with the image at `path`.
 pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
@@ -53,16 +54,30 @@ fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 }
 
 /// Order: (1) the locks, and the image; (2) the work; (3) the close, which makes it durable and clears the mark, also after
-/// work that failed; (4) the locks' end.
+/// work that failed; (4) of a layered image, what is done best while it is closed; (5) the locks' end.
 fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
     let opened = Opened::open(path, None, access, Options::default())?;
     let writable = if work.only_looks() { Ok(()) } else { opened.image.make_writable() };
     let result =
-        writable.and_then(|()| carry_out_live(&opened.image, opened.layers.as_ref(), work, progress));
+        writable.and_then(|()| carry_out_before_close(&opened.image, opened.layers.as_ref(), work, progress));
+    let layers = opened.layers.clone();
     let closed = opened.close();
     let done = result?;
-    closed.map(|()| done)
+    closed?;
+    match layers {
+        Some(layers) if !work.only_looks() => finish_closed(path, &layers, progress).map(|()| done),
+        _ => Ok(done),
+    }
+}
+
+/// Merges a deleted raw base with the live disk, which is closed; a disk without snapshots is one raw file again.
+fn finish_closed(folder: &Path, layers: &Layers, progress: &Progress) -> Result<()> {
+    lower::finish(layers, progress, &|| true)?;
+    let resolved = folder.canonicalize().map_err(|e| Error::io(&e, folder, "cannot resolve the path"))?;
+    let (Some(parent), Some(name)) = (resolved.parent(), resolved.file_name()) else { return Ok(()) };
+    let images = image_folder(parent)?;
+    leave_folder(images.as_fd(), parent, name, layers).map(drop)
 }
 
 /// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: who is first afterwards

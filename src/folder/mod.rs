@@ -7,6 +7,7 @@ use crate::io::file::HostFile;
 mod bell;
 mod changes;
 mod claims;
+mod closed;
 mod closing;
 mod counted;
 mod deltas;

@@ -284,6 +284,13 @@ pub fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<
     look_at_folder(dir, name, stamp, allow_outside).ok()
 }
 
+/// The regular file `name` as it is now.
+pub fn file_again(dir: &OwnedFd, name: &OsStr) -> Option<Seen> {
+    let stamp = stamp(dir, name)?;
+    let (claim, unsure) = inspect(dir, name, stamp);
+    Some(Seen { file: name.to_owned(), stamp, claim, unsure })
+}
+
 /// Opens a regular file and sees what it is; None: not an image. And true where the host had no answer at the moment.
 fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
     let opened = RealFile::open_at(dir, name, Access::ReadOnly);

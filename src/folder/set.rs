@@ -24,7 +24,9 @@ use super::wanted::Wanted;
 use super::{Wrap, locked, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::{SHOWN_SUFFIX, in_text};
+use crate::image::layers::Opener;
 use crate::io::file::HostSpace;
+use crate::io::lock::Use;
 use crate::vdisk::Engine;
 
 /// How a folder is served.
@@ -330,6 +332,14 @@ impl Folder {
         if self.shared.read_only || self.stamp(&claim.file) != Some(claim.stamp) {
             return;
         }
+        // Another process may be between the two: it holds the lock, and takes the folder away next.
+        let dir = self.shared.place.fd().as_fd();
+        let held = match self.shared.deltas.open(dir, claim.file.as_ref(), &path, Use::Writer) {
+            Ok(held) => held,
+            Err(e) => {
+                return log::warn!("{e}; the same file lies in the image's folder, and one of the two goes");
+            }
+        };
         // The crash may have come before the folder's own name was durable: a power cut now would leave neither.
         let removed = rustix::fs::fsync(self.shared.place.fd()).and_then(|()| {
             rustix::fs::unlinkat(self.shared.place.fd(), &claim.file, rustix::fs::AtFlags::empty())
@@ -343,6 +353,7 @@ impl Folder {
             }
             Err(e) => log::warn!("{}: left from a crash, and cannot be removed: {e}", path.display()),
         }
+        drop(held);
     }
 
     /// Notes that a file was created and is being written, or no longer is.

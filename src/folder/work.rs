@@ -13,11 +13,13 @@ use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::in_text;
 use crate::image::layers::Layers;
+use crate::image::leave_folder::may_leave;
 use crate::image::make_folder::make_folder;
 use crate::image::store::Store;
 use crate::image::switch::switch;
 use crate::progress::Progress;
-use crate::vdisk::live::{Done, Work, carry_out, judge};
+use crate::vdisk::Image;
+use crate::vdisk::live::{Done, Work, carry_out, carry_out_before_close, judge, lower};
 
 impl Folder {
     /// Carries `work` out on the image `name` (without `.img`), while it is in use. Blocks as long as it takes; not for
@@ -34,9 +36,12 @@ impl Folder {
         let open = self.open_image(name, true)?;
         entry.check_passthrough(work)?;
         let going = entry.shown_snapshot(work);
-        let done = self.work_on(&open, work, progress);
+        let done = self.work_on(open, work, progress);
         self.shared.snapshots.forget(entry.id());
-        entry.size.store(open.image().size(), std::sync::atomic::Ordering::Release);
+        // A close has done so itself.
+        if let Some(size) = entry.with_image(Image::size) {
+            entry.size.store(size, std::sync::atomic::Ordering::Release);
+        }
         self.tell_work(entry.id(), work, going.as_deref());
         done
     }
@@ -53,8 +58,8 @@ impl Folder {
         });
     }
 
-    fn work_on(&self, open: &OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
-        let entry = open.entry();
+    fn work_on(&self, open: OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
+        let entry = &open.entry().clone();
         let layers = match entry.live_layers() {
             None if work.needs_folder() => {
                 judge(open.image(), None, work)?;
@@ -64,12 +69,50 @@ impl Folder {
         };
         let _going = match (work, &layers) {
             (Work::Delete { snapshot } | Work::Merge { snapshot }, Some(layers)) => {
-                let guid = layers.store().find_snapshot(snapshot)?;
-                Some(entry.begin_going(guid, snapshot)?)
+                // One that is not there, or deleted already, is not shown either.
+                let guid = layers.store().find_snapshot(snapshot);
+                guid.ok().map(|guid| entry.begin_going(guid, snapshot)).transpose()?
             }
             _ => None,
         };
-        carry_out(open.image(), layers.as_ref(), work, progress)
+        if let Some(layers) = &layers
+            && entry.openers() > 1
+            && lower::wants_closed(layers, work)?
+        {
+            closing::wait(|| entry.openers() == 1);
+        }
+        match layers {
+            // It has no other opener.
+            Some(layers) if !work.only_looks() && entry.openers() == 1 => {
+                self.work_alone(open, entry, layers, work, progress)
+            }
+            layers => carry_out(open.image(), layers.as_ref(), work, progress),
+        }
+    }
+
+    /// Work with an image that has no other opener: it is closed behind it, and what is done best then is done. Where another
+    /// opener was faster, the rest is done as for an open image.
+    fn work_alone(
+        &self,
+        open: OpenImage,
+        entry: &Arc<Entry>,
+        layers: Arc<Layers>,
+        work: &Work,
+        progress: &Progress,
+    ) -> Result<Done> {
+        let done = carry_out_before_close(open.image(), Some(&layers), work, progress);
+        if !entry.waits_for_close(&layers)? {
+            return done;
+        }
+        drop((layers, open));
+        let rest = self.finish_closed(entry, progress).and_then(|finished| {
+            if finished {
+                return Ok(());
+            }
+            let open = self.open_image(&in_text(entry.name()), true)?;
+            carry_out(open.image(), entry.live_layers().as_ref(), &Work::Finish, progress).map(drop)
+        });
+        done.and_then(|done| rest.map(|()| done))
     }
 
     /// The first snapshot of a single file: it becomes a folder, under the open image. Its file stays the same one, so
@@ -121,7 +164,7 @@ impl Around for Folder {
     fn finish(&self, name: &str) {
         // The image is being opened just now; this open comes behind it.
         match self.work(name, &Work::Finish, &Progress::new()) {
-            Ok(_) => log::info!("{name}: the deleted snapshots are merged"),
+            Ok(_) => log::info!("{name}: what was begun with its snapshots is done"),
             Err(e) => log::warn!("{name}: cannot merge a deleted snapshot yet: {}", self.named(e)),
         }
     }
@@ -186,10 +229,10 @@ impl Entry {
 
     fn finish_if_interrupted(&self) {
         let (origin, path) = (self.origin(), self.path());
-        let descriptor = origin
-            .folder(self.shared.place.fd().as_fd(), &path)
-            .and_then(|dir| Store::read(dir.as_fd(), &path));
-        if descriptor.is_ok_and(|(d, _)| !d.unfinished().is_empty() || !d.abandoned().is_empty()) {
+        let Ok(dir) = origin.folder(self.shared.place.fd().as_fd(), &path) else { return };
+        let Ok((descriptor, _)) = Store::read(dir.as_fd(), &path) else { return };
+        let deleted = !descriptor.unfinished().is_empty() || !descriptor.abandoned().is_empty();
+        if deleted || may_leave(dir.as_fd(), &origin.file, &descriptor) {
             self.finish_later();
         }
     }

@@ -21,6 +21,9 @@ pub struct Labels {
     names: BTreeMap<Guid, String>,
     /// When each snapshot was taken, in seconds since 1970: no file of it keeps that through copies, merges and writes.
     times: BTreeMap<Guid, i64>,
+    /// What deleted snapshots were called whose data is not merged yet. The names are free; who deletes one once more means
+    /// what is left of it.
+    deleted: BTreeMap<Guid, String>,
     /// Files of the folder that exist only while a step is underway. One that no delta has at the next open was left
     /// by a crash, and goes.
     pub(super) passing: BTreeSet<String>,
@@ -33,6 +36,8 @@ struct Text {
     labels: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     taken: BTreeMap<String, i64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    deleted: BTreeMap<String, String>,
     #[serde(default)]
     passing: BTreeSet<String>,
 }
@@ -58,6 +63,15 @@ impl Labels {
         let is_snapshot = |guid: &Guid| *guid != descriptor.top && descriptor.shot(*guid).is_some();
         let labelled = self.names.iter().find(|(guid, label)| *label == name && is_snapshot(guid));
         labelled.map(|(guid, _)| *guid).or_else(|| Guid::parse(name).filter(is_snapshot))
+    }
+
+    /// The snapshot of this name that was deleted and whose data can be merged by now; also by its GUID.
+    pub fn find_deleted(&self, descriptor: &Descriptor, name: &str) -> Option<Guid> {
+        // A crash may have come before the name was free.
+        let called = |guid: &Guid| self.deleted.get(guid).or_else(|| self.names.get(guid));
+        let is =
+            |guid: &Guid| called(guid).is_some_and(|label| label == name) || Guid::parse(name) == Some(*guid);
+        descriptor.unfinished().into_iter().find(is)
     }
 
     /// Files that a step was about to make or to drop and that `descriptor` does not name: they go at the next open.
@@ -92,6 +106,12 @@ impl Labels {
         };
     }
 
+    /// The snapshot is deleted: its name is free.
+    pub(super) fn set_deleted(&mut self, guid: Guid) {
+        self.deleted.extend(self.names.remove(&guid).map(|label| (guid, label)));
+        self.times.remove(&guid);
+    }
+
     pub(super) fn set_taken(&mut self, guid: Guid, taken: Option<i64>) {
         match taken {
             Some(taken) => self.times.insert(guid, taken),
@@ -104,6 +124,7 @@ impl Labels {
         let stays = |guid: &Guid| Some(*guid) == coming || descriptor.shot(*guid).is_some();
         self.names.retain(|guid, _| stays(guid));
         self.times.retain(|guid, _| stays(guid));
+        self.deleted.retain(|guid, _| stays(guid));
     }
 
     /// Reads the file. Err says what is wrong with it.
@@ -122,6 +143,10 @@ impl Labels {
             let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
             labels.times.insert(guid, time);
         }
+        for (guid, label) in text.deleted {
+            let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
+            labels.deleted.insert(guid, label);
+        }
         if let Some(path) = text.passing.iter().find(|name| !is_plain_name(name)) {
             return Err(format!("{path:?} is not the name of a file"));
         }
@@ -132,7 +157,8 @@ impl Labels {
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         let labels = self.names.iter().map(|(guid, label)| (guid.to_string(), label.clone())).collect();
         let taken = self.times.iter().map(|(guid, time)| (guid.to_string(), *time)).collect();
-        let text = Text { version: VERSION, labels, taken, passing: self.passing.clone() };
+        let deleted = self.deleted.iter().map(|(guid, label)| (guid.to_string(), label.clone())).collect();
+        let text = Text { version: VERSION, labels, taken, deleted, passing: self.passing.clone() };
         let mut bytes = serde_json::to_vec_pretty(&text).expect("maps of strings are always JSON");
         bytes.push(b'\n');
         bytes
@@ -186,6 +212,10 @@ mod tests {
         let mut labels = Labels::default();
         labels.set(Guid::random(), Some("one".into()));
         labels.set_taken(Guid::random(), Some(1_795_214_701));
+        let gone = Guid::random();
+        labels.set(gone, Some("two".into()));
+        labels.set_deleted(gone);
+        labels.check("two").expect("free again");
         labels.passing.insert("f1".into());
         assert_eq!(Labels::parse(&labels.to_bytes()), Ok(labels));
         for bad in ["", "{}", "{\"version\":2}", "{\"version\":1,\"labels\":{\"x\":\"y\"}}"] {

@@ -209,6 +209,17 @@ impl Layers {
         hold.map_or(Ok(()), |hold| hold.begin_writing())
     }
 
+    /// Keeps other programs' readers off the files that a merge of these changes, or names who reads them. A file that a
+    /// clone has as well is not changed, and its readers are the clone's.
+    pub fn claim(&self, guids: &[Guid]) -> Result<()> {
+        for guid in guids {
+            if self.may_change(*guid)? {
+                self.begin_changing(*guid)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The end of an operation: all files but the top's are frozen again, and other readers may come.
     pub fn end_changing(&self) {
         let store = lock(&self.store);

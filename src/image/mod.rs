@@ -12,6 +12,7 @@ pub mod glance;
 pub mod kind;
 pub mod labels;
 pub mod layers;
+pub mod leave_folder;
 pub mod level;
 pub mod make_folder;
 pub mod map;

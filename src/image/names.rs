@@ -105,7 +105,7 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
         );
         return Err(Error::at(Kind::Busy, shown, why));
     }
-    let gone = OsString::from_vec([b".", file.as_bytes(), REMOVED].concat());
+    let gone = removed(file);
     remove_folder(images, &gone).map_err(cannot)?;
     rename_over(images, file, &gone).map_err(|e| cannot(e.into()))?; // 1
     step(Step::Names);
@@ -113,6 +113,11 @@ pub fn remove(images: BorrowedFd<'_>, path: &Path, file: &OsStr) -> Result<()> {
         sync_folder(images, path)?; // 2
     }
     remove_folder(images, &gone).map_err(cannot) // 3
+}
+
+/// The dot-name of an image's folder that is being removed.
+pub(super) fn removed(folder: &OsStr) -> OsString {
+    OsString::from_vec([b".", folder.as_bytes(), REMOVED].concat())
 }
 
 /// Removes what a crash left: of a removed image, a folder of that dot-name with a descriptor in it, or empty; of one that

@@ -166,8 +166,9 @@ impl Store {
         Ok(synced.map_or_else(Replaced::Unsynced, |()| Replaced::Durable))
     }
 
-    /// Keeps the snapshot's name and when it was taken (in seconds since 1970), or takes both away, durably. Before the descriptor that has the snapshot: a crash
-    /// between the two leaves a label without a snapshot, which nobody sees, and not a snapshot without its name.
+    /// Keeps the snapshot's name and when it was taken (in seconds since 1970), or takes both away, durably. Before the
+    /// descriptor that has the snapshot: a crash between the two leaves a label without a snapshot, which is not shown, and
+    /// not a snapshot without its name.
     pub fn set_label(&mut self, guid: Guid, label: Option<&str>, taken: Option<i64>) -> Result<()> {
         let mut labels = self.labels.clone();
         labels.prune(&self.descriptor, Some(guid));
@@ -177,6 +178,14 @@ impl Store {
             labels.check(label)?;
             labels.set(guid, Some(label.to_owned()));
         }
+        self.write_labels(labels)
+    }
+
+    /// Takes the name of a snapshot away that was deleted, durably: it is free, and only who deletes it once more means it.
+    pub fn set_deleted(&mut self, guid: Guid) -> Result<()> {
+        let mut labels = self.labels.clone();
+        labels.prune(&self.descriptor, None);
+        labels.set_deleted(guid);
         self.write_labels(labels)
     }
 

@@ -104,8 +104,11 @@ impl Descriptor {
         }
         self.forget(parent);
         self.shots.iter_mut().filter(|shot| shot.guid == child).for_each(|shot| shot.parent = below);
-        let child = self.deltas.iter_mut().filter(|delta| delta.guid == child);
-        child.for_each(|delta| delta.file = survivor.to_owned());
+        for delta in self.deltas.iter_mut().filter(|delta| delta.guid == child) {
+            delta.file = survivor.to_owned();
+            // A raw base that took the child's data stays one, whatever was said of the child.
+            delta.plain |= !upwards && lower.plain;
+        }
         Ok(if upwards { lower.file } else { upper.file })
     }
 
@@ -169,6 +172,14 @@ impl Descriptor {
         clone.deltas.retain(|delta| stays(&delta.guid));
         clone.shots.retain(|shot| stays(&shot.guid));
         Ok(clone)
+    }
+
+    /// The one raw file that this describes, where it says no more of it than the file does: such an image can be the file
+    /// alone. What another program has put in here would be lost with it.
+    pub fn lone_raw_file(&self) -> Option<&str> {
+        let [delta] = &self.deltas[..] else { return None };
+        let alone = Descriptor::new(self.disk_sectors, self.cluster_sectors, &delta.file, true);
+        (self.to_xml() == alone.to_xml()).then_some(&*delta.file)
     }
 
     /// Gives a delta another file.

@@ -20,6 +20,11 @@ pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> 
             None => Labels::default().check(label),
         },
         Work::Switch { snapshot } => known(image, layers, snapshot),
+        Work::Delete { snapshot } | Work::Merge { snapshot }
+            if layers.is_some_and(|layers| is_unfinished(layers, snapshot)) =>
+        {
+            Ok(())
+        }
         Work::Delete { snapshot } | Work::Merge { snapshot } => {
             known(image, layers, snapshot)?;
             layers.map_or(Ok(()), |layers| {
@@ -64,6 +69,12 @@ pub(super) fn sound(layers: &Layers, guid: Guid) -> Result<()> {
     }
     let level = layers.level_of(guid)?;
     level.geometry().map_or(Ok(()), |geometry| scan::scan(&level, &geometry).map(drop))
+}
+
+/// There is no snapshot of this name, but one was deleted whose data can be merged.
+pub(super) fn is_unfinished(layers: &Layers, name: &str) -> bool {
+    let store = layers.store();
+    store.find_snapshot(name).is_err() && store.labels().find_deleted(store.descriptor(), name).is_some()
 }
 
 /// The image has this snapshot.

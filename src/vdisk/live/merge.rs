@@ -230,7 +230,7 @@ fn count(stack: &Stack, lower: &Level, of: &Geometry) -> Result<(u64, u64)> {
 }
 
 /// Byte ranges of the BAT, each at most [`PIECE`] long: all of it, or single pages.
-fn pieces(of: &Geometry, only: Option<&BTreeSet<u64>>) -> Vec<Range<u64>> {
+pub(super) fn pieces(of: &Geometry, only: Option<&BTreeSet<u64>>) -> Vec<Range<u64>> {
     let end = of.bat_end();
     let cut = |start: u64, len: u64| start.max(HEADER_BYTES)..(start + len).min(end);
     let all = match only {
@@ -241,7 +241,7 @@ fn pieces(of: &Geometry, only: Option<&BTreeSet<u64>>) -> Vec<Range<u64>> {
 }
 
 /// The entries in a byte range of a level's BAT; what lies behind its end is 0.
-fn read_bat(level: &Level, of: &Geometry, range: &Range<u64>) -> Result<Vec<u32>> {
+pub(super) fn read_bat(level: &Level, of: &Geometry, range: &Range<u64>) -> Result<Vec<u32>> {
     let mut bytes = vec![0; (range.end - range.start) as usize];
     let inside = of.bat_end().saturating_sub(range.start).min(bytes.len() as u64) as usize;
     read_full(&*level.file, &mut bytes[..inside], range.start)

@@ -8,6 +8,7 @@ mod failures;
 pub mod freeze;
 mod grow;
 mod judge;
+pub mod lower;
 pub mod merge;
 pub mod order;
 mod pull;
@@ -15,7 +16,7 @@ pub mod snapshot;
 mod work;
 
 pub use judge::judge;
-pub use work::{carry_out, time_label};
+pub use work::{carry_out, carry_out_before_close, time_label};
 
 use std::path::PathBuf;
 

@@ -10,7 +10,8 @@ use std::cell::Cell;
 use std::time::SystemTime;
 
 use super::freeze::Uncommitted;
-use super::judge::{judge, sound};
+use super::judge::{is_unfinished, judge, sound};
+use super::lower;
 use super::merge::Direction;
 use super::snapshot::TopPlan;
 use super::{Done, Work};
@@ -36,9 +37,30 @@ pub fn carry_out(
     work: &Work,
     progress: &Progress,
 ) -> Result<Done> {
+    carry_out_for(image, layers, work, progress, false)
+}
+
+/// The same for a caller that has the image for itself and closes it behind this: what is merged best while it is closed is
+/// left for then ([`lower::finish`]).
+pub fn carry_out_before_close(
+    image: &Arc<Image>,
+    layers: Option<&Arc<Layers>>,
+    work: &Work,
+    progress: &Progress,
+) -> Result<Done> {
+    carry_out_for(image, layers, work, progress, true)
+}
+
+fn carry_out_for(
+    image: &Arc<Image>,
+    layers: Option<&Arc<Layers>>,
+    work: &Work,
+    progress: &Progress,
+    closes: bool,
+) -> Result<Done> {
     let _alone = layers.map(|layers| layers.begin_operation()).transpose()?;
     judge(image, layers.map(|layers| &**layers), work)?;
-    let done = act(image, layers, work, progress);
+    let done = act(image, layers.map(|layers| Live { image, layers, progress, closes }), work, progress);
     if let Some(layers) = layers {
         // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
         layers.end_changing();
@@ -46,8 +68,7 @@ pub fn carry_out(
     done
 }
 
-fn act(image: &Arc<Image>, layers: Option<&Arc<Layers>>, work: &Work, progress: &Progress) -> Result<Done> {
-    let job = layers.map(|layers| Live { image, layers, progress });
+fn act(image: &Arc<Image>, job: Option<Live<'_>>, work: &Work, progress: &Progress) -> Result<Done> {
     let layered = || {
         let what = "is a single file, and has no snapshots";
         job.as_ref().ok_or_else(|| Error::at(Kind::NotFound, image.shown(), what))
@@ -109,6 +130,8 @@ struct Live<'a> {
     image: &'a Arc<Image>,
     layers: &'a Arc<Layers>,
     progress: &'a Progress,
+    /// The image is closed behind this.
+    closes: bool,
 }
 
 impl Live<'_> {
@@ -194,7 +217,12 @@ impl Live<'_> {
     }
 
     fn delete(&self, name: &str, later: bool) -> Result<Done> {
-        let guid = self.find(name)?;
+        let guid = match self.find(name) {
+            Ok(guid) => guid,
+            // It was deleted before, and its data is not merged yet.
+            Err(_) if is_unfinished(self.layers, name) => return self.finish(),
+            Err(e) => return Err(e),
+        };
         let descriptor = self.descriptor();
         let refuse = |kind: Kind, why: String| Err(Error::at(kind, self.layers.store().path(), why));
         if guid == descriptor.top {
@@ -213,7 +241,7 @@ impl Live<'_> {
             1 => {
                 // Before the snapshot's name is gone: one that is refused is still there.
                 for child in descriptor.children(guid) {
-                    self.claim(guid, child)?;
+                    self.layers.claim(&[guid, child])?;
                 }
                 self.mark_deleted(guid)?;
             }
@@ -246,7 +274,7 @@ impl Live<'_> {
     /// From here on the snapshot is gone for everybody, and its name is free.
     fn mark_deleted(&self, guid: Guid) -> Result<()> {
         self.settle(self.change(|next| next.set_marker(guid, Some(Marker::Temporary))))?;
-        self.layers.store().set_label(guid, None, None)
+        self.layers.store().set_deleted(guid)
     }
 
     /// Outside a freeze, a descriptor whose rename may not be durable is the caller's error, and no more: both states
@@ -270,14 +298,18 @@ impl Live<'_> {
                 self.remove_leaf(*guid)?;
                 continue;
             }
-            let Some(parent) = descriptor.unfinished().first().copied() else { return Ok(Done::default()) };
+            let later = if self.closes { lower::waiting(self.layers)? } else { None };
+            let now = |guid: &Guid| later.is_none_or(|(parent, _)| parent != *guid);
+            let Some(parent) = descriptor.unfinished().into_iter().find(now) else {
+                return Ok(Done::default());
+            };
             let Some(child) = descriptor.children(parent).first().copied() else {
                 return Ok(Done::default());
             };
             self.progress.check()?;
             // Else a power cut could bring back a snapshot whose file the merge has changed.
             self.layers.store().redo_unsynced()?;
-            self.claim(parent, child)?;
+            self.layers.claim(&[parent, child])?;
             if child == descriptor.top {
                 self.follow_descriptor()?;
                 self.merge(self.image, parent, child)?;
@@ -285,17 +317,6 @@ impl Live<'_> {
                 self.merge_below(&descriptor, parent, child)?;
             }
         }
-    }
-
-    /// Keeps other programs' readers off the files that a merge of these two changes, or names who reads them. A file that
-    /// a clone has as well is not changed, and its readers are the clone's.
-    fn claim(&self, parent: Guid, child: Guid) -> Result<()> {
-        for guid in [parent, child] {
-            if self.layers.may_change(guid)? {
-                self.layers.begin_changing(guid)?;
-            }
-        }
-        Ok(())
     }
 
     /// After a merge below the top whose last steps failed, the live image still reads from the files that were there
@@ -342,11 +363,15 @@ impl Live<'_> {
     /// Two levels below the live top, or in another branch: they are opened as an image of their own, merged, and the
     /// live one, if it stands on them, then takes the result instead:
     /// 1. merge, as above, but for the removal; 2. close: the result is durable and its mark cleared; 3. the live image
-    ///    reads from the new chain; 4. the file that went is removed.
+    ///    reads from the new chain; 4. the file that went is removed. Into a raw base `lower` merges: 1 and 2 are its.
     ///
     /// The live image reads the same from both files all the while: nothing that it can see is changed in either.
     fn merge_below(&self, descriptor: &Descriptor, parent: Guid, child: Guid) -> Result<()> {
         let on_it = descriptor.chain(descriptor.top).is_ok_and(|chain| chain.contains(&child));
+        if lower::goes_down(self.layers, parent, child)? {
+            let gone = lower::merge(self.layers, parent, child, self.progress, &|| true)?; // 1, 2
+            return gone.map_or(Ok(()), |gone| self.take_result(on_it, &gone));
+        }
         if !broken(Rule::R9) && !self.layers.may_change(child)? {
             self.unshare(child, on_it)?;
             self.layers.begin_changing(child)?;
@@ -359,10 +384,15 @@ impl Live<'_> {
         let closed = pair.close(); // 2
         let gone = merged?;
         closed?;
+        self.take_result(on_it, &gone)
+    }
+
+    /// The live image, if it stands on what was merged or copied, reads from the new chain; then `gone` is removed.
+    fn take_result(&self, on_it: bool, gone: &str) -> Result<()> {
         if on_it {
-            self.image.stand_on(self.layers.live_chain()?)?; // 3
+            self.image.stand_on(self.layers.live_chain()?)?;
         }
-        self.layers.remove(&gone) // 4
+        self.layers.remove(gone)
     }
 
     /// A file that is also part of a clone, under another name, is never changed (R9): a copy takes its place.
@@ -379,10 +409,7 @@ impl Live<'_> {
             self.forget(&file);
             return Err(e);
         }
-        if on_it {
-            self.image.stand_on(self.layers.live_chain()?)?; // 3
-        }
-        self.layers.remove(&gone) // 4
+        self.take_result(on_it, &gone) // 3, 4
     }
 }
 

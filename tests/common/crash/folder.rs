@@ -18,7 +18,7 @@ use ploopfs::io::lock::Use;
 use ploopfs::io::real::Access;
 use ploopfs::progress::Progress;
 use ploopfs::rules::{Step, Watching};
-use ploopfs::vdisk::live::{Work, carry_out};
+use ploopfs::vdisk::live::{Work, carry_out, carry_out_before_close, lower};
 use ploopfs::vdisk::{Engine, Image, Level};
 
 use super::campaign::Live;
@@ -28,6 +28,8 @@ use super::restored;
 use super::world::{Host, Record, World, empty, lock};
 
 const XML: &str = "DiskDescriptor.xml";
+/// The base where it is a raw file.
+const RAW: &str = "vm.raw";
 /// As in the enumerator: a growth by four clusters moves data out of the BAT's way.
 const CLUSTER: u64 = 1024;
 const DISK: usize = 477;
@@ -182,6 +184,8 @@ struct Run {
     engine: Arc<Engine>,
     open: Option<(Arc<Layers>, Arc<Image>)>,
     stamp: u32,
+    /// A snapshot is deleted as at rest: what is done best with a closed disk is done then.
+    closes: bool,
     _watching: Watching,
 }
 
@@ -191,7 +195,8 @@ impl Run {
         let site = Site::new(path, world);
         let seen = site.clone();
         let _watching = Watching::new(move |step| seen.look(step));
-        let mut run = Run { site, engine: engine.clone(), open: None, stamp, _watching };
+        let closes = world.folder.durable.contains_key(RAW);
+        let mut run = Run { site, engine: engine.clone(), open: None, stamp, closes, _watching };
         run.open()?;
         Ok(run)
     }
@@ -237,6 +242,17 @@ impl Run {
         carry_out(image, Some(layers), work, &Progress::new()).map(drop).map_err(|e| format!("{work:?}: {e}"))
     }
 
+    fn work_and_close(&mut self, work: &Work) -> Result<(), String> {
+        let (layers, image) = self.open.as_ref().ok_or("closed")?;
+        let layers = layers.clone();
+        let done = carry_out_before_close(image, Some(&layers), work, &Progress::new());
+        done.map_err(|e| format!("{work:?}: {e}"))?;
+        self.close()?;
+        lower::finish(&layers, &Progress::new(), &|| true).map_err(|e| format!("{work:?}: {e}"))?;
+        drop(layers);
+        self.open()
+    }
+
     fn carry_out(&mut self, op: Op) -> Result<(), String> {
         let record = self.site.record.clone();
         match op {
@@ -273,7 +289,12 @@ impl Run {
             Op::DeleteOldest | Op::DeleteNewest => {
                 let Some(label) = self.label(op == Op::DeleteNewest) else { return Ok(()) };
                 self.must(&label, false);
-                self.work(&Work::Delete { snapshot: label.clone() })?;
+                let work = Work::Delete { snapshot: label.clone() };
+                if self.closes {
+                    self.work_and_close(&work)?
+                } else {
+                    self.work(&work)?
+                }
                 lock(&record.world).folder.snapshots.remove(&label);
                 Ok(())
             }
@@ -343,13 +364,15 @@ impl Run {
     }
 }
 
-/// Judges what is in the folder `path`: the live disk and its snapshots, now and when interrupted merges are done.
-fn judge(engine: &Arc<Engine>, path: &Path, world: &World) -> Result<(), String> {
+/// Judges what is in the folder `path`: the live disk and its snapshots, now and when interrupted merges are done;
+/// `closed`: as at rest.
+fn judge(engine: &Arc<Engine>, path: &Path, world: &World, closed: bool) -> Result<(), String> {
     let dir = File::open(path).map_err(|e| e.to_string())?;
     let opener = Arc::new(Direct(Access::ReadWrite));
     let opened = Layers::open(dir.into(), path, opener, false);
     let (layers, levels) = opened.map_err(|e| format!("does not open: {e}"))?;
-    let deltas = levels.iter().map(|level| level.path.clone()).collect::<Vec<_>>();
+    let deltas = levels.iter().filter(|level| level.geometry().is_some());
+    let deltas = deltas.map(|level| level.path.clone()).collect::<Vec<_>>();
     for file in deltas {
         sound(&std::fs::read(&file).map_err(|e| e.to_string())?)
             .map_err(|e| format!("{}: {e}", file.display()))?;
@@ -375,15 +398,30 @@ fn judge(engine: &Arc<Engine>, path: &Path, world: &World) -> Result<(), String>
     if let Some((label, _)) = missing {
         return Err(format!("snapshot {label} is gone"));
     }
-    if !layers.store().descriptor().unfinished().is_empty() {
-        carry_out(&image, Some(&layers), &Work::Finish, &Progress::new())
-            .map_err(|e| format!("an interrupted merge cannot be finished: {e}"))?;
-        values(&image, allowed).map_err(|e| format!("live, after the merge was finished: {e}"))?;
+    let unfinished = || !layers.store().descriptor().unfinished().is_empty();
+    let cannot = |e| format!("an interrupted merge cannot be finished: {e}");
+    let shown = |image: &Arc<Image>| {
+        values(image, allowed).map_err(|e| format!("live, after the merge was finished: {e}"))
+    };
+    if closed && unfinished() {
+        carry_out_before_close(&image, Some(&layers), &Work::Finish, &Progress::new()).map_err(cannot)?;
+        image.close().map_err(|e| format!("cannot be closed: {e}"))?;
+        lower::finish(&layers, &Progress::new(), &|| true).map_err(cannot)?;
+        let levels = layers.live_chain().map_err(cannot)?;
+        let image = Image::open(engine, "state", levels).map_err(cannot)?;
+        shown(&image)?;
+        image.close().map_err(|e| format!("cannot be closed: {e}"))?;
+    } else if unfinished() {
+        carry_out(&image, Some(&layers), &Work::Finish, &Progress::new()).map_err(cannot)?;
+        shown(&image)?;
+    }
+    if unfinished() {
+        return Err("a deleted snapshot stays".into());
     }
     image.close().map_err(|e| format!("cannot be closed: {e}"))?;
     let left = scan(path)
         .into_iter()
-        .find(|(name, _)| name.starts_with("vm.hds") && !layers.store().descriptor().names(name));
+        .find(|(name, _)| name.starts_with("vm.") && !layers.store().descriptor().names(name));
     left.map_or(Ok(()), |(name, _)| Err(format!("{name} is left over")))
 }
 
@@ -405,7 +443,7 @@ fn judge_states(engine: &Arc<Engine>, path: &Path, cut: &World, rng: &mut Rng) -
             let left: Vec<Vec<u8>> = cut.files.iter().map(|file| file.state(keep, rng)).collect();
             lay(path, &names, |n| left[n].clone());
             states += 1;
-            judge(engine, path, cut).map_err(|e| {
+            judge(engine, path, cut, states % 2 == 0).map_err(|e| {
                 let lost = cut.folder.pending.clone();
                 format!("{e}; left {:?} of {:?} and {lost:?}", names.keys(), cut.folder.durable.keys())
             })?;
@@ -414,12 +452,13 @@ fn judge_states(engine: &Arc<Engine>, path: &Path, cut: &World, rng: &mut Rng) -
     Ok(states)
 }
 
-/// An image in a folder, on which two snapshots stand.
-fn prepared(engine: &Arc<Engine>, path: &Path) -> Result<World, String> {
+/// An image in a folder, on which two snapshots stand; `raw`: over a raw file.
+fn prepared(engine: &Arc<Engine>, path: &Path, raw: bool) -> Result<World, String> {
     let header = Header::new(Version::V2, DISK as u64 * 512, CLUSTER).expect("a legal size");
-    let xml = Descriptor::new(header.disk_sectors, header.cluster_sectors, "vm.hds", false).to_xml();
-    let mut world = World::new(vec![empty(header, false), xml], vec![vec![0]; DISK]);
-    world.folder.durable = [("vm.hds".to_owned(), 0), (XML.to_owned(), 1)].into();
+    let (file, base) = if raw { (RAW, vec![0; DISK * 512]) } else { ("vm.hds", empty(header, false)) };
+    let xml = Descriptor::new(header.disk_sectors, header.cluster_sectors, file, raw).to_xml();
+    let mut world = World::new(vec![base, xml], vec![vec![0]; DISK]);
+    world.folder.durable = [(file.to_owned(), 0), (XML.to_owned(), 1)].into();
     let mut run = Run::start(engine, path, &world)?;
     let write = |run: &Run, at, n, value| {
         let (_, image) = run.open.as_ref().ok_or("closed")?;
@@ -438,9 +477,18 @@ fn prepared(engine: &Arc<Engine>, path: &Path) -> Result<World, String> {
 /// Every history of up to `longest` of the operations `of`, in folders under `scratch`; returns the histories and the
 /// states judged.
 pub fn enumerate(scratch: &Path, of: &[Op], longest: usize) -> Result<(u64, u64), String> {
+    enumerate_over(scratch, of, longest, false)
+}
+
+/// The same over a raw file, and with a disk that is closed when a snapshot is deleted.
+pub fn enumerate_raw(scratch: &Path, of: &[Op], longest: usize) -> Result<(u64, u64), String> {
+    enumerate_over(scratch, of, longest, true)
+}
+
+fn enumerate_over(scratch: &Path, of: &[Op], longest: usize, raw: bool) -> Result<(u64, u64), String> {
     let engine = engine(NEVER, EXTEND);
     let (site, state) = (scratch.join("site"), scratch.join("state"));
-    let start = prepared(&engine, &site)?;
+    let start = prepared(&engine, &site, raw)?;
     let mut all: Vec<Vec<Op>> = Vec::new();
     let mut last = vec![Vec::new()];
     for _ in 0..longest {
@@ -475,7 +523,7 @@ pub fn enumerate(scratch: &Path, of: &[Op], longest: usize) -> Result<(u64, u64)
 pub fn clone_and_merge(scratch: &Path) -> Result<(), String> {
     let engine = engine(NEVER, EXTEND);
     let (site, clone) = (scratch.join("site"), scratch.join("clone"));
-    let start = prepared(&engine, &site)?;
+    let start = prepared(&engine, &site, false)?;
     let mut run = Run::start(&engine, &site, &start)?;
     let label = run.label(false).ok_or("there is no snapshot")?;
     let (then, _) = start.folder.snapshots[&label].clone();

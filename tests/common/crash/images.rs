@@ -10,15 +10,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use ploopfs::folder::{Folder, FolderOptions};
 use ploopfs::image::create::{Plan, create};
 use ploopfs::image::layers::{Direct, Layers};
+use ploopfs::image::leave_folder::leave_folder;
 use ploopfs::image::make_folder::make_folder;
 use ploopfs::image::names;
 use ploopfs::io::real::Access;
 use ploopfs::progress::Progress;
 use ploopfs::rules::{Step, Watching};
-use ploopfs::vdisk::Image;
 use ploopfs::vdisk::live::{Work, carry_out};
+use ploopfs::vdisk::{Engine, Image};
 
 use super::judge::engine;
 use super::world::{Names, lock};
@@ -95,12 +97,30 @@ impl Tree {
 
     /// Makes `path` what is left of node `number` where `keep` wants that change of that folder.
     fn lay(&self, number: usize, path: &Path, keep: &dyn Fn(usize, usize) -> bool) {
+        self.lay_once(number, path, keep, &mut HashMap::new());
+    }
+
+    /// `laid` has the files that have a name by now: the next one is a link.
+    fn lay_once(
+        &self,
+        number: usize,
+        path: &Path,
+        keep: &dyn Fn(usize, usize) -> bool,
+        laid: &mut HashMap<usize, PathBuf>,
+    ) {
         match &self.nodes[number] {
-            Node::File(bytes) => std::fs::write(path, bytes).expect("a file of ours"),
+            Node::File(bytes) => {
+                let done = match laid.get(&number) {
+                    Some(first) => std::fs::hard_link(first, path),
+                    None => std::fs::write(path, bytes),
+                };
+                done.expect("a file of ours");
+                laid.insert(number, path.to_owned());
+            }
             Node::Folder(names) => {
                 std::fs::create_dir(path).expect("a folder of ours");
                 for (name, node) in names.state(|change| keep(number, change)) {
-                    self.lay(node, &path.join(name), keep);
+                    self.lay_once(node, &path.join(name), keep, laid);
                 }
             }
         }
@@ -246,7 +266,11 @@ fn judge(path: &Path, cut: &Tree, whole: &[BTreeMap<String, Vec<u8>>; 2]) -> Res
 }
 
 /// Judges every combination of what a cut may leave.
-fn judge_states(path: &Path, cut: &Tree, whole: &[BTreeMap<String, Vec<u8>>; 2]) -> Result<u64, String> {
+fn judge_states(
+    path: &Path,
+    cut: &Tree,
+    judge: impl Fn(&Path, &Tree) -> Result<(), String>,
+) -> Result<u64, String> {
     let pending = cut.pending();
     if pending.len() > MOST {
         return Err(format!("{} changes are not synced: too many to try", pending.len()));
@@ -257,7 +281,7 @@ fn judge_states(path: &Path, cut: &Tree, whole: &[BTreeMap<String, Vec<u8>>; 2])
         };
         empty(path);
         cut.lay(0, path, &|folder, change| kept(&(folder, change)));
-        judge(path, cut, whole).map_err(|e| format!("{e}; kept {mask:b} of {pending:?}"))?;
+        judge(path, cut).map_err(|e| format!("{e}; kept {mask:b} of {pending:?}"))?;
     }
     Ok(1 << pending.len())
 }
@@ -316,9 +340,70 @@ pub fn enumerate(scratch: &Path, of: &[Op], longest: usize) -> Result<(u64, u64)
             drop(watching); // The judge's steps are not the history's.
             let cuts = std::mem::take(&mut lock(&here).cuts);
             for (i, cut) in cuts.iter().enumerate() {
-                states += judge_states(&state, cut, &whole).map_err(|e| format!("{ops:?}, cut {i}: {e}"))?;
+                states += judge_states(&state, cut, |path, cut| judge(path, cut, &whole))
+                    .map_err(|e| format!("{ops:?}, cut {i}: {e}"))?;
             }
         }
     }
     Ok((histories, states))
+}
+
+/// A layered image without snapshots becomes the raw file that it is. After every cut the next mount shows it once, with
+/// its bytes, and finishes what was begun; returns the states judged.
+pub fn leave(scratch: &Path) -> Result<u64, String> {
+    let (first, site, state) = (scratch.join("first"), scratch.join("site"), scratch.join("state"));
+    let bytes: Vec<u8> = (0..65536u32).map(|n| (n >> 8) as u8 ^ 0x5a).collect();
+    let made = || -> std::io::Result<()> {
+        std::fs::create_dir(&first)?;
+        std::fs::write(first.join("r.raw"), &bytes)?;
+        make_folder(File::open(&first)?.as_fd(), &first, "r.raw".as_ref()).map_err(std::io::Error::other)?;
+        std::fs::write(first.join("r/ploopfs.json"), "{\"version\":1}")
+    };
+    made().map_err(|e| e.to_string())?;
+    let start = Tree::read(&first);
+    empty(&first);
+    let here = Arc::new(Mutex::new(Site::new(&site, &start)));
+    let seen = here.clone();
+    let watching = Watching::new(move |step| lock(&seen).look(step));
+    let left = || -> ploopfs::Result<_> {
+        let images = File::open(&site).expect("the folder");
+        let folder = File::open(site.join("r")).expect("the image");
+        let opener = Arc::new(Direct(Access::ReadWrite));
+        let (layers, _) = Layers::open(folder.into(), &site.join("r"), opener, false)?;
+        leave_folder(images.as_fd(), &site, "r".as_ref(), &layers)
+    };
+    let left = left().map_err(|e| e.to_string())?;
+    drop(watching); // The judge's steps are not the history's.
+    if left != Some("r.raw".into()) || names_in(&site).len() != 1 {
+        return Err(format!("{left:?} of {:?}", names_in(&site)));
+    }
+    let (engine, cuts) = (engine(1_000_000, 65536), std::mem::take(&mut lock(&here).cuts));
+    let mut states = 0;
+    for (i, cut) in cuts.iter().enumerate() {
+        states += judge_states(&state, cut, |path, _| judge_left(&engine, path, &bytes))
+            .map_err(|e| format!("cut {i}: {e}"))?;
+    }
+    Ok(states)
+}
+
+/// The next mount, and one command.
+fn judge_left(engine: &Arc<Engine>, path: &Path, bytes: &[u8]) -> Result<(), String> {
+    let folder = Folder::open(path, engine, FolderOptions::default()).map_err(|e| e.to_string())?;
+    names::sweep(folder.dir(), path);
+    let content = || {
+        let open = folder.open_image("r", true).map_err(|e| format!("does not open: {e}"))?;
+        let found = open.image().read_at(0, bytes.len() + 1).map_err(|e| e.to_string())?;
+        if *found == *bytes { Ok(()) } else { Err("holds something else".to_owned()) }
+    };
+    content()?;
+    let served = folder.entries().len();
+    folder.work("r", &Work::Finish, &Progress::new()).map_err(|e| format!("cannot be finished: {e}"))?;
+    content()?;
+    folder.close_all();
+    drop(folder);
+    let left: Vec<String> = names_in(path).into_iter().map(|(name, _)| name).collect();
+    match left.iter().filter(|name| *name != ".ploopfs").collect::<Vec<_>>()[..] {
+        [only] if only == "r.raw" && served == 1 => Ok(()),
+        _ => Err(format!("{left:?} are left, {served} of them were served")),
+    }
 }
