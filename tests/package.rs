@@ -11,7 +11,7 @@ use common::namespace::installed;
 use common::{Mount, Run, marked_in_use, number_from_env, ok, temp_dir, text};
 
 /// What the package is expected to bring, below the root.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     "usr/bin/ploopfs",
     "usr/sbin/mount.fuse.ploopfs",
     "usr/sbin/umount.fuse.ploopfs",
@@ -19,6 +19,7 @@ const FILES: [&str; 12] = [
     "usr/lib/udev/rules.d/60-ploopfs-loop.rules",
     "usr/share/man/man1/ploopfs.1.gz",
     "usr/share/man/man7/ploopfs-semantics.7.gz",
+    "usr/share/man/man8/mount.fuse.ploopfs.8.gz",
     "usr/share/bash-completion/completions/ploopfs",
     "usr/share/zsh/vendor-completions/_ploopfs",
     "usr/share/fish/vendor_completions.d/ploopfs.fish",

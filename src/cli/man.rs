@@ -16,6 +16,9 @@ use crate::vdisk;
 /// ploopfs-semantics(7), with names between two `@` where the code has a number or a name of its own.
 const SEMANTICS: &str = include_str!("semantics.7");
 
+/// The page of mount(8)'s and umount(8)'s helpers, in the same way.
+const HELPERS: &str = include_str!("mount_helper.8");
+
 /// When the pages last changed in more than words. Not the time of the build, which would make every package another one.
 const DATE: &str = "2026-11-30";
 /// The longest line of a page's source.
@@ -41,6 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
     let mut pages = vec![("ploopfs-semantics.7".to_owned(), semantics())];
+    pages.extend(["mount.fuse.ploopfs", "umount.fuse.ploopfs"].map(helper));
     collect(&command, &mut pages).with_context(failed)?;
     for (name, page) in pages {
         std::fs::write(Path::new(&args.dir).join(name), page).with_context(failed)?;
@@ -69,14 +73,16 @@ fn tidy(page: &str) -> String {
     let page = page.replace(".SH EXTRA\nExit status: ", ".SH EXIT STATUS\n");
     let page = page.split("\n.SH VERSION\n").next().unwrap_or_default();
     let mut out = String::new();
-    let (mut gap, mut tag) = (false, false);
+    let (mut gap, mut tag) = (Vec::new(), false);
     for line in page.lines().map(str::trim_end) {
         if line.is_empty() || line == ".br" {
-            gap = true;
+            gap.push(line);
             continue;
         }
-        if std::mem::take(&mut gap) && !line.starts_with('.') {
-            out.push_str(".sp\n");
+        match std::mem::take(&mut gap).as_slice() {
+            [".br"] => out.push_str(".br\n"),
+            [_, ..] if !line.starts_with('.') => out.push_str(".sp\n"),
+            _ => {}
         }
         // The line behind .TP is a tag, whole; in all others a new line is a blank.
         match tag || line.starts_with('.') {
@@ -112,6 +118,13 @@ fn wrap(text: &str, out: &mut String) {
         out.push_str(word);
         len += word.len();
     }
+}
+
+/// The page of a helper, and its name.
+fn helper(program: &str) -> (String, String) {
+    let page = HELPERS.replace("@TITLE@", &program.to_uppercase());
+    let page = page.replace("@DATE@", DATE).replace("@VERSION@", env!("CARGO_PKG_VERSION"));
+    (format!("{program}.8"), tidy(&page))
 }
 
 fn semantics() -> String {
