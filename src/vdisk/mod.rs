@@ -9,7 +9,7 @@
 //!
 //! # The states of a live image
 //!
-//! How far it is on its way to its first change, and back (`Stage`; `operation` is held in the first step and the last):
+//! How far it is on its way to its first change, and back (`Stage`; `operation` is held in the first and last step):
 //!
 //! ```text
 //!                  make_writable               mark::mark
@@ -33,9 +33,7 @@
 //!     '------ space_worked, bat_fits ----+---------------------------------------------------------'
 //! ```
 //!
-//! `failed` is for ever, until the image is closed: rounds and writes answer the failure, reads go on.
-//!
-//! The end (`close`):
+//! `failed` holds until the image is closed: rounds and writes answer the failure, reads go on. The end (`close`):
 //!
 //! ```text
 //!   close: closing = true, parked pios fail, waits for `operation`
@@ -44,8 +42,7 @@
 //!     '-- does not end ----> close_beside_an_operation: a last sync, fail -> closed = true; the mark stays
 //! ```
 //!
-//! `closing` ends what is long (an operation looks at it before each cluster) and what waits for space or clean pages.
-//! From `closed` on, what comes is answered EIO.
+//! `closing` ends operations, at their next cluster, and waits for space; after `closed` the answer to all is EIO.
 
 pub mod alloc;
 pub mod bat;
