@@ -27,6 +27,9 @@ const HOUSE: &[&str] = &[
 /// Longest line of a page, in characters.
 const WIDTH: usize = 120;
 
+/// Longest source: below 500 lines is the aim.
+const LINES: usize = 600;
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -316,6 +319,17 @@ fn every_lock_says_its_place_in_the_order() {
     }
     assert!(silent.is_empty(), "{}", silent.join("\n"));
     assert!(count > 50, "only {count} locks were found: the test sees too little");
+}
+
+#[test]
+fn a_source_can_be_read_in_one_sitting() {
+    let sources = files().into_iter().filter(|(name, _)| name.starts_with("src/") && name.ends_with(".rs"));
+    let long: Vec<String> = sources
+        .map(|(name, text)| (name, text.lines().count()))
+        .filter(|(_, lines)| *lines > LINES)
+        .map(|(name, lines)| format!("{name}: {lines} lines; a part of it is a subject of its own"))
+        .collect();
+    assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
 #[test]
