@@ -386,10 +386,6 @@ mod tests {
         Located::of(path).expect("a name in a folder")
     }
 
-    fn restore(meta: &Meta, path: &Path) -> Result<()> {
-        Restore::prepare(meta, &at(path))?.carry_out()
-    }
-
     fn text(path: &Path) -> String {
         let mut bytes = Vec::new();
         dump(&at(path), "vm.hds", &mut bytes).expect("dumped");
@@ -407,7 +403,7 @@ mod tests {
             .open(&path)
             .and_then(|file| file.write_all_at(&[0xA5; 20_000], 0))
             .expect("damage");
-        Restore::prepare(&parse(&kept).expect("a dump")[0], &path).and_then(Restore::carry_out).expect("restored");
+        Restore::prepare(&parse(&kept).expect("a dump")[0], &at(&path)).and_then(Restore::carry_out).expect("restored");
         let after = std::fs::read(&path).expect("read");
         let bat_end = HEADER_BYTES as usize + 4 * 3000;
         assert!(after[..bat_end] == before[..bat_end]);
@@ -429,7 +425,7 @@ mod tests {
             [("m_Type 2", "m_Type 3"), ("bat 0 1 6 0", "bat 3000 1 6 0"), ("bat 0 1 6 0", "bat 0 1 9999 0")]
         {
             let changed = parse(&good.replace(from, to)).expect("well-formed");
-            Restore::prepare(&changed[0], &path).and_then(Restore::carry_out).expect_err(to);
+            Restore::prepare(&changed[0], &at(&path)).and_then(Restore::carry_out).expect_err(to);
         }
         assert!(std::fs::read(&path).expect("read") == before);
     }
