@@ -6,9 +6,9 @@ mod common;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Finished, Guest, Mount, Run, ok, signal, temp_dir, text, until};
+use common::{Finished, Guest, Loop, Mount, Run, Traced, kill_if_there, ok, signal, temp_dir, text, until};
 use rustix::process::Signal;
 
 /// How long an end may take on a busy machine.
@@ -228,7 +228,7 @@ fn sigterm_below_another_mount_leaves_no_dead_mount_once_that_is_gone() {
     assert!(until(SOON, || mounts_of(&mount) == 0), "the dead mount stays");
 }
 
-/// A confined daemon may not unmount; what it leaves is in tests/sandbox.rs.
+/// A confined daemon may not unmount: that is in tests/sandbox.rs.
 #[test]
 fn sigterm_without_a_keeper_takes_its_own_mount_away_and_nothing_else() {
     require!("fuse", "loop");
@@ -239,6 +239,170 @@ fn sigterm_without_a_keeper_takes_its_own_mount_away_and_nothing_else() {
     assert!(until(SOON, || log().contains("keeper process is gone")));
     signal(pid, Signal::TERM);
     assert!(until(SOON, || !is_alive(pid) && mounts_of(&mount) == 0), "{}", log());
+}
+
+fn log_of(mount: &Mount) -> String {
+    fs::read_to_string(mount.images().join(".ploopfs/log")).unwrap_or_default()
+}
+
+/// A mount whose keeper was killed, and its daemon has noticed.
+fn without_keeper() -> (Mount, u32) {
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let pid = mount.pid();
+    signal(keeper_of(pid), Signal::KILL);
+    assert!(until(SOON, || log_of(&mount).contains("keeper process is gone")));
+    (mount, pid)
+}
+
+#[test]
+fn a_daemon_that_is_killed_after_its_keeper_leaves_no_dead_mount_and_the_log_names_what_hangs_on_it() {
+    require!("fuse", "loop");
+    let (mount, pid) = without_keeper();
+    let device = Loop::attach(&mount.flat("vm1"), true);
+    signal(pid, Signal::KILL);
+    assert!(until(SOON, || mounts_of(&mount) == 0), "a dead mount is left");
+    let hanging = format!("ploopfs detach {}", text(device.device()));
+    assert!(until(SOON, || log_of(&mount).contains(&hanging)), "{}", log_of(&mount));
+    Run::ploopfs().args(["detach", text(device.device())]).ok();
+}
+
+#[test]
+fn a_killed_keeper_ends_no_disk_that_is_in_use_and_a_forced_stop_leaves_no_dead_mount() {
+    use std::os::unix::fs::FileExt;
+    require!("fuse");
+    let (mount, pid) = without_keeper();
+    let open = mount.open("vm1");
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || log_of(&mount).contains("still open: vm1")), "{}", log_of(&mount));
+    open.write_all_at(b"still served", 0).expect("served to the end");
+    open.sync_all().expect("served to the end");
+    signal(pid, Signal::TERM);
+    assert!(until(SOON, || !is_alive(pid) && mounts_of(&mount) == 0), "{}", log_of(&mount));
+    open.write_all_at(b"x", 0).expect_err("its disk is gone");
+}
+
+#[test]
+fn umount_without_a_keeper_returns_when_all_processes_have_ended() {
+    require!("fuse");
+    let (mut mount, _) = without_keeper();
+    // Which looks for processes itself.
+    mount.umount();
+}
+
+#[test]
+fn the_processes_of_a_mount_keep_no_descriptor_of_its_connection_but_the_daemon() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let has = |pid: u32| {
+        let all = fs::read_dir(format!("/proc/{pid}/fd")).expect("a living process").flatten();
+        all.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|file| file == Path::new("/dev/fuse"))
+    };
+    let standby = format!("ploopfs standby {} ", text(mount.images()));
+    let standby = Run::new("pgrep").args(["-f", &standby]).ok();
+    let standby = standby.trim().parse().expect("one standby");
+    let pid = mount.pid();
+    assert!(has(pid));
+    assert!(until(SOON, || !has(keeper_of(pid)) && !has(standby)));
+    // Who waits for an answer gets an error when the daemon dies, even if its keeper does nothing just then.
+    let stopped = (Stopped::new(keeper_of(pid)), Stopped::new(standby));
+    let open = mount.open("vm1");
+    signal(pid, Signal::KILL);
+    let mut byte = [0];
+    let began = Instant::now();
+    std::os::unix::fs::FileExt::read_exact_at(&open, &mut byte, 0).expect_err("a dead mount");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    drop(stopped);
+    assert!(until(SOON, || mounts_of(&mount) == 0), "a dead mount is left");
+    drop(open);
+    mount.start();
+    mount.umount();
+}
+
+/// What strace does to a start: after the mount, when the daemon confines itself.
+fn when_confined(inject: &str) -> [String; 4] {
+    let inject = format!("inject=landlock_create_ruleset:{inject}");
+    ["-e".to_owned(), "trace=landlock_create_ruleset".to_owned(), "-e".to_owned(), inject]
+}
+
+fn traced(tampering: &[String], args: &[&str]) -> Traced {
+    Traced::start(&tampering.iter().map(String::as_str).collect::<Vec<_>>(), args)
+}
+
+#[test]
+fn a_start_in_front_whose_keeper_is_killed_leaves_no_dead_mount() {
+    require!("fuse", "landlock", "strace");
+    let mut mount = traced(&when_confined("delay_enter=2s"), &["-f"]);
+    assert!(until(SOON, || mount.is_mounted()), "not mounted");
+    // In front it is the command itself.
+    signal(mount.pid(), Signal::KILL);
+    let (_, said) = mount.end();
+    assert!(until(SOON, || !mount.is_mounted()), "a dead mount is left: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
+}
+
+#[test]
+fn a_failed_start_takes_its_mount_away_wherever_it_was_moved() {
+    require!("fuse", "landlock", "strace");
+    // The first call only asks for the version.
+    let mut mount = traced(&when_confined("error=EMFILE:delay_enter=2s:when=2+"), &[]);
+    assert!(until(SOON, || mount.is_mounted()), "not mounted");
+    fs::create_dir(mount.beside()).expect("a folder");
+    let moved = Run::new("mount").args(["--move", text(&mount.point()), text(&mount.beside())]).run();
+    let (status, said) = mount.end();
+    assert!(moved.success() && status == Some(1), "{moved} {said}");
+    assert!(!mount.is_mounted(), "a dead mount is left: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
+}
+
+#[test]
+fn a_handshake_that_fails_leaves_no_mount() {
+    require!("fuse", "strace");
+    // /dev/fuse is read by the daemon alone, and INIT is the first that it reads.
+    let tampering = ["-P", "/dev/fuse", "-e", "trace=read,io_uring_enter", "-e", "inject=read:error=EIO"];
+    let mut mount = Traced::start(&tampering, &["--transport", "fuse"]);
+    let (status, said) = mount.end();
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("handshake"), "{said}");
+    assert!(!mount.is_mounted(), "told before it was taken away: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
+}
+
+#[test]
+fn a_folder_that_cannot_be_mounted_on_is_named_as_before_and_nothing_is_left() {
+    require!("fuse", "strace");
+    let mut mount = Traced::start(&["-e", "trace=mount", "-e", "inject=mount:error=EPERM"], &[]);
+    let (status, said) = mount.end();
+    assert_eq!(status, Some(1), "{said}");
+    assert!(said.contains("cannot mount here") && said.contains(text(&mount.point())), "{said}");
+    assert!(!mount.is_mounted() && until(SOON, || mount.processes().is_empty()), "{said}");
+}
+
+/// Daemon or keeper are killed at all moments of the start, and after it.
+#[test]
+fn a_start_that_is_killed_at_any_moment_leaves_no_mount_and_no_process() {
+    require!("fuse");
+    let mut failed = 0;
+    for round in 0..24 {
+        let what = ["daemon", "keeper"][round % 2];
+        let mut mount = Traced::plain(&[]);
+        let mut victim = None;
+        assert!(until(SOON, || {
+            victim = mount.process(what);
+            victim.is_some()
+        }));
+        std::thread::sleep(Duration::from_millis(round as u64 / 2 * 6));
+        victim.into_iter().for_each(kill_if_there);
+        let (status, said) = mount.end();
+        failed += u32::from(status != Some(0));
+        // A keeper that is killed after the start does not take the mount with it.
+        let lives = status == Some(0) && what == "keeper";
+        if lives {
+            Run::ploopfs().arg("umount").arg(mount.point()).limit(60).ok();
+        }
+        let clean = || !mount.is_mounted() && mount.processes().is_empty();
+        assert!(until(SOON, clean), "round {round}, {what}: a dead mount or a process is left: {said}");
+    }
+    assert!(failed > 0, "each start was over before the kill");
 }
 
 #[test]

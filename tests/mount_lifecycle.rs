@@ -307,7 +307,10 @@ fn a_dead_mount_is_cleaned_up_by_the_next_mount_which_names_what_hangs_on_it() {
     let mut mount = Mount::new(&["--create", "vm1=64M"]);
     let device = Loop::attach(&mount.flat("vm1"), true);
     let pid = mount.pid();
-    // The keeper first: it would clean up.
+    // The standby and the keeper first: they would clean up.
+    let standby = format!("ploopfs standby {} ", text(mount.images()));
+    let standby = Run::new("pgrep").args(["-f", &standby]).ok();
+    signal(standby.trim().parse().expect("one standby"), Signal::KILL);
     signal(keeper_of(pid), Signal::KILL);
     signal(pid, Signal::KILL);
     assert!(until(SOON, || !is_alive(pid)) && mount.is_mounted());

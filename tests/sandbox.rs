@@ -381,7 +381,7 @@ fn a_confined_daemon_still_names_who_has_an_image() {
 }
 
 #[test]
-fn a_signal_ends_a_confined_daemon_whose_keeper_is_gone_and_the_log_says_what_is_left() {
+fn a_signal_ends_a_confined_daemon_whose_keeper_is_gone_and_no_dead_mount_is_left() {
     require!("fuse");
     let mut mount = Mount::new(&["--create", "vm1=64M"]);
     mount.open("vm1").write_all_at(b"x", 0).expect("written");
@@ -393,9 +393,10 @@ fn a_signal_ends_a_confined_daemon_whose_keeper_is_gone_and_the_log_says_what_is
     common::ok("kill", &[pid.to_string()]);
     assert!(until(SOON, || !Path::new(&format!("/proc/{pid}")).exists()), "{}", log(&mount));
     says(&mount, "run: ploopfs umount");
+    assert!(until(SOON, || !mount.is_mounted()), "a dead mount is left: {}", log(&mount));
+    says(&mount, "is unmounted: its daemon has ended");
     assert!(!marked_in_use(&mount.delta("vm1")));
     Run::ploopfs().args(["umount", text(mount.point())]).ok();
-    assert!(!mount.is_mounted());
     // What it left under the name of the mount does not hinder the next.
     mount.start();
     mount.umount();

@@ -8,11 +8,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use common::{Mount, Run, signal, text, until};
+use common::{Mount, Run, Traced, signal, text, until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -353,77 +353,31 @@ fn a_limit_of_file_size_is_want_of_space_and_ends_neither_daemon_nor_import() {
     assert!(import.stderr.contains("full"), "{import}");
 }
 
-/// `ploopfs mount` of a new folder in the background, under strace, which does `inject` to it.
-struct Traced {
-    folder: tempfile::TempDir,
-    child: Child,
-}
-
-impl Traced {
-    fn start(inject: &str) -> Traced {
-        let folder = common::temp_dir();
-        let mut command = Command::new("strace");
-        command.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=landlock_create_ruleset", "-e"]);
-        command.arg(format!("inject=landlock_create_ruleset:{inject}"));
-        command.args([env!("CARGO_BIN_EXE_ploopfs"), "mount", "--create", "vm1=4M"]);
-        command.args([folder.path().join("images"), folder.path().join("point")]);
-        let said = fs::File::create(folder.path().join("said")).expect("a file");
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn();
-        Traced { folder, child: child.expect("strace") }
-    }
-
-    fn images(&self) -> PathBuf {
-        self.folder.path().join("images")
-    }
-
-    fn point(&self) -> PathBuf {
-        self.folder.path().join("point")
-    }
-
-    /// Waits for the command: its status, and what it said.
-    fn end(&mut self) -> (Option<i32>, String) {
-        until(SOON * 2, || self.child.try_wait().is_ok_and(|status| status.is_some()));
-        let said = fs::read_to_string(self.folder.path().join("said")).unwrap_or_default();
-        (self.child.try_wait().ok().flatten().and_then(|status| status.code()), said)
-    }
-}
-
-impl Drop for Traced {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        for pid in serving(&self.images()).lines().filter_map(|pid| pid.parse().ok()) {
-            signal(pid, Signal::KILL);
-        }
-        let gone = until(SOON, || serving(&self.images()).is_empty());
-        if gone && is_mounted(&self.point()) {
-            let _ = ploopfs::io::unmount::unmount(&self.point(), true);
-        }
-    }
+/// The call in question, and what is done to it. The first only asks for the version.
+fn tampered(inject: &str) -> Traced {
+    let inject = format!("inject=landlock_create_ruleset:{inject}");
+    Traced::start(&["-e", "trace=landlock_create_ruleset", "-e", &inject], &[])
 }
 
 #[test]
 fn a_sandbox_that_could_not_be_had_just_now_fails_the_mount_and_leaves_no_dead_one() {
     require!("fuse", "landlock", "strace");
-    // The first call only asks for the version.
-    let mut mount = Traced::start("error=EMFILE:when=2+");
+    let mut mount = tampered("error=EMFILE:when=2+");
     let (status, said) = mount.end();
     assert_eq!(status, Some(1), "{said}");
     assert!(said.contains("--no-sandbox"), "{said}");
-    assert!(until(SOON, || serving(&mount.images()).is_empty()));
-    assert!(!is_mounted(&mount.point()), "{said}");
+    assert!(!mount.is_mounted(), "told before it was taken away: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
 }
 
 #[test]
 fn a_mount_whose_keeper_is_killed_at_the_start_is_taken_away() {
     require!("fuse", "landlock", "strace");
-    let mut mount = Traced::start("delay_enter=2s");
-    assert!(until(SOON, || is_mounted(&mount.point())), "not mounted");
-    let keeper = format!("ploopfs keeper {} ", text(&mount.images()));
-    let keeper = Run::new("pgrep").args(["-f", &keeper]).run().stdout;
-    signal(keeper.trim().parse().expect("one keeper"), Signal::KILL);
+    let mut mount = tampered("delay_enter=2s");
+    assert!(until(SOON, || mount.is_mounted()), "not mounted");
+    signal(mount.process("keeper").expect("one keeper"), Signal::KILL);
     let (status, said) = mount.end();
     assert_eq!(status, Some(1), "{said}");
-    assert!(until(SOON, || serving(&mount.images()).is_empty()));
-    assert!(!is_mounted(&mount.point()), "{said}");
+    assert!(!mount.is_mounted(), "told before it was taken away: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
 }

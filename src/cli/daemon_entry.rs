@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 
 use crate::cli::Outcome;
-use crate::daemon::{keeper, start};
+use crate::daemon::{keeper, standby, start};
 
-/// Arguments of `keeper` and `daemon`: folder and mount point, for `ps` only; what counts comes on standard input.
+/// Arguments of `keeper`, `standby` and `daemon`: folder and mount point, for `ps` only; what counts comes on standard input.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[arg(hide = true)]
@@ -15,6 +15,11 @@ pub struct Args {
 /// The keeper.
 pub fn keeper(_args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Status(keeper::main()))
+}
+
+/// The standby.
+pub fn standby(_args: Args) -> anyhow::Result<Outcome> {
+    Ok(Outcome::Status(standby::main()))
 }
 
 /// The daemon.

@@ -224,6 +224,9 @@ pub enum Command {
     /// The process that keeps a daemon; started by mount
     #[command(hide = true)]
     Keeper(daemon_entry::Args),
+    /// The process that takes a mount away when its keeper was killed; started by the keeper
+    #[command(hide = true)]
+    Standby(daemon_entry::Args),
     /// The process that serves a folder; started by its keeper
     #[command(hide = true)]
     Daemon(daemon_entry::Args),
@@ -258,6 +261,7 @@ impl Command {
             Command::Man(args) => man::run(args),
             Command::ThawGuard(args) => freeze::guard(args),
             Command::Keeper(args) => daemon_entry::keeper(args),
+            Command::Standby(args) => daemon_entry::standby(args),
             Command::Daemon(args) => daemon_entry::daemon(args),
         }
     }

@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::cli::{Outcome, out, served};
@@ -19,6 +18,7 @@ use crate::daemon::processes::{self, Pair};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::io::mounts::{self, Mount};
+use crate::io::process;
 use crate::io::unmount::{unmount, unmount_this};
 use crate::words::quoted;
 
@@ -214,7 +214,7 @@ fn busy(mount: &Mount) -> Error {
 struct Daemon<'a> {
     mount: &'a Mount,
     waiting: Waiting,
-    /// Daemon and keeper, held so that their numbers cannot become those of others.
+    /// Daemon, keeper and standby, held so that their numbers cannot become those of others.
     processes: Vec<(u32, OwnedFd)>,
 }
 
@@ -239,7 +239,9 @@ impl<'a> Daemon<'a> {
             let pid = i32::try_from(number).ok().and_then(Pid::from_raw)?;
             Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
         };
-        let processes = [hello.pid, hello.keeper].into_iter().filter_map(handle).collect();
+        let standby = processes::standby_of(&mount.source);
+        let all = [hello.pid, hello.keeper].into_iter().chain(standby);
+        let processes = all.filter_map(handle).collect();
         Ok(Daemon { mount, waiting: client.wait()?, processes })
     }
 
@@ -250,8 +252,8 @@ impl<'a> Daemon<'a> {
         let Daemon { waiting, processes, .. } = self;
         let closed = waiting.end()?;
         let deadline = Instant::now() + NOTICE;
-        for (pid, process) in &processes {
-            if !ends_before(process, deadline) {
+        for (pid, handle) in &processes {
+            if !process::ends_before(handle, Some(deadline)) {
                 let how = if processes::is_stopped(*pid) {
                     "is stopped: kill -CONT"
                 } else {
@@ -337,19 +339,6 @@ impl<'a> Daemon<'a> {
             // Just gone.
             Ok(None) => State::Closing,
             Err(e) => State::Silent(e.to_string()),
-        }
-    }
-}
-
-/// Waits for a process.
-fn ends_before(process: &OwnedFd, deadline: Instant) -> bool {
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let limit = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        let mut fds = [PollFd::new(process, PollFlags::IN)];
-        match poll(&mut fds, Some(&limit)) {
-            Err(rustix::io::Errno::INTR) => {}
-            result => return result.is_ok_and(|ready| ready > 0),
         }
     }
 }

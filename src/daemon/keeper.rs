@@ -1,12 +1,16 @@
 //! The keeper: the small process between the command line and the daemon. It starts the daemon, reports whether the
-//! mount works, and does what the daemon itself may not: unmounting, running `--on-event`, looking around in /proc
-//! and /sys. When the daemon dies it takes the dead mount away and names what still hangs on it.
+//! mount works, and does what the daemon itself may not: mounting and unmounting, running `--on-event`, looking around in
+//! /proc and /sys. However the daemon ends, it takes away what is left of the mount and names what still hangs on it.
+//!
+//! It keeps no descriptor of the connection. The daemon's are then the last ones, so that all who wait for an answer get an
+//! error in the moment of its death, whatever the keeper does just then (it may be stopped).
 
 use std::collections::HashSet;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -15,10 +19,12 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::holders::{self, Holder};
-use super::own_mount::OwnMount;
+use super::orders::Orders;
+use super::own_mount::{self, OwnMount};
 use super::settings::Settings;
+use super::standby::{Standby, Told};
 use super::wire::{self, Event, Note, Order};
-use super::{events, log, notify};
+use super::{events, log, notify, siblings};
 use crate::control::client::Client;
 use crate::control::place::Place;
 use crate::error::{Error, Kind, Result};
@@ -29,6 +35,10 @@ use crate::words::quoted;
 /// How often loop devices without direct I/O are looked for. A person who has just typed losetup reads the log
 /// later than that.
 const LOOK_AROUND: Duration = Duration::from_secs(5);
+
+/// How long a mount that was begun may take after its daemon's end, and a daemon to end whose keeper was killed at the start.
+/// A moment, unless the mount point hangs.
+const LAST_MOMENTS: Duration = Duration::from_secs(10);
 
 /// How a mount began.
 #[derive(Clone, Debug)]
@@ -42,7 +52,7 @@ pub fn launch(settings: &Settings) -> Result<Begun> {
     let failed =
         |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
     let before = OwnMount::before(settings);
-    let mut child = ourselves("keeper", settings)
+    let mut child = siblings::command("keeper", settings)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -54,31 +64,15 @@ pub fn launch(settings: &Settings) -> Result<Begun> {
     wire::put(&mut to, settings).map_err(|e| failed(&e))?;
     match wire::get(&mut BufReader::new(from)) {
         Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
-        Ok(Some(Note::Failed { text, status })) => Err(told(text, status)),
+        Ok(Some(Note::Failed { text, status })) => Err(wire::told(text, status)),
         other => {
-            // It was killed; what it kept ends without it, and nothing else takes the mount away.
+            // It was killed, and its standby is gone, too; what it kept ends without it.
             before.take_dead_away(settings, LAST_MOMENTS);
             let why =
                 other.err().map_or_else(|| "the keeper ended without a word".to_owned(), |e| e.to_string());
             Err(Error::at(Kind::Io, settings.mountpoint(), format!("cannot mount: {why}")))
         }
     }
-}
-
-/// How long a daemon whose keeper was killed at the start may take to notice it, and to end.
-const LAST_MOMENTS: Duration = Duration::from_secs(10);
-
-fn told(text: String, status: u8) -> Error {
-    let kinds = [Kind::Invalid, Kind::Damaged, Kind::InUse];
-    let kind = kinds.into_iter().find(|kind| kind.exit_status() == status).unwrap_or(Kind::Io);
-    Error::new(kind, text)
-}
-
-fn ourselves(what: &str, settings: &Settings) -> Command {
-    let mut command = process::daemon_command("ploopfs");
-    // The two paths are for `ps`; what counts is the settings on standard input.
-    command.arg(what).arg(&settings.images).arg(&settings.mountpoint).env_remove(notify::SOCKET);
-    command
 }
 
 /// The hidden command `keeper`: a keeper in a session of its own, told its settings on standard input.
@@ -89,7 +83,7 @@ pub fn main() -> ExitCode {
         Ok(settings) => settings,
         Err(e) => {
             // The command line may be gone; there is nobody else to tell.
-            let _ = wire::put(&mut io::stdout(), &failure(&e));
+            let _ = wire::put(&mut io::stdout(), &wire::failure(&e));
             return ExitCode::from(e.kind().exit_status());
         }
     };
@@ -108,11 +102,6 @@ fn begin_in_background() -> Result<Settings> {
     Ok(settings)
 }
 
-/// A failed start in the words that go to the command line.
-pub fn failure(e: &Error) -> Note {
-    Note::Failed { text: e.to_string(), status: e.kind().exit_status() }
-}
-
 /// Who is told that the mount works.
 pub trait Report {
     /// Passes the first note on. False: nobody listens any more.
@@ -127,11 +116,8 @@ struct Background;
 impl Report for Background {
     fn first(&mut self, note: &Note) -> bool {
         let heard = wire::put(&mut io::stdout(), note).is_ok();
-        if let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
-            // Should it fail, the pipe stays open, which only a shell that collects our output notices.
-            let _ = rustix::stdio::dup2_stdin(&null);
-            let _ = rustix::stdio::dup2_stdout(&null);
-        }
+        siblings::let_go_of_input();
+        siblings::let_go_of_output();
         heard
     }
 
@@ -142,6 +128,8 @@ impl Report for Background {
 
 enum Happening {
     Said(Note),
+    /// It is mounted, or cannot be.
+    Mounted(Result<OwnedFd>),
     /// The daemon said what is no note: why.
     Odd(String),
     /// The daemon closed its end: it has ended, or is about to.
@@ -154,30 +142,9 @@ pub fn run(settings: &Settings, report: &mut dyn Report) -> ExitCode {
     match Keeper::start(settings) {
         Ok(keeper) => keeper.keep(report),
         Err(e) => {
-            report.first(&failure(&e));
+            report.first(&wire::failure(&e));
             ExitCode::from(e.kind().exit_status())
         }
-    }
-}
-
-/// Orders on their way to the daemon; more are dropped. A daemon that reads none must not keep its keeper from hearing a
-/// signal, or its end.
-const MAX_ORDERS: usize = 64;
-
-/// The way to the daemon's standard input, through a thread that may wait for it.
-#[derive(Clone)]
-struct Orders(Sender<Order>);
-
-impl Orders {
-    fn start(mut to: ChildStdin) -> Result<Orders> {
-        let (sender, orders) = bounded(MAX_ORDERS);
-        // A daemon that is gone is noticed by its silence.
-        spawn("keeper/orders", move || drop(orders.iter().try_for_each(|order| wire::put(&mut to, &order))))?;
-        Ok(Orders(sender))
-    }
-
-    fn send(&self, order: Order) {
-        let _ = self.0.try_send(order);
     }
 }
 
@@ -185,10 +152,14 @@ struct Keeper<'a> {
     settings: &'a Settings,
     daemon: Child,
     orders: Orders,
-    happenings: Receiver<Happening>,
+    happenings: (Sender<Happening>, Receiver<Happening>),
     events: Option<Sender<Event>>,
-    /// Our mount: nothing else on the same mount point is ever unmounted.
-    mount: OwnMount,
+    /// Our mount: nothing else on the same mount point is ever unmounted. None: the daemon has not asked for it.
+    mount: Option<OwnMount>,
+    /// Since then it is being made, on a thread that has not said how that ended.
+    mounting: Option<Instant>,
+    /// None: it could not be had.
+    standby: Option<Standby>,
     /// The images folder, as it was at the start: its path may mean another one at the end. None: it is gone already.
     images: Option<OwnedFd>,
     /// Loop devices that were warned of.
@@ -196,6 +167,8 @@ struct Keeper<'a> {
 }
 
 impl<'a> Keeper<'a> {
+    /// The order: (1) the daemon, which does nothing before it has its settings; (2) the standby, which waits for the
+    /// daemon's end; (3) the settings, so that a daemon that can ask for its mount has a standby, whenever we are killed.
     fn start(settings: &'a Settings) -> Result<Keeper<'a>> {
         let failed = |e: &io::Error| {
             Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"))
@@ -207,58 +180,84 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
-        let mount = OwnMount::before(settings);
-        let mut command = ourselves("daemon", settings);
+        let mut command = siblings::command("daemon", settings);
         let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
-        let mut daemon = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(err)
-            .spawn()
-            .map_err(|e| failed(&e))?;
-        let (Some(mut to), Some(from)) = (daemon.stdin.take(), daemon.stdout.take()) else {
+        let (mut to, theirs) = UnixStream::pair().map_err(|e| failed(&e))?;
+        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(err);
+        let mut daemon = command.spawn().map_err(|e| failed(&e))?; // 1
+        // It holds the daemon's end of the line, whose other end would not notice the daemon's death.
+        drop(command);
+        let Some(from) = daemon.stdout.take() else {
             return Err(failed(&io::ErrorKind::BrokenPipe.into()));
         };
-        wire::put(&mut to, settings).map_err(|e| failed(&e))?;
+        let standby = Standby::start(settings, &daemon); // 2
+        wire::put(&mut to, settings).map_err(|e| failed(&e))?; // 3
         let orders = Orders::start(to)?;
-        spawn("keeper/daemon", move || listen(BufReader::new(from), &sender))?;
+        let standby = standby.map_err(|e| orders.send(Order::Warn(without_standby(&e)))).ok();
+        let to_us = sender.clone();
+        spawn("keeper/daemon", move || listen(BufReader::new(from), &to_us))?;
         let warn = orders.clone();
         let events = events::runner(settings, move |text| warn.send(Order::Warn(text)))?;
         let images = foreign::resolved_folder(settings.images()).ok();
-        let slow_loops = HashSet::new();
-        Ok(Keeper { settings, images, daemon, orders, happenings, events, mount, slow_loops })
+        let (happenings, slow_loops) = ((sender, happenings), HashSet::new());
+        let (mount, mounting) = (None, None);
+        Ok(Keeper {
+            settings,
+            images,
+            daemon,
+            orders,
+            happenings,
+            events,
+            mount,
+            mounting,
+            standby,
+            slow_loops,
+        })
     }
 
+    /// From the start to the end.
     fn keep(mut self, report: &mut dyn Report) -> ExitCode {
         let mut reported = false;
+        // A failed start is reported when nothing is left of it.
+        let mut failed = None;
         let mut look_next = Instant::now() + LOOK_AROUND;
         loop {
-            match self.happenings.recv_deadline(look_next) {
-                Ok(Happening::Said(Note::Ready { .. } | Note::Failed { .. })) if reported => {
+            match self.happenings.1.recv_deadline(look_next) {
+                Ok(Happening::Said(Note::Ready { .. } | Note::Failed { .. }))
+                    if reported || failed.is_some() =>
+                {
                     self.orders.send(Order::Warn("the daemon has reported its start already".to_owned()));
                 }
-                Ok(Happening::Said(note @ (Note::Ready { .. } | Note::Failed { .. }))) => {
-                    if matches!(note, Note::Ready { .. }) {
-                        self.mount.works(self.settings);
-                    }
-                    if report.in_front() && matches!(note, Note::Ready { .. }) {
+                Ok(Happening::Said(note @ Note::Failed { .. })) => {
+                    failed = Some(note);
+                    // So long it may take to end.
+                    look_next = Instant::now() + LOOK_AROUND;
+                }
+                Ok(Happening::Said(note @ Note::Ready { .. })) => {
+                    if report.in_front() {
                         let (images, point) = (self.settings.images(), self.settings.mountpoint());
                         notify::ready(&format!("{} on {}", images.display(), point.display()));
                         self.start_watchdog();
                     }
                     let heard = report.first(&note);
                     reported = true;
+                    // Behind the report: killed between the two, we leave a mount that ends, and not one that goes on though
+                    // it was reported as failed.
+                    self.tell_standby(&Told::Started);
                     if !heard {
                         // Nobody waits for this mount any more.
                         self.signal_daemon();
                     }
                 }
+                Ok(Happening::Said(Note::Mount)) => self.begin_mount(),
+                Ok(Happening::Mounted(made)) => self.hand_over(made),
                 Ok(Happening::Said(Note::Unmount { detach })) => {
-                    let error = self.mount.unmount(self.settings, detach).err().map(|e| e.to_string());
+                    let done = self.mount.as_ref().map_or(Ok(()), |mount| mount.unmount(detach));
+                    let error = done.err().map(|e| e.to_string());
                     self.orders.send(Order::Unmounted { error });
                 }
                 Ok(Happening::Said(Note::Holders)) => {
-                    let mount = self.mount.current(self.settings);
+                    let mount = self.mount.as_ref().and_then(OwnMount::current);
                     let who = mount.map(|mount| holders::of(&mount)).unwrap_or_default();
                     let who = who.iter().take(wire::MAX_HOLDERS).map(ToString::to_string).collect();
                     self.orders.send(Order::Holders(who));
@@ -287,24 +286,110 @@ impl<'a> Keeper<'a> {
                 }
                 Ok(Happening::Silent) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
+                    if let Some(note) = failed.take() {
+                        // It says so, and does not end: its host hangs. What is left goes with it.
+                        report.first(&note);
+                        reported = true;
+                    }
+                    if self.mounting.is_some_and(|since| since.elapsed() >= LOOK_AROUND) {
+                        self.orders
+                            .send(Order::Warn("mounting takes long: the mount point hangs".to_owned()));
+                    }
                     self.look_around();
                     look_next = Instant::now() + LOOK_AROUND;
                 }
             }
         }
+        self.end(report, (!reported).then_some(failed))
+    }
+
+    /// After the daemon's last word: its mount goes, however it ended. `failed`: the start did not succeed, and what the daemon
+    /// said of it; that is reported here. Returns the daemon's exit status.
+    fn end(mut self, report: &mut dyn Report, failed: Option<Option<Note>>) -> ExitCode {
         let status = self.daemon.wait();
-        if !reported {
-            let why = format!("the daemon ended before the mount worked: {}", spelled(&status));
-            report.first(&failure(&Error::at(Kind::Io, self.settings.mountpoint(), why)));
-        }
         let code = status.as_ref().ok().and_then(ExitStatus::code);
-        if !self.mount.has_worked() {
-            // It never worked; by its number it is not known.
-            self.mount.take_dead_away(self.settings, Duration::ZERO);
-        } else if code.is_none() || self.mount.is_dead() {
+        if let Some(said) = failed {
+            self.await_mount();
+            let why = format!("the daemon ended before the mount worked: {}", spelled(&status));
+            let ended = || wire::failure(&Error::at(Kind::Io, self.settings.mountpoint(), why));
+            let note = said.unwrap_or_else(ended);
+            let covered = self.mount.as_ref().and_then(|mount| mount.take_away(self.settings, |_| {}));
+            report.first(&note);
+            if let (Some(mount), Some(_)) = (&self.mount, covered) {
+                mount.bury(self.settings, |_| {});
+            }
+        } else if code.is_none() || self.mount.as_ref().is_some_and(|mount| mount.is_dead(self.settings)) {
             self.clean_up(&spelled(&status), report.in_front());
         }
+        if let Some(standby) = self.standby {
+            standby.end();
+        }
         ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+    }
+
+    /// Mounts, on a thread that may wait for the mount point, because signals are heard meanwhile.
+    ///
+    /// The order, here and in [`hand_over`](Self::hand_over): (1) the standby learns what was mounted before; (2) the mount;
+    /// (3) the standby learns which it is; (4) the daemon gets the connection. Whenever we are killed, the standby knows the
+    /// mount: 2 before 1, and it would not; 4 before 3, and one that serves already might be taken for none.
+    fn begin_mount(&mut self) {
+        if self.mount.is_some() {
+            return self.orders.send(Order::Warn("the daemon has asked for its mount already".to_owned()));
+        }
+        let before = OwnMount::before(self.settings);
+        self.tell_standby(&Told::Mount(before.clone())); // 1
+        self.mount = Some(before);
+        let (settings, done) = (self.settings.clone(), self.happenings.0.clone());
+        let body = move || drop(done.send(Happening::Mounted(own_mount::make(&settings)))); // 2
+        match spawn("keeper/mount", body) {
+            Ok(()) => self.mounting = Some(Instant::now()),
+            Err(e) => self.hand_over(Err(e)),
+        }
+    }
+
+    /// Passes on what came of the mount.
+    fn hand_over(&mut self, made: Result<OwnedFd>) {
+        self.mounting = None;
+        match made.and_then(|connection| self.note_mount().map(|()| connection)) {
+            Ok(connection) => self.orders.send_with(Order::Mounted, connection), // 4
+            Err(e) => {
+                self.orders.send(Order::NotMounted { text: e.to_string(), status: e.kind().exit_status() })
+            }
+        }
+    }
+
+    fn note_mount(&mut self) -> Result<()> {
+        if let Some(mount) = &mut self.mount {
+            mount.is_made(self.settings)?;
+            let known = Told::Mount(mount.clone());
+            self.tell_standby(&known); // 3
+        }
+        Ok(())
+    }
+
+    fn tell_standby(&mut self, what: &Told) {
+        if let Some(standby) = &mut self.standby
+            && let Err(e) = standby.tell(what)
+        {
+            self.standby = None;
+            self.orders.send(Order::Warn(without_standby(&e)));
+        }
+    }
+
+    /// After the daemon's end: the mount that it asked for may still be on its way.
+    fn await_mount(&mut self) {
+        let deadline = Instant::now() + LAST_MOMENTS;
+        while self.mounting.is_some() {
+            match self.happenings.1.recv_deadline(deadline) {
+                Ok(Happening::Mounted(made)) => {
+                    self.mounting = None;
+                    // Nothing serves it: it is known, so that it goes, and the connection is closed.
+                    drop(made.and_then(|_connection| self.note_mount()));
+                }
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
     }
 
     fn signal_daemon(&self) {
@@ -347,7 +432,7 @@ impl<'a> Keeper<'a> {
     /// After the daemon's end: every look at the mount point gets ENOTCONN, so it goes away, and what still has files open
     /// there is named, because nothing else will tell.
     fn clean_up(&self, how: &str, in_front: bool) {
-        let left = self.mount.left();
+        let left = self.mount.as_ref().map(|mount| mount.left(self.settings)).unwrap_or_default();
         let hanging: Vec<Holder> = left.first().map(holders::of).unwrap_or_default();
         let place = self.images.as_ref().and_then(|dir| Place::make(dir, self.settings.images()).ok());
         let logs = log::open(place.as_ref().filter(|_| !in_front)).is_ok();
@@ -360,15 +445,21 @@ impl<'a> Keeper<'a> {
                 ::log::error!("hanging on the dead mount: {holder}; end it with: {}", holder.remedy());
             }
         }
-        self.mount.bury(|line| {
-            if logs {
-                ::log::error!("{line}");
-            }
-        });
+        if let Some(mount) = &self.mount {
+            mount.bury(self.settings, |line| {
+                if logs {
+                    ::log::error!("{line}");
+                }
+            });
+        }
         if logs && !left.is_empty() {
             ::log::error!("{point} is unmounted; mount it again with: {}", mount_line(self.settings));
         }
     }
+}
+
+fn without_standby(why: &dyn std::fmt::Display) -> String {
+    format!("{why}; should the keeper be killed, the mount stays behind when the daemon ends")
 }
 
 fn mount_line(settings: &Settings) -> String {

@@ -1,6 +1,7 @@
 //! The daemon's end of the line to its keeper.
 
 use std::io::{self, BufRead, BufReader, Stdin};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
+use crate::io::handover::Receiving;
 use crate::io::holder::{self, Held, Holder};
 use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
@@ -20,6 +22,34 @@ use crate::words::quoted;
 const MAX_EVENTS: usize = 256;
 /// How long the keeper may take; an unmount is the longest that it is asked for.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the keeper says, on standard input.
+pub type FromKeeper = BufReader<Receiving<Stdin>>;
+
+/// Standard input, of which nothing else may read from now on.
+pub fn from_keeper() -> FromKeeper {
+    BufReader::new(Receiving::new(io::stdin()))
+}
+
+/// Has the keeper mount, and returns the connection. To be called before a thread listens to the keeper; who waits too long
+/// ends the keeper, and so this.
+pub fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
+    let gone = |why: String| Error::new(Kind::Io, format!("the keeper is gone: {why}"));
+    tell(&Note::Mount).map_err(|e| gone(e.to_string()))?;
+    loop {
+        match wire::get(from_keeper) {
+            Ok(Some(Order::Mounted)) => {
+                let without = || Error::new(Kind::Io, "the keeper has mounted, and sent no connection");
+                return from_keeper.get_mut().descriptor().ok_or_else(without);
+            }
+            Ok(Some(Order::NotMounted { text, status })) => return Err(wire::told(text, status)),
+            Ok(Some(order)) => said(order),
+            Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),
+            Ok(None) => return Err(gone("it has closed the connection".to_owned())),
+            Err(e) => return Err(gone(e.to_string())),
+        }
+    }
+}
 
 /// The line to the keeper.
 pub struct Link {
@@ -50,7 +80,7 @@ impl Link {
     }
 
     /// Starts listening to the keeper and passing events on.
-    pub fn start(&self, from_keeper: BufReader<Stdin>) -> Result<()> {
+    pub fn start(&self, from_keeper: FromKeeper) -> Result<()> {
         let answers = self.answers.0.clone();
         spawn("ploopfs/keeper", move || listen(from_keeper, &answers))?;
         let events = self.events.1.clone();
@@ -77,7 +107,8 @@ impl Link {
             Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
             _ if self.confined.load(Ordering::Relaxed) => {
                 let what = format!(
-                    "the keeper process is gone, and the daemon's sandbox forbids it to unmount; run: ploopfs umount {}",
+                    "the keeper process is gone, and the daemon's sandbox forbids it to unmount; the standby takes the mount \
+                     away at the end; should it stay, run: ploopfs umount {}",
                     quoted(settings.mountpoint())
                 );
                 Err(Error::at(Kind::NotPermitted, settings.mountpoint(), what))
@@ -116,6 +147,14 @@ impl Link {
     }
 }
 
+/// What was said and not asked for.
+fn said(order: Order) {
+    match order {
+        Order::Warn(text) => log::warn!("{text}"),
+        other => log::warn!("the keeper answers what it was not asked: {other:?}"),
+    }
+}
+
 /// Says something to the keeper; standard output locks itself, so lines stay whole.
 pub fn tell(note: &Note) -> io::Result<()> {
     wire::put(&mut io::stdout().lock(), note)
@@ -124,8 +163,8 @@ pub fn tell(note: &Note) -> io::Result<()> {
 fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>) {
     loop {
         match wire::get(&mut from_keeper) {
-            Ok(Some(Order::Warn(text))) => log::warn!("{text}"),
-            // Full: nobody waits for these answers any more.
+            Ok(Some(order @ Order::Warn(_))) => said(order),
+            // Full: nothing waits for these answers any more.
             Ok(Some(order)) => drop(answers.try_send(order)),
             Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),
             Ok(None) | Err(_) => {

@@ -1,8 +1,9 @@
 //! One served folder as processes (docs/design.md#processes).
 //!
 //! The command line starts the [`keeper`], the keeper starts the daemon ([`start`]). The keeper stays small and
-//! stays outside of the `sandbox`: it unmounts, runs `--on-event`, reports readiness, looks around in `/proc` and
-//! `/sys`, and cleans up when the daemon dies. [`wire`] is what the two say to each other.
+//! stays outside of the `sandbox`: it mounts and unmounts, runs `--on-event`, reports readiness, looks around in `/proc`
+//! and `/sys`, and cleans up when the daemon dies. [`wire`] is what the two say to each other. The [`standby`] cleans up when
+//! the keeper was killed.
 
 pub mod events;
 pub mod holders;
@@ -10,11 +11,14 @@ pub mod keeper;
 mod link;
 mod log;
 mod notify;
+mod orders;
 mod own_mount;
 pub mod processes;
 mod sandbox;
 mod service;
 pub mod settings;
+mod siblings;
+pub mod standby;
 pub mod start;
 mod stop;
 pub mod wire;

@@ -2,97 +2,122 @@
 //! it, and never by its path alone.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
+use super::processes;
 use super::settings::Settings;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
+use crate::fuse::mount;
 use crate::io::mounts::{self, Mount};
-use crate::io::unmount::{unmount, unmount_this};
+use crate::io::unmount::unmount_this;
 
 /// How often a mount that cannot be reached is looked at. What lies over it stays for minutes or days, and a person who has
 /// just taken that away looks again later than this.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The mount of the daemon that a keeper has started, or is about to start.
+/// The mount that a keeper makes for its daemon.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OwnMount {
-    /// The mounts that were on the mount point before the daemon, by number: none of them is its own. Not those elsewhere: the
-    /// number of one that goes meanwhile is given to the next mount, which may be ours.
+    /// The mounts that were on the mount point before, by number: none of them is ours. Not those elsewhere: the number of
+    /// one that goes meanwhile is given to the next mount, which may be ours.
     before: HashSet<u64>,
-    /// The daemon's, once it said that it works.
-    known: Option<Mount>,
+    /// Ours, once it is made.
+    known: Option<Identity>,
+}
+
+/// The kernel's numbers of a mount and of its file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    id: u64,
+    device: (u32, u32),
+}
+
+/// Mounts, as the settings say, and returns the connection.
+pub fn make(settings: &Settings) -> Result<OwnedFd> {
+    mount::mount(settings.mountpoint(), &settings.mount_options())
 }
 
 impl OwnMount {
-    /// To be called before the daemon is started.
+    /// To be called before it is made.
     pub fn before(settings: &Settings) -> OwnMount {
         let mut before = mounts::all().unwrap_or_default();
         before.retain(|mount| mount.point == settings.mountpoint());
         OwnMount { before: before.into_iter().map(|mount| mount.id).collect(), known: None }
     }
 
-    /// The daemon says that its mount works: from now on that one is meant.
-    pub fn works(&mut self, settings: &Settings) {
-        self.known = self.made(settings);
+    /// To be called as soon as it is made: from now on that one is meant.
+    pub fn is_made(&mut self, settings: &Settings) -> Result<()> {
+        let Some(made) = self.find(settings)? else {
+            let what = "was mounted, and is not in the table of mounts: it was taken away just now";
+            return Err(Error::at(Kind::Io, settings.mountpoint(), what));
+        };
+        self.known = Some(Identity { id: made.id, device: made.device });
+        Ok(())
     }
 
-    /// True once the mount worked.
-    pub fn has_worked(&self) -> bool {
-        self.known.is_some()
+    /// What lies on the mount point, uppermost or not, and can only be the one that was made.
+    fn find(&self, settings: &Settings) -> Result<Option<Mount>> {
+        let mut here = mounts::all()?;
+        here.retain(|mount| {
+            let new = mount.point == settings.mountpoint() && !self.before.contains(&mount.id);
+            new && mount.is_ours() && mount.source == settings.images()
+        });
+        Ok(here.pop())
     }
 
-    /// What lies uppermost on the mount point, if it can only be the mount of the daemon that was started.
-    fn made(&self, settings: &Settings) -> Option<Mount> {
-        let found = mounts::at(settings.mountpoint()).ok()??;
-        let fits = found.is_ours() && found.source == settings.images() && !self.before.contains(&found.id);
-        fits.then_some(found)
-    }
-
-    /// The mount, where it is now. None: it is gone.
-    pub fn current(&self, settings: &Settings) -> Option<Mount> {
-        match &self.known {
-            Some(known) => mounts::by_id(known.id).ok()?.filter(|now| now.device == known.device),
-            None => self.made(settings),
-        }
+    /// The mount, where it is now. None: it is gone, or was never made.
+    pub fn current(&self) -> Option<Mount> {
+        let known = self.known?;
+        mounts::by_id(known.id).ok()?.filter(|now| now.device == known.device)
     }
 
     /// Unmounts it. Done, too, where it is gone already.
-    pub fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
-        self.current(settings).map_or(Ok(()), |mount| unmount_this(&mount, detach))
+    pub fn unmount(&self, detach: bool) -> Result<()> {
+        self.current().map_or(Ok(()), |mount| unmount_this(&mount, detach))
     }
 
     /// What is left of it after its daemon's end, second mounts of it included.
-    pub fn left(&self) -> Vec<Mount> {
+    pub fn left(&self, settings: &Settings) -> Vec<Mount> {
+        let Some(known) = self.known else {
+            // Its maker may have ended before it knew.
+            return self.find(settings).ok().flatten().into_iter().collect();
+        };
         let mut left = mounts::all().unwrap_or_default();
         left.retain(|mount| {
-            self.known.as_ref().is_some_and(|known| {
-                (mount.device, &mount.source, &mount.kind) == (known.device, &known.source, &known.kind)
-            })
+            mount.device == known.device && mount.is_ours() && mount.source == settings.images()
         });
         left
     }
 
     /// After the daemon's end: true while it is there all the same.
-    pub fn is_dead(&self) -> bool {
-        self.left().iter().any(|mount| !mount.is_reached() || mount.is_dead())
+    pub fn is_dead(&self, settings: &Settings) -> bool {
+        self.left(settings).iter().any(|mount| !mount.is_reached() || mount.is_dead())
+    }
+
+    /// After the daemon's end: takes away what is left of it and can be reached. Returns one that something else lies over.
+    pub fn take_away(&self, settings: &Settings, mut say: impl FnMut(&str)) -> Option<Mount> {
+        let (reached, covered): (Vec<Mount>, Vec<Mount>) =
+            self.left(settings).into_iter().partition(Mount::is_reached);
+        // Asked each: numbers of devices are used again, and what lives is another daemon's.
+        for mount in reached.iter().filter(|mount| mount.is_dead()) {
+            if let Err(e) = unmount_this(mount, true) {
+                say(&e.to_string());
+            }
+        }
+        covered.into_iter().next()
     }
 
     /// After the daemon's end: takes away all that is left. What something else lies over cannot be reached, nor be in
     /// the way, until that is gone: then it would be a dead mount, so it is waited for, and `say` is called once.
-    pub fn bury(&self, mut say: impl FnMut(&str)) {
+    pub fn bury(&self, settings: &Settings, mut say: impl FnMut(&str)) {
         let mut told = false;
-        loop {
-            let (reached, covered): (Vec<Mount>, Vec<Mount>) =
-                self.left().into_iter().partition(Mount::is_reached);
-            // Asked each: numbers of devices are used again, and what lives is another daemon's.
-            for mount in reached.iter().filter(|mount| mount.is_dead()) {
-                if let Err(e) = unmount_this(mount, true) {
-                    say(&e.to_string());
-                }
-            }
-            let Some(mount) = covered.first() else { return };
+        while let Some(covered) = self.take_away(settings, &mut say) {
             if !told {
-                let point = mount.point.display();
+                let point = covered.point.display();
                 say(&format!(
                     "{point}: something was mounted over the dead mount, which goes when that is gone"
                 ));
@@ -102,18 +127,15 @@ impl OwnMount {
         }
     }
 
-    /// Takes away the mount of a daemon whose start failed, which has ended or does so within `patience`.
+    /// Takes away the mount of a daemon whose keeper was killed, which has ended or does so within `patience`.
     pub fn take_dead_away(&self, settings: &Settings, patience: Duration) {
         let deadline = Instant::now() + patience;
         loop {
-            if let Some(mount) = self.made(settings)
-                && mount.is_dead()
-            {
-                // Should it fail, the next mount here takes it away.
-                let _ = unmount(&mount.point, true);
-                return;
-            }
-            if Instant::now() >= deadline {
+            // Asked before the look: a daemon that ends behind it may have left one.
+            let over = processes::mounted_at(settings.mountpoint()).is_none() || Instant::now() >= deadline;
+            // Should it fail, the next mount here takes it away.
+            self.take_away(settings, |_| {});
+            if over {
                 return;
             }
             sleep(Duration::from_millis(50));

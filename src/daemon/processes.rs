@@ -47,25 +47,42 @@ pub fn is_stopped(pid: u32) -> bool {
     matches!(behind, Some(b'T' | b't'))
 }
 
+/// The standby of the folder `images` ([`standby`](super::standby)).
+pub fn standby_of(images: &Path) -> Option<u32> {
+    each()
+        .find(|(_, home)| places(home, "standby").is_some_and(|(theirs, _)| theirs == images))
+        .map(|(pid, _)| pid)
+}
+
 fn all() -> impl Iterator<Item = Pair> {
+    each().filter_map(|(pid, home)| pair(pid, &home))
+}
+
+/// All processes, each with its folder in /proc.
+fn each() -> impl Iterator<Item = (u32, PathBuf)> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    pids.filter_map(|entry| pair(entry.file_name().to_str()?.parse().ok()?, &entry.path()))
+    pids.filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
+/// The folder and the mount point of the process with the folder `home` in /proc, if it is one of ours that does `what`.
+fn places(home: &Path, what: &str) -> Option<(PathBuf, PathBuf)> {
+    let line = fs::read(home.join("cmdline")).ok()?;
+    let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+    let [program, does, images, point, ..] = words[..] else { return None };
+    // Any user may call a process what he likes.
+    let owner = home.metadata().ok()?.uid();
+    let trusted = owner == 0 || owner == rustix::process::geteuid().as_raw();
+    let path = |word| PathBuf::from(OsStr::from_bytes(word));
+    let ours = program.ends_with(b"ploopfs") && does == what.as_bytes() && trusted;
+    ours.then(|| (path(images), path(point)))
 }
 
 /// The pair whose daemon is process `pid`, with the folder `home` in /proc.
 fn pair(pid: u32, home: &Path) -> Option<Pair> {
-    let line = fs::read(home.join("cmdline")).ok()?;
-    let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-    let [program, b"daemon", images, point, ..] = words[..] else { return None };
-    // Any user may call a process what he likes.
-    let owner = home.metadata().ok()?.uid();
-    if !program.ends_with(b"ploopfs") || !(owner == 0 || owner == rustix::process::geteuid().as_raw()) {
-        return None;
-    }
-    let path = |word| PathBuf::from(OsStr::from_bytes(word));
+    let (images, mountpoint) = places(home, "daemon")?;
     // A keeper that is gone was replaced by the process that takes in orphans: init, mostly.
     let keeper = parent(home).filter(|pid| *pid > 1 && names_us(*pid));
-    Some(Pair { daemon: pid, keeper, images: path(images), mountpoint: path(point) })
+    Some(Pair { daemon: pid, keeper, images, mountpoint })
 }
 
 fn names_us(pid: u32) -> bool {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fuse::mount::Asked;
+use crate::fuse::mount::{self, Asked};
 use crate::vdisk::{OnFull, Options};
 
 /// Background requests of the connection: at least twice what the runners and 256 per loop device can keep
@@ -87,6 +87,21 @@ impl Settings {
     /// How long open files may hold up an orderly stop.
     pub fn stop_timeout(&self) -> Duration {
         Duration::from_secs(self.stop_timeout_s)
+    }
+
+    /// The options of the mount, as the kernel takes them.
+    pub fn mount_options(&self) -> mount::Options {
+        mount::Options {
+            source: self.images.clone(),
+            allow_other: self.lets_others_in(),
+            read_only: self.read_only,
+            asked: self.asked.clone(),
+        }
+    }
+
+    /// Users other than the mounting one may come in.
+    pub fn lets_others_in(&self) -> bool {
+        rustix::process::geteuid().is_root() || self.allow_other
     }
 
     /// The settings of the engine.

@@ -1,6 +1,6 @@
 //! The daemon's start, in the order of docs/design.md#start, and its way to the end.
 
-use std::io::{self, BufReader, Stdin};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
@@ -9,13 +9,13 @@ use std::sync::{Arc, OnceLock};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::link::{self, Link};
+use super::link::{self, FromKeeper, Link};
+use super::log;
 use super::sandbox::{self, Borders};
 use super::service::Desk;
 use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
-use super::{keeper, log};
 use crate::control::place::Place;
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
@@ -35,20 +35,23 @@ const DESCRIPTORS: u64 = 32_768;
 /// The hidden command `daemon`: serves one folder, told its settings on standard input.
 pub fn main() -> ExitCode {
     process::close_inherited();
-    let mut keeper_says = BufReader::new(io::stdin());
+    let mut keeper_says = link::from_keeper();
     match begin(&mut keeper_says).and_then(|settings| serve(settings, keeper_says)) {
         Ok(never) => match never {},
         Err(e) => {
             // A keeper that is gone has nobody to pass it on to.
-            let _ = link::tell(&keeper::failure(&e));
+            let _ = link::tell(&wire::failure(&e));
             ExitCode::from(e.kind().exit_status())
         }
     }
 }
 
-fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
-    let settings: Option<Settings> =
-        wire::get(keeper_says).map_err(|e| Error::new(Kind::Io, format!("cannot read the settings: {e}")))?;
+fn begin(keeper_says: &mut FromKeeper) -> Result<Settings> {
+    let settings: Option<Settings> = match wire::get(keeper_says) {
+        // No connection: started by hand, from a shell.
+        Err(e) if e.raw_os_error() == Some(libc::ENOTSOCK) => None,
+        said => said.map_err(|e| Error::new(Kind::Io, format!("cannot read the settings: {e}")))?,
+    };
     let settings = settings.ok_or_else(|| {
         Error::new(Kind::Invalid, "this command is started by `ploopfs mount`, not by hand")
     })?;
@@ -63,10 +66,10 @@ fn begin(keeper_says: &mut BufReader<Stdin>) -> Result<Settings> {
 ///
 /// Order: (1) the log, because everything after it may have to complain; (2) the locks, because what follows
 /// belongs to one daemon alone: the socket of a living one must not be unlinked; (3) the socket, so that a mount
-/// that can be seen can be asked; (4) the mount and its handshake; (5) the hygiene and the watch on the folder,
-/// which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes after them;
-/// (8) readiness, when every thread that the mount cannot do without is there and requests are served.
-fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::convert::Infallible> {
+/// that can be seen can be asked; (4) the mount, which the keeper makes, and its handshake; (5) the hygiene and the watch
+/// on the folder, which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes
+/// after them; (8) readiness, when every thread that the mount cannot do without is there and requests are served.
+fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert::Infallible> {
     let (transport, fallen_back) = transport(settings.transport)?;
     let dir = open_images(settings.images())?;
     let place = Place::make(&dir, settings.images())?;
@@ -106,19 +109,20 @@ fn serve(settings: Settings, keeper_says: BufReader<Stdin>) -> Result<std::conve
     let root = rustix::process::geteuid().is_root();
     let confined = Arc::new(OnceLock::new());
     let tree = Tree::new(folder.clone(), engine.clone(), mount_info(&settings, transport, confined.clone()));
-    let session = session::mount(
+    let session = session::over(
         transport,
         tree,
         settings.mountpoint(),
         &session::Settings {
             threads: settings.threads,
-            allow_other: root || settings.allow_other,
+            allow_other: settings.lets_others_in(),
             read_only: settings.read_only,
             fs_name: settings.images.clone(),
             max_background: BACKGROUND,
             passthrough: settings.passthrough,
             asked: settings.asked.clone(),
         },
+        || link::mounted(&mut keeper_says),
     )?;
 
     folder.announce_to(tree::announcer(session.notifier()));

@@ -1,4 +1,5 @@
-//! What keeper and daemon say to each other over the daemon's standard input and output: one JSON object a line.
+//! What keeper and daemon say to each other over the daemon's standard input and output: one JSON object a line. The
+//! input is a connection, because a descriptor comes with one of the lines.
 //! The first line to the daemon is its [`Settings`](super::settings::Settings).
 
 use std::io::{self, BufRead, Read, Write};
@@ -6,6 +7,7 @@ use std::io::{self, BufRead, Read, Write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Kind};
 use crate::io::holder::{Held, Holder};
 
 /// The longest line, in bytes. Holders of a mount are the longest, and they are cut to some ([`MAX_HOLDERS`]).
@@ -29,6 +31,9 @@ pub enum Note {
         /// The exit status that the command should end with.
         status: u8,
     },
+    /// Mount, please; once. Answered with [`Order::Mounted`] or [`Order::NotMounted`]. How and where is in the settings that
+    /// the keeper has from the command line.
+    Mount,
     /// Unmount, please; answered with [`Order::Unmounted`].
     Unmount {
         /// Detach the name even when files are open.
@@ -77,6 +82,15 @@ pub enum What {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
+    /// The connection to the kernel, whose first message waits in it, comes with this line.
+    Mounted,
+    /// It could not be mounted.
+    NotMounted {
+        /// Why.
+        text: String,
+        /// The exit status that the command should end with.
+        status: u8,
+    },
     /// What became of the unmounting; None: done.
     Unmounted {
         /// Why not.
@@ -90,11 +104,28 @@ pub enum Order {
     Warn(String),
 }
 
-/// Writes one line.
-pub fn put(out: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
+/// A failed start in the words that go to the command line.
+pub fn failure(e: &Error) -> Note {
+    Note::Failed { text: e.to_string(), status: e.kind().exit_status() }
+}
+
+/// A failed start as another process told it.
+pub fn told(text: String, status: u8) -> Error {
+    let kinds = [Kind::Invalid, Kind::Damaged, Kind::InUse];
+    let kind = kinds.into_iter().find(|kind| kind.exit_status() == status).unwrap_or(Kind::Io);
+    Error::new(kind, text)
+}
+
+/// One line.
+pub fn line(what: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
-    out.write_all(&line)?;
+    Ok(line)
+}
+
+/// Writes one line.
+pub fn put(out: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
+    out.write_all(&line(what)?)?;
     out.flush()
 }
 

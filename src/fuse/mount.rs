@@ -3,25 +3,25 @@
 //! fuser could mount, but what it mounts it also unmounts when its session ends, and 0.18 gets that wrong three
 //! ways: it tests for "still mounted" the wrong way round (so it may hit a newer mount on the same folder), gives up
 //! on EBUSY, and hides the errno. Here a mount is a file descriptor and nothing else; it is unmounted once, by
-//! whoever decided to end it, with [`unmount`](crate::io::unmount::unmount).
+//! what decided to end it, with [`unmount`](crate::io::unmount::unmount). The process that mounts need not be the one that
+//! serves (`session::over`).
 
 use std::ffi::{CString, OsStr, OsString};
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::io::{Errno, FdFlags};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::io::foreign;
+use crate::io::handover::Receiving;
 
 pub use crate::io::connection::DEVICE;
 
@@ -139,12 +139,11 @@ fn kernel_options(options: &Options) -> Vec<&'static str> {
     list
 }
 
-/// Asks the set-uid helper of libfuse, which sends the connection's descriptor back over a socket pair.
+/// Asks the set-uid helper of libfuse, which sends the connection's descriptor back over a socket pair. Its end is its
+/// standard input: nothing that is started meanwhile inherits it, so that a helper that dies ends the wait below.
 fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
     let failed = |e: io::Error| Error::io(&e, mountpoint, "cannot mount through fusermount3");
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
-    // The helper's end must survive exec. No thread runs yet (docs/design.md#start), so no other child can inherit it.
-    rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(|e| failed(e.into()))?;
     let mut text = OsString::from("nosuid,nodev,noexec,noatime");
     for option in kernel_options(options) {
         text.push(",");
@@ -164,8 +163,8 @@ fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
         .arg(text)
         .arg("--")
         .arg(mountpoint)
-        .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
-        .stdin(Stdio::null())
+        .env("_FUSE_COMMFD", "0")
+        .stdin(OwnedFd::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -177,15 +176,12 @@ fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
             ),
             _ => failed(e),
         })?;
-    // Our copy of its end goes away, so that a helper that dies ends the wait below.
-    drop(theirs);
-    let received = receive_descriptor(&ours);
+    let mut from = Receiving::new(&ours);
+    // One byte, and the descriptor with it; or the end.
+    let received = from.read(&mut [0]).map(|_| from.descriptor());
     let output = child.wait_with_output().map_err(failed)?;
     match received {
-        Ok(Some(connection)) => {
-            rustix::io::fcntl_setfd(&connection, FdFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
-            Ok(connection)
-        }
+        Ok(Some(connection)) => Ok(connection),
         Ok(None) => Err(Error::at(Kind::NotPermitted, mountpoint, complaint(&output))),
         Err(e) => Err(failed(e)),
     }
@@ -206,23 +202,6 @@ fn escaped(source: &OsStr) -> OsString {
         out.push(byte);
     }
     OsString::from_vec(out)
-}
-
-/// None: the other end was closed without sending anything.
-fn receive_descriptor(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
-    let mut byte = [0u8; 1];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    rustix::io::retry_on_intr(|| {
-        let mut parts = [io::IoSliceMut::new(&mut byte)];
-        rustix::net::recvmsg(socket.as_fd(), &mut parts, &mut control, RecvFlags::empty())
-    })?;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(mut descriptors) = message {
-            return Ok(descriptors.next());
-        }
-    }
-    Ok(None)
 }
 
 /// The absolute path of a mount point, taken before mounting: afterwards the daemon must not look at it. One that is

@@ -1,13 +1,17 @@
 //! A mounted folder and its transport, whichever it is.
 
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::fuse::mount;
 use crate::fuse::notify::Notifier;
 use crate::fuse::ops::FileSystem;
 pub use crate::fuse::settings::Settings;
 use crate::fuse::{classic, uring};
+use crate::io::unmount::unmount;
 
 /// How requests arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +75,39 @@ pub fn mount(
     mountpoint: &Path,
     settings: &Settings,
 ) -> Result<Session> {
+    // Before the mount: afterwards looking at the path would wait for ourselves.
+    let mountpoint = mount::absolute(mountpoint)?;
+    let options = mount::Options {
+        source: settings.fs_name.clone(),
+        allow_other: settings.allow_other,
+        read_only: settings.read_only,
+        asked: settings.asked.clone(),
+    };
+    let mounted = Cell::new(false);
+    let connect = || {
+        let connection = mount::mount(&mountpoint, &options);
+        mounted.set(connection.is_ok());
+        connection
+    };
+    let session = over(transport, fs, &mountpoint, settings, connect);
+    if session.is_err()
+        && mounted.get()
+        && let Err(left) = unmount(&mountpoint, true)
+    {
+        log::error!("{left}");
+    }
+    session
+}
+
+/// The same over a connection that something else mounts on `mountpoint`, an absolute path, when `connect` is called; to
+/// unmount after an error is its business, too. `connect` is called once all is there that may be refused before.
+pub fn over(
+    transport: Transport,
+    fs: Arc<dyn FileSystem>,
+    mountpoint: &Path,
+    settings: &Settings,
+    connect: impl FnOnce() -> Result<OwnedFd>,
+) -> Result<Session> {
     if settings.threads == 0 || settings.max_background == 0 {
         return Err(Error::new(
             Kind::Invalid,
@@ -78,8 +115,8 @@ pub fn mount(
         ));
     }
     Ok(Session(match transport {
-        Transport::Fuse => Of::Fuse(classic::mount(fs, mountpoint, settings)?),
-        Transport::Uring => Of::Uring(uring::mount(fs, mountpoint, settings)?),
+        Transport::Fuse => Of::Fuse(classic::begin(fs, mountpoint, settings, connect)?),
+        Transport::Uring => Of::Uring(uring::begin(fs, mountpoint, settings, connect)?),
     }))
 }
 

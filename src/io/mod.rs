@@ -12,6 +12,7 @@ pub mod file;
 pub mod folder_lock;
 pub mod foreign;
 pub mod freeze;
+pub mod handover;
 pub mod holder;
 pub mod lock;
 pub mod loopdev;

@@ -3,12 +3,16 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
+use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
+use rustix::io::Errno;
 use rustix::mm::MlockAllFlags;
 use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, CpuSet};
@@ -215,6 +219,20 @@ pub fn spawn_or_run<F: FnOnce() + Send + 'static>(name: &str, body: F) {
     if let Err(e) = spawn_detached(name, move || run(&theirs)) {
         log::warn!("{e}; it runs on another one");
         run(&body);
+    }
+}
+
+/// Waits for the end of a process, of which `handle` is a pidfd. False: it goes on behind the deadline.
+pub fn ends_before(handle: &OwnedFd, deadline: Option<Instant>) -> bool {
+    loop {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let limit =
+            left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let mut fds = [PollFd::new(handle, PollFlags::IN)];
+        match poll(&mut fds, limit.as_ref()) {
+            Err(Errno::INTR) => {}
+            result => return result.is_ok_and(|ready| ready > 0),
+        }
     }
 }
 

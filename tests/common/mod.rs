@@ -14,6 +14,7 @@ mod mount;
 pub mod namespace;
 mod run;
 mod stamp;
+mod traced;
 mod v1;
 
 pub use folder::Folder;
@@ -22,6 +23,7 @@ pub use host::{Guest, HostFs, Loop, loops_in, memory_dir, temp_dir};
 pub use mount::Mount;
 pub use run::{Finished, Run, ok, sh, signal, until};
 pub use stamp::{Durable, Shape, Verdict, Workload, punch};
+pub use traced::{Traced, kill_if_there};
 pub use v1::make_v1;
 
 use std::os::unix::fs::FileExt;

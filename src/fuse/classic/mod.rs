@@ -22,12 +22,10 @@ use self::sessions::{Made, Threads};
 use crate::error::{Error, Result};
 use crate::fuse::handshake;
 use crate::fuse::lanes::Lanes;
-use crate::fuse::mount;
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
 use crate::fuse::settings::Settings;
 use crate::io::connection;
-use crate::io::unmount::unmount;
 
 /// A mounted folder whose handshake is done; see [`fuse::session::Session`](crate::fuse::session::Session).
 pub(super) struct Session {
@@ -47,20 +45,16 @@ pub(super) struct Serving {
     mountpoint: PathBuf,
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Opens all that the session needs, because a sandbox would not let
+/// Mounts, by `connect`, and answers the kernel's INIT. Opens all that the session needs, because a sandbox would not let
 /// it later; starts no thread. Requests wait until [`Session::start`].
-pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
-    // Before the mount: afterwards looking at the path would wait for ourselves.
-    let mountpoint = mount::absolute(mountpoint)?;
-    let (allow_other, read_only) = (settings.allow_other, settings.read_only);
-    let options = mount::Options {
-        source: settings.fs_name.clone(),
-        allow_other,
-        read_only,
-        asked: settings.asked.clone(),
-    };
-    let connection = mount::mount(&mountpoint, &options)?;
-
+pub(super) fn begin(
+    fs: Arc<dyn FileSystem>,
+    mountpoint: &Path,
+    settings: &Settings,
+    connect: impl FnOnce() -> Result<OwnedFd>,
+) -> Result<Session> {
+    let connection = connect()?;
+    let mountpoint = mountpoint.to_owned();
     let passthrough = settings.passthrough.then(Arc::<AtomicBool>::default);
     let bridge = Bridge {
         fs: fs.clone(),
@@ -70,12 +64,8 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
         max_background: settings.max_background,
         passthrough: passthrough.clone(),
     };
-    let sessions = shake_hands(connection, &bridge, settings).map_err(|e| {
-        if let Err(left) = unmount(&mountpoint, true) {
-            log::error!("{left}");
-        }
-        Error::io(&e, &mountpoint, "the handshake with the kernel failed")
-    })?;
+    let sessions = shake_hands(connection, &bridge, settings)
+        .map_err(|e| Error::io(&e, &mountpoint, "the handshake with the kernel failed"))?;
     // There is at least one.
     let kernel = Kernel(sessions[0].notifier());
     let (notifier, notifications) = notify::queue(Box::new(kernel));

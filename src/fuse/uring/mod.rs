@@ -24,6 +24,7 @@ mod serve;
 pub mod wire;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,12 +39,11 @@ use self::queue::Worker;
 use self::ring::Ring;
 use self::serve::Server;
 use crate::error::{Error, Kind, Result};
-use crate::fuse::mount::{self, DEVICE};
+use crate::fuse::mount::DEVICE;
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::FileSystem;
 use crate::fuse::settings::Settings;
 use crate::io::process;
-use crate::io::unmount::unmount;
 
 /// Whether the kernel's FUSE offers rings; the administrator's switch.
 const SWITCH: &str = "/sys/module/fuse/parameters/enable_uring";
@@ -121,10 +121,15 @@ fn soon() {
     }
 }
 
-/// Mounts on `mountpoint` and answers the kernel's INIT. Asks for what the threads of the session inherit, and makes all
+/// Mounts, by `connect`, and answers the kernel's INIT. Asks for what the threads of the session inherit, and makes all
 /// rings and their memory, because a sandbox would not let it later; starts no thread. Requests wait until
 /// [`Session::start`].
-pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Settings) -> Result<Session> {
+pub(super) fn begin(
+    fs: Arc<dyn FileSystem>,
+    mountpoint: &Path,
+    settings: &Settings,
+    connect: impl FnOnce() -> Result<OwnedFd>,
+) -> Result<Session> {
     available()?;
     soon();
     let cpus = process::note_cpus();
@@ -133,22 +138,11 @@ pub(super) fn mount(fs: Arc<dyn FileSystem>, mountpoint: &Path, settings: &Setti
     let (rings, carriers) =
         ring::make(&queues, settings.threads + SPARE_CARRIERS).map_err(|e| no_ring(&e))?;
     let rings = plans.iter().map(|plan| plan.cpu).zip(rings).collect();
-    // Before the mount: afterwards looking at the path would wait for ourselves.
-    let mountpoint = mount::absolute(mountpoint)?;
-    let (allow_other, read_only) = (settings.allow_other, settings.read_only);
-    let options = mount::Options {
-        source: settings.fs_name.clone(),
-        allow_other,
-        read_only,
-        asked: settings.asked.clone(),
-    };
-    let device = Arc::new(Device::new(mount::mount(&mountpoint, &options)?));
-    let passes_through = device.handshake(settings.max_background, settings.passthrough).map_err(|e| {
-        if let Err(left) = unmount(&mountpoint, true) {
-            log::error!("{left}");
-        }
-        Error::io(&e, &mountpoint, "the handshake with the kernel failed")
-    })?;
+    let device = Arc::new(Device::new(connect()?));
+    let mountpoint = mountpoint.to_owned();
+    let passes_through = device
+        .handshake(settings.max_background, settings.passthrough)
+        .map_err(|e| Error::io(&e, &mountpoint, "the handshake with the kernel failed"))?;
     let (notifier, notifications) = notify::queue(Box::new(Kernel(device.clone())));
     let helpers = settings.threads;
     let server = Arc::new(Server::new(fs, helpers, Some(device.clone())));
