@@ -30,7 +30,7 @@ fn every_power_cut_of_every_short_history_of_a_folder_leaves_the_disk_and_its_sn
 #[test]
 fn every_power_cut_of_every_short_history_over_a_raw_file_leaves_the_disk_and_its_snapshots() {
     let (scratch, began) = (common::memory_dir(), Instant::now());
-    let of = [Op::Write, Op::Fsync, Op::Snapshot, Op::DeleteOldest, Op::DeleteNewest, Op::Switch, Op::Grow];
+    let of = [Op::Write, Op::Snapshot, Op::DeleteOldest, Op::DeleteNewest, Op::Switch, Op::Grow];
     let longest = if common::long() { 3 } else { 2 };
     match enumerate_raw(scratch.path(), &of, longest) {
         Ok((histories, states)) => println!(

@@ -151,6 +151,38 @@ fn a_file_in_the_way_of_the_raw_one_stays_and_the_image_stays_in_its_folder() {
     assert!(fs::read(folder.path("r.raw")).expect("a raw file again") == bytes);
 }
 
+/// A crash had left it beside the folder: the raw file counted as another image's, too, and was an image of the same name when
+/// the folder had another file.
+#[test]
+fn a_second_name_that_an_interrupted_step_left_is_no_other_image() {
+    let (folder, mut bytes) = raw(4);
+    folder.ok(&["snapshot", "create", "r", "s1"]);
+    change(&folder.path("r"), |image| image.write_at(0, &[0xee; 4096]));
+    fs::hard_link(folder.path("r/r.raw"), folder.path("r.raw")).expect("a link");
+    fs::create_dir(folder.path(".r.removed")).expect("a folder");
+    fs::hard_link(folder.path("r/r.raw"), folder.path(".r.removed/r.raw")).expect("a link");
+    fs::write(folder.path(".r.removed/DiskDescriptor.xml"), "x").expect("written");
+    folder.ok(&["snapshot", "create", "r", "s2"]);
+    assert_eq!(folder.names(), ["r"]);
+    folder.ok(&["snapshot", "delete", "r", "s1"]);
+    folder.ok(&["snapshot", "delete", "r", "s2"]);
+    bytes[..4096].fill(0xee);
+    assert!(fs::read(folder.path("r.raw")).expect("a raw file again") == bytes && !folder.path("r").exists());
+}
+
+/// The last step of the first snapshot was not done. Merged the other way, the file was an image beside the folder.
+#[test]
+fn a_second_name_that_an_interrupted_first_snapshot_left_goes_too() {
+    let folder = Folder::new();
+    folder.ok(&["create", "vm", "--size", "4M"]);
+    folder.ok(&["snapshot", "create", "vm", "s1"]);
+    fs::hard_link(folder.path("vm/vm.hds"), folder.path("vm.hds")).expect("a link");
+    change(&folder.path("vm"), |image| image.write_at(0, &[0xee; 4096]));
+    folder.ok(&["snapshot", "delete", "vm", "s1"]);
+    assert_eq!(folder.names(), ["vm"]);
+    assert_eq!(content(&folder, "vm")[..4097], [&[0xee; 4096][..], &[0]].concat());
+}
+
 #[test]
 fn other_files_in_the_image_s_folder_keep_it() {
     let (folder, bytes) = raw(2);

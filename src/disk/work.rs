@@ -1,7 +1,8 @@
 //! Work with an image that is at rest: the live code without a transport, in this process, under the same locks
 //! (docs/design.md#at-rest). What is refused is refused before anything is changed.
 
-use std::os::fd::AsFd;
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use crate::disk::find::is_layered;
@@ -11,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::image::layers::{Direct, Layers};
-use crate::image::leave_folder::leave_folder;
+use crate::image::leave_folder::{leave_folder, take_back};
 use crate::image::make_folder::make_folder;
 use crate::image::paths::image_folder;
 use crate::image::switch::switch;
@@ -58,6 +59,9 @@ fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
     let opened = Opened::open(path, None, access, Options::default())?;
+    if let Some(layers) = opened.layers.as_ref().filter(|_| !work.only_looks()) {
+        in_its_place(path, |images, parent, name| take_back(images, parent, name, layers))?;
+    }
     let writable = if work.only_looks() { Ok(()) } else { opened.image.make_writable() };
     let result =
         writable.and_then(|()| carry_out_before_close(&opened.image, opened.layers.as_ref(), work, progress));
@@ -74,10 +78,15 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 /// Merges a deleted raw base with the live disk, which is closed; a disk without snapshots is one raw file again.
 fn finish_closed(folder: &Path, layers: &Layers, progress: &Progress) -> Result<()> {
     lower::finish(layers, progress, &|| true)?;
+    in_its_place(folder, |images, parent, name| leave_folder(images, parent, name, layers).map(drop))
+}
+
+/// Does `act` with the folder around the image's `folder`, its path, and the folder's name in it.
+fn in_its_place(folder: &Path, act: impl FnOnce(BorrowedFd<'_>, &Path, &OsStr) -> Result<()>) -> Result<()> {
     let resolved = folder.canonicalize().map_err(|e| Error::io(&e, folder, "cannot resolve the path"))?;
     let (Some(parent), Some(name)) = (resolved.parent(), resolved.file_name()) else { return Ok(()) };
     let images = image_folder(parent)?;
-    leave_folder(images.as_fd(), parent, name, layers).map(drop)
+    act(images.as_fd(), parent, name)
 }
 
 /// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: who is first afterwards

@@ -93,6 +93,35 @@ pub fn leave_folder(
     Ok(Some(file))
 }
 
+/// Takes away what a crash left beside the image's folder, of its own file: a second name, from before step 3 or from the
+/// last step of `make_folder`, and the folder that was put away in step 3. With them the file would count as shared with
+/// another image (R9), and the name be an image of its own once the folder has another file. A mount does so when it begins.
+///
+/// 1. the images folder synced: the folder's own name may be as new; 2. the names removed, and that synced.
+pub fn take_back(images: BorrowedFd<'_>, path: &Path, folder: &OsStr, layers: &Layers) -> Result<()> {
+    let chain = layers.live_chain()?;
+    let Some(base) = chain.first() else { return Ok(()) };
+    let held = base.file.status().map_err(|e| Error::io(&e, &base.path, "cannot look at it"))?;
+    if held.links < 2 {
+        return Ok(());
+    }
+    let mut raw = folder.to_owned();
+    raw.push(".raw");
+    let is_image = |name: &OsStr| matches!(kind::classify(name, true, b""), Class::Image { name, .. } if name == folder);
+    let names = [base.path.file_name().unwrap_or_default(), raw.as_os_str()];
+    let left: Vec<_> = names.into_iter().filter(|name| is_image(name) && is_held(images, name, &held)).collect();
+    if left.is_empty() && !names::is_left(images, folder) {
+        return Ok(());
+    }
+    sync_folder(images, path)?; // 1
+    let cannot = |e: std::io::Error| Error::io(&e, path.join(folder), "cannot remove what a crash left beside it");
+    for name in left {
+        unlink(images, name).map_err(cannot)?; // 2
+    }
+    names::sweep_one(images, folder).map_err(cannot)?;
+    sync_folder(images, path)
+}
+
 /// True when [`leave_folder`] would find nothing in the way in the folder `dir` of an image.
 pub fn may_leave(dir: BorrowedFd<'_>, folder: &OsStr, descriptor: &Descriptor) -> bool {
     raw_file(dir, folder, descriptor).is_ok_and(|found| found.is_some())

@@ -147,6 +147,16 @@ pub fn sweep(images: BorrowedFd<'_>, path: &Path) {
     }
 }
 
+/// True when a crash left something of a folder of the name `folder` that was being removed.
+pub(super) fn is_left(images: BorrowedFd<'_>, folder: &OsStr) -> bool {
+    was_an_image(images, &removed(folder))
+}
+
+/// Removes that.
+pub(super) fn sweep_one(images: BorrowedFd<'_>, folder: &OsStr) -> std::io::Result<()> {
+    if is_left(images, folder) { remove_folder(images, &removed(folder)) } else { Ok(()) }
+}
+
 fn was_an_image(images: BorrowedFd<'_>, name: &OsStr) -> bool {
     let Ok(folder) = open_folder(images, name, Path::new(name)) else { return false };
     let described = rustix::fs::statat(&folder, DESCRIPTOR, AtFlags::SYMLINK_NOFOLLOW).is_ok();
