@@ -51,6 +51,7 @@ mod blocking;
 mod changed;
 mod clock;
 mod close;
+mod counters;
 mod cow;
 mod discard;
 #[cfg(test)]
@@ -83,8 +84,6 @@ pub mod tracking;
 mod write;
 mod zero;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
 use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use bytes::Bytes;
 
@@ -94,9 +93,11 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
 use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock, thread_shard,
+    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock,
 };
 use blocking::wait_for;
+use counters::Counters;
+pub use counters::Stats;
 pub use engine::{Engine, Event, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
@@ -120,33 +121,6 @@ pub enum Mode {
     ReadOnly,
 }
 
-/// Live counters of one image.
-#[derive(Clone, Copy, Debug)]
-pub struct Stats {
-    /// Mode.
-    pub mode: Mode,
-    /// Free space of the host is below the low-water mark.
-    pub low: bool,
-    /// BAT pages not yet durable.
-    pub dirty_pages: u64,
-    /// Pios parked for space or waiting for unsynced data to shrink.
-    pub queued: u64,
-    /// Pios being carried out.
-    pub inflight: u64,
-    /// Finished reads.
-    pub reads: u64,
-    /// Finished writes.
-    pub writes: u64,
-    /// Finished discards.
-    pub discards: u64,
-    /// Finished flushes.
-    pub flushes: u64,
-    /// Bytes read.
-    pub read_bytes: u64,
-    /// Bytes written.
-    pub written_bytes: u64,
-}
-
 /// How far an image is on its way to its first change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -163,15 +137,6 @@ enum Ready {
     /// Once the image is marked in use.
     Unmarked,
     No(Error),
-}
-
-/// Counters of one thread shard.
-#[derive(Default)]
-struct Counters {
-    reads: AtomicU64,
-    writes: AtomicU64,
-    read_bytes: AtomicU64,
-    written_bytes: AtomicU64,
 }
 
 /// One open image.
@@ -374,26 +339,6 @@ impl Image {
         discard::submit(self, offset, len, reply);
     }
 
-    /// Live counters.
-    pub fn stats(&self) -> Stats {
-        let sum = |of: fn(&Counters) -> &AtomicU64| -> u64 {
-            self.counters.iter().map(|c| of(&c.0).load(Ordering::Relaxed)).sum()
-        };
-        Stats {
-            mode: self.mode(),
-            low: self.is_low(),
-            dirty_pages: self.dirty_pages(),
-            queued: (self.space.parked() + self.flusher.throttled()) as u64,
-            inflight: self.gate.inside(),
-            reads: sum(|c| &c.reads),
-            writes: sum(|c| &c.writes),
-            discards: self.discards.load(Ordering::Relaxed),
-            flushes: self.flushes.load(Ordering::Relaxed),
-            read_bytes: sum(|c| &c.read_bytes),
-            written_bytes: sum(|c| &c.written_bytes),
-        }
-    }
-
     /// How long requests took; whoever answers them notes it.
     pub fn latencies(&self) -> &latency::Latencies {
         &self.latencies
@@ -434,14 +379,6 @@ impl Image {
     /// True while reads and writes may go past us.
     pub fn may_be_passed(&self) -> bool {
         self.backing.get().is_some_and(|backing| backing.may_pass())
-    }
-
-    /// Time of the last write, discard or change of size through us.
-    pub fn last_write(&self) -> Option<SystemTime> {
-        match self.last_write.load(Ordering::Relaxed) {
-            0 => None,
-            nanos => Some(UNIX_EPOCH + Duration::from_nanos(nanos)),
-        }
     }
 
     /// Waits for what runs and lets nothing new begin; what arrives waits for [`thaw`](Self::thaw). Blocks; not
@@ -563,38 +500,5 @@ impl Image {
             bat.give_up();
             self.engine.pages_are_clean();
         }
-    }
-
-    /// A write reached the host.
-    fn wrote(self: &Arc<Self>, bytes: usize) {
-        self.touched(bytes as u64);
-        self.count_write(bytes);
-    }
-
-    fn count_read(&self, bytes: usize) {
-        let c = &self.counters[thread_shard()].0;
-        c.reads.fetch_add(1, Ordering::Relaxed);
-        c.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    fn count_write(&self, bytes: usize) {
-        let c = &self.counters[thread_shard()].0;
-        c.writes.fetch_add(1, Ordering::Relaxed);
-        c.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.stamp();
-    }
-
-    /// What a reader sees has changed, or may have: backups go by the time.
-    fn stamp(&self) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-        self.last_write.store(now, Ordering::Relaxed);
-    }
-
-    fn count_discard(&self) {
-        self.discards.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn count_flush(&self) {
-        self.flushes.fetch_add(1, Ordering::Relaxed);
     }
 }

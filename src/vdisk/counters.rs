@@ -1,0 +1,106 @@
+//! What one live image counts of its requests. A counter that every request touches has a shard for each thread, so that
+//! they share no cache line; the sum is made when it is asked for.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::{Image, Mode};
+use crate::sync::{Arc, AtomicU64, Ordering, thread_shard};
+
+/// Live counters of one image.
+#[derive(Clone, Copy, Debug)]
+pub struct Stats {
+    /// Mode.
+    pub mode: Mode,
+    /// Free space of the host is below the low-water mark.
+    pub low: bool,
+    /// BAT pages not yet durable.
+    pub dirty_pages: u64,
+    /// Pios parked for space or waiting for unsynced data to shrink.
+    pub queued: u64,
+    /// Pios being carried out.
+    pub inflight: u64,
+    /// Finished reads.
+    pub reads: u64,
+    /// Finished writes.
+    pub writes: u64,
+    /// Finished discards.
+    pub discards: u64,
+    /// Finished flushes.
+    pub flushes: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+}
+
+/// Counters of one thread shard.
+#[derive(Default)]
+pub(super) struct Counters {
+    reads: AtomicU64,
+    writes: AtomicU64,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+impl Image {
+    /// Live counters.
+    pub fn stats(&self) -> Stats {
+        let sum = |of: fn(&Counters) -> &AtomicU64| -> u64 {
+            self.counters.iter().map(|c| of(&c.0).load(Ordering::Relaxed)).sum()
+        };
+        Stats {
+            mode: self.mode(),
+            low: self.is_low(),
+            dirty_pages: self.dirty_pages(),
+            queued: (self.space.parked() + self.flusher.throttled()) as u64,
+            inflight: self.gate.inside(),
+            reads: sum(|c| &c.reads),
+            writes: sum(|c| &c.writes),
+            discards: self.discards.load(Ordering::Relaxed),
+            flushes: self.flushes.load(Ordering::Relaxed),
+            read_bytes: sum(|c| &c.read_bytes),
+            written_bytes: sum(|c| &c.written_bytes),
+        }
+    }
+
+    /// Time of the last write, discard or change of size through us.
+    pub fn last_write(&self) -> Option<SystemTime> {
+        match self.last_write.load(Ordering::Relaxed) {
+            0 => None,
+            nanos => Some(UNIX_EPOCH + Duration::from_nanos(nanos)),
+        }
+    }
+
+    /// A write reached the host.
+    pub(super) fn wrote(self: &Arc<Self>, bytes: usize) {
+        self.touched(bytes as u64);
+        self.count_write(bytes);
+    }
+
+    pub(super) fn count_read(&self, bytes: usize) {
+        let c = &self.counters[thread_shard()].0;
+        c.reads.fetch_add(1, Ordering::Relaxed);
+        c.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_write(&self, bytes: usize) {
+        let c = &self.counters[thread_shard()].0;
+        c.writes.fetch_add(1, Ordering::Relaxed);
+        c.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.stamp();
+    }
+
+    /// What a reader sees has changed, or may have: backups go by the time.
+    pub(super) fn stamp(&self) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+        self.last_write.store(now, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_discard(&self) {
+        self.discards.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_flush(&self) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+    }
+}
