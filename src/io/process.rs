@@ -19,6 +19,14 @@ use rustix::thread::{CapabilitySet, CapabilitySets, CpuSet};
 
 use crate::error::{Error, Kind};
 
+/// From this size on, in bytes, memory is mapped for one allocation and goes back to the system with it: all that is
+/// allocated while a disk is used is smaller.
+#[cfg(target_env = "gnu")]
+const MAPPED: libc::c_int = 4 << 20;
+/// So much of what was freed an arena of the allocator keeps: a few of the largest requests.
+#[cfg(target_env = "gnu")]
+const KEPT: libc::c_int = 8 << 20;
+
 /// The kernel keeps this much of a thread's name.
 pub const MAX_THREAD_NAME: usize = 15;
 
@@ -233,6 +241,17 @@ pub fn ends_before(handle: &OwnedFd, deadline: Option<Instant>) -> bool {
             Err(Errno::INTR) => {}
             result => return result.is_ok_and(|ready| ready > 0),
         }
+    }
+}
+
+/// Keeps the allocator from keeping what was freed. glibc's takes the largest block that was ever freed for a usual one:
+/// after the first of fuser's buffers of 16 MiB it keeps the next, fills it with zeroes where it is allocated again, and may
+/// hold on to 32 MiB in each of its arenas, all of that in memory that is locked.
+pub fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    for (setting, bytes) in [(libc::M_MMAP_THRESHOLD, MAPPED), (libc::M_TRIM_THRESHOLD, KEPT)] {
+        // SAFETY: two numbers of the allocator, which may be changed at any time.
+        let _ = unsafe { libc::mallopt(setting, bytes) };
     }
 }
 

@@ -25,7 +25,7 @@ use crate::fuse::lanes::Lanes;
 use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::{FileSystem, Ino};
 use crate::fuse::settings::Settings;
-use crate::io::connection;
+use crate::io::{connection, process};
 
 /// A mounted folder whose handshake is done; see [`fuse::session::Session`](crate::fuse::session::Session).
 pub(super) struct Session {
@@ -54,6 +54,8 @@ pub(super) fn begin(
     connect: impl FnOnce() -> Result<OwnedFd>,
 ) -> Result<Session> {
     let connection = connect()?;
+    // Each session has a buffer of 16 MiB, of which a request takes 1 MiB at most.
+    process::give_memory_back();
     let mountpoint = mountpoint.to_owned();
     let passthrough = settings.passthrough.then(Arc::<AtomicBool>::default);
     let bridge = Bridge {
