@@ -21,7 +21,7 @@ use crate::image::store::{create_delta, make, new_delta_name, own, sync_folder, 
 use crate::io::file::{HostFile, read_full};
 use crate::io::foreign::mount_id;
 use crate::io::real::RealFile;
-use crate::io::rename::rename_new_folder;
+use crate::io::rename::{link, rename_new_folder};
 use crate::progress::Progress;
 use crate::rules::{Step, step};
 
@@ -211,7 +211,7 @@ impl NewImage<'_> {
         rustix::fs::unlinkat(self.dir, file, AtFlags::empty()).map_err(|e| cannot(e.into()))?;
         let named = from.delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();
         let (folder, name) = layers.place(&named)?;
-        match rustix::fs::linkat(&folder, &name, self.dir, file, AtFlags::empty()) {
+        match link(folder.as_fd(), &name, self.dir, file.as_ref()) {
             Ok(()) => {
                 // A link made of a file's name is of the file we hold only if the name was not moved meanwhile.
                 let linked = rustix::fs::statat(self.dir, file, AtFlags::SYMLINK_NOFOLLOW);

@@ -16,7 +16,7 @@ use crate::image::make_folder::remove_folder;
 use crate::image::names;
 use crate::image::store::{sync_folder, unlink};
 use crate::io::file::HostStatus;
-use crate::io::rename::rename_new_folder;
+use crate::io::rename::{link, rename_new_folder};
 use crate::rules::{Rule, Step, broken, step};
 
 /// Makes the image in the folder `folder` of `images` (`path`, for messages) the file `FOLDER.raw` beside it, if it is one
@@ -46,7 +46,7 @@ pub fn leave_folder(
         Ok(None)
     };
     // 1.
-    match rustix::fs::linkat(store.dir(), &inner, images, &file, AtFlags::empty()) {
+    match link(store.dir(), inner.as_ref(), images, file.as_ref()) {
         Ok(()) => step(Step::Names),
         // What an earlier attempt left.
         Err(Errno::EXIST) if is_held(images, &file, &held) => {}

@@ -18,7 +18,7 @@ use crate::image::labels::LABELS_NAME;
 use crate::image::level::raw_cluster;
 use crate::image::store::{sync_folder, unlink, write_beside};
 use crate::io::real::{Access, RealFile};
-use crate::io::rename::rename_new_folder;
+use crate::io::rename::{link, rename_new_folder};
 use crate::rules::{Step, step};
 use crate::sync::Arc;
 
@@ -43,7 +43,7 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
     // 1.
     let folder = new_folder(images, &building, &built)?;
     let finish = || {
-        let linked = rustix::fs::linkat(images, file_name, &folder, file_name, AtFlags::empty());
+        let linked = link(images, file_name, folder.as_fd(), file_name);
         linked.map_err(|e| match e {
             Errno::PERM | Errno::OPNOTSUPP | Errno::NOSYS | Errno::MLINK => Error::at(
                 Kind::Unsupported,

@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, Rena
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
+use crate::io::rename::link;
 
 /// Owner alone: disks hold what their guests keep secret.
 const MODE: u32 = 0o600;
@@ -104,7 +105,7 @@ impl NewFile {
                 match rustix::fs::renameat_with(from, temporary, to, &self.name, RenameFlags::NOREPLACE) {
                     // A hard link does not replace either; the other name goes when this is dropped.
                     Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                        rustix::fs::linkat(from, temporary, to, &self.name, AtFlags::empty())
+                        link(from.as_fd(), temporary, to.as_fd(), &self.name)
                     }
                     other => other,
                 }

@@ -1,4 +1,4 @@
-//! Other names for files and folders of one folder: how R8's renames are made, and the only place where they are.
+//! Other names for files and folders: how R8's renames are made, and the only place where they and hard links are.
 //! `clippy.toml` refuses the calls everywhere else. A new file gets its name by [`new_file`](super::new_file).
 //!
 //! None of these syncs the folder: when that has to be is the caller's numbered order.
@@ -27,6 +27,12 @@ pub fn rename_new_file(dir: BorrowedFd<'_>, from: &OsStr, to: &OsStr) -> Result<
         rustix::fs::linkat(dir, from, dir, to, AtFlags::empty())?; // 1
         rustix::fs::unlinkat(dir, from, AtFlags::empty()) // 2
     })
+}
+
+/// Gives the file `name` of `from` a second name, `new` in `to`; EEXIST where that is there. A link is followed to no other
+/// file. What is done to a file with two names is done under both: R9.
+pub fn link(from: BorrowedFd<'_>, name: &OsStr, to: BorrowedFd<'_>, new: &OsStr) -> Result<()> {
+    rustix::fs::linkat(from, name, to, new, AtFlags::empty())
 }
 
 fn without_replacing(
