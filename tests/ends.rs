@@ -281,6 +281,38 @@ fn a_killed_keeper_ends_no_disk_that_is_in_use_and_a_forced_stop_leaves_no_dead_
     open.write_all_at(b"x", 0).expect_err("its disk is gone");
 }
 
+/// As an ordinary user, whose mounts are made and taken away by fusermount3, in a mount namespace of its own.
+#[test]
+fn sigterm_without_a_keeper_leaves_no_dead_mount_of_an_ordinary_user() {
+    require!("fuse");
+    if !rustix::process::geteuid().is_root() || !Path::new("/usr/bin/fusermount3").exists() {
+        println!("SKIPPED: needs root (to become nobody) and fusermount3");
+        return;
+    }
+    let folder = temp_dir();
+    let here = text(folder.path());
+    let done = Run::new("unshare")
+        .args(["--mount", "bash", "-euxc"])
+        .arg(format!(
+            "cp {program} {here}/ploopfs; chmod 755 {here} {here}/ploopfs; mkdir -m 777 {here}/own
+             mknod {here}/fuse c 10 229; chmod 666 {here}/fuse; mount --bind {here}/fuse /dev/fuse
+             runuser -u nobody -- {here}/ploopfs mount --create vm1=64M {here}/own/i {here}/own/m
+             daemon=$(pgrep -f 'ploopfs [d]aemon {here}/')
+             kill -KILL $(awk '/^PPid/ {{print $2}}' /proc/$daemon/status)
+             for i in $(seq 300); do grep -q 'keeper process is gone' {here}/own/i/.ploopfs/log && break; sleep .1; done
+             kill -TERM $daemon
+             for i in $(seq 300); do pgrep -f 'ploopfs [ds](aemon|tandby) {here}/' >/dev/null || break; sleep .1; done
+             grep -c ' {here}/own/m ' /proc/self/mountinfo || true",
+            program = env!("CARGO_BIN_EXE_ploopfs"),
+        ))
+        .limit(90)
+        .run();
+    let left = Run::new("pgrep").args(["-f", &format!("ploopfs (keeper|daemon|standby) {here}/")]).run();
+    left.stdout.lines().filter_map(|pid| pid.parse().ok()).for_each(kill_if_there);
+    assert!(done.success() && left.stdout.is_empty(), "{done}");
+    assert_eq!(done.stdout, "0\n", "a dead mount is left: {done}");
+}
+
 #[test]
 fn umount_without_a_keeper_returns_when_all_processes_have_ended() {
     require!("fuse");

@@ -19,7 +19,7 @@ use super::link::Link;
 use super::log;
 use super::settings::Settings;
 use crate::control::protocol::Closed;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::folder::Folder;
 use crate::io::process::spawn_detached as spawn;
 
@@ -166,19 +166,15 @@ impl Ending {
         let orderly = self.synced(deadline) && self.drained(deadline);
         if orderly {
             match self.link.unmount(&self.settings, false) {
-                Ok(()) => {}
+                Ok(()) => self.let_connection_end(),
+                // The keeper is gone, and the mount goes behind us: nothing to wait for.
+                Err(e) if e.kind() == Kind::NotPermitted => ::log::warn!("{e}"),
                 Err(e) => {
                     // A working folder in it, most likely; no file is open and none can be opened.
                     ::log::info!("{e}; detaching the mount point");
                     self.detach();
+                    self.let_connection_end();
                 }
-            }
-            // The thread of the connection sees its end and ends the process.
-            thread::sleep(LAST_MOMENTS);
-            if !self.is_closing() {
-                ::log::info!(
-                    "{point}: the connection has not ended (another mount of it?), ending all the same"
-                );
             }
         }
         let closed = self.close_in_time(!orderly);
@@ -194,6 +190,15 @@ impl Ending {
                 log::flush();
                 std::process::exit(1)
             }
+        }
+    }
+
+    /// After an unmount: the thread of the connection sees its end and ends the process.
+    fn let_connection_end(&self) {
+        thread::sleep(LAST_MOMENTS);
+        if !self.is_closing() {
+            let point = self.settings.mountpoint().display();
+            ::log::info!("{point}: the connection has not ended (another mount of it?), ending all the same");
         }
     }
 
