@@ -186,6 +186,27 @@ fn umount_does_not_wait_for_a_stopped_keeper_or_daemon_but_names_it() {
     mount.umount();
 }
 
+/// Other commands that look at open files hold the mount for a moment, too, and are not seen with it.
+#[test]
+fn umount_waits_a_moment_for_a_user_that_cannot_be_seen() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=64M"]);
+    let file = fs::File::open(mount.flat("vm1")).expect("opened");
+    // A file that a ring keeps is in no process's list of descriptors.
+    let ring = io_uring::IoUring::new(2).expect("a ring");
+    ring.submitter().register_files(&[std::os::fd::AsRawFd::as_raw_fd(&file)]).expect("registered");
+    drop(file);
+    let last = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(400));
+        drop(ring);
+    });
+    let done = umount(&mount).run();
+    last.join().expect("the ring's end");
+    assert!(done.success(), "{done}");
+    assert!(!mount.is_mounted());
+    mount.umount();
+}
+
 #[test]
 fn a_moved_mount_is_found_where_it_is() {
     require!("fuse", "loop");

@@ -24,6 +24,11 @@ use crate::words::quoted;
 
 /// How long the kernel may take to let go of a loop device that nothing uses: udev may be looking at it.
 const LET_GO: Duration = Duration::from_secs(5);
+/// How long a user that cannot be seen is waited for: a program that looks at other processes' open files (another `umount`,
+/// lsof) holds the mount for as long as one look takes, and so does a file that has just been closed.
+const UNSEEN: Duration = Duration::from_secs(2);
+/// How often that is tried.
+const AGAIN: Duration = Duration::from_millis(50);
 /// How often the wait for the end looks around.
 const LOOK: Duration = Duration::from_millis(200);
 /// After so long, and then each time so long again, it is said what is waited for.
@@ -92,7 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.detach {
         detach_idle_loops(&point);
     }
-    match unmount_this(&mount, false) {
+    match unmount_idle(&mount) {
         Err(e) if e.kind() == Kind::Busy && args.detach => {
             // Before the name goes: afterwards it cannot be seen who uses it.
             kept = holders::of(&mount);
@@ -187,6 +192,19 @@ fn take_dead_away(mount: &Mount) -> anyhow::Result<Outcome> {
         out::say(&format!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy()));
     }
     Ok(Outcome::Done)
+}
+
+/// Unmounts; [`Kind::Busy`] while something is open, at once if it can be seen.
+fn unmount_idle(mount: &Mount) -> Result<()> {
+    let end = Instant::now() + UNSEEN;
+    loop {
+        match unmount_this(mount, false) {
+            Err(e) if e.kind() == Kind::Busy && Instant::now() < end && holders::of(mount).is_empty() => {
+                std::thread::sleep(AGAIN);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// EBUSY, with who it is and how to end it.
