@@ -408,6 +408,24 @@ fn a_failed_start_takes_its_mount_away_wherever_it_was_moved() {
 }
 
 #[test]
+fn a_mount_that_is_moved_before_its_keeper_has_seen_it_is_found() {
+    require!("fuse", "landlock", "strace");
+    // Once mounted, all that keeper and daemon do waits.
+    let inject = "inject=mount:delay_exit=2s";
+    let tampering = ["-e", "trace=mount,landlock_create_ruleset", "-e", inject];
+    let fails = ["-e", "inject=landlock_create_ruleset:error=EMFILE:when=2+"];
+    let mut mount = Traced::start(&[&tampering[..], &fails[..]].concat(), &[]);
+    assert!(until(SOON, || mount.is_mounted()), "not mounted");
+    fs::create_dir(mount.beside()).expect("a folder");
+    let moved = Run::new("mount").args(["--move", text(&mount.point()), text(&mount.beside())]).run();
+    let (status, said) = mount.end();
+    assert!(moved.success() && status == Some(1), "{moved} {said}");
+    assert!(said.contains("sandbox"), "it goes on to what fails: {said}");
+    assert!(!mount.is_mounted(), "a dead mount is left: {said}");
+    assert!(until(SOON, || mount.processes().is_empty()));
+}
+
+#[test]
 fn a_handshake_that_fails_leaves_no_mount() {
     require!("fuse", "strace");
     // /dev/fuse is read by the daemon alone, and INIT is the first that it reads.
@@ -430,27 +448,31 @@ fn a_folder_that_cannot_be_mounted_on_is_named_as_before_and_nothing_is_left() {
     assert!(!mount.is_mounted() && until(SOON, || mount.processes().is_empty()), "{said}");
 }
 
-/// Daemon or keeper are killed at all moments of the start, and after it.
+/// Daemon or keeper are killed before the mount is made, before it is served, and after the start, which strace makes longer.
 #[test]
 fn a_start_that_is_killed_at_any_moment_leaves_no_mount_and_no_process() {
-    require!("fuse");
+    require!("fuse", "landlock", "strace");
     let mut failed = 0;
-    for round in 0..24 {
+    for round in 0..20 {
         let what = ["daemon", "keeper"][round % 2];
-        let mut mount = Traced::plain(&[]);
+        // Twice so long, once the mount is made.
+        let [what_is_traced @ .., inject] = when_confined("delay_enter=100ms");
+        let mut mount = traced(&[&what_is_traced[..], &[inject, "--seccomp-bpf".to_owned()]].concat(), &[]);
         let mut victim = None;
         assert!(until(SOON, || {
             victim = mount.process(what);
             victim.is_some()
         }));
-        std::thread::sleep(Duration::from_millis(round as u64 / 2 * 6));
+        std::thread::sleep(Duration::from_millis(round as u64 / 2 * 30));
         victim.into_iter().for_each(kill_if_there);
         let (status, said) = mount.end();
         failed += u32::from(status != Some(0));
         // A keeper that is killed after the start does not take the mount with it.
         let lives = status == Some(0) && what == "keeper";
         if lives {
-            Run::ploopfs().arg("umount").arg(mount.point()).limit(60).ok();
+            // Killed, it may be held by strace for a moment.
+            let umount = || Run::ploopfs().arg("umount").arg(mount.point()).limit(60).run();
+            assert!(until(SOON, || umount().success()), "{}", umount());
         }
         let clean = || !mount.is_mounted() && mount.processes().is_empty();
         assert!(until(SOON, clean), "round {round}, {what}: a dead mount or a process is left: {said}");

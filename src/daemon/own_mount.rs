@@ -22,9 +22,11 @@ const LOOK: Duration = Duration::from_secs(1);
 /// The mount that a keeper makes for its daemon.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OwnMount {
-    /// The mounts that were on the mount point before, by number: none of them is ours. Not those elsewhere: the number of
-    /// one that goes meanwhile is given to the next mount, which may be ours.
+    /// The mounts that were on the mount point before, by number: none of them is ours.
     before: HashSet<u64>,
+    /// Those of the folder that were elsewhere. They count only where nothing new is on the mount point: the number of one that
+    /// goes meanwhile is given to the next mount, which may be ours.
+    elsewhere: HashSet<u64>,
     /// Ours, once it is made.
     known: Option<Identity>,
 }
@@ -44,9 +46,13 @@ pub fn make(settings: &Settings) -> Result<OwnedFd> {
 impl OwnMount {
     /// To be called before it is made.
     pub fn before(settings: &Settings) -> OwnMount {
-        let mut before = mounts::all().unwrap_or_default();
-        before.retain(|mount| mount.point == settings.mountpoint());
-        OwnMount { before: before.into_iter().map(|mount| mount.id).collect(), known: None }
+        let (here, mut others): (Vec<Mount>, Vec<Mount>) = mounts::all()
+            .unwrap_or_default()
+            .into_iter()
+            .partition(|mount| mount.point == settings.mountpoint());
+        others.retain(|mount| mount.is_ours() && mount.source == settings.images());
+        let ids = |all: Vec<Mount>| all.into_iter().map(|mount| mount.id).collect();
+        OwnMount { before: ids(here), elsewhere: ids(others), known: None }
     }
 
     /// To be called as soon as it is made: from now on that one is meant.
@@ -59,14 +65,16 @@ impl OwnMount {
         Ok(())
     }
 
-    /// What lies on the mount point, uppermost or not, and can only be the one that was made.
+    /// The mount of the folder that can only be the one that was made: on the mount point, uppermost or not, or where it was
+    /// moved before anything could look.
     fn find(&self, settings: &Settings) -> Result<Option<Mount>> {
-        let mut here = mounts::all()?;
-        here.retain(|mount| {
-            let new = mount.point == settings.mountpoint() && !self.before.contains(&mount.id);
-            new && mount.is_ours() && mount.source == settings.images()
-        });
-        Ok(here.pop())
+        let mut all = mounts::all()?;
+        all.retain(|mount| mount.is_ours() && mount.source == settings.images());
+        let (mut here, mut others): (Vec<Mount>, Vec<Mount>) =
+            all.into_iter().partition(|mount| mount.point == settings.mountpoint());
+        here.retain(|mount| !self.before.contains(&mount.id));
+        others.retain(|mount| !self.elsewhere.contains(&mount.id) && !self.before.contains(&mount.id));
+        Ok(here.pop().or_else(|| others.pop()))
     }
 
     /// The mount, where it is now. None: it is gone, or was never made.
