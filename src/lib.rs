@@ -11,6 +11,8 @@
 //! them, and promises nothing.
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
+// Where the rooms are shown: what no other file can reach is not called public.
+#![cfg_attr(feature = "internals", warn(unreachable_pub))]
 // R8 by machine (clippy.toml says which, and why). Tests may make and move files as they like.
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 

@@ -13,16 +13,16 @@ pub struct Args {
 }
 
 /// The keeper.
-pub fn keeper(_args: Args) -> anyhow::Result<Outcome> {
+pub(super) fn keeper(_args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Status(keeper::main()))
 }
 
 /// The standby.
-pub fn standby(_args: Args) -> anyhow::Result<Outcome> {
+pub(super) fn standby(_args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Status(standby::main()))
 }
 
 /// The daemon.
-pub fn daemon(_args: Args) -> anyhow::Result<Outcome> {
+pub(super) fn daemon(_args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Status(start::main()))
 }

@@ -21,7 +21,7 @@ const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 const BUFFER: usize = 1 << 20;
 
 /// What was opened.
-pub enum Input {
+pub(super) enum Input {
     /// Can be read anywhere, and has a length.
     Disk(FlatFile),
     /// Comes once, from here on; and its name for messages.
@@ -29,7 +29,7 @@ pub enum Input {
 }
 
 /// Opens `file`, where - is standard input; `what` must not come from a terminal.
-pub fn open(file: &Path, what: &str) -> Result<Input> {
+pub(super) fn open(file: &Path, what: &str) -> Result<Input> {
     if file == Path::new("-") {
         return stdin(what);
     }
@@ -49,7 +49,7 @@ pub fn open(file: &Path, what: &str) -> Result<Input> {
 const NAME: &str = "standard input";
 
 /// Standard input to be read from here to its end, and its name for messages; `what` must not come from a terminal.
-pub fn stdin_to_end(what: &str) -> Result<(Box<dyn Read + Send>, String)> {
+pub(super) fn stdin_to_end(what: &str) -> Result<(Box<dyn Read + Send>, String)> {
     let file = own_stdin(what)?;
     Ok((Box::new(io::BufReader::with_capacity(BUFFER, Pipe(file.into()))), NAME.to_owned()))
 }

@@ -58,7 +58,7 @@ const ASKED: [&str; 4] = ["sync", "dirsync", "nosymfollow", "allow_other"];
 const LABELS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
 
 /// True where the word `name` stands behind an `-o`.
-pub fn has(options: &[String], name: &str) -> bool {
+pub(super) fn has(options: &[String], name: &str) -> bool {
     all_words(options).any(|word| word == name)
 }
 
@@ -90,7 +90,7 @@ fn is_for_mount(word: &str) -> bool {
 }
 
 /// The words of a command line in which every `-o` is spelled out with long options.
-pub fn spell_out(options: &[String]) -> Vec<OsString> {
+pub(super) fn spell_out(options: &[String]) -> Vec<OsString> {
     let words = all_words(options).filter(|word| !is_for_mount(word));
     // Also `ro=recursive` and the like.
     let spelled =
@@ -99,7 +99,7 @@ pub fn spell_out(options: &[String]) -> Vec<OsString> {
 }
 
 /// What the kernel is asked for behind `-o`; of two that contradict each other the last counts.
-pub fn asked(options: &[String]) -> Asked {
+pub(super) fn asked(options: &[String]) -> Asked {
     let last = |yes: &str, no: &str| {
         all_words(options).filter(|word| *word == yes || *word == no).last() == Some(yes)
     };
@@ -113,7 +113,7 @@ pub fn asked(options: &[String]) -> Asked {
 }
 
 #[cfg(test)]
-pub fn all_of_mount() -> Vec<&'static str> {
+pub(crate) fn all_of_mount() -> Vec<&'static str> {
     [&FOR_MOUNT[..], &ASKED].concat()
 }
 

@@ -20,7 +20,7 @@ const STDOUT: [&str; 4] = ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
 
 /// Something that takes bytes in their order.
 #[derive(Debug)]
-pub struct Pipe {
+pub(super) struct Pipe {
     file: File,
     /// For messages.
     name: PathBuf,
@@ -28,7 +28,7 @@ pub struct Pipe {
 
 /// Standard output, past its buffer, which looks for ends of lines; `what` is not for a terminal, and `instead` says what
 /// to do.
-pub fn stdout(what: &str, instead: &str) -> Result<File> {
+pub(super) fn stdout(what: &str, instead: &str) -> Result<File> {
     let stdout = io::stdout();
     if stdout.is_terminal() {
         return Err(Error::new(Kind::Invalid, format!("{what} is not for a terminal; {instead}")));
@@ -39,7 +39,7 @@ pub fn stdout(what: &str, instead: &str) -> Result<File> {
 
 /// The pipe that `path` means: - and its like are standard output; and what a shell makes of >(a command). None: it means
 /// no pipe. `what` is not for a terminal.
-pub fn pipe(path: &Path, what: &str) -> Result<Option<Pipe>> {
+pub(super) fn pipe(path: &Path, what: &str) -> Result<Option<Pipe>> {
     if STDOUT.iter().any(|name| path == Path::new(name)) {
         let file = stdout(what, "give it a file, or pipe it into a program")?;
         return Ok(Some(Pipe { file, name: NAME.into() }));
@@ -63,12 +63,12 @@ pub fn pipe(path: &Path, what: &str) -> Result<Option<Pipe>> {
 
 impl Pipe {
     /// For bytes of another sort.
-    pub fn into_file(self) -> File {
+    pub(super) fn into_file(self) -> File {
         self.file
     }
 
     /// Writes the bytes of `disk`. Where it is a new file (`> FILE`), what is zero stays a hole.
-    pub fn write_disk(&mut self, disk: &dyn Disk, progress: &Progress) -> Result<()> {
+    pub(super) fn write_disk(&mut self, disk: &dyn Disk, progress: &Progress) -> Result<()> {
         match self.is_new_file() {
             true => export::raw(disk, &self.file, &self.name, progress),
             false => export::pipe(disk, &mut self.file, &self.name, progress),
@@ -76,7 +76,7 @@ impl Pipe {
     }
 
     /// The end: what can be made durable is.
-    pub fn finish(self) -> Result<()> {
+    pub(super) fn finish(self) -> Result<()> {
         match self.file.sync_all() {
             Err(e) if !matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EROFS | libc::ENOTSUP)) => {
                 Err(Error::io(&e, &self.name, "cannot sync"))

@@ -24,16 +24,16 @@ const MAX_EVENTS: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the keeper says, on standard input.
-pub type FromKeeper = BufReader<Receiving<Stdin>>;
+pub(super) type FromKeeper = BufReader<Receiving<Stdin>>;
 
 /// Standard input, of which nothing else may read from now on.
-pub fn from_keeper() -> FromKeeper {
+pub(super) fn from_keeper() -> FromKeeper {
     BufReader::new(Receiving::new(io::stdin()))
 }
 
 /// Has the keeper mount, and returns the connection. To be called before a thread listens to the keeper; who waits too long
 /// ends the keeper, and so this.
-pub fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
+pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
     let gone = |why: String| Error::new(Kind::Io, format!("the keeper is gone: {why}"));
     tell(&Note::Mount).map_err(|e| gone(e.to_string()))?;
     loop {
@@ -52,7 +52,7 @@ pub fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
 }
 
 /// The line to the keeper.
-pub struct Link {
+pub(super) struct Link {
     events: (Sender<Event>, Receiver<Event>),
     answers: (Sender<Order>, Receiver<Order>),
     /// Held from a question to its answer, so that answers find their question. A leaf.
@@ -63,13 +63,13 @@ pub struct Link {
 
 impl Link {
     /// A line on standard input and output. No thread is started yet.
-    pub fn new() -> Link {
+    pub(super) fn new() -> Link {
         let confined = AtomicBool::new(false);
         Link { events: bounded(MAX_EVENTS), answers: bounded(4), asking: Mutex::new(()), confined }
     }
 
     /// What the engine calls with its events; blocks nobody.
-    pub fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
+    pub(super) fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
         let events = self.events.0.clone();
         Box::new(move |event| {
             let event = Event::from(event);
@@ -80,7 +80,7 @@ impl Link {
     }
 
     /// Starts listening to the keeper and passing events on.
-    pub fn start(&self, from_keeper: FromKeeper) -> Result<()> {
+    pub(super) fn start(&self, from_keeper: FromKeeper) -> Result<()> {
         let answers = self.answers.0.clone();
         spawn("ploopfs/keeper", move || listen(from_keeper, &answers))?;
         let events = self.events.1.clone();
@@ -94,14 +94,14 @@ impl Link {
     }
 
     /// From now on the keeper is asked for what the sandbox forbids: who holds a lock, too.
-    pub fn confine(self: &Arc<Self>) {
+    pub(super) fn confine(self: &Arc<Self>) {
         self.confined.store(true, Ordering::Relaxed);
         let link = self.clone();
         holder::ask_instead(Box::new(move |held| link.holder(held)));
     }
 
     /// Unmounts through the keeper, or ourselves when it is gone and the sandbox is off.
-    pub fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
+    pub(super) fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
         match self.ask(&Note::Unmount { detach }) {
             Some(Order::Unmounted { error: None }) => Ok(()),
             Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
@@ -124,7 +124,7 @@ impl Link {
     }
 
     /// Who holds files of the mount open, in words; empty when nobody can tell.
-    pub fn holders(&self) -> Vec<String> {
+    pub(super) fn holders(&self) -> Vec<String> {
         match self.ask(&Note::Holders) {
             Some(Order::Holders(who)) => who,
             _ => Vec::new(),
@@ -156,7 +156,7 @@ fn said(order: Order) {
 }
 
 /// Says something to the keeper; standard output locks itself, so lines stay whole.
-pub fn tell(note: &Note) -> io::Result<()> {
+pub(super) fn tell(note: &Note) -> io::Result<()> {
     wire::put(&mut io::stdout().lock(), note)
 }
 

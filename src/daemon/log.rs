@@ -150,7 +150,7 @@ impl Write for Pipe {
 static OPENED: OnceLock<(Arc<Slot>, Arc<Way>)> = OnceLock::new();
 
 /// Opens the log: the file in a place, or stderr for None. Once per process; panics are logged from here on.
-pub fn open(place: Option<&Place>) -> Result<()> {
+pub(super) fn open(place: Option<&Place>) -> Result<()> {
     let sink = match place {
         None => Sink::Stderr,
         Some(place) => {
@@ -183,7 +183,7 @@ pub fn open(place: Option<&Place>) -> Result<()> {
 }
 
 /// Hands the sink to a thread of its own.
-pub fn start_thread() -> Result<()> {
+pub(super) fn start_thread() -> Result<()> {
     let Some((slot, way)) = OPENED.get() else { return Ok(()) };
     let Some(sink) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
     let (sender, receiver) = bounded(MAX_WAITING);
@@ -209,7 +209,7 @@ fn write_out(mut sink: Sink, lines: &Receiver<Line>, way: &Way) {
 
 /// Waits until what was logged so far is written, but not for long: a log that stands still must not keep the
 /// process alive.
-pub fn flush() {
+pub(super) fn flush() {
     const PATIENCE: Duration = Duration::from_secs(2);
     let Some(channel) = OPENED.get().and_then(|(_, way)| way.channel.get()) else { return };
     let (done, written) = bounded(0);

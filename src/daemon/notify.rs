@@ -10,30 +10,30 @@ use std::time::Duration;
 use super::stop;
 
 /// The variable that names the socket. It is meant for the process that was started, not for those that it starts.
-pub const SOCKET: &str = "NOTIFY_SOCKET";
+pub(super) const SOCKET: &str = "NOTIFY_SOCKET";
 
 /// Microseconds after which silence counts as death, and the process that is to speak.
 const WATCHDOG_TIME: &str = "WATCHDOG_USEC";
 const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
 /// The mount works.
-pub fn ready(status: &str) {
+pub(super) fn ready(status: &str) {
     tell(&format!("READY=1\nSTATUS={}", status.replace('\n', " ")));
 }
 
 /// The end was asked for, and may take `patience` for the users of images, and a while to close them.
-pub fn stopping(patience: Duration) {
+pub(super) fn stopping(patience: Duration) {
     let patience = (patience + stop::CLOSING).as_micros();
     tell(&format!("STOPPING=1\nSTATUS=closing images\nEXTEND_TIMEOUT_USEC={patience}"));
 }
 
 /// The daemon answers.
-pub fn alive() {
+pub(super) fn alive() {
     tell("WATCHDOG=1");
 }
 
 /// How often the service manager is to hear that: twice in the time after which it takes us for dead. None: never.
-pub fn watchdog() -> Option<Duration> {
+pub(super) fn watchdog() -> Option<Duration> {
     let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
     let for_us = number(WATCHDOG_PID).is_none_or(|pid| pid == u64::from(std::process::id()));
     let time = number(WATCHDOG_TIME).filter(|time| *time > 0 && for_us)?;

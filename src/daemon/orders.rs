@@ -16,11 +16,11 @@ const MAX_ORDERS: usize = 64;
 
 /// The way to the daemon's standard input, through a thread that may wait for it.
 #[derive(Clone)]
-pub struct Orders(Sender<(Order, Option<OwnedFd>)>);
+pub(super) struct Orders(Sender<(Order, Option<OwnedFd>)>);
 
 impl Orders {
     /// Starts the thread.
-    pub fn start(to: UnixStream) -> Result<Orders> {
+    pub(super) fn start(to: UnixStream) -> Result<Orders> {
         let (sender, orders) = bounded::<(Order, Option<OwnedFd>)>(MAX_ORDERS);
         let send = move |(order, descriptor): (Order, Option<OwnedFd>)| {
             handover::send(&to, &wire::line(&order)?, descriptor.as_ref().map(AsFd::as_fd))
@@ -31,12 +31,12 @@ impl Orders {
     }
 
     /// Sends an order.
-    pub fn send(&self, order: Order) {
+    pub(super) fn send(&self, order: Order) {
         let _ = self.0.try_send((order, None));
     }
 
     /// Sends a descriptor with the order, and keeps none.
-    pub fn send_with(&self, order: Order, descriptor: OwnedFd) {
+    pub(super) fn send_with(&self, order: Order, descriptor: OwnedFd) {
         let _ = self.0.try_send((order, Some(descriptor)));
     }
 }

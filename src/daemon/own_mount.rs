@@ -39,7 +39,7 @@ struct Identity {
 }
 
 /// Mounts, as the settings say, and returns the connection.
-pub fn make(settings: &Settings) -> Result<OwnedFd> {
+pub(super) fn make(settings: &Settings) -> Result<OwnedFd> {
     mount::mount(settings.mountpoint(), &settings.mount_options())
 }
 

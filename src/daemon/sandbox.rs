@@ -31,7 +31,7 @@ const CPUS: &str = "/sys/devices/system/cpu/online";
 
 /// What a confined daemon may still reach.
 #[derive(Clone, Copy, Debug)]
-pub struct Borders<'a> {
+pub(super) struct Borders<'a> {
     /// The images folder that is served: its path may mean another one by now.
     pub images: BorrowedFd<'a>,
     /// The folder of log and socket, which lies under /run where the images folder cannot be written.
@@ -50,7 +50,7 @@ pub struct Borders<'a> {
 ///
 /// Order: (1) no new privileges, without which the kernel takes neither Landlock nor seccomp from an ordinary user; (2)
 /// Landlock; (3) the powers of root, of which (1) and (2) need none; (4) seccomp, which has none of their calls on its list.
-pub fn enter(borders: Borders<'_>) -> crate::Result<(Sandbox, Vec<String>)> {
+pub(super) fn enter(borders: Borders<'_>) -> crate::Result<(Sandbox, Vec<String>)> {
     let mut active = Sandbox::default();
     let mut missing = Vec::new();
     let mut part = |result: Result<(), Refusal>, consequence: &str| match result {

@@ -17,7 +17,7 @@ use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
 /// The folder and its end, as clients see them.
-pub struct Desk {
+pub(super) struct Desk {
     settings: Settings,
     folder: Arc<Folder>,
     ending: Arc<Ending>,
@@ -30,7 +30,7 @@ pub struct Desk {
 
 impl Desk {
     /// A desk for one served folder.
-    pub fn new(
+    pub(super) fn new(
         settings: Settings,
         folder: Arc<Folder>,
         ending: Arc<Ending>,

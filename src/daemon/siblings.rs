@@ -7,7 +7,7 @@ use super::settings::Settings;
 use crate::io::process;
 
 /// A command that starts this program as another of the processes of a mount.
-pub fn command(what: &str, settings: &Settings) -> Command {
+pub(super) fn command(what: &str, settings: &Settings) -> Command {
     let mut command = process::daemon_command("ploopfs");
     // The two paths are for `ps`; what counts is the settings on standard input.
     command.arg(what).arg(&settings.images).arg(&settings.mountpoint).env_remove(notify::SOCKET);
@@ -16,14 +16,14 @@ pub fn command(what: &str, settings: &Settings) -> Command {
 
 /// Lets go of the pipe to the command line. Should it fail, the pipe stays open, which only a shell that collects our output
 /// notices.
-pub fn let_go_of_output() {
+pub(super) fn let_go_of_output() {
     if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdout(&null);
     }
 }
 
 /// Lets go of the pipe from the command line, which has said all.
-pub fn let_go_of_input() {
+pub(super) fn let_go_of_input() {
     if let Ok(null) = std::fs::File::open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);
     }

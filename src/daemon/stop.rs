@@ -31,10 +31,10 @@ const LAST_MOMENTS: Duration = Duration::from_secs(2);
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How long closing may take once the end is forced: all that is unsynced goes to the disk, at most 256 MiB an image.
 /// Service managers give us as long ([`notify::stopping`](super::notify::stopping)).
-pub const CLOSING: Duration = Duration::from_secs(60);
+pub(super) const CLOSING: Duration = Duration::from_secs(60);
 
 /// What ends a mount, shared by all who may do it.
-pub struct Ending {
+pub(super) struct Ending {
     settings: Settings,
     folder: Arc<Folder>,
     link: Arc<Link>,
@@ -55,7 +55,7 @@ enum Images {
 
 impl Ending {
     /// Nothing happens until [`start`](Self::start).
-    pub fn new(settings: Settings, folder: Arc<Folder>, link: Arc<Link>) -> Ending {
+    pub(super) fn new(settings: Settings, folder: Arc<Folder>, link: Arc<Link>) -> Ending {
         let images = Mutex::new(Images::Served);
         Ending { settings, folder, link, requests: bounded(8), images, over: Condvar::new() }
     }
@@ -65,19 +65,19 @@ impl Ending {
     }
 
     /// Starts the thread that ends the mount when it is asked to.
-    pub fn start(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn start(self: &Arc<Self>) -> Result<()> {
         let ending = self.clone();
         spawn("ploopfs/stop", move || ending.wait_for_request())
     }
 
     /// Asks for the end; a second time: forces it. `who` is for the log.
-    pub fn request(&self, who: &'static str) {
+    pub(super) fn request(&self, who: &'static str) {
         // Full: it was asked for often enough.
         let _ = self.requests.0.try_send(who);
     }
 
     /// Closes every image, once; a second caller waits for the first, and gets the same answer.
-    pub fn close_all(&self) -> Vec<Closed> {
+    pub(super) fn close_all(&self) -> Vec<Closed> {
         let begun = {
             let mut images = self.images();
             let served = matches!(*images, Images::Served);
@@ -104,12 +104,12 @@ impl Ending {
     }
 
     /// True once images are being closed.
-    pub fn is_closing(&self) -> bool {
+    pub(super) fn is_closing(&self) -> bool {
         !matches!(*self.images(), Images::Served)
     }
 
     /// Waits until every image was closed; None when `gone` became true before.
-    pub fn wait_closed(&self, gone: &dyn Fn() -> bool) -> Option<Vec<Closed>> {
+    pub(super) fn wait_closed(&self, gone: &dyn Fn() -> bool) -> Option<Vec<Closed>> {
         let mut images = self.images();
         loop {
             if let Images::Closed(closed) = &*images {
@@ -142,7 +142,7 @@ impl Ending {
     }
 
     /// The last thing a daemon does, after everything was closed: lets clients hear it, empties the log, ends.
-    pub fn exit(&self, closed: &[Closed], clients: &dyn Fn() -> usize) -> ! {
+    pub(super) fn exit(&self, closed: &[Closed], clients: &dyn Fn() -> usize) -> ! {
         let deadline = Instant::now() + FAREWELL;
         while clients() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));

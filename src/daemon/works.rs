@@ -22,10 +22,10 @@ const TELL: Duration = Duration::from_millis(200);
 type Table = Arc<Mutex<HashMap<String, Arc<Progress>>>>;
 
 /// Does a piece of work with the image of this name; blocks.
-pub type Carry = Arc<dyn Fn(&str, &Work, &Progress) -> Result<Done> + Send + Sync>;
+pub(super) type Carry = Arc<dyn Fn(&str, &Work, &Progress) -> Result<Done> + Send + Sync>;
 
 /// The work under way in one folder.
-pub struct Works {
+pub(super) struct Works {
     carry: Carry,
     /// Protects what is under way. A leaf.
     running: Table,
@@ -49,12 +49,12 @@ fn lock(table: &Table) -> MutexGuard<'_, HashMap<String, Arc<Progress>>> {
 
 impl Works {
     /// Nothing is under way.
-    pub fn new(carry: Carry) -> Works {
+    pub(super) fn new(carry: Carry) -> Works {
         Works { carry, running: Table::default() }
     }
 
     /// The same, with the images of `folder`.
-    pub fn in_folder(folder: Arc<Folder>) -> Works {
+    pub(super) fn in_folder(folder: Arc<Folder>) -> Works {
         Works::new(Arc::new(move |name, work, progress| {
             folder.work(name, work, progress).map_err(|e| folder.named(e))
         }))
@@ -62,7 +62,7 @@ impl Works {
 
     /// Begins `work` with the image `name`, and tells `caller` how it goes. None: the caller went away; the work
     /// goes on. `rate` in bytes per second.
-    pub fn carry_out(
+    pub(super) fn carry_out(
         &self,
         name: &str,
         work: Work,
@@ -116,7 +116,7 @@ impl Works {
     }
 
     /// Asks the work with the image `name` to end.
-    pub fn cancel(&self, name: &str) -> Result<()> {
+    pub(super) fn cancel(&self, name: &str) -> Result<()> {
         let progress = lock(&self.running).get(name).cloned();
         let idle = || Error::at(Kind::NotFound, name, "nothing is under way with it");
         progress.ok_or_else(idle)?.cancel();

@@ -86,7 +86,7 @@ impl Bell {
 }
 
 /// The watching thread.
-pub struct Watcher {
+pub(super) struct Watcher {
     bell: Arc<Bell>,
     thread: JoinHandle<()>,
 }
@@ -97,7 +97,7 @@ impl Watcher {
     }
 
     /// Ends the thread and waits for it.
-    pub fn stop(self) {
+    pub(super) fn stop(self) {
         self.bell.end();
         // The last one to let go of a folder may be the thread itself.
         if self.thread.thread().id() != thread::current().id() && self.thread.join().is_err() {

@@ -7,7 +7,7 @@ use super::scan::{Claim, Identity, Source};
 
 /// An image that is served now.
 #[derive(Clone, Debug)]
-pub struct Incumbent {
+pub(super) struct Incumbent {
     /// Its number in the live set.
     pub id: u64,
     /// The image's name.
@@ -22,7 +22,7 @@ pub struct Incumbent {
 
 /// What becomes of everybody.
 #[derive(Debug, Default)]
-pub struct Verdict {
+pub(super) struct Verdict {
     /// Goes on being served, from this claim.
     pub kept: Vec<(u64, Claim)>,
     /// Open, but its file is gone or another now: served until the last close.
@@ -42,7 +42,7 @@ pub struct Verdict {
 
 /// Files that a folder's descriptor names are levels of that image, under whatever name they lie here: one that is served
 /// as an image of its own, and written, takes the layered one with it.
-pub fn leave_out_levels(claims: &mut [Claim]) {
+pub(super) fn leave_out_levels(claims: &mut [Claim]) {
     let mut levels: HashMap<Identity, String> = HashMap::new();
     for folder in claims.iter() {
         levels.extend(folder.levels.iter().map(|level| (*level, show(&folder.file))));
@@ -56,7 +56,7 @@ pub fn leave_out_levels(claims: &mut [Claim]) {
 }
 
 /// Decides over all claims of a folder, sorted by file name.
-pub fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
+pub(super) fn decide(claims: Vec<Claim>, incumbents: &[Incumbent]) -> Verdict {
     let mut verdict = Verdict::default();
     // Names that are taken, and from which file; files that are served, and under which name.
     let mut taken: HashMap<OsString, OsString> = HashMap::new();

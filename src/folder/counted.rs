@@ -7,7 +7,7 @@
 use crate::error::{Error, Kind, Result};
 
 /// What the count drives. All methods may block.
-pub trait Stage {
+pub(super) trait Stage {
     /// The image while it is open.
     type Live: Clone;
     /// Takes the locks, reads everything anew, opens read-only.
@@ -22,12 +22,12 @@ pub trait Stage {
 
 /// Proof of one counted open. Not Clone: what was counted once is released once.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Ticket {
+pub(super) struct Ticket {
     session: u64,
 }
 
 /// The count of one image.
-pub struct Counted<L> {
+pub(super) struct Counted<L> {
     live: Option<L>,
     openers: u32,
     /// None before the first writer; then what [`Stage::make_writable`] said, for as long as the image is open.
@@ -44,7 +44,7 @@ impl<L> Default for Counted<L> {
 
 impl<L: Clone> Counted<L> {
     /// One more opener. On an error nothing has changed.
-    pub fn acquire<S: Stage<Live = L>>(&mut self, stage: &S, write: bool) -> Result<(L, Ticket)> {
+    pub(super) fn acquire<S: Stage<Live = L>>(&mut self, stage: &S, write: bool) -> Result<(L, Ticket)> {
         let live = match &self.live {
             Some(live) => live.clone(),
             None => {
@@ -83,7 +83,7 @@ impl<L: Clone> Counted<L> {
     }
 
     /// One opener less. Some when it was the last one: how the close went.
-    pub fn release<S: Stage<Live = L>>(&mut self, stage: &S, ticket: Ticket) -> Option<Result<()>> {
+    pub(super) fn release<S: Stage<Live = L>>(&mut self, stage: &S, ticket: Ticket) -> Option<Result<()>> {
         if ticket.session != self.session || self.openers == 0 {
             return None;
         }
@@ -92,7 +92,7 @@ impl<L: Clone> Counted<L> {
     }
 
     /// Closes whoever has it open; their tickets count for nothing from now on. None when it was closed.
-    pub fn close<S: Stage<Live = L>>(&mut self, stage: &S) -> Option<Result<()>> {
+    pub(super) fn close<S: Stage<Live = L>>(&mut self, stage: &S) -> Option<Result<()>> {
         let live = self.live.take()?;
         self.openers = 0;
         self.writable = None;
@@ -100,17 +100,17 @@ impl<L: Clone> Counted<L> {
     }
 
     /// Number of openers.
-    pub fn openers(&self) -> u32 {
+    pub(super) fn openers(&self) -> u32 {
         self.openers
     }
 
     /// True once it was made writable, until it is closed.
-    pub fn is_writable(&self) -> bool {
+    pub(super) fn is_writable(&self) -> bool {
         matches!(self.writable, Some(Ok(())))
     }
 
     /// Why it cannot be written although somebody asked.
-    pub fn damage(&self) -> Option<&Error> {
+    pub(super) fn damage(&self) -> Option<&Error> {
         self.writable.as_ref()?.as_ref().err()
     }
 }

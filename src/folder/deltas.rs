@@ -20,7 +20,7 @@ use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 
 /// The open files of one folder.
-pub struct Deltas {
+pub(super) struct Deltas {
     read_only: bool,
     /// Past the host's page cache.
     direct: bool,
@@ -101,12 +101,12 @@ impl Drop for User {
 impl Deltas {
     /// Nothing is open. `read_only`: files are never opened for writing. `direct`: they are read and written past the
     /// host's page cache, where it can.
-    pub fn new(read_only: bool, direct: bool, wrap: Option<Wrap>) -> Deltas {
+    pub(super) fn new(read_only: bool, direct: bool, wrap: Option<Wrap>) -> Deltas {
         Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), places: Mutex::default() }
     }
 
     /// What images are opened for.
-    pub fn used(&self) -> Use {
+    pub(super) fn used(&self) -> Use {
         if self.read_only { Use::Reader } else { Use::Writer }
     }
 

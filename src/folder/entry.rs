@@ -30,7 +30,7 @@ const GONE: &str = " (deleted)";
 pub(super) const FAILED: &str = "can no longer be written (the log says why) until everybody has closed it";
 
 /// Answer of an open, from a thread of the engine.
-pub type OpenDone = Box<dyn FnOnce(Result<OpenImage>) + Send>;
+pub(super) type OpenDone = Box<dyn FnOnce(Result<OpenImage>) + Send>;
 
 /// One image that is served.
 pub struct Entry {

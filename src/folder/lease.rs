@@ -10,10 +10,10 @@ use std::sync::{Arc, Weak};
 use crate::error::Result;
 
 /// Kept in what is opened, and dropped after its locks: says that it is over.
-pub type Lease = Sender<Infallible>;
+pub(super) type Lease = Sender<Infallible>;
 
 /// The place of one such thing; belongs into a mutex of its own, which then is held across opens.
-pub struct Leased<T> {
+pub(super) struct Leased<T> {
     last: Option<(Weak<T>, Receiver<Infallible>)>,
 }
 
@@ -25,13 +25,13 @@ impl<T> Default for Leased<T> {
 
 impl<T> Leased<T> {
     /// The thing, if anybody uses it.
-    pub fn get(&self) -> Option<Arc<T>> {
+    pub(super) fn get(&self) -> Option<Arc<T>> {
         self.last.as_ref()?.0.upgrade()
     }
 
     /// The thing, opened unless somebody uses it. Waits while a last use ends, on whatever thread that happens: its drop
     /// must take no lock that is held here.
-    pub fn get_or_open(&mut self, open: impl FnOnce(Lease) -> Result<Arc<T>>) -> Result<Arc<T>> {
+    pub(super) fn get_or_open(&mut self, open: impl FnOnce(Lease) -> Result<Arc<T>>) -> Result<Arc<T>> {
         if let Some(used) = self.get() {
             return Ok(used);
         }
@@ -46,7 +46,7 @@ impl<T> Leased<T> {
     }
 
     /// True when nobody uses it and nothing of it is left.
-    pub fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.last.as_ref().is_none_or(|(_, over)| over.try_recv() == Err(TryRecvError::Disconnected))
     }
 }

@@ -8,7 +8,7 @@ use crate::image::layers::{Layers, Opened};
 use crate::vdisk::Image;
 
 /// An image while it is open.
-pub struct Live {
+pub(super) struct Live {
     pub(super) image: Arc<Image>,
     pub(super) can_write: bool,
     pub(super) never_blocks: bool,

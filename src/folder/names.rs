@@ -18,11 +18,11 @@ struct Kept {
 
 /// All such names of a folder.
 #[derive(Default)]
-pub struct Names(BTreeMap<OsString, Kept>);
+pub(super) struct Names(BTreeMap<OsString, Kept>);
 
 impl Names {
     /// A new empty file. False: there are too many, or the name is taken.
-    pub fn add(&mut self, name: &OsStr, id: u64) -> bool {
+    pub(super) fn add(&mut self, name: &OsStr, id: u64) -> bool {
         let fits = self.0.len() < MOST && !self.0.contains_key(name);
         if fits {
             self.0.insert(name.to_owned(), Kept { id, shown: true, busy: false });
@@ -31,44 +31,44 @@ impl Names {
     }
 
     /// The image that comes under `name` will have the number `id`.
-    pub fn keep(&mut self, name: &OsStr, id: u64) {
+    pub(super) fn keep(&mut self, name: &OsStr, id: u64) {
         self.0.insert(name.to_owned(), Kept { id, shown: false, busy: false });
     }
 
     /// The image has come: its number.
-    pub fn take(&mut self, name: &OsStr) -> Option<u64> {
+    pub(super) fn take(&mut self, name: &OsStr) -> Option<u64> {
         self.0.remove(name).map(|kept| kept.id)
     }
 
     /// The number of an empty file.
-    pub fn id(&self, name: &OsStr) -> Option<u64> {
+    pub(super) fn id(&self, name: &OsStr) -> Option<u64> {
         self.0.get(name).filter(|kept| kept.shown).map(|kept| kept.id)
     }
 
     /// The name of the empty file with this number.
-    pub fn name(&self, id: u64) -> Option<OsString> {
+    pub(super) fn name(&self, id: u64) -> Option<OsString> {
         let mut found = self.0.iter().filter(|(_, kept)| kept.shown && kept.id == id);
         found.next().map(|(name, _)| name.clone())
     }
 
     /// All empty files.
-    pub fn all(&self) -> Vec<(OsString, u64)> {
+    pub(super) fn all(&self) -> Vec<(OsString, u64)> {
         self.0.iter().filter(|(_, kept)| kept.shown).map(|(name, kept)| (name.clone(), kept.id)).collect()
     }
 
     /// The image of an empty file is being made, or no longer; None: there is no such file, or it was so already.
-    pub fn set_busy(&mut self, id: u64, busy: bool) -> Option<OsString> {
+    pub(super) fn set_busy(&mut self, id: u64, busy: bool) -> Option<OsString> {
         let (name, kept) = self.0.iter_mut().find(|(_, kept)| kept.shown && kept.id == id)?;
         (std::mem::replace(&mut kept.busy, busy) != busy).then(|| name.clone())
     }
 
     /// True while the image of `name` is being made.
-    pub fn is_busy(&self, name: &OsStr) -> bool {
+    pub(super) fn is_busy(&self, name: &OsStr) -> bool {
         self.0.get(name).is_some_and(|kept| kept.busy)
     }
 
     /// Takes an empty file away, unless its image is being made.
-    pub fn remove(&mut self, name: &OsStr) -> Option<u64> {
+    pub(super) fn remove(&mut self, name: &OsStr) -> Option<u64> {
         let id = self.id(name).filter(|_| !self.is_busy(name))?;
         self.0.remove(name);
         Some(id)

@@ -16,7 +16,7 @@ use crate::io::file::HostStatus;
 
 /// The source of one image.
 #[derive(Clone, Debug)]
-pub struct Origin {
+pub(super) struct Origin {
     /// Its name in the images folder.
     pub file: OsString,
     /// The image's name by that; another one than it is served under where the file was renamed meanwhile. What the folder
@@ -30,7 +30,7 @@ pub struct Origin {
 
 impl Origin {
     /// "ploop", "raw" or "layered".
-    pub fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self.source {
             Source::File(kind) => kind.as_str(),
             Source::Layers => "layered",
@@ -38,7 +38,7 @@ impl Origin {
     }
 
     /// Opens the folder of a layered image, if it is still the one that was taken in.
-    pub fn folder(&self, images: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
+    pub(super) fn folder(&self, images: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let cannot = |e: rustix::io::Errno| Error::io(&e.into(), path, "cannot open the image's folder");
         let dir = rustix::fs::openat(images, &self.file, flags, Mode::empty()).map_err(cannot)?;
@@ -52,7 +52,7 @@ impl Origin {
 
     /// What the host says of it without opening any delta: of a layered image, the top's owner, mode and time, and the
     /// space of its whole chain. None when it is gone, or its top is no file that it may have.
-    pub fn status(&self, images: BorrowedFd<'_>, path: &Path, allow_outside: bool) -> Option<HostStatus> {
+    pub(super) fn status(&self, images: BorrowedFd<'_>, path: &Path, allow_outside: bool) -> Option<HostStatus> {
         match self.source {
             Source::File(_) => {
                 let stat = rustix::fs::statat(images, &self.file, AtFlags::SYMLINK_NOFOLLOW).ok()?;

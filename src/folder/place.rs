@@ -16,7 +16,7 @@ use crate::io::mounts;
 
 /// An images folder, open and locked.
 #[derive(Debug)]
-pub struct Place {
+pub(super) struct Place {
     fd: OwnedFd,
     path: PathBuf,
     /// None on a folder that cannot be written.
@@ -30,7 +30,7 @@ impl Place {
     ///
     /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says
     /// who serves it. The other way round, a lock file that was just made anew would let a second daemon write into it.
-    pub fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<Place> {
+    pub(super) fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<Place> {
         if file_system_type(&fd).is_some_and(|kind| kind == mounts::OUR_TYPE) {
             let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
             return Err(Error::at(Kind::Invalid, path, what));
@@ -59,17 +59,17 @@ impl Place {
     }
 
     /// The folder.
-    pub fn fd(&self) -> &OwnedFd {
+    pub(super) fn fd(&self) -> &OwnedFd {
         &self.fd
     }
 
     /// As it was named.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Space of the file system that holds it.
-    pub fn space(&self) -> Result<HostSpace> {
+    pub(super) fn space(&self) -> Result<HostSpace> {
         let s = rustix::fs::fstatvfs(&self.fd)
             .map_err(|e| Error::io(&e.into(), &self.path, "cannot ask for free space"))?;
         Ok(HostSpace {
@@ -83,7 +83,7 @@ impl Place {
 }
 
 /// Opens the folder at `path`.
-pub fn open(path: &Path) -> Result<OwnedFd> {
+pub(super) fn open(path: &Path) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::empty())
         .map_err(|e| Error::io(&e.into(), path, "cannot open the images folder"))

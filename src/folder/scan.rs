@@ -24,7 +24,7 @@ use crate::io::file::read_full;
 use crate::io::real::{Access, RealFile};
 
 /// What a file is, whatever it is called: device and inode.
-pub type Identity = (u64, u64);
+pub(super) type Identity = (u64, u64);
 
 /// A descriptor longer than this is not one that ploop or Parallels wrote (they need some 400 bytes a level), and
 /// is not read further.
@@ -32,7 +32,7 @@ const DESCRIPTOR_BYTES: usize = 1 << 20;
 
 /// Tells one state of a file from another without opening it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub(super) struct Stamp {
     /// Which file.
     pub identity: Identity,
     /// Length in bytes.
@@ -56,7 +56,7 @@ impl Stamp {
 
 /// What an image would be served from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(super) enum Source {
     /// One file.
     File(ImageKind),
     /// A folder with a descriptor.
@@ -65,7 +65,7 @@ pub enum Source {
 
 /// An entry of the folder that claims an image's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Claim {
+pub(super) struct Claim {
     /// Its own name in the folder.
     pub file: OsString,
     /// The image's name, without `.img`.
@@ -88,7 +88,7 @@ pub struct Claim {
 
 /// A file or folder that was looked at.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub(super) struct Seen {
     /// Its name.
     pub file: OsString,
     /// The state that was looked at.
@@ -100,7 +100,7 @@ pub struct Seen {
 }
 
 /// What to do with a file of the folder.
-pub enum Look {
+pub(super) enum Look {
     /// Nothing has changed: take this.
     Same(Box<Seen>),
     /// Look at it.
@@ -110,7 +110,7 @@ pub enum Look {
 }
 
 /// The stamp of the regular file or folder `name`; None when there is neither.
-pub fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
+pub(super) fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
     let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
     is_file_or_folder(&stat).then(|| Stamp::of(&stat))
 }
@@ -120,7 +120,7 @@ pub fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
 ///
 /// What the host cannot say at the moment (no descriptors left, a device that fails) is no fact about an image: what was
 /// known `before` of its file goes on to hold, and is marked as unsure. Where it concerns the whole folder, the look fails.
-pub fn read(
+pub(super) fn read(
     dir: &OwnedFd,
     allow_outside: bool,
     judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
@@ -279,13 +279,13 @@ fn is_file_or_folder(stat: &Stat) -> bool {
 }
 
 /// The folder `name` as it is now: no layered image any more, perhaps; None: the host has no answer at the moment.
-pub fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<Option<Claim>> {
+pub(super) fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<Option<Claim>> {
     let Some(stamp) = stamp(dir, name) else { return Some(None) };
     look_at_folder(dir, name, stamp, allow_outside).ok()
 }
 
 /// The regular file `name` as it is now.
-pub fn file_again(dir: &OwnedFd, name: &OsStr) -> Option<Seen> {
+pub(super) fn file_again(dir: &OwnedFd, name: &OsStr) -> Option<Seen> {
     let stamp = stamp(dir, name)?;
     let (claim, unsure) = inspect(dir, name, stamp);
     Some(Seen { file: name.to_owned(), stamp, claim, unsure })

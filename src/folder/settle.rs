@@ -8,37 +8,37 @@ use super::scan::Stamp;
 
 /// How long a file must not change (docs/design.md#what-is-an-image): long enough for a tool that closes and reopens
 /// what it makes, short enough for a person who waits.
-pub const STILL: Duration = Duration::from_secs(2);
+pub(super) const STILL: Duration = Duration::from_secs(2);
 
 /// Files that are watched until they are still.
 #[derive(Default)]
-pub struct Settling {
+pub(super) struct Settling {
     waiting: HashMap<OsString, (Stamp, Instant)>,
 }
 
 impl Settling {
     /// The file was closed, moved in or found: its time begins anew.
-    pub fn touch(&mut self, file: &OsStr, stamp: Stamp, now: Instant) {
+    pub(super) fn touch(&mut self, file: &OsStr, stamp: Stamp, now: Instant) {
         self.waiting.insert(file.to_owned(), (stamp, now + STILL));
     }
 
     /// The file is gone.
-    pub fn forget(&mut self, file: &OsStr) {
+    pub(super) fn forget(&mut self, file: &OsStr) {
         self.waiting.remove(file);
     }
 
     /// True while its time runs.
-    pub fn contains(&self, file: &OsStr) -> bool {
+    pub(super) fn contains(&self, file: &OsStr) -> bool {
         self.waiting.contains_key(file)
     }
 
     /// When to ask again; None: nothing is waiting.
-    pub fn next(&self) -> Option<Instant> {
+    pub(super) fn next(&self) -> Option<Instant> {
         self.waiting.values().map(|(_, due)| *due).min()
     }
 
     /// Takes out every file that has been still for long enough; one that has changed waits anew.
-    pub fn ready(&mut self, now: Instant, stamp: impl Fn(&OsStr) -> Option<Stamp>) -> Vec<OsString> {
+    pub(super) fn ready(&mut self, now: Instant, stamp: impl Fn(&OsStr) -> Option<Stamp>) -> Vec<OsString> {
         let due: Vec<OsString> =
             self.waiting.iter().filter(|(_, (_, due))| *due <= now).map(|(file, _)| file.clone()).collect();
         let mut ready = Vec::new();

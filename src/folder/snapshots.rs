@@ -26,7 +26,7 @@ pub struct Snapshot {
 
 /// Which snapshots of one image are looked at.
 #[derive(Default)]
-pub struct Views {
+pub(super) struct Views {
     pub(super) open: HashMap<Guid, u32>,
     /// About to be deleted or merged: nobody opens them any more.
     pub(super) going: HashSet<Guid>,

@@ -7,12 +7,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What is queued.
-pub type Job = Box<dyn FnOnce() + Send>;
+pub(super) type Job = Box<dyn FnOnce() + Send>;
 /// Runs a job on a thread that may block; returns at once.
-pub type Spawn = Arc<dyn Fn(Job) + Send + Sync>;
+pub(super) type Spawn = Arc<dyn Fn(Job) + Send + Sync>;
 
 /// A list of jobs that run one at a time, first come first served.
-pub struct Strand {
+pub(super) struct Strand {
     spawn: Spawn,
     /// Protects the list. A leaf: nothing is locked and no job runs while it is held.
     queue: Mutex<Queue>,
@@ -27,12 +27,12 @@ struct Queue {
 
 impl Strand {
     /// An idle strand whose jobs run through `spawn`.
-    pub fn new(spawn: Spawn) -> Arc<Strand> {
+    pub(super) fn new(spawn: Spawn) -> Arc<Strand> {
         Arc::new(Strand { spawn, queue: Mutex::default() })
     }
 
     /// Runs `job` after all that were submitted before. Never blocks.
-    pub fn submit(self: &Arc<Self>, job: Job) {
+    pub(super) fn submit(self: &Arc<Self>, job: Job) {
         let mut queue = self.lock();
         queue.jobs.push_back(job);
         if std::mem::replace(&mut queue.running, true) {

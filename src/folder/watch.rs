@@ -43,7 +43,7 @@ const AGAIN: Duration = Duration::from_secs(3);
 const BROKEN: Duration = Duration::from_secs(2);
 
 /// Begins to note what happens in `dir`. A confined process makes no watch: it could watch any file of the machine.
-pub fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
+pub(super) fn watch(dir: &OwnedFd) -> io::Result<Inotify> {
     let inotify = Inotify::init()?;
     // No MODIFY: every write to an image would wake us. A file that still grows is seen by its stamp.
     let mask = WatchMask::CLOSE_WRITE

@@ -14,7 +14,7 @@ const PAGE: usize = 4096;
 /// enough to count the threads that are inside such a write: with one thread left outside, the kernel always finds
 /// a reader, and a getattr, a cached read or an fsync is never stuck behind a slow disk.
 #[derive(Debug)]
-pub struct Lanes {
+pub(super) struct Lanes {
     threads: usize,
     /// Threads inside a write that may block.
     waiting: AtomicUsize,
@@ -26,7 +26,7 @@ impl Lanes {
     }
 
     /// Takes a place for a write that may block; None on the last free thread, which must hand it over.
-    pub fn enter(&self) -> Option<Inside<'_>> {
+    pub(super) fn enter(&self) -> Option<Inside<'_>> {
         // Relaxed: the count guards no data, and the sum of increments is exact in any order.
         if self.waiting.fetch_add(1, Ordering::Relaxed) + 1 < self.threads {
             return Some(Inside { lanes: self });
@@ -44,7 +44,7 @@ impl Lanes {
 
 /// One place taken; given back on drop, a panic included.
 #[derive(Debug)]
-pub struct Inside<'a> {
+pub(super) struct Inside<'a> {
     lanes: &'a Lanes,
 }
 

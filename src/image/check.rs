@@ -276,7 +276,7 @@ pub(super) struct Entry {
 
 impl Entry {
     /// The file cluster it names, or what is wrong with it.
-    pub fn judge(&self, geometry: &Geometry, len: u64) -> std::result::Result<u64, (Problem, String)> {
+    pub(super) fn judge(&self, geometry: &Geometry, len: u64) -> std::result::Result<u64, (Problem, String)> {
         let clusters = geometry.clusters();
         if self.cluster >= clusters {
             return Err((Problem::BeyondDisk, format!("the disk has {clusters} clusters only")));

@@ -38,19 +38,19 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A connection on which nothing has been said yet.
-    pub fn new(stream: UnixStream) -> Connection {
+    pub(super) fn new(stream: UnixStream) -> Connection {
         Connection { stream: BufReader::new(stream), size: 0 }
     }
 
     /// How long is waited for the server, whatever for; None: for ever.
-    pub fn patience(&self, limit: Option<Duration>) -> io::Result<()> {
+    pub(super) fn patience(&self, limit: Option<Duration>) -> io::Result<()> {
         self.stream.get_ref().set_read_timeout(limit)?;
         self.stream.get_ref().set_write_timeout(limit)
     }
 
     /// True when the server has begun to speak; false when the time of [`patience`](Self::patience) was over first.
     /// Nothing of what it said is lost.
-    pub fn speaks(&mut self) -> io::Result<bool> {
+    pub(super) fn speaks(&mut self) -> io::Result<bool> {
         match self.stream.fill_buf() {
             Ok([]) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => Ok(true),
@@ -60,7 +60,7 @@ impl Connection {
     }
 
     /// Says what must be said before the first request.
-    pub fn begin(&mut self) -> io::Result<()> {
+    pub(super) fn begin(&mut self) -> io::Result<()> {
         if self.u64()? != MAGIC || self.u64()? != OPTION_MAGIC {
             return Err(strange("it speaks another protocol"));
         }
@@ -97,7 +97,7 @@ impl Connection {
     }
 
     /// Reads all of `buf`; returns the server's error number, 0 if there is none.
-    pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<u32> {
+    pub(super) fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<u32> {
         self.request(CMD_READ, offset, length(buf)?, &[])?;
         let error = self.reply(offset)?;
         if error == 0 {
@@ -107,13 +107,13 @@ impl Connection {
     }
 
     /// Writes all of `buf`; returns the server's error number, 0 if there is none.
-    pub fn write(&mut self, offset: u64, buf: &[u8]) -> io::Result<u32> {
+    pub(super) fn write(&mut self, offset: u64, buf: &[u8]) -> io::Result<u32> {
         self.request(CMD_WRITE, offset, length(buf)?, buf)?;
         self.reply(offset)
     }
 
     /// Makes durable what was written by all connections; returns the server's error number, 0 if there is none.
-    pub fn flush(&mut self) -> io::Result<u32> {
+    pub(super) fn flush(&mut self) -> io::Result<u32> {
         self.request(CMD_FLUSH, 0, 0, &[])?;
         self.reply(0)
     }

@@ -37,7 +37,7 @@ const ANSWER: Duration = Duration::from_secs(300);
 
 /// A file that qemu-nbd reads or writes for us. Dropped, the program is ended.
 #[derive(Debug)]
-pub struct QemuNbd {
+pub(super) struct QemuNbd {
     /// The file, for messages.
     path: PathBuf,
     child: Child,
@@ -51,12 +51,12 @@ pub struct QemuNbd {
 
 impl QemuNbd {
     /// Opens `file`, which is of `format`, with what it stands on, for reading.
-    pub fn reading(file: &Path, format: &str, progress: &Progress) -> Result<QemuNbd> {
+    pub(super) fn reading(file: &Path, format: &str, progress: &Progress) -> Result<QemuNbd> {
         QemuNbd::start(file, format, &["--read-only"], file, progress)
     }
 
     /// Opens `file`, which is of `format`, for writing; `shown` is for messages.
-    pub fn writing(file: &Path, format: &str, shown: &Path, progress: &Progress) -> Result<QemuNbd> {
+    pub(super) fn writing(file: &Path, format: &str, shown: &Path, progress: &Progress) -> Result<QemuNbd> {
         QemuNbd::start(file, format, &[], shown, progress)
     }
 
@@ -108,18 +108,18 @@ impl QemuNbd {
     }
 
     /// Size of the disk in bytes.
-    pub fn size(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         self.connections.first().map_or(0, |first| lock(first).size)
     }
 
     /// Reads all of `buf` at byte `offset`, from any thread.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+    pub(super) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let errno = self.connection().read(offset, buf).map_err(|e| self.lost(&e))?;
         self.answered(errno, || format!("cannot read byte {offset}"))
     }
 
     /// Writes all of `buf` at byte `offset`, from any thread.
-    pub fn write(&self, offset: u64, buf: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, offset: u64, buf: &[u8]) -> Result<()> {
         let errno = self.connection().write(offset, buf).map_err(|e| self.lost(&e))?;
         self.answered(errno, || format!("cannot write byte {offset}"))
     }
@@ -127,7 +127,7 @@ impl QemuNbd {
     /// Ends what was written: 1. it is made durable; 2. the program, without connections, closes the file and ends.
     ///
     /// Without 2 the file could lack what its format writes at its end.
-    pub fn finish(mut self, progress: &Progress) -> Result<()> {
+    pub(super) fn finish(mut self, progress: &Progress) -> Result<()> {
         // 1.
         let errno = self.connection().flush().map_err(|e| self.lost(&e))?;
         self.answered(errno, || "cannot make it durable".to_owned())?;

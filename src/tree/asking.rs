@@ -9,7 +9,7 @@ use crate::vdisk::Job;
 type Waiter<T> = Box<dyn FnOnce(T) + Send>;
 
 /// One question.
-pub struct Question<T> {
+pub(super) struct Question<T> {
     /// Protects the answer and who waits for it. A leaf; no waiter is called under it.
     state: Mutex<State<T>>,
 }
@@ -24,14 +24,14 @@ struct State<T> {
 
 impl<T: Clone + Send + 'static> Question<T> {
     /// It was not asked yet.
-    pub fn new() -> Arc<Question<T>> {
+    pub(super) fn new() -> Arc<Question<T>> {
         let state = State { last: None, waiting: Vec::new(), running: false };
         Arc::new(Question { state: Mutex::new(state) })
     }
 
     /// Calls `done` with the answer: at once where there is one that was begun less than `holds` ago, else from the thread
     /// that finds it, on which `spawn` runs jobs. With `holds` 0 an answer is never older than the question.
-    pub fn ask(
+    pub(super) fn ask(
         self: &Arc<Self>,
         holds: Duration,
         spawn: impl FnOnce(Job),
@@ -76,7 +76,7 @@ impl<T: Clone + Send + 'static> Question<T> {
     }
 
     /// The last answer, however old.
-    pub fn last(&self) -> Option<T> {
+    pub(super) fn last(&self) -> Option<T> {
         lock(&self.state).last.as_ref().map(|(answer, _)| answer.clone())
     }
 }

@@ -15,7 +15,7 @@ const REQUEST: u32 = 1 << 20;
 const BLOCK: u32 = 4096;
 
 /// An image: owner, group, mode and space are those of its top delta.
-pub fn image(node: Node, attributes: &Attributes) -> Attr {
+pub(super) fn image(node: Node, attributes: &Attributes) -> Attr {
     Attr {
         ino: node.ino(),
         kind: FileKind::File,
@@ -32,19 +32,19 @@ pub fn image(node: Node, attributes: &Attributes) -> Attr {
 }
 
 /// A file that was created and has no size yet.
-pub fn unborn(node: Node, owner: &Owner) -> Attr {
+pub(super) fn unborn(node: Node, owner: &Owner) -> Attr {
     Attr { mode: 0o600, ..owner.file(node, 0) }
 }
 
 /// A snapshot: like an image, without permission to write.
-pub fn snapshot(node: Node, attributes: &Attributes) -> Attr {
+pub(super) fn snapshot(node: Node, attributes: &Attributes) -> Attr {
     let attr = image(node, attributes);
     Attr { mode: attr.mode & 0o555, ..attr }
 }
 
 /// Who owns the mount's own folders and files: whoever runs it.
 #[derive(Clone, Copy, Debug)]
-pub struct Owner {
+pub(super) struct Owner {
     /// User.
     pub uid: u32,
     /// Group.
@@ -55,12 +55,12 @@ pub struct Owner {
 
 impl Owner {
     /// A folder; nothing can be created in it.
-    pub fn folder(&self, node: Node) -> Attr {
+    pub(super) fn folder(&self, node: Node) -> Attr {
         self.own(node, FileKind::Folder, 0, 0o755, 2)
     }
 
     /// A file; only its owner may read it.
-    pub fn file(&self, node: Node, size: u64) -> Attr {
+    pub(super) fn file(&self, node: Node, size: u64) -> Attr {
         self.own(node, FileKind::File, size, 0o400, 1)
     }
 
@@ -81,7 +81,7 @@ impl Owner {
 }
 
 /// The host's space, in blocks that can really be given back.
-pub fn space(host: &HostSpace) -> Space {
+pub(super) fn space(host: &HostSpace) -> Space {
     let blocks = |bytes: u64| bytes / u64::from(BLOCK);
     Space {
         block_size: BLOCK,

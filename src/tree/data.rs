@@ -24,7 +24,7 @@ const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP_SIZE;
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
 
 /// What is behind a handle.
-pub enum OpenFile {
+pub(super) enum OpenFile {
     /// An image.
     Image(OpenImage),
     /// A snapshot, read-only.
@@ -64,7 +64,7 @@ fn is_durable(flags: OpenFlags) -> bool {
 
 impl OpenFile {
     /// See [`FileSystem::read_now`](crate::fuse::ops::FileSystem::read_now).
-    pub fn read_now(&self, trouble: &Arc<Trouble>, offset: u64, buf: &mut [u8]) -> Now<usize> {
+    pub(super) fn read_now(&self, trouble: &Arc<Trouble>, offset: u64, buf: &mut [u8]) -> Now<usize> {
         match self.image() {
             Some((image, entry)) => {
                 let len = clip(offset, buf.len() as u64, image.size()) as usize;
@@ -91,7 +91,7 @@ impl OpenFile {
     }
 
     /// The image behind it, and whose it is.
-    pub fn image(&self) -> Option<(&Arc<Image>, &Arc<Entry>)> {
+    pub(super) fn image(&self) -> Option<(&Arc<Image>, &Arc<Entry>)> {
         match self {
             OpenFile::Image(_) | OpenFile::Unborn(_) => {
                 self.open_image().map(|open| (open.image(), open.entry()))
@@ -118,7 +118,7 @@ impl OpenFile {
     }
 
     /// Reads; answers from any thread.
-    pub fn read_later(&self, trouble: &Arc<Trouble>, offset: u64, len: usize, done: Done<Bytes>) {
+    pub(super) fn read_later(&self, trouble: &Arc<Trouble>, offset: u64, len: usize, done: Done<Bytes>) {
         match self.image() {
             Some((image, entry)) => {
                 image.read(offset, len, timed(image, Op::Read, reply(trouble, entry, "read", done)))
@@ -128,7 +128,7 @@ impl OpenFile {
     }
 
     /// See [`FileSystem::plan_read`](crate::fuse::ops::FileSystem::plan_read).
-    pub fn plan_read(&self, offset: u64, len: usize) -> Option<Planned> {
+    pub(super) fn plan_read(&self, offset: u64, len: usize) -> Option<Planned> {
         let (image, _) = self.image()?;
         let (noted, began) = (image.clone(), Instant::now());
         image.plan_read(offset, len, move |whole| {
@@ -154,7 +154,7 @@ impl OpenFile {
     }
 
     /// See [`FileSystem::write_now`](crate::fuse::ops::FileSystem::write_now).
-    pub fn write_now(
+    pub(super) fn write_now(
         &self,
         trouble: &Arc<Trouble>,
         offset: u64,
@@ -180,7 +180,7 @@ impl OpenFile {
     }
 
     /// Writes; answers from any thread.
-    pub fn write_later(
+    pub(super) fn write_later(
         &self,
         trouble: &Arc<Trouble>,
         offset: u64,
@@ -200,12 +200,12 @@ impl OpenFile {
     }
 
     /// True when a write may wait for a device.
-    pub fn writes_may_block(&self) -> bool {
+    pub(super) fn writes_may_block(&self) -> bool {
         self.open_image().is_some_and(|open| !open.never_blocks())
     }
 
     /// Everything acknowledged before is durable. On an image that nobody could have changed that is so already.
-    pub fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
+    pub(super) fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
         match self.open_image() {
             Some(open) if open.may_change() => {
                 open.image().flush(timed(
@@ -219,7 +219,7 @@ impl OpenFile {
     }
 
     /// Punches and zeroes. What lies behind the end is cut off; what would change the size is not supported.
-    pub fn fallocate(&self, trouble: &Arc<Trouble>, offset: u64, len: u64, mode: i32, done: Done<()>) {
+    pub(super) fn fallocate(&self, trouble: &Arc<Trouble>, offset: u64, len: u64, mode: i32, done: Done<()>) {
         let open = match self.writable(0, 0) {
             Ok(_) if len == 0 => return done(Err(Errno(libc::EINVAL))),
             Ok(open) => open,
@@ -243,7 +243,7 @@ impl OpenFile {
     }
 
     /// SEEK_DATA and SEEK_HOLE.
-    pub fn lseek(
+    pub(super) fn lseek(
         &self,
         trouble: &Arc<Trouble>,
         engine: &Engine,

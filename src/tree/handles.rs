@@ -22,7 +22,7 @@ struct Slot<T> {
 }
 
 /// Open files by handle.
-pub struct Handles<T> {
+pub(super) struct Handles<T> {
     segments: [OnceLock<Box<[Slot<T>]>>; SEGMENTS],
     /// Protects which places are free, and how often each was used. A leaf; only opens and releases take it.
     places: Mutex<Places>,
@@ -35,11 +35,11 @@ struct Places {
 }
 
 /// Something that is open, kept from being dropped while it is looked at.
-pub struct Borrowed<T>(Guard<Option<Arc<(Handle, T)>>>);
+pub(super) struct Borrowed<T>(Guard<Option<Arc<(Handle, T)>>>);
 
 impl<T> Borrowed<T> {
     /// What is open.
-    pub fn get(&self) -> Option<&T> {
+    pub(super) fn get(&self) -> Option<&T> {
         self.0.as_ref().map(|open| &open.1)
     }
 }
@@ -63,7 +63,7 @@ fn slots_of(segment: usize) -> usize {
 
 impl<T> Handles<T> {
     /// Puts something in; None when the table is full.
-    pub fn insert(&self, open: T) -> Option<Handle> {
+    pub(super) fn insert(&self, open: T) -> Option<Handle> {
         let mut places = lock(&self.places);
         let place = match places.free.pop() {
             Some(place) => place,
@@ -94,14 +94,14 @@ impl<T> Handles<T> {
     }
 
     /// Looks a handle up. No lock, no allocation.
-    pub fn get(&self, handle: Handle) -> Option<Borrowed<T>> {
+    pub(super) fn get(&self, handle: Handle) -> Option<Borrowed<T>> {
         let open = self.slot(handle)?.open.load();
         let valid = open.as_ref().is_some_and(|open| open.0 == handle);
         valid.then_some(Borrowed(open))
     }
 
     /// Takes a handle out. What was open is dropped when the last request that looks at it ends.
-    pub fn remove(&self, handle: Handle) -> bool {
+    pub(super) fn remove(&self, handle: Handle) -> bool {
         let Some(slot) = self.slot(handle) else { return false };
         let mut places = lock(&self.places);
         let open = slot.open.load_full().filter(|open| open.0 == handle);

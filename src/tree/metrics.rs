@@ -115,7 +115,7 @@ const PER_IMAGE: [PerImage; 13] = [
 ];
 
 /// The file's content at this moment.
-pub fn render(folder: &Folder, engine: &Engine, info: &MountInfo) -> Bytes {
+pub(super) fn render(folder: &Folder, engine: &Engine, info: &MountInfo) -> Bytes {
     let seen: Vec<Seen> = folder.entries().into_iter().map(look).collect();
     let mut text = Families::default();
     let (version, transport) = (env!("CARGO_PKG_VERSION"), escaped(info.transport));

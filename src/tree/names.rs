@@ -31,18 +31,18 @@ const RSYNC: usize = 6;
 const FIRST_PLACE: u64 = 2;
 
 /// The name of our own folder in the mount.
-pub const PRIVATE_NAME: &str = ".ploopfs";
+pub(super) const PRIVATE_NAME: &str = ".ploopfs";
 /// The name of the folder of snapshots in the mount.
-pub const SNAPSHOTS_NAME: &str = ".snapshots";
+pub(super) const SNAPSHOTS_NAME: &str = ".snapshots";
 /// The counters' name in it.
-pub const STATS_NAME: &str = "stats.json";
+pub(super) const STATS_NAME: &str = "stats.json";
 
 /// The name of the same for Prometheus.
-pub const METRICS_NAME: &str = "metrics";
+pub(super) const METRICS_NAME: &str = "metrics";
 
 /// What an inode stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Node {
+pub(super) enum Node {
     /// The folder that is mounted.
     Root,
     /// `.ploopfs`.
@@ -63,7 +63,7 @@ pub enum Node {
 
 impl Node {
     /// What `ino` stands for; None: nothing ever did.
-    pub fn of(ino: Ino) -> Option<Node> {
+    pub(super) fn of(ino: Ino) -> Option<Node> {
         match ino {
             ROOT => Some(Node::Root),
             PRIVATE => Some(Node::Private),
@@ -77,7 +77,7 @@ impl Node {
     }
 
     /// Its inode number.
-    pub fn ino(self) -> Ino {
+    pub(super) fn ino(self) -> Ino {
         match self {
             Node::Root => ROOT,
             Node::Private => PRIVATE,
@@ -92,7 +92,7 @@ impl Node {
 
     /// Its place in the listing of its folder: as little as its number does it ever stand for another. Far below 2^63, where
     /// a program takes an offset for an error.
-    pub fn place(self) -> u64 {
+    pub(super) fn place(self) -> u64 {
         FIRST_PLACE
             + match self {
                 Node::SnapshotFolder(id) => Node::Image(id).ino(),
@@ -103,12 +103,12 @@ impl Node {
 }
 
 /// The number of an image such that exactly those with a greater one are listed behind the place `after`.
-pub fn image_before(after: u64) -> u64 {
+pub(super) fn image_before(after: u64) -> u64 {
     after.saturating_sub(IMAGES + FIRST_PLACE)
 }
 
 /// The name an image is shown under.
-pub fn shown(image: &OsStr) -> OsString {
+pub(super) fn shown(image: &OsStr) -> OsString {
     let mut name = image.as_bytes().to_vec();
     name.extend_from_slice(SHOWN_SUFFIX.as_bytes());
     OsString::from_vec(name)
@@ -116,7 +116,7 @@ pub fn shown(image: &OsStr) -> OsString {
 
 /// The image that is shown under `name`; None: no image can be. What rsync calls a file until it is whole,
 /// `.vm1.img.AbC123`, is the image `vm1.img.AbC123`: those names begin with no dot.
-pub fn image_of(name: &OsStr) -> Option<&OsStr> {
+pub(super) fn image_of(name: &OsStr) -> Option<&OsStr> {
     let bytes = name.as_bytes();
     bytes.strip_suffix(SHOWN_SUFFIX.as_bytes()).or_else(|| unfinished(bytes)).map(OsStr::from_bytes)
 }

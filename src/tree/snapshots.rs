@@ -15,7 +15,7 @@ use crate::sync::{Mutex, lock};
 
 /// The numbers of all snapshots that were ever looked at.
 #[derive(Default)]
-pub struct Numbers {
+pub(super) struct Numbers {
     /// A leaf.
     known: Mutex<Known>,
 }
@@ -28,7 +28,7 @@ struct Known {
 
 impl Numbers {
     /// The number of a snapshot of the image number `image`.
-    pub fn number(&self, image: u64, guid: Guid) -> u64 {
+    pub(super) fn number(&self, image: u64, guid: Guid) -> u64 {
         let mut known = lock(&self.known);
         if let Some(number) = known.numbers.get(&(image, guid)) {
             return *number;
@@ -40,7 +40,7 @@ impl Numbers {
     }
 
     /// Image and snapshot of a number.
-    pub fn snapshot(&self, number: u64) -> Option<(u64, Guid)> {
+    pub(super) fn snapshot(&self, number: u64) -> Option<(u64, Guid)> {
         lock(&self.known).snapshots.get(usize::try_from(number).ok()?).copied()
     }
 }

@@ -143,7 +143,7 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
 }
 
 /// The file's content at this moment.
-pub fn render(folder: &Folder, info: &MountInfo) -> Bytes {
+pub(super) fn render(folder: &Folder, info: &MountInfo) -> Bytes {
     let mut document = document(folder, info);
     document.images.values_mut().for_each(|image| image.latency.clear());
     let mut text = serde_json::to_vec_pretty(&document).expect("strings and numbers are always JSON");

@@ -15,7 +15,7 @@ const MOST_OPEN: u32 = 64;
 pub(super) struct Readers(Mutex<HashMap<u32, u32>>);
 
 /// One text that a user has open; counted until it is dropped.
-pub struct Text {
+pub(super) struct Text {
     pub(super) bytes: Bytes,
     _seat: Seat,
 }

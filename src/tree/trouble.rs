@@ -12,7 +12,7 @@ use crate::io::holder;
 const PER_SECOND: u64 = 10;
 
 /// Turns errors into errnos, and logs those that a person should hear of.
-pub struct Trouble {
+pub(super) struct Trouble {
     start: Instant,
     /// Lines of the current second, and in the upper half which second that is.
     lines: AtomicU64,
@@ -20,12 +20,12 @@ pub struct Trouble {
 
 impl Trouble {
     /// Nothing has failed yet.
-    pub fn new() -> Trouble {
+    pub(super) fn new() -> Trouble {
         Trouble { start: Instant::now(), lines: AtomicU64::new(0) }
     }
 
     /// The errno for `e`, which happened while `doing` something with `path`.
-    pub fn errno(&self, e: &Error, path: &Path, doing: &str) -> Errno {
+    pub(super) fn errno(&self, e: &Error, path: &Path, doing: &str) -> Errno {
         // The others are answers to the caller, or have an event of their own (a full host).
         let serious = matches!(e.kind(), Kind::Io | Kind::Damaged | Kind::InUse);
         // Logged with the name of who holds it, once that is known.
@@ -40,7 +40,7 @@ impl Trouble {
     }
 
     /// The errno for a change that was refused or failed. Logged whatever it is: an errno alone does not say why.
-    pub fn refused(&self, e: &Error, doing: &str) -> Errno {
+    pub(super) fn refused(&self, e: &Error, doing: &str) -> Errno {
         if e.kind() != Kind::Unsupported && self.may_log() {
             log::warn!("cannot {doing}: {e}");
         }

@@ -13,7 +13,7 @@ pub(super) type Makers = Mutex<HashMap<u64, Weak<Unborn>>>;
 pub(super) type Disk = (u64, Option<String>);
 
 /// A file that was opened before it was an image.
-pub struct Unborn {
+pub(super) struct Unborn {
     /// The number that its image will have.
     pub(super) id: u64,
     /// The handle may write.
@@ -30,12 +30,12 @@ pub struct Unborn {
 
 impl Unborn {
     /// The image, if it is there.
-    pub fn image(&self) -> Option<&OpenImage> {
+    pub(super) fn image(&self) -> Option<&OpenImage> {
         self.image.get()?.as_ref().ok()
     }
 
     /// Why a write does nothing: the image cannot be opened, or has no size yet.
-    pub fn refusal(&self) -> Errno {
+    pub(super) fn refusal(&self) -> Errno {
         match self.image.get() {
             Some(Err(errno)) => *errno,
             _ => Errno(libc::ENOSPC),

@@ -8,7 +8,7 @@ use crate::format::descriptor::Guid;
 use crate::sync::{AtomicU64, Ordering};
 
 /// Begin and length in bytes.
-pub type Range = (u64, u64);
+pub(super) type Range = (u64, u64);
 
 /// Bytes of bits that a new tracking takes at most, unless a granularity is asked for: 8 TiB of disk at the default.
 const USUAL_BYTES: u64 = 16 << 20;
@@ -31,13 +31,13 @@ pub(super) struct Changed {
 
 impl Changed {
     /// Nothing has changed yet.
-    pub fn new(guid: Guid, disk: u64, granularity: u64) -> Changed {
+    pub(super) fn new(guid: Guid, disk: u64, granularity: u64) -> Changed {
         let words = disk.div_ceil(granularity).div_ceil(64);
         Changed { guid, granularity, disk, words: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// A granularity for a disk of this size, in bytes, whose bits are not many.
-    pub fn usual_granularity(disk: u64) -> u64 {
+    pub(super) fn usual_granularity(disk: u64) -> u64 {
         let mut granularity = DEFAULT_GRANULARITY;
         while Changed::bytes(disk, granularity) > USUAL_BYTES {
             granularity *= 2;
@@ -46,12 +46,12 @@ impl Changed {
     }
 
     /// Bytes that the bits of such a disk take.
-    pub fn bytes(disk: u64, granularity: u64) -> u64 {
+    pub(super) fn bytes(disk: u64, granularity: u64) -> u64 {
         disk.div_ceil(granularity).div_ceil(8)
     }
 
     /// The bytes `[offset, offset + len)` of the disk change; they lie inside it.
-    pub fn set(&self, offset: u64, len: u64) {
+    pub(super) fn set(&self, offset: u64, len: u64) {
         if len > 0 {
             self.set_bits(offset / self.granularity, (offset + len - 1) / self.granularity);
         }
@@ -72,7 +72,7 @@ impl Changed {
 
     /// Takes in the bits `bytes` (lowest bit of a byte first), of which the first is bit `8 * at`. Bits behind the end of
     /// the disk are nobody's.
-    pub fn load(&self, at: u64, bytes: &[u8]) {
+    pub(super) fn load(&self, at: u64, bytes: &[u8]) {
         for (i, byte) in bytes.iter().enumerate().filter(|(_, byte)| **byte != 0) {
             for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
                 let bit = 8 * (at + i as u64) + bit;
@@ -84,7 +84,7 @@ impl Changed {
     }
 
     /// The bits from `8 * at` on, as [`load`](Self::load) takes them; as many bytes as `bytes` has, or there are.
-    pub fn store(&self, at: u64, bytes: &mut [u8]) {
+    pub(super) fn store(&self, at: u64, bytes: &mut [u8]) {
         for (i, byte) in bytes.iter_mut().enumerate() {
             let at = at as usize + i;
             let word = self.words.get(at / 8).map_or(0, |word| word.load(Ordering::Relaxed));
@@ -93,13 +93,13 @@ impl Changed {
     }
 
     /// The byte at `at` where everything has changed.
-    pub fn full_byte(&self, at: u64) -> u8 {
+    pub(super) fn full_byte(&self, at: u64) -> u8 {
         let bits = self.disk.div_ceil(self.granularity).saturating_sub(8 * at).min(8);
         ((1u16 << bits) - 1) as u8
     }
 
     /// The same changes on a disk that has become larger; what is new has changed.
-    pub fn grown(&self, disk: u64) -> Changed {
+    pub(super) fn grown(&self, disk: u64) -> Changed {
         let grown = Changed::new(self.guid, disk, self.granularity);
         for (new, old) in grown.words.iter().zip(&self.words) {
             new.store(old.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -109,7 +109,7 @@ impl Changed {
     }
 
     /// The ranges that have changed, from byte `start` on, at most `most`; and where to go on, in bytes.
-    pub fn ranges(&self, start: u64, most: usize) -> (Vec<Range>, Option<u64>) {
+    pub(super) fn ranges(&self, start: u64, most: usize) -> (Vec<Range>, Option<u64>) {
         let bits = self.disk.div_ceil(self.granularity);
         let mut ranges: Vec<Range> = Vec::new();
         let mut bit = start.div_ceil(self.granularity);

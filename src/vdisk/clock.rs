@@ -12,7 +12,7 @@ use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, lock, thread};
 
 /// The timers of one engine; dropped with it, and the thread ends.
 #[derive(Default)]
-pub struct Clock {
+pub(super) struct Clock {
     shared: Arc<Shared>,
 }
 
@@ -57,13 +57,13 @@ impl Ord for Timer {
 
 impl Clock {
     /// Starts the thread, where a refusal can still be answered.
-    pub fn start(&self) -> io::Result<()> {
+    pub(super) fn start(&self) -> io::Result<()> {
         let state = lock(&self.shared.state);
         if state.running { Ok(()) } else { self.spawn(state) }
     }
 
     /// Runs `job` at `at`, on the clock's thread: it must only start work, not do it.
-    pub fn at(&self, at: Instant, job: Job) {
+    pub(super) fn at(&self, at: Instant, job: Job) {
         let mut state = lock(&self.shared.state);
         let order = state.armed;
         state.armed += 1;

@@ -52,7 +52,7 @@ enum Step {
 }
 
 /// Begins; the range lies inside the disk.
-pub fn submit(image: &Arc<Image>, offset: u64, len: u64, reply: Reply<()>) {
+pub(super) fn submit(image: &Arc<Image>, offset: u64, len: u64, reply: Reply<()>) {
     match image.gate.enter(1) {
         Some(inside) => {
             let (image, end) = (Arc::clone(image), offset + len);

@@ -108,7 +108,7 @@ impl fmt::Display for Event {
 pub(super) type CleanWaiter = Box<dyn FnOnce(bool) + Send>;
 
 /// Hears events, from any thread; must not block.
-pub type Listener = Box<dyn Fn(Event) + Send + Sync>;
+pub(super) type Listener = Box<dyn Fn(Event) + Send + Sync>;
 
 /// Threads that sync (a round, an extension, a scrub) or open; they wait for disks, not for CPUs, and images must
 /// not wait for each other's.

@@ -44,7 +44,7 @@ pub(crate) const BOUND: u64 = 256 << 20;
 
 /// Rounds of one image.
 #[derive(Default)]
-pub struct Flusher {
+pub(super) struct Flusher {
     /// Bytes written (or, for a punch, 1) since a round last took the count, before its first sync. Added to *after* the
     /// write, before its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
     /// write ended leaves it for the next one.
@@ -60,11 +60,11 @@ pub struct Flusher {
 }
 
 /// A watch over the BAT pages that are written; ends when dropped.
-pub struct PageWatch<'a>(&'a Flusher);
+pub(super) struct PageWatch<'a>(&'a Flusher);
 
 impl PageWatch<'_> {
     /// The pages that were written since the watch began.
-    pub fn pages(&self) -> BTreeSet<u64> {
+    pub(super) fn pages(&self) -> BTreeSet<u64> {
         lock(&self.0.watched).clone().unwrap_or_default()
     }
 }
@@ -110,7 +110,7 @@ impl From<Error> for Unfinished {
 
 impl Flusher {
     /// True when writes must wait for a round.
-    pub fn is_over_bound(&self) -> bool {
+    pub(super) fn is_over_bound(&self) -> bool {
         self.unsynced.load(Ordering::Relaxed) >= BOUND
     }
 
@@ -119,7 +119,7 @@ impl Flusher {
     /// No one is left behind: crossing `BACKGROUND` has asked for a round that swaps `unsynced` to 0 after that;
     /// whoever still sees it over the bound, under the mutex, is drained at that round's end. Once the image has
     /// `failed`, rounds end before that swap and nobody asks for another: nobody may wait for one.
-    pub fn throttle(
+    pub(super) fn throttle(
         &self,
         pio: Pio,
         failed: impl FnOnce() -> bool,
@@ -134,14 +134,14 @@ impl Flusher {
     }
 
     /// Watches which BAT pages are written from now on. One watch at a time.
-    pub fn watch_pages(&self) -> PageWatch<'_> {
+    pub(super) fn watch_pages(&self) -> PageWatch<'_> {
         *lock(&self.watched) = Some(BTreeSet::new());
         PageWatch(self)
     }
 
     /// Runs `change` while no round is under way, and lets none begin meanwhile. A round that finds nothing to do may
     /// still run in a freeze, after the flush that made everything durable was answered.
-    pub fn between_rounds<T>(&self, change: impl FnOnce() -> T) -> T {
+    pub(super) fn between_rounds<T>(&self, change: impl FnOnce() -> T) -> T {
         let mut state = lock(&self.state);
         while state.running {
             state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -161,12 +161,12 @@ impl Flusher {
     }
 
     /// Bytes written (or punches made) since the last round began.
-    pub fn unsynced(&self) -> u64 {
+    pub(super) fn unsynced(&self) -> u64 {
         self.unsynced.load(Ordering::SeqCst)
     }
 
     /// Writes waiting here.
-    pub fn throttled(&self) -> usize {
+    pub(super) fn throttled(&self) -> usize {
         lock(&self.throttled).len()
     }
 }

@@ -13,7 +13,7 @@ use crate::sync::{
 
 /// Counts what is inside; can be closed.
 #[derive(Default)]
-pub struct Gate {
+pub(super) struct Gate {
     inside: [Padded<AtomicU64>; SHARDS],
     closed: AtomicBool,
     /// Closed for good. Changes and counts only under `outside`.
@@ -26,14 +26,14 @@ pub struct Gate {
 /// Proof of being inside, for a number of pios; handed back with [`Gate::leave`], from any thread.
 #[derive(Debug)]
 #[must_use]
-pub struct Inside {
+pub(super) struct Inside {
     shard: usize,
     count: u64,
 }
 
 impl Inside {
     /// Takes one pio's share out.
-    pub fn split(&mut self) -> Inside {
+    pub(super) fn split(&mut self) -> Inside {
         self.count -= 1;
         Inside { shard: self.shard, count: 1 }
     }
@@ -41,7 +41,7 @@ impl Inside {
 
 impl Gate {
     /// Enters for `count` pios; None while the gate is closed.
-    pub fn enter(&self, count: u64) -> Option<Inside> {
+    pub(super) fn enter(&self, count: u64) -> Option<Inside> {
         let shard = thread_shard();
         // The order matters: count first, look second. `close` sets the flag first and counts second, so one of
         // the two sees the other (both are SeqCst).
@@ -56,25 +56,25 @@ impl Gate {
 
     /// Enters for one more while `other` is inside, also while the gate closes: for work that an inside pio starts
     /// and that a freeze or a close must wait for.
-    pub fn enter_with(&self, other: &Inside) -> Inside {
+    pub(super) fn enter_with(&self, other: &Inside) -> Inside {
         self.inside[other.shard].0.fetch_add(1, Ordering::SeqCst);
         Inside { shard: other.shard, count: 1 }
     }
 
     /// True while it is closed, or about to be: who can leave in the middle of long work does, so that nobody stands
     /// still for all of it.
-    pub fn is_closed(&self) -> bool {
+    pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)
     }
 
     /// How many are inside at about this moment.
-    pub fn inside(&self) -> u64 {
+    pub(super) fn inside(&self) -> u64 {
         // One that leaves through another shard between two loads must not make it negative.
         self.inside.iter().fold(0u64, |sum, n| sum.wrapping_add(n.0.load(Ordering::Relaxed)))
     }
 
     /// Runs `job` when the gate is open again, unless it is open by now: then `job` comes back.
-    pub fn wait(&self, job: Job) -> Option<Job> {
+    pub(super) fn wait(&self, job: Job) -> Option<Job> {
         let mut outside = lock(&self.outside);
         if self.closed.load(Ordering::SeqCst) {
             outside.push_back(job);
@@ -84,7 +84,7 @@ impl Gate {
     }
 
     /// Leaves.
-    pub fn leave(&self, inside: Inside) {
+    pub(super) fn leave(&self, inside: Inside) {
         self.inside[inside.shard].0.fetch_sub(inside.count, Ordering::SeqCst);
         if self.closed.load(Ordering::SeqCst) {
             // Under the mutex, so that the closer cannot miss it between its look and its sleep.
@@ -94,7 +94,7 @@ impl Gate {
     }
 
     /// Closes the gate and waits until everything inside has left. Never called from a runner.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         let mut outside = lock(&self.outside);
         while self.inside.iter().any(|n| n.0.load(Ordering::SeqCst) != 0) {
@@ -103,7 +103,7 @@ impl Gate {
     }
 
     /// Closes for good: a [`Gate::open`] that comes later, or at the same moment, opens nothing.
-    pub fn shut(&self) {
+    pub(super) fn shut(&self) {
         {
             let _outside = lock(&self.outside);
             self.shut.store(true, Ordering::SeqCst);
@@ -112,12 +112,12 @@ impl Gate {
     }
 
     /// Takes what waits outside, without opening the gate: the image is closed for good.
-    pub fn take_outside(&self) -> VecDeque<Job> {
+    pub(super) fn take_outside(&self) -> VecDeque<Job> {
         std::mem::take(&mut *lock(&self.outside))
     }
 
     /// Opens the gate; returns what waited, in order, to be submitted by the caller.
-    pub fn open(&self) -> VecDeque<Job> {
+    pub(super) fn open(&self) -> VecDeque<Job> {
         let mut outside = lock(&self.outside);
         if self.shut.load(Ordering::SeqCst) {
             return VecDeque::new();

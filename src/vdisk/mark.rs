@@ -19,7 +19,7 @@ use crate::vdisk::runner::Job;
 
 /// Who waits until the mark is durable.
 #[derive(Default)]
-pub struct Marker {
+pub(super) struct Marker {
     /// None = nobody marks yet. A leaf.
     waiting: Mutex<Option<Vec<Job>>>,
 }

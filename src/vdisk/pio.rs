@@ -12,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, lock};
 
 /// What a pio carries.
-pub enum Body {
+pub(super) enum Body {
     /// Room for what is read; made when it is read ([`Pio::make_room`]), so that what waits takes no memory.
     Read(BytesMut),
     /// What is written.
@@ -40,7 +40,7 @@ struct Request {
 }
 
 /// The part of a request in one cluster.
-pub struct Pio {
+pub(super) struct Pio {
     /// The image.
     pub image: Arc<Image>,
     request: Arc<Request>,
@@ -62,13 +62,13 @@ pub struct Pio {
 }
 
 /// Splits a read and hands its pios to runners. `offset` and `len` lie inside the disk, `len` > 0.
-pub fn submit_read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
+pub(super) fn submit_read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
     let answer = Answer::Read { lens: Vec::new(), parts: Vec::new(), reply };
     submit(image, offset, len, answer, |_| Body::Read(BytesMut::new()));
 }
 
 /// Splits a write and hands its pios to runners. The range lies inside the disk and is not empty.
-pub fn submit_write(image: &Arc<Image>, offset: u64, mut data: Bytes, durable: bool, reply: Reply<()>) {
+pub(super) fn submit_write(image: &Arc<Image>, offset: u64, mut data: Bytes, durable: bool, reply: Reply<()>) {
     let len = data.len();
     submit(image, offset, len, Answer::Write { durable, reply }, move |n| Body::Write(data.split_to(n)));
 }
@@ -133,7 +133,7 @@ where
 
 impl Pio {
     /// Runs the pio from its beginning; it holds no lock.
-    pub fn run(self) {
+    pub(super) fn run(self) {
         match &self.body {
             Body::Read(_) => read::run(self),
             Body::Write(_) => write::run(self),
@@ -141,7 +141,7 @@ impl Pio {
     }
 
     /// Bytes that it is to write.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         match &self.body {
             Body::Write(data) => data.len() as u64,
             Body::Read(_) => 0,
@@ -149,7 +149,7 @@ impl Pio {
     }
 
     /// Room for what this read pio reads. The parts of a request are cut from one buffer.
-    pub fn make_room(&mut self) -> &mut BytesMut {
+    pub(super) fn make_room(&mut self) -> &mut BytesMut {
         let Body::Read(room) = &mut self.body else { unreachable!("only reads come here") };
         if room.is_empty()
             && let (_, Some(Answer::Read { lens, parts, .. })) = &mut *lock(&self.request.state)
@@ -164,13 +164,13 @@ impl Pio {
     }
 
     /// Hands the pio to a runner, to run from its beginning.
-    pub fn requeue(self) {
+    pub(super) fn requeue(self) {
         let image = Arc::clone(&self.image);
         image.submit(Box::new(move || self.run()));
     }
 
     /// Goes on with `then` once the cluster is locked: at once, or on the runner that is handed the lock.
-    pub fn with_lock(self, mode: Mode, then: fn(Pio)) {
+    pub(super) fn with_lock(self, mode: Mode, then: fn(Pio)) {
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
         let queued = move |mut pio: Pio| -> super::runner::Job {
             pio.held = Some(mode);
@@ -183,26 +183,26 @@ impl Pio {
     }
 
     /// Lets the cluster lock go.
-    pub fn unlock(&mut self) {
+    pub(super) fn unlock(&mut self) {
         if let Some(mode) = self.held.take() {
             self.image.unlock(self.cluster, mode);
         }
     }
 
     /// Lets the lock go and starts over once the BAT page is loaded; loads it here when nobody else does.
-    pub fn run_with_page(mut self) {
+    pub(super) fn run_with_page(mut self) {
         self.unlock();
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
         image.with_page(cluster, self, Pio::run, Pio::finish);
     }
 
     /// A place inside the gate for work that this pio starts and does not wait for.
-    pub fn companion(&self) -> Option<Inside> {
+    pub(super) fn companion(&self) -> Option<Inside> {
         self.inside.as_ref().map(|inside| self.image.gate.enter_with(inside))
     }
 
     /// Leaves the image while parked for space: a freeze does not wait for it.
-    pub fn leave(&mut self) {
+    pub(super) fn leave(&mut self) {
         self.unlock();
         if let Some(inside) = self.inside.take() {
             self.image.gate.leave(inside);
@@ -210,7 +210,7 @@ impl Pio {
     }
 
     /// Comes back from being parked and runs; waits outside while the gate is closed.
-    pub fn come_back(mut self) {
+    pub(super) fn come_back(mut self) {
         let image = Arc::clone(&self.image);
         match image.gate.enter(1) {
             Some(inside) => {
@@ -226,7 +226,7 @@ impl Pio {
     }
 
     /// The end: lets go of everything and, as the last pio, answers the request.
-    pub fn finish(mut self, result: Result<()>) {
+    pub(super) fn finish(mut self, result: Result<()>) {
         self.end(result);
     }
 

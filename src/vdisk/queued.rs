@@ -22,7 +22,7 @@ use crate::sync::Arc;
 const LONGEST: usize = 64 << 10;
 
 /// Reads; the range lies inside the disk and is not empty. For any thread.
-pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
+pub(super) fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
     let planned = image.engine.reads().and_then(|reads| Some((reads, plan(image, offset, len, |_| ())?)));
     let Some((reads, planned)) = planned else {
         return pio::submit_read(image, offset, len, reply);
@@ -37,7 +37,7 @@ pub fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Bytes>) {
 
 /// Where the bytes of a read are, the range as for [`read`]; `end` is called when the clusters were let go, with true when
 /// all of them were read. None: it is a runner's. For any thread; never waits.
-pub fn plan(
+pub(super) fn plan(
     image: &Arc<Image>,
     offset: u64,
     len: usize,

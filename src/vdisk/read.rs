@@ -8,7 +8,7 @@ use super::pio::Pio;
 use crate::error::{Error, Kind};
 
 /// Runs a read pio; it holds no lock. May block on the host: for runners only.
-pub fn run(pio: Pio) {
+pub(super) fn run(pio: Pio) {
     pio.with_lock(Mode::Shared, locked);
 }
 

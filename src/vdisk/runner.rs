@@ -19,7 +19,7 @@ pub type Job = Box<dyn FnOnce() + Send>;
 const LINGER: Duration = Duration::from_secs(5);
 
 /// A pool of threads. Dropping it ends them when the queue is empty.
-pub struct Pool {
+pub(super) struct Pool {
     shared: Arc<Shared>,
 }
 
@@ -65,7 +65,7 @@ struct Lane {
 
 impl Pool {
     /// A pool whose threads are called `name0`, `name1`, ...; a lane holds at most `max_per_lane` of them.
-    pub fn new(name: &'static str, max_threads: usize, max_per_lane: usize) -> Pool {
+    pub(super) fn new(name: &'static str, max_threads: usize, max_per_lane: usize) -> Pool {
         let shared = Shared {
             name,
             max_threads: max_threads.max(1),
@@ -79,7 +79,7 @@ impl Pool {
     }
 
     /// Makes the thread that stays. To be called where a refusal can still be answered: before the first job.
-    pub fn start(&self) -> io::Result<()> {
+    pub(super) fn start(&self) -> io::Result<()> {
         let mut state = lock(&self.shared.state);
         if std::mem::replace(&mut state.kept, 1) > 0 {
             return Ok(());
@@ -97,7 +97,7 @@ impl Pool {
 
     /// Queues `job` in `lane` (an image's id). Without any thread, and with none to be had, the caller runs what is
     /// queued: only a pool that was never started comes to this.
-    pub fn submit(&self, lane: u64, job: Job) {
+    pub(super) fn submit(&self, lane: u64, job: Job) {
         let mut state = lock(&self.shared.state);
         state.lanes.entry(lane).or_default().queue.push_back(job);
         state.list(lane, self.shared.max_per_lane);

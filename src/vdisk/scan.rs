@@ -20,7 +20,7 @@ const PIECE: u64 = 1 << 20;
 
 /// What a scan found. By default: an empty delta.
 #[derive(Default)]
-pub struct Scan {
+pub(super) struct Scan {
     /// File clusters up to the last one in use.
     pub end: u64,
     /// Free file clusters before it; their content is unknown.
@@ -29,14 +29,14 @@ pub struct Scan {
 
 /// Refuses a level below the top whose file ends inside a cluster, where that is a cluster that an entry names: such a
 /// file was cut off. Nothing of the kind costs more than a look at the length in a file that was closed.
-pub fn refuse_cut(level: &Level) -> Result<()> {
+pub(super) fn refuse_cut(level: &Level) -> Result<()> {
     let Some(geometry) = level.geometry() else { return Ok(()) };
     let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot read the length"))?;
     if geometry.is_whole(len) { Ok(()) } else { scan(level, &geometry).map(drop) }
 }
 
 /// Scans the BAT of `level`. An entry out of range, off the grid or used twice is an error that names it.
-pub fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
+pub(super) fn scan(level: &Level, geometry: &Geometry) -> Result<Scan> {
     let io = |e: std::io::Error, what: &str| Error::io(&e, &level.path, what);
     let len = level.file.len().map_err(|e| io(e, "cannot read the length"))?;
     let bat = geometry.bat_end();

@@ -24,7 +24,7 @@ const LOOK: u64 = 1 << 20;
 
 /// The space state of one image.
 #[derive(Default)]
-pub struct Space {
+pub(super) struct Space {
     /// Copy of `State::full` for the fast path.
     full: AtomicBool,
     low: AtomicBool,
@@ -49,17 +49,17 @@ struct State {
 
 impl Space {
     /// True while writes have failed for want of space since the last that worked.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.full.load(Ordering::Relaxed)
     }
 
     /// True when a full image fails writes instead of parking them.
-    pub fn fails(&self) -> bool {
+    pub(super) fn fails(&self) -> bool {
         lock(&self.state).timed_out
     }
 
     /// Parked pios.
-    pub fn parked(&self) -> usize {
+    pub(super) fn parked(&self) -> usize {
         lock(&self.state).parked.len()
     }
 }

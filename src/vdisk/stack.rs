@@ -19,13 +19,13 @@ use crate::io::poison::Poison;
 use crate::sync::{Arc, Mutex};
 
 /// Levels of a chain, the top included: as the kernel target has it, with room in the 12 bits of a place.
-pub const MAX_LEVELS: usize = 250;
+pub(crate) const MAX_LEVELS: usize = 250;
 
 /// Indexes of one table: a cached place has 12 bits for them.
 const MAX_INDEXES: usize = 4000;
 
 /// The levels of an image, and what belongs to the writable one.
-pub struct Stack {
+pub(super) struct Stack {
     table: Vec<Option<Level>>,
     /// Indexes into the table, base first.
     order: Vec<u16>,
@@ -45,7 +45,7 @@ pub struct Stack {
 
 /// What only the writable level has.
 #[derive(Default)]
-pub struct TopState {
+pub(super) struct TopState {
     /// The header as it should be on disk; None for raw. Held across every write of bytes 0 to 4095 (R5).
     /// Before the pages of the BAT.
     pub header: Mutex<Option<Header>>,
@@ -57,7 +57,7 @@ pub struct TopState {
 
 impl Stack {
     /// A stack over `levels`, base first, and an empty cache. Refuses levels that do not fit each other.
-    pub fn new(mut levels: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
+    pub(super) fn new(mut levels: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
         let Some(top) = levels.last() else {
             return Err(Error::new(Kind::Invalid, "an image has at least one level"));
         };
@@ -105,7 +105,7 @@ impl Stack {
     }
 
     /// The stack with `level` on top, and a state of its own. What is cached stays: no entry changes its level.
-    pub fn with_top(&self, mut level: Level, state: TopState, budget: &Arc<Budget>) -> Result<Stack> {
+    pub(super) fn with_top(&self, mut level: Level, state: TopState, budget: &Arc<Budget>) -> Result<Stack> {
         if self.order.len() >= MAX_LEVELS {
             let context = format!("{MAX_LEVELS} levels already; delete a snapshot first");
             return Err(Error::at(Kind::Unsupported, &self.top().path, context));
@@ -134,7 +134,7 @@ impl Stack {
     }
 
     /// The stack without the level `index`, from which nothing is read any more.
-    pub fn without(&self, index: u16, budget: &Arc<Budget>) -> Stack {
+    pub(super) fn without(&self, index: u16, budget: &Arc<Budget>) -> Stack {
         let mut table = self.table.clone();
         table[usize::from(index)] = None;
         let order = self.order.iter().copied().filter(|i| *i != index).collect();
@@ -148,7 +148,7 @@ impl Stack {
 
     /// The stack with its two uppermost levels in the other order. They map different clusters, so that nothing
     /// cached changes. `header` and `state` are those of the new top.
-    pub fn flipped(&self, header: Header, state: TopState) -> Stack {
+    pub(super) fn flipped(&self, header: Header, state: TopState) -> Stack {
         let mut order = self.order.clone();
         let top = order.len() - 1;
         order.swap(top, top - 1);
@@ -162,7 +162,7 @@ impl Stack {
     }
 
     /// The same top over other lower levels (base first), which were merged by somebody else: read anew.
-    pub fn over(&self, lower: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
+    pub(super) fn over(&self, lower: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
         for (i, level) in lower.iter().enumerate() {
             check_level(level, i, &self.geometry)?;
         }
@@ -173,7 +173,7 @@ impl Stack {
     }
 
     /// The same levels, with a top that has grown: `header` is its new one.
-    pub fn grown(&self, header: Header, state: TopState, budget: &Arc<Budget>) -> Stack {
+    pub(super) fn grown(&self, header: Header, state: TopState, budget: &Arc<Budget>) -> Stack {
         let mut table = self.table.clone();
         if let Some(top) = &mut table[usize::from(self.top_index())] {
             top.layout = Layout::Ploop(header);
@@ -184,18 +184,18 @@ impl Stack {
     }
 
     /// The same raw file, `size` bytes long now. Its clusters stay what they were: locks go by them.
-    pub fn grown_raw(&self, size: u64) -> Stack {
+    pub(super) fn grown_raw(&self, size: u64) -> Stack {
         let geometry = Geometry { disk: size, ..self.geometry };
         Stack::build(self.table.clone(), self.order.clone(), geometry, None, Arc::clone(&self.state))
     }
 
     /// Index of the writable level.
-    pub fn top_index(&self) -> u16 {
+    pub(super) fn top_index(&self) -> u16 {
         *self.order.last().expect("a stack has a top")
     }
 
     /// The writable level.
-    pub fn top(&self) -> &Level {
+    pub(super) fn top(&self) -> &Level {
         self.level(self.top_index())
     }
 
@@ -205,27 +205,27 @@ impl Stack {
     }
 
     /// The level a place names.
-    pub fn level(&self, index: u16) -> &Level {
+    pub(super) fn level(&self, index: u16) -> &Level {
         self.table[usize::from(index)].as_ref().expect("a place names a level of its stack")
     }
 
     /// Indexes and levels from the top down.
-    pub fn top_down(&self) -> impl Iterator<Item = (u16, &Level)> {
+    pub(super) fn top_down(&self) -> impl Iterator<Item = (u16, &Level)> {
         self.order.iter().rev().map(|index| (*index, self.level(*index)))
     }
 
     /// These levels are some out of the middle of a chain.
-    pub fn into_part(self) -> Stack {
+    pub(super) fn into_part(self) -> Stack {
         Stack { is_part: true, ..self }
     }
 
     /// True for the level below which there is nothing.
-    pub fn is_base(&self, index: u16) -> bool {
+    pub(super) fn is_base(&self, index: u16) -> bool {
         !self.is_part && self.order.first() == Some(&index)
     }
 
     /// Where a guest cluster lies.
-    pub fn place(&self, cluster: u64) -> Lookup {
+    pub(super) fn place(&self, cluster: u64) -> Lookup {
         match &self.bat {
             Some(bat) => bat.lookup(cluster),
             None => Lookup::Found(self.raw_place(cluster)),
@@ -233,12 +233,12 @@ impl Stack {
     }
 
     /// Where a guest cluster of a raw top lies.
-    pub fn raw_place(&self, cluster: u64) -> Place {
+    pub(super) fn raw_place(&self, cluster: u64) -> Place {
         Place::At { level: self.top_index(), position: cluster * self.geometry.cluster }
     }
 
     /// The top's allocator.
-    pub fn allocator(&self) -> &Allocator {
+    pub(super) fn allocator(&self) -> &Allocator {
         self.state.allocator.get().expect("only marked images allocate and free")
     }
 }

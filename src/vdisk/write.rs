@@ -26,7 +26,7 @@ use crate::io::file::write_full;
 use crate::sync::{Arc, Ordering};
 
 /// Runs a write pio; it holds no lock. May block on the host: for runners only.
-pub fn run(pio: Pio) {
+pub(super) fn run(pio: Pio) {
     let image = pio.image.clone();
     match image.ready() {
         Ready::No(e) => return pio.finish(Err(e)),

@@ -1,7 +1,7 @@
 //! Zero detection: all-zero data written to a hole allocates nothing.
 
 /// True when every byte is zero. Compares 64 bytes at a time, which the compiler turns into vector code.
-pub fn is_zero(data: &[u8]) -> bool {
+pub(super) fn is_zero(data: &[u8]) -> bool {
     const BLOCK: [u8; 64] = [0; 64];
     let mut blocks = data.chunks_exact(64);
     blocks.by_ref().all(|b| b == BLOCK) && blocks.remainder().iter().all(|b| *b == 0)

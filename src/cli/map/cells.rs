@@ -5,15 +5,15 @@ use super::source::Source;
 use crate::image::map::{At, Range};
 
 /// Cells of the disk: 64 columns, and 12 rows, which leave room for the rest in 24 lines.
-pub const COLUMNS: usize = 64;
+pub(super) const COLUMNS: usize = 64;
 /// Rows of the disk, at most.
-pub const ROWS: usize = 12;
+pub(super) const ROWS: usize = 12;
 /// Cells of a file.
 const FILE_CELLS: usize = 64;
 
 /// What a cell shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub(super) enum Look {
     /// No level has anything.
     Nothing,
     /// Mapped, but a hole of the file.
@@ -26,7 +26,7 @@ pub enum Look {
 
 /// What one level has of the disk.
 #[derive(Clone, Debug, Default)]
-pub struct Share {
+pub(super) struct Share {
     /// Bytes that the guest finds there.
     pub data: u64,
     /// Bytes that read as zero because the file has a hole there.
@@ -42,7 +42,7 @@ pub struct Share {
 }
 
 /// A map in cells.
-pub struct Drawing {
+pub(super) struct Drawing {
     /// Disk size in bytes.
     pub size: u64,
     /// Bytes of the disk that a cell stands for.
@@ -59,7 +59,7 @@ pub struct Drawing {
 
 impl Drawing {
     /// Of nothing yet.
-    pub fn new(source: &Source) -> Drawing {
+    pub(super) fn new(source: &Source) -> Drawing {
         let lengths: Vec<u64> = source.levels().iter().map(|level| level.length).collect();
         Drawing::of(source.size(), source.cluster(), &lengths)
     }
@@ -82,7 +82,7 @@ impl Drawing {
     }
 
     /// Takes a range in; they come in the order of the disk.
-    pub fn add(&mut self, range: &Range) {
+    pub(super) fn add(&mut self, range: &Range) {
         let look = match range.at {
             At::Nowhere => Look::Nothing,
             At::Damaged => Look::Damaged,
@@ -112,7 +112,7 @@ impl Drawing {
     }
 
     /// What each cell shows, in the order of the disk.
-    pub fn looks(&self) -> impl Iterator<Item = Look> {
+    pub(super) fn looks(&self) -> impl Iterator<Item = Look> {
         self.cells.iter().map(|cell| {
             // Damage is never hidden by what is beside it, and data not by the holes around it.
             let rank = |look: &Look| match look {
@@ -153,7 +153,7 @@ impl Share {
     }
 
     /// Which byte of the disk each cell of the file holds, front to back; None: nothing of this disk.
-    pub fn file(&self) -> impl Iterator<Item = Option<u64>> {
+    pub(super) fn file(&self) -> impl Iterator<Item = Option<u64>> {
         self.file.iter().map(|cell| cell.map(|(disk, _)| disk))
     }
 }

@@ -25,7 +25,7 @@ fn symbol(look: Look) -> char {
 }
 
 /// The picture. `colours`: with the escapes of a terminal.
-pub fn draw(drawing: &Drawing, source: &Source, colours: bool) -> String {
+pub(super) fn draw(drawing: &Drawing, source: &Source, colours: bool) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     let _ = writeln!(text, "{}", cut(&format!("{}, {}", source.title(), size::human(drawing.size)), WIDTH));

@@ -20,7 +20,7 @@ const BAT_CACHE: u64 = 1 << 20;
 
 /// One level, for people.
 #[derive(Clone, Debug)]
-pub struct LevelInfo {
+pub(super) struct LevelInfo {
     /// Its file.
     pub path: PathBuf,
     /// The file's length in bytes.
@@ -31,7 +31,7 @@ pub struct LevelInfo {
 
 impl LevelInfo {
     /// The file's name, fit for a terminal.
-    pub fn file_name(&self) -> String {
+    pub(super) fn file_name(&self) -> String {
         out::printable(&self.path.file_name().unwrap_or_default().to_string_lossy())
     }
 }
@@ -42,7 +42,7 @@ enum From {
 }
 
 /// An image that is mapped.
-pub struct Source {
+pub(super) struct Source {
     from: From,
     name: String,
     snapshot: Option<String>,
@@ -56,7 +56,7 @@ pub struct Source {
 
 impl Source {
     /// Opens `target`, and looks at its first piece.
-    pub fn open(target: &Target) -> Result<Source> {
+    pub(super) fn open(target: &Target) -> Result<Source> {
         let path = &target.path;
         let (mut from, name) = match served::serving(path)? {
             Some((daemon, line)) => (From::Daemon(Box::new(daemon), line.name.clone()), line.name),
@@ -69,28 +69,28 @@ impl Source {
     }
 
     /// The image's name, and the snapshot's behind an @.
-    pub fn title(&self) -> String {
+    pub(super) fn title(&self) -> String {
         let snapshot = self.snapshot.as_ref().map(|name| format!("@{name}")).unwrap_or_default();
         out::printable(&format!("{}{snapshot}", self.name))
     }
 
     /// The levels, base first.
-    pub fn levels(&self) -> &[LevelInfo] {
+    pub(super) fn levels(&self) -> &[LevelInfo] {
         &self.levels
     }
 
     /// Disk size in bytes, as it was at the beginning.
-    pub fn size(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         self.piece.size
     }
 
     /// Cluster size in bytes.
-    pub fn cluster(&self) -> u64 {
+    pub(super) fn cluster(&self) -> u64 {
         self.piece.cluster
     }
 
     /// The ranges that come next; None at the end.
-    pub fn next_ranges(&mut self) -> Result<Option<Vec<Range>>> {
+    pub(super) fn next_ranges(&mut self) -> Result<Option<Vec<Range>>> {
         if !std::mem::replace(&mut self.taken, true) {
             return Ok(Some(std::mem::take(&mut self.piece.ranges)));
         }

@@ -75,7 +75,7 @@ fn escaped(text: &str) -> String {
 }
 
 /// The picture.
-pub fn draw(drawing: &Drawing, source: &Source) -> String {
+pub(super) fn draw(drawing: &Drawing, source: &Source) -> String {
     let mut canvas = Canvas { body: String::new(), y: 28 };
     canvas.text(20, 16, &format!("{}, {}", source.title(), size::human(drawing.size)));
     canvas.line(&format!("a square is {}, in the colour of the level that most of its data lies in", {

@@ -17,7 +17,7 @@ use crate::vdisk::latency::{Histogram, Op};
 
 /// All mounts at one moment.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Found {
+pub(super) struct Found {
     /// Seconds that the rates are of; 0 in the first one.
     pub seconds: f64,
     /// By mount point.
@@ -28,7 +28,7 @@ pub struct Found {
 
 /// One mount.
 #[derive(Clone, Debug, Serialize)]
-pub struct MountRow {
+pub(super) struct MountRow {
     /// Where it is.
     pub mountpoint: String,
     /// Process id of its daemon.
@@ -43,7 +43,7 @@ pub struct MountRow {
 
 /// One image.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct ImageRow {
+pub(super) struct ImageRow {
     /// Name without `.img`.
     pub name: String,
     /// What it can do.
@@ -79,7 +79,7 @@ pub struct ImageRow {
 
 /// How long requests took, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Percentiles {
+pub(super) struct Percentiles {
     /// Half of them took up to this.
     pub p50_us: f64,
     /// 99 of 100 took up to this.
@@ -97,7 +97,7 @@ impl Percentiles {
 }
 
 /// Looks again and again.
-pub struct Watch {
+pub(super) struct Watch {
     /// The images folder to ask about; None: those of all our mounts.
     folder: Option<PathBuf>,
     before: BTreeMap<PathBuf, (Instant, Document)>,
@@ -105,7 +105,7 @@ pub struct Watch {
 
 impl Watch {
     /// Of the mount at `mountpoint`, or of all mounts of ours: an error where there is none.
-    pub fn new(mountpoint: Option<&Path>) -> Result<Watch> {
+    pub(super) fn new(mountpoint: Option<&Path>) -> Result<Watch> {
         let folder = match mountpoint {
             Some(point) => match served::behind(point)? {
                 (folder, Some(_)) => Some(folder),
@@ -139,7 +139,7 @@ impl Watch {
     }
 
     /// Looks, and tells what happened since the last look.
-    pub fn look(&mut self) -> Found {
+    pub(super) fn look(&mut self) -> Found {
         let mut found = Found::default();
         let folders = self.folders().unwrap_or_else(|e| {
             found.troubles.push(e.to_string());
@@ -166,7 +166,7 @@ impl Watch {
     }
 
     /// Looks every `interval` on a thread of its own, until nobody listens.
-    pub fn start(mut self, interval: Duration) -> Result<Receiver<Found>> {
+    pub(super) fn start(mut self, interval: Duration) -> Result<Receiver<Found>> {
         let (send, receive) = bounded(1);
         spawn_detached("ploopfs/top", move || {
             while send.send(self.look()).is_ok() {

@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 
 /// A line, and how it stands out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+pub(super) struct Line {
     /// Its text, no wider than the screen.
     pub text: String,
     /// How it is drawn.
@@ -20,7 +20,7 @@ pub struct Line {
 
 /// How a line is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub(super) enum Look {
     /// As text is.
     Plain,
     /// The head of a table.
@@ -33,7 +33,7 @@ pub enum Look {
 
 /// What came from the keyboard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub(super) enum Seen {
     /// Nothing, in the time given.
     Nothing,
     /// The terminal has another size now.
@@ -46,7 +46,7 @@ pub enum Seen {
 
 /// A key that means something.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Key {
+pub(super) enum Key {
     /// A letter.
     Letter(char),
     /// One line up.
@@ -60,7 +60,7 @@ pub enum Key {
 }
 
 /// The terminal while it is ours; dropping it gives it back.
-pub struct Screen {
+pub(super) struct Screen {
     out: Stdout,
     stale: bool,
 }
@@ -71,7 +71,7 @@ fn cannot(e: &io::Error) -> Error {
 
 impl Screen {
     /// Takes the terminal: keys come one by one, and what stands there comes back at the end.
-    pub fn open() -> Result<Screen> {
+    pub(super) fn open() -> Result<Screen> {
         terminal::enable_raw_mode().map_err(|e| cannot(&e))?;
         // From here on there is something to give back.
         let mut screen = Screen { out: io::stdout(), stale: true };
@@ -82,23 +82,23 @@ impl Screen {
     }
 
     /// Columns and rows.
-    pub fn size(&self) -> Result<(usize, usize)> {
+    pub(super) fn size(&self) -> Result<(usize, usize)> {
         let (columns, rows) = terminal::size().map_err(|e| cannot(&e))?;
         Ok((usize::from(columns), usize::from(rows)))
     }
 
     /// True when what stands there is old.
-    pub fn is_stale(&self) -> bool {
+    pub(super) fn is_stale(&self) -> bool {
         self.stale
     }
 
     /// What stands there is old.
-    pub fn make_stale(&mut self) {
+    pub(super) fn make_stale(&mut self) {
         self.stale = true;
     }
 
     /// Draws all lines anew, in one write, so that nothing flickers.
-    pub fn draw(&mut self, lines: &[Line]) -> Result<()> {
+    pub(super) fn draw(&mut self, lines: &[Line]) -> Result<()> {
         use style::{Attribute, SetAttribute};
         let mut frame = Vec::new();
         let drawn = (|| {
@@ -127,7 +127,7 @@ impl Screen {
     }
 
     /// Waits for a key, `patience` at most.
-    pub fn wait(&mut self, patience: Duration) -> Result<Seen> {
+    pub(super) fn wait(&mut self, patience: Duration) -> Result<Seen> {
         match event::poll(patience) {
             Ok(false) => return Ok(Seen::Nothing),
             // A signal; who sent it is looked at elsewhere.

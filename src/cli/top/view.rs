@@ -16,7 +16,7 @@ const AROUND: usize = 4;
 
 /// A column to sort by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Sort {
+pub(super) enum Sort {
     /// The image's name.
     Name,
     /// Requests per second.
@@ -64,7 +64,7 @@ impl Sort {
 }
 
 /// What is shown, and how.
-pub struct View {
+pub(super) struct View {
     /// The last measurement.
     pub found: Option<Found>,
     sort: Sort,
@@ -79,12 +79,12 @@ pub struct View {
 
 impl View {
     /// Nothing measured yet.
-    pub fn new(sort: Sort) -> View {
+    pub(super) fn new(sort: Sort) -> View {
         View { found: None, sort, reverse: false, open_only: false, skip: 0, fits: 1 }
     }
 
     /// A key.
-    pub fn press(&mut self, key: Key) {
+    pub(super) fn press(&mut self, key: Key) {
         match key {
             Key::Letter('r') => self.reverse = !self.reverse,
             Key::Letter('o') => self.open_only = !self.open_only,
@@ -101,7 +101,7 @@ impl View {
     }
 
     /// The screen.
-    pub fn lines(&mut self, columns: usize, rows: usize) -> Vec<Line> {
+    pub(super) fn lines(&mut self, columns: usize, rows: usize) -> Vec<Line> {
         let columns = columns.max(1);
         let line = |text: String, look| Line { text: fit(&text, columns), look };
         let Some(found) = &self.found else {
@@ -136,7 +136,7 @@ impl View {
 }
 
 /// The table for `--once`.
-pub fn table(found: &Found, sort: Sort) -> String {
+pub(super) fn table(found: &Found, sort: Sort) -> String {
     let images = sorted(found, sort);
     let longest = images.iter().map(|image| image.name.chars().count()).max().unwrap_or(0);
     let width = (longest + 2).max(NARROW);

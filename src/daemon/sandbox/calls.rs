@@ -189,7 +189,7 @@ const COMMANDS: &[u64] = &[
 const ENABLE_RINGS: u64 = 12;
 
 /// The filter for this machine, this process and this transport, with passthrough or without.
-pub fn filter(transport: Transport, passthrough: bool) -> anyhow::Result<BpfProgram> {
+pub(super) fn filter(transport: Transport, passthrough: bool) -> anyhow::Result<BpfProgram> {
     let arch = std::env::consts::ARCH.try_into().context("no filter can be made for this kind of machine")?;
     let refusal = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     Ok(SeccompFilter::new(rules(transport, passthrough)?, refusal, SeccompAction::Allow, arch)?.try_into()?)

@@ -13,7 +13,7 @@ const MAX_DEPTH: usize = 32;
 
 /// One part of an element's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Node {
+pub(super) enum Node {
     /// An element.
     Element(Element),
     /// Text, unescaped.
@@ -24,7 +24,7 @@ pub enum Node {
 
 /// One element.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Element {
+pub(super) struct Element {
     /// Its name, prefix included.
     pub name: String,
     /// Its attributes as they were written.
@@ -35,18 +35,18 @@ pub struct Element {
 
 impl Element {
     /// An element with text.
-    pub fn text(name: &str, text: impl ToString) -> Element {
+    pub(super) fn text(name: &str, text: impl ToString) -> Element {
         Element { name: name.into(), attributes: String::new(), children: vec![Node::Text(text.to_string())] }
     }
 
     /// An element with elements.
-    pub fn of(name: &str, children: Vec<Element>) -> Element {
+    pub(super) fn of(name: &str, children: Vec<Element>) -> Element {
         let children = children.into_iter().map(Node::Element).collect();
         Element { name: name.into(), attributes: String::new(), children }
     }
 
     /// Its child elements.
-    pub fn elements(&self) -> impl Iterator<Item = &Element> {
+    pub(super) fn elements(&self) -> impl Iterator<Item = &Element> {
         self.children.iter().filter_map(|node| match node {
             Node::Element(element) => Some(element),
             _ => None,
@@ -54,12 +54,12 @@ impl Element {
     }
 
     /// The first child of that name: of duplicates the first wins.
-    pub fn child(&self, name: &str) -> Option<&Element> {
+    pub(super) fn child(&self, name: &str) -> Option<&Element> {
         self.elements().find(|element| element.name == name)
     }
 
     /// The first child of that name; made, as the first of all, when there is none.
-    pub fn child_mut(&mut self, name: &str) -> &mut Element {
+    pub(super) fn child_mut(&mut self, name: &str) -> &mut Element {
         let is_it = |node: &Node| matches!(node, Node::Element(element) if element.name == name);
         let at = self.children.iter().position(is_it).unwrap_or_else(|| {
             self.children.insert(0, Node::Element(Element { name: name.into(), ..Element::default() }));
@@ -73,7 +73,7 @@ impl Element {
     }
 
     /// Its text without the white space around it.
-    pub fn content(&self) -> String {
+    pub(super) fn content(&self) -> String {
         let texts = self.children.iter().filter_map(|node| match node {
             Node::Text(text) => Some(text.as_str()),
             _ => None,
@@ -82,13 +82,13 @@ impl Element {
     }
 
     /// Makes `text` its whole content.
-    pub fn set_content(&mut self, text: impl ToString) {
+    pub(super) fn set_content(&mut self, text: impl ToString) {
         self.children = vec![Node::Text(text.to_string())];
     }
 }
 
 /// A whole document: one root element, and the comments around it.
-pub fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
     if bytes.len() > MAX_BYTES {
         return Err(BadXml::new("document", bytes.len(), "larger than 1 MiB; this is no descriptor"));
     }
@@ -193,7 +193,7 @@ fn tidy(element: &mut Element) {
 }
 
 /// The document as text.
-pub fn write(document: &[Node]) -> Vec<u8> {
+pub(super) fn write(document: &[Node]) -> Vec<u8> {
     let mut text = String::from("<?xml version=\"1.0\"?>\n");
     for node in document {
         write_node(&mut text, node, Some(0));

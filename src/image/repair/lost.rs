@@ -31,18 +31,18 @@ pub(super) struct LostFile<'a> {
 }
 
 impl<'a> LostFile<'a> {
-    pub fn beside(image: &'a dyn HostFile, at: &'a Located) -> LostFile<'a> {
+    pub(super) fn beside(image: &'a dyn HostFile, at: &'a Located) -> LostFile<'a> {
         LostFile { image, at, file: None, bytes: 0, synced: true }
     }
 
     /// Where it is and how many bytes it keeps.
-    pub fn made(&self) -> Option<(PathBuf, u64)> {
+    pub(super) fn made(&self) -> Option<(PathBuf, u64)> {
         self.file.as_ref().map(|file| (file.path().to_owned(), self.bytes))
     }
 
     /// Keeps the bytes `from..to` of the image that are not zero. Not durable before [`sync`](Self::sync). Returns how
     /// many were kept.
-    pub fn keep(&mut self, from: u64, to: u64) -> Result<u64> {
+    pub(super) fn keep(&mut self, from: u64, to: u64) -> Result<u64> {
         let (image, path) = (self.image, &*self.at.shown);
         let cannot = |e| Error::io(&e, path, "cannot read what nothing refers to");
         let before = self.bytes;
@@ -112,7 +112,7 @@ impl<'a> LostFile<'a> {
     }
 
     /// Makes durable what was kept.
-    pub fn sync(&mut self) -> Result<()> {
+    pub(super) fn sync(&mut self) -> Result<()> {
         if let Some(file) = &self.file
             && !self.synced
         {

@@ -201,17 +201,17 @@ fn find_owners(image: &AtRest, geometry: &Geometry, doubles: &mut [Double]) -> R
 
 impl Plan {
     /// The length that the file should have.
-    pub fn good_len(&self) -> u64 {
+    pub(super) fn good_len(&self) -> u64 {
         self.header.geometry().cluster_position(self.end)
     }
 
     /// True when there is nothing to do but, perhaps, to clear the mark.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.leaks.is_empty() && self.has_only_leaks()
     }
 
     /// True when there is nothing to do but to give back leaks before the last cluster in use.
-    pub fn has_only_leaks(&self) -> bool {
+    pub(super) fn has_only_leaks(&self) -> bool {
         self.fields.is_empty()
             && self.wrong.is_empty()
             && self.doubles.is_empty()
@@ -231,7 +231,7 @@ impl Plan {
     }
 
     /// The steps, in their order.
-    pub fn steps(&self) -> Vec<Step> {
+    pub(super) fn steps(&self) -> Vec<Step> {
         let geometry = self.header.geometry();
         let mut steps: Vec<Step> = self.fields.iter().cloned().map(Step::Field).collect();
         let tail = self.len > self.good_len();

@@ -79,7 +79,7 @@ fn small(n: u64) -> u32 {
 
 impl Order {
     /// The next cluster of the disk lies at this file cluster; for the count of the pieces alone.
-    pub fn count(&mut self, place: u64) {
+    pub(super) fn count(&mut self, place: u64) {
         self.pieces += u64::from(self.next != Some(place));
         self.next = Some(place + 1);
     }
@@ -87,7 +87,7 @@ impl Order {
     /// The next one to put in order. Where another was seen at the same place before, this one stays where it is: the look
     /// at the disk takes no locks, so that a cluster may be discarded behind it and its place be found in use again. Two
     /// at one place would send each other away for ever.
-    pub fn push(&mut self, cluster: u64, place: u64) {
+    pub(super) fn push(&mut self, cluster: u64, place: u64) {
         self.count(place);
         if !self.seen.insert(place) {
             return;
@@ -97,18 +97,18 @@ impl Order {
     }
 
     /// Clusters to put in order.
-    pub fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         self.clusters.len() as u64
     }
 
     /// The plan for it, and which cluster has which rank.
-    pub fn plan(self, at_a_time: usize) -> (Plan, Vec<u32>) {
+    pub(super) fn plan(self, at_a_time: usize) -> (Plan, Vec<u32>) {
         (Plan::new(self.places, at_a_time), self.clusters)
     }
 
     /// What it would come to, with clusters of `cluster` bytes: how many moves, and the gain over `pieces` pieces. Asks
     /// `goes_on` before each round.
-    pub fn rehearse(
+    pub(super) fn rehearse(
         self,
         at_a_time: usize,
         cluster: u64,
@@ -147,13 +147,13 @@ impl Plan {
     }
 
     /// Where `rank` lies.
-    pub fn place(&self, rank: usize) -> u64 {
+    pub(super) fn place(&self, rank: usize) -> u64 {
         self.places[rank].into()
     }
 
     /// The moves of the next round, none of which needs another; empty: all is in order. What came of each is said before
     /// the next round, and by then the places that were left are free.
-    pub fn next_round(&mut self) -> Vec<Step> {
+    pub(super) fn next_round(&mut self) -> Vec<Step> {
         let mut steps = Vec::new();
         while steps.len() < self.at_a_time
             && let Some(place) = self.free.pop_front()
@@ -205,7 +205,7 @@ impl Plan {
     }
 
     /// `rank` lies at `to` now.
-    pub fn moved(&mut self, rank: usize, to: u64) {
+    pub(super) fn moved(&mut self, rank: usize, to: u64) {
         let from = std::mem::replace(&mut self.places[rank], small(to));
         if let Some(at) = self.at.get_mut(to as usize) {
             *at = rank as u32;
@@ -214,13 +214,13 @@ impl Plan {
     }
 
     /// `rank` is not where it was: the guest has discarded it.
-    pub fn gone(&mut self, rank: usize) {
+    pub(super) fn gone(&mut self, rank: usize) {
         let from = std::mem::replace(&mut self.places[rank], NONE);
         self.left(from);
     }
 
     /// The place `to` cannot be had: somebody else has it.
-    pub fn taken(&mut self, to: u64) {
+    pub(super) fn taken(&mut self, to: u64) {
         self.at[to as usize] = TAKEN;
     }
 
