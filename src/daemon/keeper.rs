@@ -502,4 +502,44 @@ mod tests {
             matches!(&happened[..], [Happening::Odd(_), Happening::Said(note), Happening::Silent] if *note == expected)
         );
     }
+
+    #[test]
+    fn a_daemon_that_asks_for_a_second_mount_gets_none() {
+        let path = |path: &str| serde_json::json!({"Unix": path.as_bytes()});
+        let asked = serde_json::json!({"sync": false, "dirsync": false, "nosymfollow": false, "labels": []});
+        let settings: Settings = serde_json::from_value(serde_json::json!({
+            "images": path("/nonexistent/images"), "mountpoint": path("/nonexistent/point"), "asked": asked,
+            "foreground": false, "read_only": false, "allow_other": false, "allow_outside": false, "direct": false,
+            "manage": false, "passthrough": false, "sandbox": true, "transport": "Fuse", "threads": 2, "runners": 2,
+            "bat_cache": 1 << 20, "bat_delay_ms": 0, "queue_when_full": true, "full_timeout_s": 0, "low_water": 10,
+            "on_event": null, "stop_timeout_s": 1, "fault": null,
+        }))
+        .expect("settings");
+        let (ours, daemons) = UnixStream::pair().expect("a pair");
+        let mut keeper = Keeper {
+            settings: &settings,
+            daemon: std::process::Command::new("true").spawn().expect("a process"),
+            orders: Orders::start(ours).expect("a thread"),
+            happenings: bounded(8),
+            events: None,
+            mount: None,
+            mounting: None,
+            standby: None,
+            images: None,
+            slow_loops: HashSet::new(),
+        };
+        keeper.begin_mount();
+        keeper.begin_mount();
+        keeper.await_mount();
+        keeper.begin_mount();
+        assert!(keeper.happenings.1.is_empty(), "one mount was tried, and no more");
+        keeper.daemon.wait().expect("our own child");
+        drop(keeper);
+        let mut from = BufReader::new(daemons);
+        let heard: Vec<Order> = std::iter::from_fn(|| wire::get(&mut from).expect("lines")).collect();
+        assert!(
+            matches!(&heard[..], [Order::Warn(one), Order::Warn(other)] if one.contains("already") && one == other),
+            "{heard:?}"
+        );
+    }
 }
