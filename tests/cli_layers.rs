@@ -176,6 +176,17 @@ fn a_deleted_snapshot_goes_when_nothing_stands_on_it_any_more() {
     assert_eq!(deltas.count(), 2, "{said}");
 }
 
+/// It was taken until another label was written.
+#[test]
+fn the_name_of_a_deleted_snapshot_is_free_also_where_nothing_stood_on_it() {
+    let folder = Folder::new();
+    for args in [["create", "vm", "a"], ["create", "vm", "b"], ["switch", "vm", "a"], ["delete", "vm", "b"]] {
+        folder.ok(&[&["snapshot"], &args[..]].concat());
+    }
+    folder.ok(&["snapshot", "create", "vm", "b"]);
+    assert_eq!(folder.names("vm"), ["a", "b", ""]);
+}
+
 #[test]
 fn merging_a_snapshot_on_which_nothing_stands_is_refused_and_loses_nothing() {
     let folder = Folder::new();

@@ -67,18 +67,27 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
         writable.and_then(|()| carry_out_before_close(&opened.image, opened.layers.as_ref(), work, progress));
     let layers = opened.layers.clone();
     let closed = opened.close();
-    let done = result?;
-    closed?;
-    match layers {
-        Some(layers) if !work.only_looks() => finish_closed(path, &layers, progress).map(|()| done),
-        _ => Ok(done),
-    }
+    // A clone that failed has deleted the snapshot that was taken for it.
+    let merges = match work {
+        Work::Delete { .. } | Work::Merge { .. } | Work::Finish => result.is_ok(),
+        Work::Clone { .. } => true,
+        _ => false,
+    };
+    let rest = match layers {
+        Some(layers) if merges && closed.is_ok() => finish_closed(path, layers, progress),
+        _ => Ok(()),
+    };
+    result.and_then(|done| closed.and(rest).map(|()| done))
 }
 
 /// Merges a deleted raw base with the live disk, which is closed; a disk without snapshots is one raw file again.
-fn finish_closed(folder: &Path, layers: &Layers, progress: &Progress) -> Result<()> {
-    lower::finish(layers, progress, &|| true)?;
-    in_its_place(folder, |images, parent, name| leave_folder(images, parent, name, layers).map(drop))
+fn finish_closed(folder: &Path, layers: Arc<Layers>, progress: &Progress) -> Result<()> {
+    if !lower::finish(&layers, progress, &|| true)? {
+        // The work itself has written what makes the other way the shorter one.
+        drop(layers);
+        return opened(folder, &Work::Finish, progress).map(drop);
+    }
+    in_its_place(folder, |images, parent, name| leave_folder(images, parent, name, &layers).map(drop))
 }
 
 /// Does `act` with the folder around the image's `folder`, its path, and the folder's name in it.

@@ -181,6 +181,13 @@ impl Store {
         self.write_labels(labels)
     }
 
+    /// Whether `label` may be given to a snapshot. One that is gone needs its name no more, whenever that is written.
+    pub fn check_label(&self, label: &str) -> Result<()> {
+        let mut labels = self.labels.clone();
+        labels.prune(&self.descriptor, None);
+        labels.check(label)
+    }
+
     /// Takes the name of a snapshot away that was deleted, durably: it is free, and only who deletes it once more means it.
     pub fn set_deleted(&mut self, guid: Guid) -> Result<()> {
         let mut labels = self.labels.clone();

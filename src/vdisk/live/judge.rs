@@ -16,7 +16,7 @@ use crate::vdisk::{Image, scan};
 pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> {
     match work {
         Work::Snapshot { label: Some(label) } => match layers {
-            Some(layers) => layers.store().labels().check(label),
+            Some(layers) => layers.store().check_label(label),
             None => Labels::default().check(label),
         },
         Work::Switch { snapshot } => known(image, layers, snapshot),
