@@ -112,6 +112,10 @@ fn a_base_that_was_cut_off_is_neither_merged_nor_copied_nor_written_over() {
             &["export", "vm", "out"][..],
             &["export", "vm@a", "out"],
             &["backup", "vm@a", "-o", "out"],
+            // Its snapshot could not be deleted again.
+            &["backup", "vm", "-o", "out"],
+            &["snapshot", "create", "vm", "c"],
+            &["compact", "vm"],
             &["merge", "vm", "a"],
             &["snapshot", "delete", "vm", "a"],
             &["clone", "vm@b", "new"],

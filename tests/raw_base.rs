@@ -335,3 +335,75 @@ fn a_mount_that_ends_does_not_wait_for_the_merge() {
     assert!(until(SOON, || images.join("vm1.raw").exists() && !images.join("vm1").exists()), "not finished");
     assert!(fs::read(mount.flat("vm1")).expect("read") == bytes, "the disk has changed");
 }
+
+/// Every name and all bytes of the image `r`.
+fn state(folder: &Folder) -> Vec<(PathBuf, Vec<u8>)> {
+    let entries = folder.path("r").read_dir().expect("a folder").map(|entry| entry.expect("an entry").path());
+    let mut files: Vec<_> = entries.map(|path| (path.clone(), fs::read(path).expect("read"))).collect();
+    files.sort();
+    files
+}
+
+/// What was missing of the file was read as zeroes: by export and backup with status 0, and check found nothing.
+#[test]
+fn a_raw_base_that_was_cut_off_is_damage_and_not_zeroes() {
+    let (folder, bytes) = raw(3);
+    folder.ok(&["snapshot", "create", "r", "a"]);
+    folder.ok(&["snapshot", "create", "r", "b"]);
+    change(&folder.path("r"), |image| image.write_at(0, &[9; 512]));
+    let cut_to = |len: u64| {
+        let base = fs::File::options().write(true).open(folder.path("r/r.raw"));
+        base.and_then(|file| file.set_len(len)).expect("cut");
+    };
+    for len in [0, MIB, 3 * MIB - 1] {
+        cut_to(len);
+        let before = state(&folder);
+        for args in [
+            &["export", "r", "out"][..],
+            &["export", "r@a", "out"],
+            &["backup", "r", "-o", "out"],
+            &["clone", "r", "c"],
+            &["clone", "r@a", "c"],
+            &["snapshot", "create", "r"],
+            &["snapshot", "delete", "r", "a"],
+            &["snapshot", "switch", "r", "a"],
+            &["compact", "r"],
+            &["resize", "r", "8M"],
+        ] {
+            let said = folder.fails(3, args);
+            assert!(said.contains("was cut off") && said.contains("truncate -s 3145728"), "{args:?}: {said}");
+        }
+        folder.fails(3, &["check", "r"]);
+        assert!(folder.ok(&["list", ".", "--json"]).contains("damaged"));
+        assert!(state(&folder) == before, "{len}");
+    }
+    fs::write(folder.path("r/r.raw"), &bytes).expect("whole again");
+    assert!(content(&folder, "r@a") == bytes);
+    // Neither a clone nor a merge that gives the file to another snapshot forgets how long it was.
+    folder.ok(&["clone", "r@b", "c"]);
+    // Where the host links, it is the same file.
+    fs::remove_file(folder.path("c/c.raw")).expect("removed");
+    fs::write(folder.path("c/c.raw"), &bytes[..MIB as usize]).expect("cut");
+    folder.fails(3, &["export", "c", "out"]);
+    folder.ok(&["snapshot", "delete", "r", "a"]);
+    folder.ok(&["resize", "r", "8M"]);
+    assert!(content(&folder, "r@b") == bytes);
+    cut_to(MIB);
+    folder.fails(3, &["export", "r@b", "out"]);
+}
+
+/// The header and the map were shown to the guest as the beginning of its disk.
+#[test]
+fn a_ploop_file_that_the_descriptor_calls_plain_is_not_read_as_a_raw_disk() {
+    let folder = Folder::new();
+    folder.ok(&["create", "vm", "--size", "8M", "--cluster", "64K"]);
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    let xml = folder.path("vm/DiskDescriptor.xml");
+    let plain = fs::read_to_string(&xml).expect("read").replace("Compressed", "Plain");
+    fs::write(&xml, plain).expect("written");
+    folder.fails(3, &["check", "vm"]);
+    for args in [&["export", "vm", "out"][..], &["snapshot", "create", "vm"], &["compact", "vm"]] {
+        assert!(folder.fails(3, args).contains("is a ploop file"), "{args:?}");
+    }
+    assert!(folder.ok(&["list", ".", "--json"]).contains("damaged"));
+}

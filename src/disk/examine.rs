@@ -6,8 +6,9 @@ use crate::disk::layered::Layered;
 use crate::error::{Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
+use crate::image::chain::AtRest;
 use crate::image::check::{Report, check_level};
-use crate::image::layers::other_clusters;
+use crate::image::layers::{check_raw_base, other_clusters};
 
 /// What a check of a layered image finds: every delta by itself, then whether they fit together.
 pub struct Examined {
@@ -62,6 +63,7 @@ fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<Strin
         let report = reports.iter().find(|(of, _)| *of == guid)?;
         report.1.header
     };
+    faults.extend(raw_base(image).err().map(|e| e.to_string()));
     if let Some(why) = image.descriptor().refusal() {
         notes.push(format!("the disk {why}; it is not served"));
     }
@@ -107,5 +109,17 @@ fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<Strin
             "the descriptor says {} bytes and the top delta {disk}: the delta's is right, the next use corrects it",
             image.size()
         ));
+    }
+}
+
+/// Looks whether the raw base of the live disk, if it has one, is whole and is one.
+fn raw_base(image: &Layered) -> Result<()> {
+    let (descriptor, labels) = (image.descriptor(), image.labels());
+    // What else is wrong with these is said elsewhere.
+    let Ok(chain) = image.chain(descriptor.top) else { return Ok(()) };
+    let level = |index: usize| image.open(chain.get(index)?).ok().map(AtRest::into_level);
+    match (chain.first(), level(0)) {
+        (Some(base), Some(raw)) => check_raw_base(base.guid, &raw, level(1).as_ref(), descriptor, labels),
+        _ => Ok(()),
     }
 }

@@ -107,7 +107,7 @@ impl Layered {
 
     /// Why a mount would not serve it, or what a look tells of damage.
     pub fn glance(&self) -> Result<()> {
-        glance::layers(self.dir.as_fd(), &self.folder, &self.descriptor, false)
+        glance::layers(self.dir.as_fd(), &self.folder, &self.descriptor, &self.labels, false)
     }
 
     /// Files of the folder that a crashed operation made or dropped and that no delta has.

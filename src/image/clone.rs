@@ -180,6 +180,7 @@ impl NewImage<'_> {
         for guid in &chain {
             kept.set(*guid, labels.label(*guid).map(str::to_owned));
             kept.set_taken(*guid, labels.taken(*guid));
+            kept.set_length(*guid, labels.length(*guid));
         }
         write_beside(self.dir, self.path, LABELS_NAME, &kept.to_bytes())?;
         write_beside(self.dir, self.path, DESCRIPTOR, &next.written().map_err(bad)?)

@@ -10,7 +10,8 @@ use crate::format::descriptor::{Delta, Descriptor, Guid};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::check::Entry;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
-use crate::image::layers::{check_chain, other_clusters};
+use crate::image::labels::Labels;
+use crate::image::layers::{check_chain, check_raw_base, other_clusters};
 use crate::image::paths;
 use crate::io::real::{Access, RealFile};
 use crate::sync::Arc;
@@ -55,7 +56,7 @@ pub fn kind(descriptor: &Descriptor, delta: &Delta) -> ImageKind {
 
 /// Refuses the layered image in the folder `dir` (`path`, for messages) if its descriptor, one of its files, or how the
 /// files of the disk fit together says that it would not open, or is damaged. With `trusted` its files may lie anywhere.
-pub fn layers(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, trusted: bool) -> Result<()> {
+pub fn layers(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, labels: &Labels, trusted: bool) -> Result<()> {
     if let Some(why) = descriptor.refusal() {
         return Err(Error::at(Kind::Unsupported, path, why));
     }
@@ -80,5 +81,8 @@ pub fn layers(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, trusted
     }
     levels.sort_by_key(|(height, _)| *height);
     let levels: Vec<_> = levels.into_iter().map(|(_, level)| level).collect();
+    if let (Some(guid), Some(base)) = (chain.first(), levels.first()) {
+        check_raw_base(*guid, base, levels.get(1), descriptor, labels)?;
+    }
     check_chain(&levels, descriptor)
 }

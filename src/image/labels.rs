@@ -21,6 +21,9 @@ pub struct Labels {
     names: BTreeMap<Guid, String>,
     /// When each snapshot was taken, in seconds since 1970: no file of it keeps that through copies, merges and writes.
     times: BTreeMap<Guid, i64>,
+    /// How long each snapshot's raw file was when it was taken, in bytes. It only grows from there; a shorter one was cut off,
+    /// and no map tells what is missing of it.
+    lengths: BTreeMap<Guid, u64>,
     /// What deleted snapshots were called whose data is not merged yet. The names are free; who deletes one once more means
     /// what is left of it.
     deleted: BTreeMap<Guid, String>,
@@ -36,6 +39,8 @@ struct Text {
     labels: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     taken: BTreeMap<String, i64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    lengths: BTreeMap<String, u64>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     deleted: BTreeMap<String, String>,
     #[serde(default)]
@@ -56,6 +61,11 @@ impl Labels {
     /// When the snapshot was taken, in seconds since 1970; None: not known, since another program took it.
     pub fn taken(&self, guid: Guid) -> Option<i64> {
         self.times.get(&guid).copied()
+    }
+
+    /// The least that the snapshot's raw file is long, in bytes; None: not known, or it is no raw file.
+    pub fn length(&self, guid: Guid) -> Option<u64> {
+        self.lengths.get(&guid).copied()
     }
 
     /// The snapshot with this label or GUID. The live top is none.
@@ -119,11 +129,19 @@ impl Labels {
         };
     }
 
+    pub(super) fn set_length(&mut self, guid: Guid, length: Option<u64>) {
+        match length {
+            Some(length) => self.lengths.insert(guid, length),
+            None => self.lengths.remove(&guid),
+        };
+    }
+
     /// Forgets what no snapshot of `descriptor` has, except for `coming`, which it will have next.
     pub(super) fn prune(&mut self, descriptor: &Descriptor, coming: Option<Guid>) {
         let stays = |guid: &Guid| Some(*guid) == coming || descriptor.shot(*guid).is_some();
         self.names.retain(|guid, _| stays(guid));
         self.times.retain(|guid, _| stays(guid));
+        self.lengths.retain(|guid, _| stays(guid));
         self.deleted.retain(|guid, _| stays(guid));
     }
 
@@ -143,6 +161,10 @@ impl Labels {
             let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
             labels.times.insert(guid, time);
         }
+        for (guid, length) in text.lengths {
+            let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
+            labels.lengths.insert(guid, length);
+        }
         for (guid, label) in text.deleted {
             let guid = Guid::parse(&guid).ok_or_else(|| format!("{guid:?} is not a GUID"))?;
             labels.deleted.insert(guid, label);
@@ -158,7 +180,8 @@ impl Labels {
         let labels = self.names.iter().map(|(guid, label)| (guid.to_string(), label.clone())).collect();
         let taken = self.times.iter().map(|(guid, time)| (guid.to_string(), *time)).collect();
         let deleted = self.deleted.iter().map(|(guid, label)| (guid.to_string(), label.clone())).collect();
-        let text = Text { version: VERSION, labels, taken, deleted, passing: self.passing.clone() };
+        let lengths = self.lengths.iter().map(|(guid, length)| (guid.to_string(), *length)).collect();
+        let text = Text { version: VERSION, labels, taken, lengths, deleted, passing: self.passing.clone() };
         let mut bytes = serde_json::to_vec_pretty(&text).expect("maps of strings are always JSON");
         bytes.push(b'\n');
         bytes
@@ -212,6 +235,7 @@ mod tests {
         let mut labels = Labels::default();
         labels.set(Guid::random(), Some("one".into()));
         labels.set_taken(Guid::random(), Some(1_795_214_701));
+        labels.set_length(Guid::random(), Some(1 << 40));
         let gone = Guid::random();
         labels.set(gone, Some("two".into()));
         labels.set_deleted(gone);

@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
 use crate::format::header::{Header, SECTOR, Version};
 use crate::image::kind::DESCRIPTOR;
-use crate::image::labels::is_plain_name;
+use crate::image::labels::{Labels, is_plain_name};
 use crate::image::level::{Layout, Level, read_header};
 use crate::image::paths;
 use crate::image::store::{self, Replaced, Store};
@@ -17,6 +17,7 @@ use crate::io::file::HostFile;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
+use crate::words::quoted;
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
 /// Dropped by [`Layers`] after every lock of the image, so that its end can be told.
@@ -262,6 +263,9 @@ impl Layers {
             // must not decide.
             levels.push(self.level(&store, &delta.file, delta.plain && index == 0)?);
         }
+        if let (Some(base), Some(level)) = (chain.first(), levels.first()) {
+            check_raw_base(*base, level, levels.get(1), descriptor, store.labels())?;
+        }
         check_chain(&levels, descriptor)?;
         Ok(levels)
     }
@@ -403,6 +407,40 @@ pub(super) fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<(
             _ => {}
         }
         below = Some((header, &level.path));
+    }
+    Ok(())
+}
+
+/// Refuses a raw base that is shorter than it was when its snapshot was taken (an interrupted copy), or that is no raw file.
+/// Both would be read as if nothing were wrong: a raw file has no map, and what is behind its end is zero.
+///
+/// A guest may write what it likes into a raw disk, the header of a ploop file too. But it does not make its file shorter
+/// or longer than the disk; a ploop file as long as its disk does not occur but by chance.
+pub fn check_raw_base(
+    guid: Guid,
+    level: &Level,
+    above: Option<&Level>,
+    descriptor: &Descriptor,
+    labels: &Labels,
+) -> Result<()> {
+    if level.geometry().is_some() {
+        return Ok(());
+    }
+    let refuse = |why: String| Err(Error::at(Kind::Damaged, &level.path, why));
+    let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot read the length"))?;
+    if let Some(was) = labels.length(guid).filter(|was| len < *was) {
+        return refuse(format!(
+            "was cut off: it ends at byte {len}, and had {was} bytes when its snapshot was taken; copy it anew from where \
+             it came, or, for zeroes instead of what is lost: truncate -s {was} {}",
+            quoted(&level.path)
+        ));
+    }
+    let disk = above
+        .and_then(Level::geometry)
+        .map_or(descriptor.disk_sectors.saturating_mul(SECTOR), |geometry| geometry.disk);
+    let is_ploop = || read_header(&*level.file, &level.path).is_ok_and(|header| header.geometry().disk == disk);
+    if len != disk && is_ploop() {
+        return refuse("is a ploop file, but its Type in the descriptor is Plain, and not Compressed".into());
     }
     Ok(())
 }

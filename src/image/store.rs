@@ -188,6 +188,14 @@ impl Store {
         labels.check(label)
     }
 
+    /// Keeps how long the snapshot's raw file is, in bytes, durably. Before the descriptor that has the snapshot.
+    pub fn set_length(&mut self, guid: Guid, length: u64) -> Result<()> {
+        let mut labels = self.labels.clone();
+        labels.prune(&self.descriptor, Some(guid));
+        labels.set_length(guid, Some(length));
+        self.write_labels(labels)
+    }
+
     /// Takes the name of a snapshot away that was deleted, durably: it is free, and only who deletes it once more means it.
     pub fn set_deleted(&mut self, guid: Guid) -> Result<()> {
         let mut labels = self.labels.clone();

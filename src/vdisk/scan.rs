@@ -18,6 +18,10 @@ use crate::io::file::read_full;
 /// Bytes of BAT per piece: large enough for sequential reads, small enough to spread over threads.
 const PIECE: u64 = 1 << 20;
 
+/// A map up to this size is looked through in a level below the top, too, before the first write: that of a disk of 256 GiB
+/// in clusters of 1 MiB. It is one read of what the host mostly has in memory.
+const SHORT: u64 = 1 << 20;
+
 /// What a scan found. By default: an empty delta.
 #[derive(Default)]
 pub(super) struct Scan {
@@ -27,12 +31,13 @@ pub(super) struct Scan {
     pub free: Bits,
 }
 
-/// Refuses a level below the top whose file ends inside a cluster, where that is a cluster that an entry names: such a
-/// file was cut off. Nothing of the kind costs more than a look at the length in a file that was closed.
+/// Refuses a level below the top whose file ends before or inside a cluster that an entry names: such a file was cut off.
+/// Where its map is long, that costs no more than a look at the length: copies end anywhere, but most files that were
+/// closed end with a cluster.
 pub(super) fn refuse_cut(level: &Level) -> Result<()> {
     let Some(geometry) = level.geometry() else { return Ok(()) };
     let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot read the length"))?;
-    if geometry.is_whole(len) { Ok(()) } else { scan(level, &geometry).map(drop) }
+    if geometry.bat_end() > SHORT && geometry.is_whole(len) { Ok(()) } else { scan(level, &geometry).map(drop) }
 }
 
 /// Scans the BAT of `level`. An entry out of range, off the grid or used twice is an error that names it.

@@ -182,6 +182,10 @@ pub(super) fn merge(
         base.file.sync_all().map_err(cannot)?; // 3
     }
     let mut store = layers.store();
+    if child != store.descriptor().top {
+        // It is as long by now, whatever comes of 4.
+        store.set_length(child, of.disk)?;
+    }
     let mut next = store.descriptor().clone();
     let survivor = next.delta(parent).map(|delta| delta.file.clone()).unwrap_or_default();
     let gone = next

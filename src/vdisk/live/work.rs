@@ -168,6 +168,7 @@ impl Live<'_> {
             None => self.free_time_label(),
         };
         self.layers.store().set_label(guid, Some(&label), i64::try_from(now()).ok())?; // 1
+        self.keep_length(guid)?;
         let file = Cell::new(String::new());
         let create = |plan: TopPlan| {
             let mut header = Header::new(plan.version, plan.disk, plan.cluster)
@@ -189,6 +190,15 @@ impl Live<'_> {
             return Err(e);
         }
         Ok(label)
+    }
+
+    /// How long the live disk's file is, where it is raw, which is about to be the snapshot's: with the label.
+    fn keep_length(&self, guid: Guid) -> Result<()> {
+        let Some(top) = self.layers.live_chain()?.pop().filter(|top| top.geometry().is_none()) else {
+            return Ok(());
+        };
+        let len = top.file.len().map_err(|e| Error::io(&e, &top.path, "cannot read the length"))?;
+        self.layers.store().set_length(guid, len)
     }
 
     /// The time as a name; the next second's, and so on, where that is taken.
