@@ -107,6 +107,35 @@ fn other_formats_come_in_through_qemu_img_and_qcow2_goes_out() {
     }
 }
 
+/// An interrupted copy of a qcow2 file was taken, with status 0: QEMU reads zeroes behind a file's end.
+#[test]
+fn what_is_missing_of_a_file_that_was_cut_off_is_not_taken_for_zeroes() {
+    require!("qemu");
+    let folder = Folder::new();
+    std::fs::write(folder.path("in.raw"), vec![7; 3 * MIB as usize]).expect("write");
+    for format in ["qcow2", "vmdk", "vdi", "qed", "qcow"] {
+        let name = format!("d.{format}");
+        let file = folder.path(&name);
+        ok("qemu-img", &["convert", "-f", "raw", "-O", format, text(&folder.path("in.raw")), text(&file)]);
+        folder.ok(&["import", &name, &format!("whole-{format}")]);
+        let len = file.metadata().expect("made").len();
+        let cut = std::fs::File::options().write(true).open(&file).expect("opens");
+        // QEMU itself finds the larger part of a QED file, and of VHD and VHDX files all that is missing.
+        for missing in [512, 2 * MIB].into_iter().filter(|missing| format != "qed" || *missing < MIB) {
+            cut.set_len(len - missing).expect("cut");
+            let said = folder.fails(3, &["import", &name, "vm"]);
+            assert!(said.contains("was cut off"), "{format}: {said}");
+        }
+    }
+    let over = ["create", "-q", "-f", "qcow2", "-b", "d.qcow2", "-F", "qcow2", "over.qcow2", "3M"];
+    Run::new("qemu-img").args(over).in_folder(folder.0.path()).ok();
+    for how in ["--with-backing", "--layers"] {
+        let said = folder.fails(3, &["import", "over.qcow2", "vm", how]);
+        assert!(said.contains("d.qcow2") && said.contains("cut off"), "{how}: {said}");
+    }
+    assert!(!folder.path("vm.hds").exists() && !folder.path("vm").exists());
+}
+
 #[test]
 fn a_file_that_looks_like_another_format_or_stands_on_others_is_not_taken_without_a_word() {
     require!("qemu");

@@ -131,12 +131,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     notes.extend(filled_up(bytes));
     let plan = Plan { cluster: args.cluster, ..Plan::copy_of(bytes) };
     let draft = Draft::begin(&to, &plan)?;
-    let file = args.file.clone();
     let created = work::watched(&args.file, args.pace, move |progress| {
-        match format {
-            Format::Raw => import::disk(&flat, &draft, progress)?,
-            _ => {
-                let disk = Foreign::open(&file, format.as_str(), bytes, Reach::Chain, progress)?;
+        match chain.first() {
+            None => import::disk(&flat, &draft, progress)?,
+            Some(link) => {
+                let disk = Foreign::open(&link.path, &link.format, &link.info, Reach::Chain, progress)?;
                 import::disk(&disk, &draft, progress)?;
             }
         }

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use super::disk::Disk;
-use super::qemu::{self, Extent, Reach};
+use super::qemu::{self, Backing, Extent, Info, Reach};
 use super::qemu_nbd::QemuNbd;
 use crate::error::{Error, Kind, Result};
+use crate::format::descriptor::MAX_CHAIN;
 use crate::progress::Progress;
 
 /// Such a disk. Its zeroes, and what is outside of what was asked for, are holes.
@@ -17,9 +18,18 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// Opens `file` of `format`, whose disk has `size` bytes.
-    pub fn open(file: &Path, format: &str, size: u64, reach: Reach, progress: &Progress) -> Result<Foreign> {
-        let extents = qemu::map(file, format, reach, progress)?;
+    /// Opens `file` of `format`, of which `info` is known.
+    pub fn open(
+        file: &Path,
+        format: &str,
+        info: &Info,
+        reach: Reach,
+        progress: &Progress,
+    ) -> Result<Foreign> {
+        let (extents, size) = (qemu::map(file, format, info, reach, progress)?, info.size);
+        if reach == Reach::Chain {
+            refuse_cut_below(info, progress)?;
+        }
         let nbd = QemuNbd::reading(file, format, progress)?;
         if nbd.size() != size {
             let what = format!(
@@ -35,6 +45,19 @@ impl Foreign {
     pub fn zeroes(&self) -> impl Iterator<Item = &Extent> {
         self.extents.iter().filter(|extent| extent.zero)
     }
+}
+
+/// Looks at the files on which one stands, as far as they say what they are.
+fn refuse_cut_below(info: &Info, progress: &Progress) -> Result<()> {
+    let mut next = info.backing.clone();
+    for _ in 0..MAX_CHAIN {
+        let Some(Backing { path, format: Some(format), .. }) = next else { return Ok(()) };
+        let path = Path::new(&path);
+        let info = qemu::info(path, &format)?;
+        qemu::map(path, &format, &info, Reach::Own, progress)?;
+        next = info.backing;
+    }
+    Ok(())
 }
 
 impl Disk for Foreign {

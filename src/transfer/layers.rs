@@ -198,7 +198,7 @@ pub fn import(chain: &[Link], names: &[String], cluster: u64, to: &Path, progres
     // 1.
     let mut levels = Vec::new();
     for (link, header) in chain.iter().zip(&headers) {
-        let layer = Foreign::open(&link.path, &link.format, link.info.size, Reach::Own, progress)?;
+        let layer = Foreign::open(&link.path, &link.format, &link.info, Reach::Own, progress)?;
         levels.push(new.delta(header)?);
         let image = writer(&link.path.to_string_lossy(), levels.clone())?;
         filled(&image, |image| pour(&layer, image, levels.len() == 1, progress))?;

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
+use crate::format::header::SECTOR;
 use crate::io::process::ends_with_this_thread;
 use crate::progress::Progress;
 
@@ -113,6 +114,11 @@ struct Mapped {
     #[serde(default = "yes")]
     present: bool,
     zero: bool,
+    /// It has a place of its own, whatever is there.
+    #[serde(default)]
+    data: bool,
+    /// That place, in bytes; what is compressed has none.
+    offset: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -128,13 +134,41 @@ pub enum Reach {
     Chain,
 }
 
-/// What `file` allocates, ascending; neighbours of one sort are one.
-pub fn map(file: &Path, format: &str, reach: Reach, progress: &Progress) -> Result<Vec<Extent>> {
+/// What `file`, of which `info` is known, allocates, ascending; neighbours of one sort are one. A file that ends before
+/// what it allocates is refused: it was cut off, and QEMU reads zeroes there.
+pub fn map(
+    file: &Path,
+    format: &str,
+    info: &Info,
+    reach: Reach,
+    progress: &Progress,
+) -> Result<Vec<Extent>> {
     let mut command = Command::new(PROGRAM);
     command.args(["map", "--output=json", "-f", format]).arg(absolute(file)?);
     let read = |stdout: ChildStdout| serde_json::from_reader::<_, Vec<Mapped>>(BufReader::new(stdout));
-    let ranges = run(&mut command, file, progress, read)?;
-    ranges.map(|ranges| extents(&ranges, reach)).map_err(|_| not_understood(file, "map"))
+    let ranges = run(&mut command, file, progress, read)?.map_err(|_| not_understood(file, "map"))?;
+    // Places in another file are not said to be so.
+    if info.data.is_none() {
+        refuse_cut(file, &ranges)?;
+    }
+    Ok(extents(&ranges, reach))
+}
+
+/// A device is as long as it is.
+fn refuse_cut(file: &Path, ranges: &[Mapped]) -> Result<()> {
+    let status = file.metadata().map_err(|e| Error::io(&e, file, "cannot look at it"))?;
+    let own = ranges.iter().filter(|range| range.depth == 0 && range.present && range.data);
+    let ends = own.filter_map(|range| Some(range.offset?.saturating_add(range.length)));
+    // A raw file's last sector may be a part of one.
+    let (end, len) = (ends.max().unwrap_or(0), status.len().next_multiple_of(SECTOR));
+    if !status.is_file() || end <= len {
+        return Ok(());
+    }
+    let what = format!(
+        "was cut off: it has {} bytes, and data of its disk up to byte {end}; copy it anew from where it came",
+        status.len()
+    );
+    Err(Error::at(Kind::Damaged, file, what))
 }
 
 fn extents(ranges: &[Mapped], reach: Reach) -> Vec<Extent> {
