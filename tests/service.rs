@@ -141,6 +141,24 @@ fn the_watchdog_hears_that_the_daemon_answers_and_nothing_once_it_is_stopped() {
     assert!(ended(&mut child).success());
 }
 
+/// A service manager that hears nothing kills the daemon, and with it all disks.
+#[test]
+fn the_watchdog_does_not_depend_on_the_folder_s_name_nor_on_clients() {
+    require!("fuse");
+    let manager = Manager::new();
+    let mut child = manager.start_with(text(&manager.path()), &[("WATCHDOG_USEC", "400000")]);
+    assert!(manager.hear().starts_with("READY=1"));
+    let images = manager.guard.images();
+    std::fs::rename(images, images.with_extension("renamed")).expect("renamed");
+    // A few may be on their way.
+    for _ in 0..8 {
+        assert_eq!(manager.hear(), "WATCHDOG=1");
+    }
+    std::fs::rename(images.with_extension("renamed"), images).expect("renamed");
+    terminate(&child);
+    assert!(ended(&mut child).success());
+}
+
 #[test]
 fn an_abstract_notification_socket_is_understood() {
     require!("fuse");

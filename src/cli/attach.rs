@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use crate::cli::{Outcome, out, served, target};
-use crate::control::client::Client;
 use crate::disk::find;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
@@ -80,7 +79,7 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
     let Some(folder) = source.parent() else {
         return Err(Error::at(Kind::Invalid, image, "is not an image in a folder"));
     };
-    let (Some(mount), Some(_)) = (served::mount_of(folder)?, Client::find(folder)?) else {
+    let Some(mount) = served::of_folder(folder)?.and_then(|daemon| daemon.mount) else {
         let what = format!("no mount shows it; first: ploopfs mount {} MOUNTPOINT", quoted(folder));
         return Err(Error::at(Kind::NotFound, image, what));
     };

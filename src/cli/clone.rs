@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::cli::served;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, snapshot, source, target};
 use crate::error::{Error, Kind, Result};
@@ -55,5 +56,7 @@ pub fn new_place(new: &Path) -> Result<PathBuf> {
     }
     let bare = Path::new(name);
     let bare = if bare.extension().is_some_and(|e| e == "img") { bare.file_stem() } else { Some(name) };
-    Ok(mount.source.join(bare.ok_or_else(nameless)?))
+    let daemon = served::of_mount(&mount)?;
+    let silent = || Error::at(Kind::Io, new, "the daemon of this mount does not answer");
+    Ok(daemon.ok_or_else(silent)?.0.join(bare.ok_or_else(nameless)?))
 }

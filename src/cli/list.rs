@@ -20,7 +20,7 @@ use crate::error::{Error, Kind};
 use crate::image::chain::Candidate;
 use crate::image::kind::{self, Class, DESCRIPTOR, NAMED_BY_DESCRIPTOR, in_text};
 use crate::io::loopdev::LoopDevice;
-use crate::io::mounts;
+use crate::io::mounts::{self, Mount};
 use crate::io::process::spawn_detached;
 use crate::words;
 
@@ -143,48 +143,51 @@ fn of(named: &Path, all: bool) -> Result<(PathBuf, Listing), Error> {
 /// This folder's images, and what every mount shows whose daemon listens to this user.
 fn of_all(all: bool) -> Result<Listing, Error> {
     let mut mounted: Vec<Mounted> = Vec::new();
-    // A second place of a mount (a bind mount) has the same source.
-    let mut sources = HashSet::new();
+    let mut folders = HashSet::new();
+    // A second place of a mount (a bind mount) has the same file system.
+    let mut devices = HashSet::new();
     let ours = mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours());
-    let ours: Vec<_> = ours.filter(|mount| sources.insert(mount.source.clone())).collect();
+    let ours: Vec<_> = ours.filter(|mount| devices.insert(mount.device)).collect();
     // All at once: one whose daemon was stopped must not keep the others waiting.
-    let asked: Vec<_> = ours.iter().map(|mount| shown_by(mount.source.clone())).collect();
+    let asked: Vec<_> = ours.iter().map(|mount| shown_by(mount.clone())).collect();
     let end = Instant::now() + PATIENCE;
     for (mount, answer) in ours.iter().zip(asked) {
-        let (images, reason) = match answer?.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            Ok(Ok(Some(images))) => (images, None),
+        let answer = answer?.recv_timeout(end.saturating_duration_since(Instant::now()));
+        let (folder, images, reason) = match answer {
+            Ok(Ok(Some((folder, images)))) => (folder, images, None),
             Ok(Ok(None)) | Err(_) => {
                 let point = words::quoted(&mount.point);
-                (Vec::new(), Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")))
+                (mount.source.clone(), Vec::new(), Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")))
             }
             // Another user's.
             Ok(Err(e)) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
-            Ok(Err(e)) => (Vec::new(), Some(e.to_string())),
+            Ok(Err(e)) => (mount.source.clone(), Vec::new(), Some(e.to_string())),
         };
         mounted.push(Mounted {
             mountpoint: in_text(mount.point.as_os_str()),
-            folder: in_text(mount.source.as_os_str()),
+            folder: in_text(folder.as_os_str()),
             images,
             reason,
         });
+        folders.insert(folder);
     }
     mounted.reverse();
     let here = Path::new(".");
-    let is_mounted = here.canonicalize().is_ok_and(|here| sources.contains(&here));
+    let is_mounted = here.canonicalize().is_ok_and(|here| folders.contains(&here));
     // What is listed with its mount is not listed twice.
     let own = if is_mounted && !all { Listing::default() } else { of(here, all)?.1 };
     Ok(Listing { mounts: Some(mounted), ..own })
 }
 
-/// What was heard of one mount; None: its folder has no daemon.
-type Shown = Result<Option<Vec<Row>>, Error>;
+/// What was heard of one mount, with its folder as that is called now; None: it has no daemon.
+type Shown = Result<Option<(PathBuf, Vec<Row>)>, Error>;
 
-/// The images of a folder that has a daemon, on a thread of its own.
-fn shown_by(folder: PathBuf) -> Result<Receiver<Shown>, Error> {
+/// The images of a mount that has a daemon, on a thread of its own.
+fn shown_by(mount: Mount) -> Result<Receiver<Shown>, Error> {
     let (send, receive) = channel();
     spawn_detached("ploopfs/list", move || {
-        let images = served::of_folder(&folder).and_then(|daemon| match daemon {
-            Some(_) => of(&folder, false).map(|(_, listing)| Some(listing.images)),
+        let images = served::of_mount(&mount).and_then(|daemon| match daemon {
+            Some((folder, _)) => of(&folder, false).map(|(folder, listing)| Some((folder, listing.images))),
             None => Ok(None),
         });
         // Too late: then it was said that it does not answer.

@@ -321,8 +321,9 @@ fn clear_dead(mountpoint: &Path) -> Result<()> {
 fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
     let deadline = Instant::now() + OTHERS_START;
     while Instant::now() < deadline {
-        let made = mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours() && mount.source == images);
-        if made && let Some(client) = Client::find(images)? {
+        if let Some(client) = Client::find(images)?
+            && is_at(&client, mountpoint)?
+        {
             return already_served(client, images, mountpoint);
         }
         if processes::serving(images)
@@ -335,17 +336,22 @@ fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<
     Err(e.into())
 }
 
+/// True when the daemon's mount is the one at `mountpoint`.
+fn is_at(client: &Client, mountpoint: &Path) -> Result<bool> {
+    let here = mounts::at(mountpoint)?.map(|mount| mount.device);
+    Ok(here.is_some() && here == served::mount_of(client)?.map(|mount| mount.device))
+}
+
 /// A living daemon serves the folder: fine where it is the mount that was asked for.
 fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
-    let mounted = mounts::at(mountpoint)?.is_some_and(|mount| mount.is_ours() && mount.source == images);
-    if mounted {
+    if is_at(&client, mountpoint)? {
         client.rescan()?;
         out::text(&format!("{}: already mounted\n", mountpoint.display()))?;
         return Ok(Outcome::Done);
     }
     let hello = client.hello();
     // By the kernel's table: an umount of a place where it is no more would lead nowhere.
-    let shown = mounts::all()?.into_iter().rev().find(|mount| mount.is_ours() && mount.source == images);
+    let shown = served::mount_of(&client)?;
     let why = match (shown, processes::serving(images)) {
         (Some(mount), _) => {
             let (point, command) = (mount.point.display(), quoted(&mount.point));
@@ -360,6 +366,11 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
 /// Another folder's mount is not covered up: its files would be out of reach.
 fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
     match mounts::at(mountpoint)? {
+        // Of a folder that had this path before, and was renamed.
+        Some(mount) if mount.is_ours() && let Some((folder, _)) = served::of_mount(&mount)? => {
+            let what = format!("{} is mounted here already; choose another mount point", folder.display());
+            Err(Error::at(Kind::InUse, mountpoint, what))
+        }
         Some(mount) if mount.is_ours() && mount.source == images => {
             let what = format!(
                 "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach {}",

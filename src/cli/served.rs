@@ -1,7 +1,6 @@
 //! What a living daemon knows of a folder or an image, for the commands that look.
 
 use std::fmt::Write;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use crate::cli::out;
 use crate::control::client::Client;
 use crate::control::protocol::ImageLine;
 use crate::daemon::holders::{self, Holder};
+use crate::daemon::processes;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::mounts::{self, Mount};
@@ -27,7 +27,9 @@ pub struct Daemon {
     /// Where it shows the folder.
     pub mountpoint: PathBuf,
     /// That mount in the kernel's table. None: in another namespace, or just being unmounted.
-    mount: Option<Mount>,
+    pub mount: Option<Mount>,
+    /// The folder, as it is called now.
+    pub folder: PathBuf,
 }
 
 impl Daemon {
@@ -63,8 +65,7 @@ pub fn has_died(mount: &Mount) -> Result<bool> {
     let deadline = Instant::now() + LAST_THREADS;
     loop {
         // A mount may be dead while its folder is served elsewhere.
-        let daemon = Client::find(&mount.source)?;
-        if daemon.is_some_and(|daemon| Path::new(&daemon.hello().mountpoint) == mount.point) {
+        if of_mount(mount)?.is_some() {
             return Ok(false);
         }
         if mount.is_dead() {
@@ -83,32 +84,64 @@ pub fn of_folder(images: &Path) -> Result<Option<Daemon>> {
     let images = if images.as_os_str().is_empty() { Path::new(".") } else { images };
     let images = images.canonicalize().map_err(|e| Error::io(&e, images, "cannot resolve the path"))?;
     let Some(client) = Client::find(&images)? else { return Ok(None) };
-    let mount = mount_of(&images)?;
+    let mount = mount_of(&client)?;
     // Mounted in another namespace, or just being unmounted: the daemon's own word, which is only shown.
     let mountpoint =
         mount.as_ref().map_or_else(|| PathBuf::from(&client.hello().mountpoint), |mount| mount.point.clone());
-    Ok(Some(Daemon { client, mountpoint, mount }))
+    Ok(Some(Daemon { client, mountpoint, mount, folder: images }))
 }
 
-/// The mount that shows the folder `images`, by the kernel's table alone: made by root or by this user, its source this
-/// folder.
-pub fn mount_of(images: &Path) -> Result<Option<Mount>> {
-    let mut mounts: Vec<Mount> = mounts::all()?.into_iter().filter(Mount::is_ours).collect();
-    mounts.retain(|mount| mount.clone().trusted().is_ok());
-    if let Some(found) = mounts.iter().rposition(|mount| mount.source == images) {
-        return Ok(Some(mounts.swap_remove(found)));
+/// True when `client` is the daemon of `mount`.
+fn shows(client: &Client, mount: &Mount) -> bool {
+    client.hello().device == Some(mount.device)
+}
+
+/// The mount of a daemon, in the kernel's table: made by root or by this user. The source of a mount is a path that may be
+/// another folder's by now, so it is found by its file system's number.
+pub fn mount_of(client: &Client) -> Result<Option<Mount>> {
+    let mut mounts = mounts::all()?;
+    mounts.retain(|mount| mount.is_ours() && shows(client, mount) && mount.clone().trusted().is_ok());
+    // The number of one that has ended is given to the next.
+    mounts.retain(|_| !client.hello().closing);
+    // All of it, before a folder of it that was bound elsewhere.
+    let whole = mounts.iter().rposition(|mount| mount.root == Path::new("/"));
+    Ok(whole.map(|found| mounts.swap_remove(found)).or_else(|| mounts.pop()))
+}
+
+/// The daemon of `mount`, and the folder that it serves, as that is called now. It may have been renamed since, and another
+/// folder have its name, with a daemon of its own, and images that are called the same.
+pub fn of_mount(mount: &Mount) -> Result<Option<(PathBuf, Client)>> {
+    let found = Client::find(&mount.source);
+    let another = match found {
+        Ok(Some(client)) if shows(&client, mount) => return Ok(Some((mount.source.clone(), client))),
+        found => found.map(|_| None),
+    };
+    for pid in processes::daemons(&mount.source) {
+        // The folder is among the first that it opens.
+        for folder in processes::has_open(pid).into_iter().filter(|path| *path != mount.source) {
+            if let Ok(Some(client)) = Client::find(&folder)
+                && client.hello().pid == pid
+                && shows(&client, mount)
+            {
+                return Ok(Some((folder, client)));
+            }
+        }
     }
-    // By another name: through a bind mount, or renamed meanwhile.
-    let wanted = images.metadata().map_err(|e| Error::io(&e, images, "cannot read the images folder"))?;
-    let same = |meta: std::fs::Metadata| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino());
-    Ok(mounts.into_iter().rev().find(|mount| mount.source.metadata().is_ok_and(same)))
+    another
 }
 
 /// The images folder that `path` means (itself, or the one that is mounted there), and its daemon.
 pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
     let point = mounts::resolve(path)?;
     let folder = match mounts::at(&point)? {
-        Some(mount) if mount.is_ours() => mount.trusted()?.source,
+        Some(mount) if mount.is_ours() => {
+            let mount = mount.trusted()?;
+            if let Some((folder, client)) = of_mount(&mount)? {
+                let daemon = Daemon { client, mountpoint: point, folder: folder.clone(), mount: Some(mount) };
+                return Ok((folder, Some(daemon)));
+            }
+            mount.source
+        }
         _ => path.to_owned(),
     };
     let daemon = if folder.exists() { of_folder(&folder)? } else { None };
@@ -127,12 +160,12 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
         Some((name, snapshot)) => (name, Some(snapshot.to_owned())),
         None => (inside, None),
     };
-    let mut daemon = of_folder(&mount.source)?
+    let (folder, mut client) = of_mount(&mount)?
         .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
-    let image = daemon.client.list()?.into_iter().find(|image| image.served && image.name == name);
+    let image = client.list()?.into_iter().find(|image| image.served && image.name == name);
     // Images lie in the folder, whatever the daemon says.
     let image = image.as_ref().and_then(|image| Path::new(&image.path).file_name()).ok_or_else(none)?;
-    Ok(Some((mount.source.join(image), snapshot)))
+    Ok(Some((folder.join(image), snapshot)))
 }
 
 /// The daemon that serves the image at `path` (a file or a layered image's folder), and what it says of it.

@@ -60,7 +60,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if !mount.is_ours() {
         return Err(not_ours(&mount)?.into());
     }
-    let pair = processes::serving(&mount.source);
+    let pair = processes::behind(&mount.source, &mount.point);
     if let Some((who, pid)) = pair.as_ref().and_then(Pair::stopped) {
         if !args.detach {
             return Err(stopped(&point, who, pid).into());
@@ -77,10 +77,10 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     // Before the unmount: afterwards the socket may be gone.
     let daemon = match served::has_died(&mount) {
         Ok(true) => return take_dead_away(&mount),
-        Ok(false) => Client::find(&mount.source)
+        Ok(false) => served::of_mount(&mount)
             .ok()
             .flatten()
-            .map(|client| Daemon::new(client, &mount))
+            .map(|(folder, client)| Daemon::new(client, folder, pair.as_ref(), &mount))
             .transpose()?,
         // It would be waited for without an end.
         Err(e) if !args.detach && e.kind() == Kind::Io => return Err(e.with_kind(Kind::InUse).into()),
@@ -90,6 +90,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             None
         }
     };
+    // Held before the unmount: afterwards they may be gone, and their numbers be others'.
+    let unseen = if daemon.is_none() { pair.as_ref().map(processes_of).unwrap_or_default() } else { Vec::new() };
     let mut kept = holders::beyond(&mount);
     if !kept.is_empty() && !args.detach {
         return Err(busy(&mount).into());
@@ -119,12 +121,48 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     }
     match daemon {
         Some(daemon) => daemon.end(),
-        None => {
-            // No success: a script that goes on to copy the images would copy them in the middle of something.
-            let what = "unmounted, but its daemon did not answer and may still be closing images";
-            Err(Error::at(Kind::Io, &point, what).into())
+        None => Err(without_a_word(&point, &unseen).into()),
+    }
+}
+
+/// Waits for the end of a daemon that could not be asked (its folder was removed, or its socket is another's). Never a
+/// success: how its images were closed is not known, and a script that goes on to copy them should know that.
+fn without_a_word(point: &Path, processes: &[(u32, OwnedFd)]) -> Error {
+    let (began, mut say_next) = (Instant::now(), Instant::now() + WORD);
+    for (pid, handle) in processes {
+        while !process::ends_before(handle, Some(Instant::now() + LOOK)) {
+            let waits = if processes::is_stopped(*pid) {
+                format!("process {pid} of it is stopped; let it go on: kill -CONT {pid}")
+            } else {
+                format!("process {pid} of it, which cannot be asked, has not ended")
+            };
+            if began.elapsed() >= CLOSING {
+                return Error::at(Kind::Io, point, format!("unmounted, but {waits}"));
+            }
+            if Instant::now() >= say_next {
+                say_next = Instant::now() + WORD;
+                out::say(&format!("{}: unmounted; waiting for the end: {waits}", point.display()));
+            }
         }
     }
+    let what = if processes.is_empty() {
+        "unmounted, but its daemon did not answer and may still be closing images"
+    } else {
+        "unmounted, and its daemon has ended, but it could not be asked how it closed its images (was the images folder \
+         removed?); its log and `ploopfs check` say that"
+    };
+    Error::at(Kind::Io, point, what)
+}
+
+/// Handles of all processes behind a mount, which keep their numbers from becoming those of others.
+fn processes_of(pair: &Pair) -> Vec<(u32, OwnedFd)> {
+    let all = [Some(pair.daemon), pair.keeper, processes::standby_of(pair)];
+    all.into_iter().flatten().filter_map(handle).collect()
+}
+
+fn handle(number: u32) -> Option<(u32, OwnedFd)> {
+    let pid = i32::try_from(number).ok().and_then(Pid::from_raw)?;
+    Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
 }
 
 fn stopped(point: &Path, who: &str, pid: u32) -> Error {
@@ -231,6 +269,8 @@ fn busy(mount: &Mount) -> Error {
 /// The daemon behind a mount, asked to tell its end.
 struct Daemon<'a> {
     mount: &'a Mount,
+    /// The folder that it serves, as it is called now.
+    folder: PathBuf,
     waiting: Waiting,
     /// Daemon, keeper and standby, held so that their numbers cannot become those of others.
     processes: Vec<(u32, OwnedFd)>,
@@ -251,16 +291,12 @@ enum State {
 }
 
 impl<'a> Daemon<'a> {
-    fn new(client: Client, mount: &'a Mount) -> Result<Daemon<'a>> {
+    fn new(client: Client, folder: PathBuf, pair: Option<&Pair>, mount: &'a Mount) -> Result<Daemon<'a>> {
         let hello = client.hello();
-        let handle = |number: u32| {
-            let pid = i32::try_from(number).ok().and_then(Pid::from_raw)?;
-            Some((number, pidfd_open(pid, PidfdFlags::empty()).ok()?))
-        };
-        let standby = processes::standby_of(&mount.source);
+        let standby = pair.filter(|pair| pair.daemon == hello.pid).and_then(processes::standby_of);
         let all = [hello.pid, hello.keeper].into_iter().chain(standby);
         let processes = all.filter_map(handle).collect();
-        Ok(Daemon { mount, waiting: client.wait()?, processes })
+        Ok(Daemon { mount, folder, waiting: client.wait()?, processes })
     }
 
     /// Waits until the images are closed and the processes gone, so that what follows finds them clean.
@@ -347,12 +383,14 @@ impl<'a> Daemon<'a> {
         if let Some((pid, _)) = self.processes.iter().find(|(pid, _)| processes::is_stopped(*pid)) {
             return State::Silent(format!("process {pid} of it is stopped; let it go on: kill -CONT {pid}"));
         }
-        match Client::find(&self.mount.source) {
+        match Client::find(&self.folder) {
+            // Another has it by now.
+            Ok(Some(client)) if client.hello().pid != self.pid() => State::Closing,
             Ok(Some(client)) if client.hello().closing => State::Closing,
             Ok(Some(mut client)) => {
                 let images = client.list().unwrap_or_default().into_iter();
                 let open = images.filter(|image| image.openers > 0).map(|image| image.name).collect();
-                State::Serves { open, kept: holders::of_folder(&self.mount.source) }
+                State::Serves { open, kept: holders::of_file_system(self.mount) }
             }
             // Just gone.
             Ok(None) => State::Closing,

@@ -117,14 +117,14 @@ fn live(
     interrupted: &AtomicBool,
     bar: &Bar,
 ) -> Result<Done> {
-    let images = daemon.client.hello().images.clone();
+    let images = daemon.folder.clone();
     let mut asked = false;
     daemon.client.work(name, work, pace.rate, &mut |amount| {
         bar.show(amount);
         if interrupted.load(Ordering::Relaxed) && !asked {
             asked = true;
             // On a line of its own: this one waits for the end. Work that ended meanwhile needs no cancelling.
-            if let Ok(Some(mut second)) = Client::find(Path::new(&images)) {
+            if let Ok(Some(mut second)) = Client::find(&images) {
                 let _ = second.cancel(name);
             }
         }

@@ -124,6 +124,10 @@ pub struct Hello {
     /// True once the mount has ended and its images are being closed.
     #[serde(default)]
     pub closing: bool,
+    /// The file system's device number, major and minor, in the kernel's table of mounts. It tells this daemon's mount from one
+    /// that another daemon made of a folder that had the same path before.
+    #[serde(default)]
+    pub device: Option<(u32, u32)>,
 }
 
 /// One image in the answer to [`Op::List`].

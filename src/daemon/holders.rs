@@ -172,6 +172,13 @@ pub fn beyond(mount: &Mount) -> Vec<Holder> {
     Everywhere::look().map(|tables| keeping(mount, &tables)).unwrap_or_default()
 }
 
+/// What keeps the file system of `mount` alive, which is gone: its other mounts, wherever they are.
+pub fn of_file_system(mount: &Mount) -> Vec<Holder> {
+    let Ok(tables) = Everywhere::look() else { return Vec::new() };
+    let same = |one: &Mount| one.device == mount.device && one.is_ours() && one.source == mount.source;
+    tables.all().filter(|(_, one)| same(one)).map(|(pid, one)| copy(pid, one.clone())).collect()
+}
+
 /// What keeps the file system of a folder alive whose mount point is gone: its other mounts, wherever they are.
 pub fn of_folder(images: &Path) -> Vec<Holder> {
     let Ok(tables) = Everywhere::look() else { return Vec::new() };

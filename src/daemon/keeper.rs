@@ -25,7 +25,6 @@ use super::settings::Settings;
 use super::standby::{Standby, Told};
 use super::wire::{self, Event, Note, Order};
 use super::{events, log, notify, siblings};
-use crate::control::client::Client;
 use crate::control::place::Place;
 use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_detached as spawn;
@@ -265,6 +264,11 @@ impl<'a> Keeper<'a> {
                 Ok(Happening::Said(Note::Holder(held))) => {
                     self.orders.send(Order::Holder(held.look_up(self.daemon.id())));
                 }
+                Ok(Happening::Said(Note::Alive)) => {
+                    if report.in_front() && notify::watchdog().is_some() {
+                        notify::alive();
+                    }
+                }
                 Ok(Happening::Said(Note::Event(event))) => match (event.objection(), &self.events) {
                     (Some(why), _) => {
                         let text = format!("an event was passed over: {:?} {why}", event.image);
@@ -350,21 +354,22 @@ impl<'a> Keeper<'a> {
     /// Passes on what came of the mount.
     fn hand_over(&mut self, made: Result<OwnedFd>) {
         self.mounting = None;
-        match made.and_then(|connection| self.note_mount().map(|()| connection)) {
-            Ok(connection) => self.orders.send_with(Order::Mounted, connection), // 4
+        match made.and_then(|connection| self.note_mount().map(|device| (connection, device))) {
+            Ok((connection, device)) => self.orders.send_with(Order::Mounted { device }, connection), // 4
             Err(e) => {
                 self.orders.send(Order::NotMounted { text: e.to_string(), status: e.kind().exit_status() })
             }
         }
     }
 
-    fn note_mount(&mut self) -> Result<()> {
-        if let Some(mount) = &mut self.mount {
-            mount.is_made(self.settings)?;
-            let known = Told::Mount(mount.clone());
-            self.tell_standby(&known); // 3
-        }
-        Ok(())
+    /// Knows which mount it is, from now on; returns the device number of its file system.
+    fn note_mount(&mut self) -> Result<(u32, u32)> {
+        let unasked = || Error::at(Kind::Io, self.settings.mountpoint(), "was mounted, and not asked for");
+        let mount = self.mount.as_mut().ok_or_else(unasked)?;
+        let device = mount.is_made(self.settings)?;
+        let known = Told::Mount(mount.clone());
+        self.tell_standby(&known); // 3
+        Ok(device)
     }
 
     fn tell_standby(&mut self, what: &Told) {
@@ -411,16 +416,16 @@ impl<'a> Keeper<'a> {
         self.slow_loops = names;
     }
 
-    /// Tells a service manager that wants it (WatchdogSec=) that the daemon answers, as long as it does. The greeting needs no
-    /// file and no lock, so a slow disk does not count as a daemon that hangs.
+    /// Has the daemon asked whether it answers, for a service manager that wants to know (WatchdogSec=). Over our own line: the
+    /// socket has a name in a folder that may be renamed, or be another's, and clients that keep it busy, and a manager that
+    /// hears nothing ends all disks. The answer needs no file and no lock, so a slow disk does not count as a daemon that
+    /// hangs.
     fn start_watchdog(&self) {
         let Some(interval) = notify::watchdog() else { return };
-        let images = self.settings.images().to_owned();
+        let orders = self.orders.clone();
         let body = move || {
             loop {
-                if Client::find(&images).is_ok_and(|daemon| daemon.is_some()) {
-                    notify::alive();
-                }
+                orders.send(Order::Answer);
                 std::thread::sleep(interval);
             }
         };

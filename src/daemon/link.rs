@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Stdin};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -18,10 +18,13 @@ use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount_this;
 use crate::words::quoted;
 
-/// Events on their way to the keeper; more are dropped, because nobody waits for a person to be told.
-const MAX_EVENTS: usize = 256;
+/// Notes on their way to the keeper; more events are dropped, because no thread waits for a person to be told.
+const MAX_NOTES: usize = 256;
 /// How long the keeper may take; an unmount is the longest that it is asked for.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How often a wait for an answer looks whether the keeper has ended: the end of a daemon seems prompt to a person.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What the keeper says, on standard input.
 pub(super) type FromKeeper = BufReader<Receiving<Stdin>>;
@@ -31,16 +34,16 @@ pub(super) fn from_keeper() -> FromKeeper {
     BufReader::new(Receiving::new(io::stdin()))
 }
 
-/// Has the keeper mount, and returns the connection. To be called before a thread listens to the keeper; who waits too long
-/// ends the keeper, and so this.
-pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
+/// Has the keeper mount, and returns the connection, and the device number of the file system. To be called before a thread
+/// listens to the keeper; who waits too long ends the keeper, and so this.
+pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<(OwnedFd, (u32, u32))> {
     let gone = |why: String| Error::new(Kind::Io, format!("the keeper is gone: {why}"));
     tell(&Note::Mount).map_err(|e| gone(e.to_string()))?;
     loop {
         match wire::get(from_keeper) {
-            Ok(Some(Order::Mounted)) => {
+            Ok(Some(Order::Mounted { device })) => {
                 let without = || Error::new(Kind::Io, "the keeper has mounted, and sent no connection");
-                return from_keeper.get_mut().descriptor().ok_or_else(without);
+                return Ok((from_keeper.get_mut().descriptor().ok_or_else(without)?, device));
             }
             Ok(Some(Order::NotMounted { text, status })) => return Err(wire::told(text, status)),
             Ok(Some(order)) => said(order),
@@ -53,44 +56,46 @@ pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<OwnedFd> {
 
 /// The line to the keeper.
 pub(super) struct Link {
-    events: (Sender<Event>, Receiver<Event>),
+    /// Written by a thread of its own, which waits where the keeper reads nothing (it may be stopped): the line holds some
+    /// hundred notes only, and the end of the daemon must not wait behind them.
+    notes: (Sender<Note>, Receiver<Note>),
     answers: (Sender<Order>, Receiver<Order>),
     /// Held from a question to its answer, so that answers find their question. A leaf.
     asking: Mutex<()>,
     /// The sandbox forbids to unmount and to look around.
     confined: AtomicBool,
+    /// The keeper has ended.
+    gone: Arc<AtomicBool>,
 }
 
 impl Link {
     /// A line on standard input and output. No thread is started yet.
     pub(super) fn new() -> Link {
-        let confined = AtomicBool::new(false);
-        Link { events: bounded(MAX_EVENTS), answers: bounded(4), asking: Mutex::new(()), confined }
+        let (confined, gone) = (AtomicBool::new(false), Arc::default());
+        Link { notes: bounded(MAX_NOTES), answers: bounded(4), asking: Mutex::new(()), confined, gone }
     }
 
     /// What the engine calls with its events; blocks nobody.
     pub(super) fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
-        let events = self.events.0.clone();
+        let notes = self.notes.0.clone();
         Box::new(move |event| {
             let event = Event::from(event);
             log::warn!("{}", event.sentence());
             // Full: the keeper is stuck in earlier ones, and the log has this one too.
-            let _ = events.try_send(event);
+            let _ = notes.try_send(Note::Event(event));
         })
     }
 
     /// Starts listening to the keeper and passing events on.
     pub(super) fn start(&self, from_keeper: FromKeeper) -> Result<()> {
-        let answers = self.answers.0.clone();
-        spawn("ploopfs/keeper", move || listen(from_keeper, &answers))?;
-        let events = self.events.1.clone();
-        spawn("ploopfs/events", move || {
-            for event in events {
-                if tell(&Note::Event(event)).is_err() {
-                    return;
-                }
-            }
-        })
+        let (answers, notes, gone) = (self.answers.0.clone(), self.notes.0.clone(), self.gone.clone());
+        spawn("ploopfs/keeper", move || {
+            listen(from_keeper, &answers, &notes);
+            gone.store(true, Ordering::Relaxed);
+        })?;
+        let notes = self.notes.1.clone();
+        // Without a keeper they are taken and thrown away.
+        spawn("ploopfs/events", move || notes.iter().for_each(|note| drop(tell(&note))))
     }
 
     /// From now on the keeper is asked for what the sandbox forbids: who holds a lock, too.
@@ -102,12 +107,13 @@ impl Link {
 
     /// Unmounts through the keeper, or ourselves when it is gone and the sandbox is off.
     pub(super) fn unmount(&self, settings: &Settings, detach: bool) -> Result<()> {
-        match self.ask(&Note::Unmount { detach }) {
+        match self.ask(Note::Unmount { detach }) {
             Some(Order::Unmounted { error: None }) => Ok(()),
             Some(Order::Unmounted { error: Some(why) }) => Err(Error::new(Kind::Busy, why)),
             _ if self.confined.load(Ordering::Relaxed) => {
+                let keeper = if self.is_gone() { "is gone" } else { "does not answer (was it stopped?)" };
                 let what = format!(
-                    "the keeper process is gone, and the daemon's sandbox forbids it to unmount; the standby takes the mount \
+                    "the keeper process {keeper}, and the daemon's sandbox forbids it to unmount; the standby takes the mount \
                      away at the end; should it stay, run: ploopfs umount {}",
                     quoted(settings.mountpoint())
                 );
@@ -125,25 +131,37 @@ impl Link {
 
     /// Who holds files of the mount open, in words; empty when nobody can tell.
     pub(super) fn holders(&self) -> Vec<String> {
-        match self.ask(&Note::Holders) {
+        match self.ask(Note::Holders) {
             Some(Order::Holders(who)) => who,
             _ => Vec::new(),
         }
     }
 
     fn holder(&self, held: Held) -> Option<Holder> {
-        match self.ask(&Note::Holder(held)) {
+        match self.ask(Note::Holder(held)) {
             Some(Order::Holder(holder)) => holder,
             _ => None,
         }
     }
 
-    fn ask(&self, question: &Note) -> Option<Order> {
+    fn ask(&self, question: Note) -> Option<Order> {
         let _asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
         // An answer that came too late for its question is not ours.
         while self.answers.1.try_recv().is_ok() {}
-        tell(question).ok()?;
-        self.answers.1.recv_timeout(PATIENCE).ok()
+        let deadline = Instant::now() + PATIENCE;
+        if !self.is_gone() {
+            self.notes.0.send_deadline(question, deadline).ok()?;
+        }
+        while !self.is_gone() && Instant::now() < deadline {
+            if let Ok(answer) = self.answers.1.recv_timeout(LOOK) {
+                return Some(answer);
+            }
+        }
+        None
+    }
+
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
     }
 }
 
@@ -160,10 +178,12 @@ pub(super) fn tell(note: &Note) -> io::Result<()> {
     wire::put(&mut io::stdout().lock(), note)
 }
 
-fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>) {
+fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>, notes: &Sender<Note>) {
     loop {
         match wire::get(&mut from_keeper) {
             Ok(Some(order @ Order::Warn(_))) => said(order),
+            // Full: it does not listen.
+            Ok(Some(Order::Answer)) => drop(notes.try_send(Note::Alive)),
             // Full: nothing waits for these answers any more.
             Ok(Some(order)) => drop(answers.try_send(order)),
             Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),

@@ -55,14 +55,14 @@ impl OwnMount {
         OwnMount { before: ids(here), elsewhere: ids(others), known: None }
     }
 
-    /// To be called as soon as it is made: from now on that one is meant.
-    pub fn is_made(&mut self, settings: &Settings) -> Result<()> {
+    /// To be called as soon as it is made: from now on that one is meant. Returns the device number of its file system.
+    pub fn is_made(&mut self, settings: &Settings) -> Result<(u32, u32)> {
         let Some(made) = self.find(settings)? else {
             let what = "was mounted, and is not in the table of mounts: it was taken away just now";
             return Err(Error::at(Kind::Io, settings.mountpoint(), what));
         };
         self.known = Some(Identity { id: made.id, device: made.device });
-        Ok(())
+        Ok(made.device)
     }
 
     /// The mount of the folder that can only be the one that was made: on the mount point, uppermost or not, or where it was

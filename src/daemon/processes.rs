@@ -34,6 +34,30 @@ pub fn serving(images: &Path) -> Option<Pair> {
     all().find(|pair| pair.images == images)
 }
 
+/// The processes of a mount of the folder `images` at `point`: where several folders had that path one after the other,
+/// those that were started for this mount point.
+pub fn behind(images: &Path, point: &Path) -> Option<Pair> {
+    let all: Vec<Pair> = all().filter(|pair| pair.images == images).collect();
+    let here = all.iter().position(|pair| pair.mountpoint == point);
+    all.into_iter().nth(here.unwrap_or(0))
+}
+
+/// The daemons that were started for a folder which had the path `images` then.
+pub fn daemons(images: &Path) -> impl Iterator<Item = u32> {
+    all().filter(move |pair| pair.images == images).map(|pair| pair.daemon)
+}
+
+/// The paths, as they are now, of what a process has open, in the order in which it was opened; empty where it cannot be
+/// seen.
+pub fn has_open(pid: u32) -> Vec<PathBuf> {
+    let home = PathBuf::from(format!("/proc/{pid}/fd"));
+    let open = fs::read_dir(&home).into_iter().flatten().flatten();
+    let mut open: Vec<u32> = open.filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect();
+    open.sort_unstable();
+    let paths = open.iter().filter_map(|fd| fs::read_link(home.join(fd.to_string())).ok());
+    paths.filter(|path| path.is_absolute()).collect()
+}
+
 /// The processes that were started for the mount point `point`.
 pub fn mounted_at(point: &Path) -> Option<Pair> {
     all().find(|pair| pair.mountpoint == point)
@@ -47,10 +71,11 @@ pub fn is_stopped(pid: u32) -> bool {
     matches!(behind, Some(b'T' | b't'))
 }
 
-/// The standby of the folder `images` ([`standby`](super::standby)).
-pub fn standby_of(images: &Path) -> Option<u32> {
+/// The standby of the daemon `pair` ([`standby`](super::standby)).
+pub fn standby_of(pair: &Pair) -> Option<u32> {
+    let places_of = |home: &Path| places(home, "standby");
     each()
-        .find(|(_, home)| places(home, "standby").is_some_and(|(theirs, _)| theirs == images))
+        .find(|(_, home)| places_of(home).is_some_and(|of| of == (pair.images.clone(), pair.mountpoint.clone())))
         .map(|(pid, _)| pid)
 }
 

@@ -8,7 +8,7 @@ use super::stop::Ending;
 use super::works::Works;
 use crate::control::protocol::{Answer, Hello, ImageLine, Op};
 use crate::control::server::{Caller, Service};
-use crate::disk::snapshots::{self, SnapshotLine};
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fuse::session::Transport;
@@ -16,13 +16,21 @@ use crate::image::kind::in_text;
 use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
+/// What tells this daemon and its mount from others.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Identity {
+    /// Process id of the keeper: our parent when we started.
+    pub keeper: u32,
+    /// Of the mount's file system.
+    pub device: Option<(u32, u32)>,
+}
+
 /// The folder and its end, as clients see them.
 pub(super) struct Desk {
     settings: Settings,
     folder: Arc<Folder>,
     ending: Arc<Ending>,
-    /// Process id of the keeper: our parent when we started.
-    keeper: u32,
+    identity: Identity,
     sandbox: Sandbox,
     transport: Transport,
     works: Works,
@@ -34,24 +42,25 @@ impl Desk {
         settings: Settings,
         folder: Arc<Folder>,
         ending: Arc<Ending>,
-        keeper: u32,
+        identity: Identity,
         sandbox: Sandbox,
         transport: Transport,
     ) -> Desk {
         let works = Works::in_folder(folder.clone());
-        Desk { settings, folder, ending, keeper, sandbox, transport, works }
+        Desk { settings, folder, ending, identity, sandbox, transport, works }
     }
 
     fn hello(&self) -> Hello {
         Hello {
             pid: std::process::id(),
-            keeper: self.keeper,
+            keeper: self.identity.keeper,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mountpoint: self.settings.mountpoint().to_string_lossy().into_owned(),
             images: self.settings.images().to_string_lossy().into_owned(),
             transport: self.transport.name().to_owned(),
             read_only: self.settings.read_only,
             closing: self.ending.is_closing(),
+            device: self.identity.device,
         }
     }
 
@@ -84,7 +93,7 @@ impl Desk {
     /// Says at once, and in words, what the sandbox would only answer with EACCES.
     fn refuse_outside(&self, work: &Work) -> Result<()> {
         match work {
-            Work::Clone { to, .. } if self.sandbox.landlock && !to.starts_with(self.settings.images()) => {
+            Work::Clone { to, .. } if self.sandbox.landlock && !self.folder.is_around(to) => {
                 let why = "lies outside of the images folder, to which the daemon is confined; clone it into the images \
                            folder, unmount it first, or mount it with --no-sandbox";
                 Err(Error::at(Kind::NotPermitted, to, why))
@@ -101,7 +110,7 @@ impl Desk {
     fn snapshots(&self, image: &str) -> Result<Vec<SnapshotLine>> {
         let missing = || Error::at(Kind::NotFound, self.folder.path().join(image), "no such image is served");
         let entry = self.folder.find_text(image).ok_or_else(missing)?;
-        snapshots::of(&entry.path(), self.settings.allow_outside)
+        entry.snapshot_lines()
     }
 }
 

@@ -1,7 +1,8 @@
 //! The standby: a process that does nothing as long as the keeper lives. When that is killed, it waits for the end of the
 //! daemon, and takes the mount away in the keeper's place: a confined daemon cannot, and what a daemon leaves mounted
 //! answers ENOTCONN to all. A daemon that has started goes on meanwhile, because its disks are in use; one that was still
-//! starting is ended, because what waits for the start hears nothing any more.
+//! starting is ended, because what waits for the start hears nothing any more. A keeper that was stopped (SIGSTOP, Ctrl-Z)
+//! when the daemon ends is not waited for either.
 //!
 //! It ends with the keeper, which kills it as the last thing it does; a keeper that ends otherwise was killed itself.
 
@@ -9,7 +10,9 @@ use std::io::{self, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ExitCode, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::sleep;
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
@@ -22,7 +25,11 @@ use super::{holders, log, siblings, wire};
 use crate::control::place::Place;
 use crate::error::{Error, Kind, Result};
 use crate::io::handover::{self, Receiving};
+use crate::io::process::spawn_detached;
 use crate::io::{foreign, process};
+
+/// How long the keeper has for the mount of a daemon that has ended, before it counts as stopped.
+const KEEPERS_TURN: Duration = Duration::from_secs(5);
 
 /// What the keeper tells it; the first line is the settings, and the daemon's pidfd with them.
 #[derive(Debug, Serialize, Deserialize)]
@@ -86,18 +93,19 @@ pub fn main() -> ExitCode {
     let _ = process::name_this_thread("ploopfs-standby");
     let mut keeper = BufReader::new(Receiving::new(io::stdin()));
     let settings = wire::get::<Settings>(&mut keeper).ok().flatten();
-    let (Some(settings), Some(daemon)) = (settings, keeper.get_mut().descriptor()) else {
+    let (Some(settings), Some(daemon)) = (settings, keeper.get_mut().descriptor().map(Arc::new)) else {
         // Killed before it said a word, and before the daemon could have a mount; or we were started by hand.
         return ExitCode::from(Kind::Invalid.exit_status());
     };
     let images = foreign::resolved_folder(settings.images()).ok();
-    let (mut mount, mut started) = (None, false);
+    let (known, mut started) = (Known::default(), false);
     loop {
         match wire::get(&mut keeper) {
-            Ok(Some(Told::Mount(now))) => mount = Some(now),
+            Ok(Some(Told::Mount(now))) => *locked(&known) = Some(now),
             Ok(Some(Told::Started)) => {
                 started = true;
                 siblings::let_go_of_output();
+                stand_in(&settings, &daemon, &known);
             }
             Err(e) if wire::is_odd(&e) => {}
             Ok(None) | Err(_) => break,
@@ -109,10 +117,33 @@ pub fn main() -> ExitCode {
         let _ = pidfd_send_signal(&daemon, Signal::TERM);
     }
     process::ends_before(&daemon, None);
+    let mount = locked(&known).clone();
     if let Some(mount) = mount {
         clean_up(&settings, images.as_ref(), &mount);
     }
     ExitCode::SUCCESS
+}
+
+/// What the keeper said of the mount. A leaf.
+type Known = Arc<Mutex<Option<OwnMount>>>;
+
+fn locked(known: &Known) -> MutexGuard<'_, Option<OwnMount>> {
+    known.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits for the daemon's end, on a thread of its own, and takes the mount away where the keeper does not: it may be stopped.
+/// What that still has to say and to do it finds done, or does, when it goes on.
+fn stand_in(settings: &Settings, daemon: &Arc<OwnedFd>, known: &Known) {
+    let (settings, daemon, known) = (settings.clone(), daemon.clone(), known.clone());
+    // Without a thread a stopped keeper does it later.
+    let _ = spawn_detached("standby/daemon", move || {
+        process::ends_before(&daemon, None);
+        // The keeper ends us when it has done it.
+        sleep(KEEPERS_TURN);
+        if let Some(mount) = locked(&known).as_ref() {
+            mount.take_away(&settings, |_| {});
+        }
+    });
 }
 
 /// Takes the mount away, names what still has files open there, and says so in the log.

@@ -12,7 +12,7 @@ use signal_hook::iterator::Signals;
 use super::link::{self, FromKeeper, Link};
 use super::log;
 use super::sandbox::{self, Borders};
-use super::service::Desk;
+use super::service::{Desk, Identity};
 use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
@@ -107,6 +107,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     let server = Server::bind(&place)?;
 
     let root = rustix::process::geteuid().is_root();
+    let mut device = None;
     let confined = Arc::new(OnceLock::new());
     let tree = Tree::new(folder.clone(), engine.clone(), mount_info(&settings, transport, confined.clone()));
     let session = session::over(
@@ -122,7 +123,11 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
             passthrough: settings.passthrough,
             asked: settings.asked.clone(),
         },
-        || link::mounted(&mut keeper_says),
+        || {
+            let (connection, made) = link::mounted(&mut keeper_says)?;
+            device = Some(made);
+            Ok(connection)
+        },
     )?;
 
     folder.announce_to(tree::announcer(session.notifier()));
@@ -183,7 +188,8 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     if active.landlock || active.seccomp {
         link.confine();
     }
-    let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), keeper, active, transport);
+    let place = Identity { keeper, device };
+    let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), place, active, transport);
     let clients = server.start(Arc::new(desk))?;
     let started = folder.start_watch();
     if let Err(e) = watched.and(started) {

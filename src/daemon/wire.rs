@@ -43,6 +43,8 @@ pub enum Note {
     Holders,
     /// Who has this lock? Answered with [`Order::Holder`].
     Holder(Held),
+    /// The answer to [`Order::Answer`]: requests of the keeper are heard.
+    Alive,
     /// Something a person should hear of: run the program of `--on-event`.
     Event(Event),
 }
@@ -83,7 +85,10 @@ pub enum What {
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// The connection to the kernel, whose first message waits in it, comes with this line.
-    Mounted,
+    Mounted {
+        /// Of its file system, in the kernel's table of mounts.
+        device: (u32, u32),
+    },
     /// It could not be mounted.
     NotMounted {
         /// Why.
@@ -102,6 +107,8 @@ pub enum Order {
     Holder(Option<Holder>),
     /// Something the keeper found that belongs into the log.
     Warn(String),
+    /// Are you there? Answered with [`Note::Alive`].
+    Answer,
 }
 
 /// A failed start in the words that go to the command line.

@@ -2,7 +2,7 @@
 //! piece, so it can be read at any time.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -50,15 +50,24 @@ pub fn of(image: &Path, allow_outside: bool) -> Result<Vec<SnapshotLine>> {
     if !is_layered(image) {
         let candidate = Candidate::open(image)?;
         candidate.kind()?;
-        let ((_, exclusive), guid) = (candidate.extent(), Guid::TOP.to_string());
-        return Ok(vec![SnapshotLine { guid, exclusive, current: true, ..SnapshotLine::default() }]);
+        return Ok(of_single(candidate.extent().1));
     }
-    let dir = image_folder(image)?;
-    let (descriptor, labels) = Store::read(dir.as_fd(), image)?;
+    of_folder(image_folder(image)?.as_fd(), image, allow_outside)
+}
+
+/// A single file has the live disk alone; `exclusive` in bytes.
+pub fn of_single(exclusive: u64) -> Vec<SnapshotLine> {
+    let guid = Guid::TOP.to_string();
+    vec![SnapshotLine { guid, exclusive, current: true, ..SnapshotLine::default() }]
+}
+
+/// The snapshots of the layered image whose folder `dir` is; `image` is its path, for messages.
+pub fn of_folder(dir: BorrowedFd<'_>, image: &Path, allow_outside: bool) -> Result<Vec<SnapshotLine>> {
+    let (descriptor, labels) = Store::read(dir, image)?;
     let mut sizes = HashMap::new();
     for delta in &descriptor.deltas {
         // A file that the image may not have is not looked at.
-        if let Some(stat) = paths::named(dir.as_fd(), image, &delta.file, allow_outside)? {
+        if let Some(stat) = paths::named(dir, image, &delta.file, allow_outside)? {
             // stat(2) counts units of 512 bytes.
             sizes.insert(delta.guid, stat.st_blocks as u64 * 512);
         }

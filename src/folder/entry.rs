@@ -18,6 +18,7 @@ use super::shared::{Around, Shared};
 use super::snapshots::Views;
 use super::strand::{Spawn, Strand};
 use super::{locked, read, write};
+use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::image::layers::Layers;
 use crate::io::backing::Backing;
@@ -231,6 +232,12 @@ impl Entry {
         }
         let last = locked(&self.last);
         last.trouble.clone().or_else(|| last.damage.clone())
+    }
+
+    /// Its snapshots, as its descriptor has them at the moment.
+    pub fn snapshot_lines(&self) -> Result<Vec<SnapshotLine>> {
+        let (images, trusted) = (self.shared.place.fd().as_fd(), self.shared.allow_outside);
+        self.origin().snapshots(images, &self.path(), trusted)
     }
 
     /// What stat shows. Asks the host, and so may wait for it; opens nothing. Not for threads of a transport.

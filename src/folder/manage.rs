@@ -60,6 +60,7 @@ impl Folder {
     pub fn create_image(&self, id: u64, size: u64) -> Result<()> {
         let (name, _making) = self.begin_making(id)?;
         let file = names::file_of_new(self.path(), &name)?;
+        self.check_path(&name)?;
         create(&self.path().join(&file), &Plan::thin(size))?;
         self.has_come(&name, &file)
     }
@@ -67,9 +68,20 @@ impl Folder {
     /// A file without a size becomes a clone of `source`, or of a snapshot of it.
     pub fn clone_image(&self, id: u64, source: &Entry, snapshot: Option<String>) -> Result<()> {
         let (name, _making) = self.begin_making(id)?;
+        self.check_path(&name)?;
         let work = Work::Clone { snapshot, to: self.path().join(&name), copy: false };
         self.work(&in_text(source.name()), &work, &Progress::new())?;
         self.has_come(&name, &name)
+    }
+
+    /// What is made by the folder's path must not be made in another folder that has this path by now.
+    fn check_path(&self, name: &OsStr) -> Result<()> {
+        let path = self.path().join(name);
+        if self.is_around(&path) {
+            return Ok(());
+        }
+        let why = "cannot be made: the images folder was renamed or removed; umount it, and mount it by its new name";
+        Err(Error::at(Kind::NotFound, path, why))
     }
 
     fn begin_making(&self, id: u64) -> Result<(OsString, Making<'_>)> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use super::scan::{Identity, Source};
+use crate::disk::snapshots::{self, SnapshotLine};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::image::paths;
@@ -48,6 +49,27 @@ impl Origin {
             return Err(Error::at(Kind::NotFound, path, why));
         }
         Ok(dir)
+    }
+
+    /// Its snapshots, by the descriptor of the images folder: that one's path may lead to another folder by now.
+    pub(super) fn snapshots(
+        &self,
+        images: BorrowedFd<'_>,
+        path: &Path,
+        allow_outside: bool,
+    ) -> Result<Vec<SnapshotLine>> {
+        match self.source {
+            Source::File(_) => {
+                let gone = || Error::at(Kind::NotFound, path, "is gone from the folder");
+                let status = self.status(images, path, allow_outside).ok_or_else(gone)?;
+                // Counted in units of 512 bytes.
+                Ok(snapshots::of_single(status.blocks * 512))
+            }
+            Source::Layers => {
+                let dir = self.folder(images, path)?;
+                snapshots::of_folder(dir.as_fd(), path, allow_outside)
+            }
+        }
     }
 
     /// What the host says of it without opening any delta: of a layered image, the top's owner, mode and time, and the

@@ -68,6 +68,13 @@ impl Place {
         &self.path
     }
 
+    /// True when a folder on the way to `path` is this one.
+    pub(super) fn is_around(&self, path: &Path) -> bool {
+        let Ok(own) = rustix::fs::fstat(&self.fd) else { return false };
+        let same = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino) == (own.st_dev, own.st_ino);
+        path.ancestors().skip(1).any(|folder| rustix::fs::stat(folder).is_ok_and(same))
+    }
+
     /// Space of the file system that holds it.
     pub(super) fn space(&self) -> Result<HostSpace> {
         let s = rustix::fs::fstatvfs(&self.fd)

@@ -384,6 +384,11 @@ impl Folder {
         self.shared.place.fd().as_fd()
     }
 
+    /// True when `path` leads to a place in the folder, which may have been renamed, and its old path be another's.
+    pub fn is_around(&self, path: &Path) -> bool {
+        self.shared.place.is_around(path)
+    }
+
     /// Space of the file system that holds the images.
     pub fn space(&self) -> Result<HostSpace> {
         self.shared.place.space()

@@ -131,7 +131,12 @@ impl Watch {
         let mut folders: Vec<PathBuf> = mounts::all()?
             .into_iter()
             .filter(Mount::is_ours)
-            .filter_map(|m| Some(m.trusted().ok()?.source))
+            .filter_map(|mount| {
+                let mount = mount.trusted().ok()?;
+                // One that does not answer is said to be so when it is asked.
+                let found = served::of_mount(&mount).ok().flatten();
+                Some(found.map_or(mount.source, |(folder, _)| folder))
+            })
             .collect();
         folders.sort();
         folders.dedup();

@@ -68,6 +68,7 @@ fn answers() -> Vec<Answer> {
         transport: "uring".into(),
         read_only: false,
         closing: false,
+        device: Some((0, 57)),
     };
     let image = ImageLine {
         name: "vm1".into(),
