@@ -4,7 +4,6 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -534,56 +533,6 @@ fn a_forced_end_does_not_wait_for_a_host_that_hangs() {
     drop(open);
 }
 
-/// A mount whose images folder was renamed, and another folder with an image of the same name has its path; what is
-/// written in vm1 of the two is "old" and "new".
-fn renamed_under_its_mount(args: &[&str]) -> (Mount, Mount) {
-    let old = Mount::new(&[args, &["--create", "vm1=8M"]].concat());
-    old.open("vm1").write_all_at(b"old", 0).expect("written");
-    fs::rename(old.images(), old.images().with_extension("renamed")).expect("renamed");
-    let new = Mount::over(old.images(), &["--create", "vm1=8M"]);
-    new.open("vm1").write_all_at(b"new", 0).expect("written");
-    (old, new)
-}
-
-#[test]
-fn the_image_of_a_mount_is_not_looked_for_in_another_folder_that_has_the_path_of_its_own_by_now() {
-    require!("fuse");
-    let (mut old, mut new) = renamed_under_its_mount(&["--no-sandbox"]);
-    let out = old.images().with_extension("raw");
-    Run::ploopfs().arg("export").args([&old.flat("vm1"), &out]).ok();
-    let content = fs::read(&out).expect("exported");
-    assert!(content.starts_with(b"old"), "exported: {:?}", String::from_utf8_lossy(&content[..3]));
-    Run::ploopfs().args(["snapshot", "create"]).arg(old.flat("vm1")).arg("of-old").ok();
-    assert!(!new.images().join("vm1").exists(), "the snapshot was made in the other folder");
-    let listed = |shown: &Path| Run::ploopfs().args(["snapshot", "list"]).arg(shown).ok();
-    assert!(listed(&old.flat("vm1")).contains("of-old"));
-    assert!(!listed(&new.flat("vm1")).contains("of-old"));
-    for mount in [&mut old, &mut new] {
-        let done = umount(mount).run();
-        assert!(done.success(), "{done}");
-    }
-}
-
-#[test]
-fn what_is_made_through_a_mount_is_not_made_in_another_folder_that_has_the_path_of_its_own_by_now() {
-    require!("fuse");
-    let (old, new) = renamed_under_its_mount(&["--no-sandbox", "--manage"]);
-    let made = Run::new("truncate").args(["-s", "8M"]).arg(old.flat("vm2")).run();
-    assert!(!made.success(), "{made}");
-    assert!(!new.images().join("vm2.hds").exists(), "it was made in the other folder");
-}
-
-#[test]
-fn a_mount_whose_images_folder_was_renamed_is_listed_and_unmounted_as_before() {
-    require!("fuse");
-    let mount = Mount::new(&["--create", "vm1=8M"]);
-    fs::rename(mount.images(), mount.images().with_extension("renamed")).expect("renamed");
-    let listed = Run::ploopfs().arg("list").arg(mount.point()).ok();
-    assert!(listed.contains("vm1"), "{listed}");
-    let done = umount(&mount).run();
-    assert!(done.success(), "{done}");
-}
-
 #[test]
 fn umount_waits_for_a_daemon_that_cannot_be_asked() {
     require!("fuse");
@@ -621,4 +570,22 @@ fn a_stopped_keeper_that_reads_nothing_does_not_keep_the_daemon_from_ending() {
         until(SOON, || mounts_of(&mount) == 0),
         "it leaves a dead mount as long as its keeper is stopped"
     );
+}
+
+#[test]
+fn of_many_umounts_at_once_none_is_refused() {
+    require!("fuse");
+    let mut mount = Mount::new(&["--create", "vm1=8M"]);
+    for _ in 0..5 {
+        let end = || umount(&mount).run();
+        let all: Vec<Finished> = std::thread::scope(|scope| {
+            let each: Vec<_> = (0..8).map(|_| scope.spawn(end)).collect();
+            each.into_iter().map(|one| one.join().expect("no panic")).collect()
+        });
+        for done in &all {
+            assert!(done.success(), "{done}");
+        }
+        mount.start();
+    }
+    mount.umount();
 }

@@ -381,3 +381,19 @@ fn a_mount_whose_keeper_is_killed_at_the_start_is_taken_away() {
     assert!(!mount.is_mounted(), "told before it was taken away: {said}");
     assert!(until(SOON, || mount.processes().is_empty()));
 }
+
+#[test]
+fn a_start_whose_keeper_was_stopped_says_so_and_ends() {
+    require!("fuse", "strace");
+    let mut mount = Traced::start(&["-e", "trace=mount", "-e", "inject=mount:signal=SIGSTOP"], &[]);
+    let (status, said) = mount.end();
+    assert_eq!(status, Some(1), "{said}");
+    let keeper = mount.process("keeper").expect("one keeper");
+    assert!(
+        said.contains("waiting for the start") && said.contains(&format!("kill -CONT {keeper}")),
+        "{said}"
+    );
+    signal(keeper, Signal::CONT);
+    // Which no command waits for any more.
+    assert!(until(SOON, || mount.processes().is_empty() && !mount.is_mounted()));
+}

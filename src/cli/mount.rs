@@ -11,6 +11,7 @@ use clap::Parser;
 use crate::cli::{Outcome, mount_options, out, served, size, umount};
 use crate::control::client::Client;
 use crate::daemon::keeper::{self, Report};
+use crate::daemon::launch;
 use crate::daemon::settings::{self, Settings};
 use crate::daemon::wire::Note;
 use crate::daemon::{holders, processes};
@@ -247,7 +248,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.foreground {
         return Ok(Outcome::Status(keep_in_front(&settings)));
     }
-    let begun = match keeper::launch(&settings) {
+    let begun = match launch::launch(&settings, &mut out::say) {
         Err(e) if e.kind() == Kind::InUse => {
             return made_meanwhile(e, settings.images(), settings.mountpoint());
         }

@@ -36,6 +36,8 @@ const WORD: Duration = Duration::from_secs(4);
 /// How long a daemon may take to notice that it was unmounted, or to end once its images are closed. It does so at once,
 /// unless it was stopped, or something keeps the file system that could not be seen.
 const NOTICE: Duration = Duration::from_secs(10);
+/// How long a daemon may take to begin to close its images when another umount has just taken its mount away.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long closing the images may take: everything unsynced of all of them goes to the disk.
 const CLOSING: Duration = Duration::from_secs(600);
 
@@ -105,6 +107,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             kept = holders::of(&mount);
             unmount_this(&mount, true)?;
         }
+        // Another umount was faster.
+        Err(_) if mounts::by_id(mount.id)?.is_none() => {}
         Err(e) if e.kind() == Kind::Busy => return Err(busy(&mount).into()),
         result => result?,
     }
@@ -200,11 +204,35 @@ fn not_mounted(point: &Path) -> anyhow::Result<Outcome> {
     if let Err(e) = point.symlink_metadata() {
         return Err(Error::io(&e, point, "no such mount point").into());
     }
-    let Some(pair) = processes::mounted_at(point) else {
+    let Some(pair) = processes::mounted_at(point).filter(|pair| !is_ending(point, pair)) else {
         out::say(&format!("{}: not mounted", point.display()));
         return Ok(Outcome::Done);
     };
     Err(Error::at(Kind::InUse, point, format!("is not mounted here any more, but {}", goes_on(&pair))).into())
+}
+
+/// Waits for the end of a daemon without its mount point: another umount may just have taken that away. False: it goes on.
+fn is_ending(point: &Path, pair: &Pair) -> bool {
+    let processes = processes_of(pair);
+    let (began, mut say_next) = (Instant::now(), Instant::now() + WORD);
+    let ended = |(_, handle): &(u32, OwnedFd)| process::ends_before(handle, Some(Instant::now()));
+    while pair.stopped().is_none() {
+        let Some((_, handle)) = processes.iter().find(|process| !ended(process)) else { return true };
+        process::ends_before(handle, Some(Instant::now() + LOOK));
+        if began.elapsed() < LINGER {
+            continue;
+        }
+        let client = Client::find(&pair.images).ok().flatten();
+        let closing = client.is_some_and(|client| client.hello().closing && client.hello().pid == pair.daemon);
+        if !closing || began.elapsed() >= CLOSING {
+            break;
+        }
+        if Instant::now() >= say_next {
+            say_next = Instant::now() + WORD;
+            out::say(&format!("{}: unmounted; the images are still being closed", point.display()));
+        }
+    }
+    processes.iter().all(ended)
 }
 
 /// That a daemon without its mount point goes on, why, and what ends it.

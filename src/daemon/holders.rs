@@ -152,7 +152,7 @@ pub fn of(mount: &Mount) -> Vec<Holder> {
     holders.extend(above.map(|m| Holder::Mount(m.point.clone())));
     holders.extend(keeping(mount, &tables));
     let same: Vec<&Mount> =
-        tables.all().map(|(_, one)| one).filter(|one| one.device == mount.device).collect();
+        tables.all().map(|(_, one)| one).filter(|one| one.is_of_file_system(mount)).collect();
     let mut seen = HashSet::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -175,8 +175,7 @@ pub fn beyond(mount: &Mount) -> Vec<Holder> {
 /// What keeps the file system of `mount` alive, which is gone: its other mounts, wherever they are.
 pub fn of_file_system(mount: &Mount) -> Vec<Holder> {
     let Ok(tables) = Everywhere::look() else { return Vec::new() };
-    let same = |one: &Mount| one.device == mount.device && one.is_ours() && one.source == mount.source;
-    tables.all().filter(|(_, one)| same(one)).map(|(pid, one)| copy(pid, one.clone())).collect()
+    tables.all().filter(|(_, one)| one.is_of_file_system(mount)).map(|(pid, one)| copy(pid, one.clone())).collect()
 }
 
 /// What keeps the file system of a folder alive whose mount point is gone: its other mounts, wherever they are.
@@ -201,7 +200,7 @@ fn keeping(mount: &Mount, tables: &Everywhere) -> Vec<Holder> {
         let inside = |layer: &PathBuf| {
             let table =
                 tables.others.iter().find(|ns| Some(ns.pid) == pid).map_or(&tables.here, |ns| &ns.mounts);
-            mounts::covering_in(table, layer).is_some_and(|through| through.device == mount.device)
+            mounts::covering_in(table, layer).is_some_and(|through| through.is_of_file_system(mount))
         };
         if overlay.layers().iter().any(inside) {
             found.push(Holder::Overlay { pid, point: overlay.point.clone() });

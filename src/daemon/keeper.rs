@@ -37,42 +37,7 @@ const LOOK_AROUND: Duration = Duration::from_secs(5);
 
 /// How long a mount that was begun may take after its daemon's end, and a daemon to end whose keeper was killed at the start.
 /// A moment, unless the mount point hangs.
-const LAST_MOMENTS: Duration = Duration::from_secs(10);
-
-/// How a mount began.
-#[derive(Clone, Debug)]
-pub struct Begun {
-    /// What was refused by the system, one sentence each.
-    pub notes: Vec<String>,
-}
-
-/// Starts a keeper in the background and waits until the mount works or cannot be had.
-pub fn launch(settings: &Settings) -> Result<Begun> {
-    let failed =
-        |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
-    let before = OwnMount::before(settings);
-    let mut child = siblings::command("keeper", settings)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|e| failed(&e))?;
-    let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
-        return Err(failed(&io::ErrorKind::BrokenPipe.into()));
-    };
-    wire::put(&mut to, settings).map_err(|e| failed(&e))?;
-    match wire::get(&mut BufReader::new(from)) {
-        Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
-        Ok(Some(Note::Failed { text, status })) => Err(wire::told(text, status)),
-        other => {
-            // It was killed, and its standby is gone, too; what it kept ends without it.
-            before.take_dead_away(settings, LAST_MOMENTS);
-            let why =
-                other.err().map_or_else(|| "the keeper ended without a word".to_owned(), |e| e.to_string());
-            Err(Error::at(Kind::Io, settings.mountpoint(), format!("cannot mount: {why}")))
-        }
-    }
-}
+pub(super) const LAST_MOMENTS: Duration = Duration::from_secs(10);
 
 /// The hidden command `keeper`: a keeper in a session of its own, told its settings on standard input.
 pub fn main() -> ExitCode {

@@ -8,6 +8,7 @@
 pub mod events;
 pub mod holders;
 pub mod keeper;
+pub mod launch;
 mod link;
 mod log;
 mod notify;

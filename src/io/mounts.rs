@@ -56,6 +56,12 @@ impl Mount {
         self.kind == OUR_TYPE
     }
 
+    /// True when both are of one file system. Its device number is given to another as soon as it has ended, which may just have
+    /// happened: that one is told by its source, if it is not the same folder's.
+    pub fn is_of_file_system(&self, other: &Mount) -> bool {
+        self.device == other.device && self.kind == other.kind && self.source == other.source
+    }
+
     /// The mount itself, unless another user made it, who may have named any folder as its source, and shows in it what
     /// he likes.
     pub fn trusted(self) -> Result<Mount> {
@@ -237,7 +243,7 @@ impl Everywhere {
     /// The other mounts of `mount`'s file system that stay when it is unmounted: those of our namespace, and those of others
     /// that go along with none of them.
     pub fn staying(&self, mount: &Mount) -> Vec<(Option<u32>, Mount)> {
-        let same = |one: &&Mount| one.device == mount.device && one.id != mount.id;
+        let same = |one: &&Mount| one.is_of_file_system(mount) && one.id != mount.id;
         let bases: Vec<Base> = std::iter::once(mount)
             .chain(self.here.iter().filter(same))
             .filter_map(|base| Base::of(base, self))
