@@ -437,6 +437,26 @@ fn a_snapshot_is_exported_from_a_disk_in_use_and_the_disk_itself_is_not() {
     mount.umount();
 }
 
+/// The kernel tells the daemon of a close after close(2) has returned, and `snapshot delete` closes with a sync: an export
+/// right behind either was refused.
+#[test]
+fn an_export_right_behind_a_close_waits_for_it() {
+    require!("fuse");
+    let folder = Folder::new();
+    let raw = folder.raw("disk", 5 * MIB);
+    folder.ok(&["import", "disk", "vm"]);
+    let mut mount = Mount::over(folder.0.path(), &[]);
+    let file = File::options().read(true).write(true).open(mount.flat("vm")).expect("open");
+    let late = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        drop(file);
+    });
+    folder.ok(&["export", "vm", "out"]);
+    late.join().expect("no panic");
+    assert!(std::fs::read(&raw).expect("read") == std::fs::read(folder.path("out")).expect("read"));
+    mount.umount();
+}
+
 #[test]
 fn an_interrupted_or_killed_copy_leaves_nothing() {
     let folder = Folder::new();

@@ -140,17 +140,15 @@ fn nobody_writes(target: &Target) -> Result<()> {
     if target.snapshot.is_some() {
         return Ok(());
     }
-    match served::serving(&target.path)? {
-        Some((_, image)) if image.openers > 0 && image.mode != "read-only" => {
-            let path = quoted(&target.path);
-            let what = format!(
-                "is open for writing; take a snapshot and export that: ploopfs snapshot create {path} NAME; ploopfs export \
-                 {path}@NAME"
-            );
-            Err(Error::at(Kind::InUse, &target.path, what))
-        }
-        _ => Ok(()),
+    if served::stays_open(&target.path, |image| image.mode != "read-only")? {
+        let path = quoted(&target.path);
+        let what = format!(
+            "is open for writing; take a snapshot and export that: ploopfs snapshot create {path} NAME; ploopfs export \
+             {path}@NAME"
+        );
+        return Err(Error::at(Kind::InUse, &target.path, what));
     }
+    Ok(())
 }
 
 /// Time of the last write, as the daemon knows it now and not as the kernel remembers it.

@@ -19,6 +19,11 @@ use crate::transfer::disk::FlatFile;
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
 const LAST_THREADS: Duration = Duration::from_secs(2);
 
+/// How long a close may be on its way to the daemon, with its sync.
+const CLOSING: Duration = Duration::from_secs(2);
+/// How often it is asked meanwhile.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// The daemon of a folder, and where the folder is mounted.
 #[derive(Debug)]
 pub struct Daemon {
@@ -180,6 +185,19 @@ pub fn serving(path: &Path) -> Result<Option<(Daemon, ImageLine)>> {
     let named = |image: &ImageLine| Path::new(&image.path).file_name() == Some(name);
     let found = daemon.client.list()?.into_iter().find(|image| image.served && named(image));
     Ok(found.map(|image| (daemon, image)))
+}
+
+/// True when the mount that serves the image at `path` has it open so that `counts`, and not only for a moment more: the
+/// kernel tells a daemon of a close after close(2) has returned, and a command's own close comes with a sync.
+pub(crate) fn stays_open(path: &Path, counts: impl Fn(&ImageLine) -> bool) -> Result<bool> {
+    let deadline = Instant::now() + CLOSING;
+    while serving(path)?.is_some_and(|(_, image)| image.openers > 0 && counts(&image)) {
+        if Instant::now() >= deadline {
+            return Ok(true);
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(false)
 }
 
 /// What a daemon says of one image, and who has it open.

@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -15,11 +14,6 @@ use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::vdisk::live::{Done, Work};
-
-/// How long a close may be on its way to the daemon, with its sync.
-const CLOSING: Duration = Duration::from_secs(1);
-/// How often it is asked meanwhile.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// Arguments of `snapshot`.
 #[derive(Debug, clap::Args)]
@@ -123,7 +117,7 @@ pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
     let Ok(image) = Layered::read(path) else { return Ok(()) };
     let Ok(guid) = image.guid(Some(snapshot)) else { return Ok(()) };
     let Some(merge) = image.raw_merge(guid) else { return Ok(()) };
-    let waits = merge.goes_down && merge.under_the_disk && stays_open(path);
+    let waits = merge.goes_down && merge.under_the_disk && served::stays_open(path, |_| true).unwrap_or(false);
     if merge.goes_down && !waits {
         return Ok(());
     }
@@ -140,18 +134,6 @@ pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
         size::human(merge.bytes)
     ));
     Ok(())
-}
-
-/// True when the mount that serves the image has it open. It hears of a close a moment after it.
-fn stays_open(path: &Path) -> bool {
-    let deadline = Instant::now() + CLOSING;
-    while served::serving(path).is_ok_and(|served| served.is_some_and(|(_, image)| image.openers > 0)) {
-        if Instant::now() >= deadline {
-            return true;
-        }
-        std::thread::sleep(LOOK);
-    }
-    false
 }
 
 /// What a person should know of work that was done.
