@@ -214,7 +214,7 @@ mod with_faults {
     fn every_host_operation_may_fail_once_and_the_daemon_lives_and_the_image_is_undamaged() {
         require!("fuse");
         let mut faults = 0;
-        for kind in ["read", "write", "punch", "sync", "set_len", "allocate"] {
+        for kind in ["read", "write", "punch", "sync", "set_len", "any"] {
             for number in [1, 2, 3, 5, 8, 13] {
                 // The file is served healthy; the fault begins with the trigger.
                 let folder = temp_dir();
