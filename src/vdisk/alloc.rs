@@ -20,7 +20,7 @@
 
 pub use super::bits::Bits;
 use crate::rules::{Rule, broken};
-use crate::sync::{Bug, Mutex, lock, planted};
+use crate::sync::{Bug, Mutex, MutexGuard, lock, planted};
 use crate::vdisk::runner::Job;
 
 /// Clusters scrubbed per round: bounds how long a scrub holds the host's inode lock.
@@ -72,6 +72,7 @@ pub struct Held<'a>(&'a Allocator);
 impl Held<'_> {
     /// Holds on to the file clusters before `end` only.
     pub fn only_before(&self, end: u64) {
+        // Not judged: a drop comes here, also while the panic over a wrong state unwinds.
         lock(&self.0.state).held = end;
     }
 }
@@ -123,6 +124,20 @@ struct State {
 }
 
 impl State {
+    /// What holds whenever the lock is free.
+    fn is_sound(&self) -> bool {
+        let free = self.clean.len() + self.stale.len();
+        // Only what lies in the file is handed out (R2), and no length is claimed that the file was not given.
+        let in_file = self.next <= self.end && self.made <= self.end;
+        // What is durable, or will be with the sync under way, is part of the file: a cut has taken the rest back (R3).
+        let durable = self.durable.max(self.syncing) <= self.end;
+        // What is free was handed out once, or was free from the beginning.
+        let counted = self.reserved <= self.next && free <= self.next - self.reserved;
+        // Each job in the queue waits for an extension, a scrub or a cut that will end: else it waits for ever.
+        let awaited = self.waiting.is_empty() || self.extending || self.scrubbing;
+        in_file && durable && counted && awaited && (1..=self.step).contains(&self.pace)
+    }
+
     fn ready(&mut self) -> Option<u64> {
         self.ready_from(self.held).or_else(|| {
             // A guest's write goes before the order of the file.
@@ -161,6 +176,10 @@ impl State {
         if cluster < self.reserved {
             return;
         }
+        debug_assert!(cluster < self.next, "file cluster {cluster} was never handed out");
+        // Freed twice it would be handed out twice, to two guest clusters.
+        let free = self.clean.contains(cluster) || self.stale.contains(cluster);
+        debug_assert!(!free, "file cluster {cluster} is free already");
         if zero {
             self.clean.insert(cluster)
         } else {
@@ -196,6 +215,12 @@ impl Allocator {
         Allocator { state: Mutex::new(state) }
     }
 
+    fn state(&self) -> MutexGuard<'_, State> {
+        let state = lock(&self.state);
+        debug_assert!(state.is_sound(), "the allocator's state");
+        state
+    }
+
     /// Takes a file cluster. On [`Alloc::Wait`] `job(token)` is kept and run later; else the token comes back.
     /// `due` is called with work to start.
     pub fn take<T>(&self, token: T, job: impl FnOnce(T) -> Job, due: impl FnMut(Due)) -> Alloc<T> {
@@ -220,7 +245,7 @@ impl Allocator {
         job: impl FnOnce(T) -> Job,
         mut due: impl FnMut(Due),
     ) -> Alloc<T> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         let got = ready(&mut s);
         // Ahead of need: half a step in hand while the next is being made.
         let wanted = got.is_none() || s.pace >= s.step && s.room() < s.step.div_ceil(2);
@@ -237,7 +262,7 @@ impl Allocator {
             None if s.extending || s.scrubbing => {
                 if planted(Bug::LetGoBeforeWaiting) {
                     drop(s);
-                    s = lock(&self.state);
+                    s = self.state();
                 }
                 s.waiting.push(job(token));
                 Alloc::Wait
@@ -248,7 +273,7 @@ impl Allocator {
 
     /// Takes a file cluster where that makes no work due: for the fast path, which has nowhere to wait.
     pub fn take_in_hand(&self) -> Option<u64> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         let scrub_is_due = s.clean.is_empty() && !s.stale.is_empty();
         if scrub_is_due || s.pace < s.step || s.room() <= s.step.div_ceil(2) {
             return None;
@@ -258,17 +283,17 @@ impl Allocator {
 
     /// Takes a file cluster if one is ready; starts nothing.
     pub fn take_ready(&self) -> Option<u64> {
-        lock(&self.state).ready()
+        self.state().ready()
     }
 
     /// Takes a file cluster from `from` on if one is ready, whatever is held; starts nothing.
     pub fn take_ready_from(&self, from: u64) -> Option<u64> {
-        lock(&self.state).ready_from(from)
+        self.state().ready_from(from)
     }
 
     /// Takes this file cluster if it is clean; starts nothing.
     pub fn take_this(&self, cluster: u64) -> Option<u64> {
-        lock(&self.state).clean.remove(cluster).then_some(cluster)
+        self.state().clean.remove(cluster).then_some(cluster)
     }
 
     /// Keeps all free file clusters for [`take_this`](Self::take_this), as long as others can be had by extending the
@@ -281,7 +306,7 @@ impl Allocator {
 
     /// Takes the lowest clean file cluster if it lies before `before`; starts nothing.
     pub fn take_before(&self, before: u64) -> Option<u64> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         let lowest = s.clean.take_lowest()?;
         if lowest >= before {
             s.clean.insert(lowest);
@@ -292,7 +317,7 @@ impl Allocator {
 
     /// Claims a scrub that nobody waits for.
     pub fn begin_scrub(&self) -> Scrubbing {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         if s.scrubbing {
             return Scrubbing::Theirs;
         }
@@ -303,7 +328,7 @@ impl Allocator {
     /// Begins to cut off the file behind the last cluster in use. None: an extension or a scrub is under way. Until
     /// [`end_cut`](Self::end_cut) no other begins, and nothing behind that end is handed out.
     pub fn begin_cut(&self) -> Option<Cut> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         if s.extending || s.scrubbing {
             return None;
         }
@@ -321,12 +346,12 @@ impl Allocator {
     /// The file ends there, durably; or (`done` false) it may be as long as before, and what was free in its tail is of
     /// unknown content. Returns who waited.
     pub fn end_cut(&self, cut: Cut, done: bool) -> Vec<Job> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         (s.extending, s.scrubbing) = (false, false);
         if !done {
-            (cut.end..cut.next).for_each(|cluster| s.put(cluster, false));
             // A failed cut has left the file as it was, or ended the image.
             (s.next, s.end) = (cut.next, cut.file_end);
+            (cut.end..cut.next).for_each(|cluster| s.put(cluster, false));
         }
         std::mem::take(&mut s.waiting)
     }
@@ -334,7 +359,7 @@ impl Allocator {
     /// Takes the file clusters before `count` out of circulation, those included that are freed later: the BAT will grow
     /// over them. What was handed out before is the caller's to move.
     pub fn reserve(&self, count: u64) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.clean.remove_below(count);
         s.stale.remove_below(count);
         s.reserved = s.reserved.max(count);
@@ -344,7 +369,7 @@ impl Allocator {
 
     /// The same space, counted from a first data block that has moved up by `reserved` clusters. Nobody waits here.
     pub fn moved_up(&self, reserved: u64, limit: u64) -> Allocator {
-        let s = lock(&self.state);
+        let s = self.state();
         let state = State {
             next: s.next - reserved,
             end: s.end - reserved,
@@ -369,12 +394,12 @@ impl Allocator {
 
     /// Gives back a cluster that nothing was written to: it is as it was.
     pub fn put_back(&self, cluster: u64) {
-        lock(&self.state).put(cluster, true);
+        self.state().put(cluster, true);
     }
 
     /// Gives back a cluster whose data write failed: handed out once, so no longer known to be zero.
     pub fn give_back(&self, cluster: u64) {
-        lock(&self.state).put(cluster, false);
+        self.state().put(cluster, false);
     }
 
     /// Clusters that were punched and unmapped, but not durably: which of them must wait for [`freed`](Self::freed).
@@ -389,19 +414,19 @@ impl Allocator {
 
     /// Clusters whose unmapping is durable (R4). `punched`: the hole is durable too; else they need a scrub.
     pub fn freed(&self, clusters: &[u64], punched: bool) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         clusters.iter().for_each(|cluster| s.put(*cluster, punched));
     }
 
     /// The extension to make: from and to, in file clusters. Only after [`Due::Extend`].
     pub fn extension(&self) -> (u64, u64) {
-        let s = lock(&self.state);
+        let s = self.state();
         (s.end, (s.end + s.pace).min(s.limit))
     }
 
     /// The file reaches up to `to`. Returns who waited.
     pub fn extended(&self, to: u64) -> Vec<Job> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.extending = false;
         s.end = s.end.max(to);
         s.made = s.made.max(to);
@@ -413,7 +438,7 @@ impl Allocator {
     /// The extension failed. True: try again at once with one cluster. False: those returned must find out for
     /// themselves that there is no space.
     pub fn extension_failed(&self) -> (bool, Vec<Job>) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         if s.pace > 1 {
             s.pace = 1;
             return (true, Vec::new());
@@ -425,7 +450,7 @@ impl Allocator {
 
     /// Up to a batch of stale clusters to scrub, lowest first. Only after [`Due::Scrub`].
     pub fn scrub_batch(&self) -> Vec<u64> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         let mut batch = Vec::with_capacity(SCRUB_BATCH);
         while batch.len() < SCRUB_BATCH {
             match s.stale.take_lowest() {
@@ -438,7 +463,7 @@ impl Allocator {
 
     /// The batch reads as zero, durably; or (`done` false) nothing is known of it. Returns who waited.
     pub fn scrubbed(&self, batch: &[u64], done: bool) -> Vec<Job> {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.scrubbing = false;
         s.unscrubbed |= !done;
         batch.iter().for_each(|cluster| s.put(*cluster, done));
@@ -447,7 +472,7 @@ impl Allocator {
 
     /// Forgets that space was short: the host may have some again.
     pub fn retry(&self) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.pace = s.step;
         s.exhausted = false;
         s.unscrubbed = false;
@@ -455,36 +480,36 @@ impl Allocator {
 
     /// A round is about to sync the file. Rounds come one at a time.
     pub fn begin_sync(&self) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.syncing = s.end;
     }
 
     /// That sync has ended well.
     pub fn synced(&self) {
-        let mut s = lock(&self.state);
+        let mut s = self.state();
         s.durable = s.durable.max(s.syncing);
     }
 
     /// File clusters before this one may be named by an entry on disk before their data is there: the file is durably
     /// longer (R2), and they are durably zero (R3).
     pub fn durable_end(&self) -> u64 {
-        lock(&self.state).durable
+        self.state().durable
     }
 
     /// The file is at least this long, in clusters, unless another program has cut it.
     pub fn made(&self) -> u64 {
-        lock(&self.state).made
+        self.state().made
     }
 
     /// Where the file may end when it is closed: behind the last cluster that is not free. A cluster whose unmapping is
     /// not durable is not free yet ([`freed`](Self::freed)), and so stays inside.
     pub fn used_end(&self) -> u64 {
-        lock(&self.state).used_end()
+        self.state().used_end()
     }
 
     /// File clusters in use.
     pub fn used(&self) -> u64 {
-        let s = lock(&self.state);
+        let s = self.state();
         s.next - s.clean.len() - s.stale.len()
     }
 }

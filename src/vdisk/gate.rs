@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use super::runner::Job;
 use crate::sync::{
-    AtomicBool, AtomicU64, Bug, Condvar, Mutex, Ordering, Padded, PoisonError, SHARDS, lock, planted,
+    AtomicBool, AtomicU64, Bug, Condvar, Mutex, MutexGuard, Ordering, Padded, PoisonError, SHARDS, lock, planted,
     thread_shard,
 };
 
@@ -40,6 +40,18 @@ impl Inside {
 }
 
 impl Gate {
+    fn outside(&self) -> MutexGuard<'_, VecDeque<Job>> {
+        let outside = lock(&self.outside);
+        debug_assert!(self.is_sound(&outside), "jobs wait at an open gate");
+        outside
+    }
+
+    /// What holds whenever the lock of `outside` is free: what waits there is let in by an [`Gate::open`] to come, or
+    /// taken out of what is shut. The flag is set by a `close` at any time, and taken back under the lock only.
+    fn is_sound(&self, outside: &VecDeque<Job>) -> bool {
+        outside.is_empty() || self.closed.load(Ordering::SeqCst)
+    }
+
     /// Enters for `count` pios; None while the gate is closed.
     pub(super) fn enter(&self, count: u64) -> Option<Inside> {
         let shard = thread_shard();
@@ -75,7 +87,7 @@ impl Gate {
 
     /// Runs `job` when the gate is open again, unless it is open by now: then `job` comes back.
     pub(super) fn wait(&self, job: Job) -> Option<Job> {
-        let mut outside = lock(&self.outside);
+        let mut outside = self.outside();
         if self.closed.load(Ordering::SeqCst) {
             outside.push_back(job);
             return None;
@@ -85,10 +97,12 @@ impl Gate {
 
     /// Leaves.
     pub(super) fn leave(&self, inside: Inside) {
-        self.inside[inside.shard].0.fetch_sub(inside.count, Ordering::SeqCst);
+        let before = self.inside[inside.shard].0.fetch_sub(inside.count, Ordering::SeqCst);
+        // Below zero, the closer would wait for ever; too few, it would freeze an image with a pio inside.
+        debug_assert!(before >= inside.count, "{} leave of the {before} that are inside", inside.count);
         if self.closed.load(Ordering::SeqCst) {
             // Under the mutex, so that the closer cannot miss it between its look and its sleep.
-            let _outside = (!planted(Bug::WakeWithoutMutex)).then(|| lock(&self.outside));
+            let _outside = (!planted(Bug::WakeWithoutMutex)).then(|| self.outside());
             self.emptied.notify_all();
         }
     }
@@ -96,7 +110,7 @@ impl Gate {
     /// Closes the gate and waits until everything inside has left. Never called from a runner.
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        let mut outside = lock(&self.outside);
+        let mut outside = self.outside();
         while self.inside.iter().any(|n| n.0.load(Ordering::SeqCst) != 0) {
             outside = self.emptied.wait(outside).unwrap_or_else(PoisonError::into_inner);
         }
@@ -105,7 +119,7 @@ impl Gate {
     /// Closes for good: a [`Gate::open`] that comes later, or at the same moment, opens nothing.
     pub(super) fn shut(&self) {
         {
-            let _outside = lock(&self.outside);
+            let _outside = self.outside();
             self.shut.store(true, Ordering::SeqCst);
         }
         self.close();
@@ -113,12 +127,12 @@ impl Gate {
 
     /// Takes what waits outside, without opening the gate: the image is closed for good.
     pub(super) fn take_outside(&self) -> VecDeque<Job> {
-        std::mem::take(&mut *lock(&self.outside))
+        std::mem::take(&mut *self.outside())
     }
 
     /// Opens the gate; returns what waited, in order, to be submitted by the caller.
     pub(super) fn open(&self) -> VecDeque<Job> {
-        let mut outside = lock(&self.outside);
+        let mut outside = self.outside();
         if self.shut.load(Ordering::SeqCst) {
             return VecDeque::new();
         }
@@ -156,5 +170,25 @@ mod tests {
         thread.join().expect("no panic");
         assert_eq!(gate.open().len(), 1);
         assert!(gate.enter(1).is_some());
+    }
+
+    #[test]
+    fn a_job_that_waits_at_an_open_gate_is_not_sound() {
+        let gate = Gate::default();
+        let job: Job = Box::new(|| ());
+        let outside = VecDeque::from([job]);
+        assert!(!gate.is_sound(&outside));
+        gate.close();
+        assert!(gate.is_sound(&outside));
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "2 leave of the 1")]
+    fn a_pio_that_leaves_twice_is_caught() {
+        let gate = Gate::default();
+        let mut inside = gate.enter(1).expect("open");
+        inside.count = 2;
+        gate.leave(inside);
     }
 }

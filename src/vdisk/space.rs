@@ -15,7 +15,7 @@ use super::pio::Pio;
 use crate::error::{Error, Kind};
 use crate::io::buffers::{PARKED, PARKED_OF_ONE};
 use crate::io::file::write_zeroes;
-use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, Ordering, lock};
 
 /// How often the host is tried again: often enough that a person who frees space sees the guest go on at once.
 const PROBE: Duration = Duration::from_secs(1);
@@ -47,7 +47,25 @@ struct State {
     closed: bool,
 }
 
+impl State {
+    /// What holds whenever the lock is free. `full`: the copy for the fast path.
+    fn is_sound(&self, full: bool) -> bool {
+        // The timeout looks at the head, and a wake-up begins there.
+        let by_age = self.parked.iter().is_sorted_by_key(|pio| pio.parked);
+        let bytes = self.bytes == self.parked.iter().map(Pio::bytes).sum::<u64>();
+        // Each one is tried again by the clock, or fails with the close: else it waits for ever.
+        let awaited = self.parked.is_empty() || self.ticking && !self.closed;
+        by_age && bytes && awaited && self.full == full
+    }
+}
+
 impl Space {
+    fn state(&self) -> MutexGuard<'_, State> {
+        let state = lock(&self.state);
+        debug_assert!(state.is_sound(self.is_full()), "what is parked, and its counts");
+        state
+    }
+
     /// True while writes have failed for want of space since the last that worked.
     pub(super) fn is_full(&self) -> bool {
         self.full.load(Ordering::Relaxed)
@@ -55,12 +73,12 @@ impl Space {
 
     /// True when a full image fails writes instead of parking them.
     pub(super) fn fails(&self) -> bool {
-        lock(&self.state).timed_out
+        self.state().timed_out
     }
 
     /// Parked pios.
     pub(super) fn parked(&self) -> usize {
-        lock(&self.state).parked.len()
+        self.state().parked.len()
     }
 }
 
@@ -70,7 +88,7 @@ impl Image {
         pio.leave();
         let engine = &self.engine;
         let options = &engine.options;
-        let mut state = lock(&self.space.state);
+        let mut state = self.space.state();
         let news = !state.full;
         state.full = true;
         self.space.full.store(true, Ordering::SeqCst);
@@ -123,7 +141,7 @@ impl Image {
 
     /// A BAT write found no space: the same mode as for data.
     pub(super) fn bat_is_full(self: &Arc<Self>) {
-        let mut state = lock(&self.space.state);
+        let mut state = self.space.state();
         state.bat = true;
         let news = !std::mem::replace(&mut state.full, true);
         self.space.full.store(true, Ordering::SeqCst);
@@ -141,12 +159,12 @@ impl Image {
 
     /// A BAT write has waited long enough: the mode turns, as for any other write.
     pub(super) fn bat_timed_out(&self) {
-        lock(&self.space.state).timed_out = true;
+        self.space.state().timed_out = true;
     }
 
     /// A BAT was written: ends the mode if want of space for it had begun or kept it.
     pub(super) fn bat_fits(self: &Arc<Self>) {
-        if self.space.is_full() && std::mem::take(&mut lock(&self.space.state).bat) {
+        if self.space.is_full() && std::mem::take(&mut self.space.state().bat) {
             if let Some(bat) = &self.stack().bat {
                 bat.set_apart(false);
             }
@@ -171,7 +189,7 @@ impl Image {
 
     /// On the clock's thread: fails what has waited too long, tries the one that waits longest.
     fn tick(self: &Arc<Self>) {
-        let mut state = lock(&self.space.state);
+        let mut state = self.space.state();
         let timeout = self.engine.options.full_timeout;
         let late =
             |pio: &Pio| matches!((timeout, pio.parked), (Some(t), Some(since)) if since.elapsed() >= t);
@@ -244,7 +262,7 @@ impl Image {
         if !probed || !self.space.is_full() {
             return;
         }
-        let mut state = lock(&self.space.state);
+        let mut state = self.space.state();
         if state.bat {
             return;
         }
@@ -263,7 +281,7 @@ impl Image {
     /// through, all others follow.
     pub(super) fn wake_parked(self: &Arc<Self>, count: usize) {
         let parked: Vec<Pio> = {
-            let mut state = lock(&self.space.state);
+            let mut state = self.space.state();
             let count = count.min(state.parked.len());
             let parked: Vec<Pio> = state.parked.drain(..count).collect();
             self.no_longer_parked(&mut state, parked.iter());
@@ -275,13 +293,15 @@ impl Image {
     fn no_longer_parked<'a>(&self, state: &mut State, pios: impl Iterator<Item = &'a Pio>) {
         let (count, bytes) = pios.fold((0, 0), |(count, bytes), pio| (count + 1, bytes + pio.bytes()));
         state.bytes -= bytes;
-        self.engine.parked.fetch_sub(count, Ordering::SeqCst);
-        self.engine.parked_bytes.fetch_sub(bytes, Ordering::SeqCst);
+        let all = self.engine.parked.fetch_sub(count, Ordering::SeqCst);
+        let all_bytes = self.engine.parked_bytes.fetch_sub(bytes, Ordering::SeqCst);
+        // Below zero, no image would park a write any more.
+        debug_assert!(all >= count && all_bytes >= bytes, "{count} of {all}, {bytes} of {all_bytes} bytes");
     }
 
     /// Fails everything parked, and parks nothing from now on: the image closes or is read-only.
     pub(super) fn fail_parked(self: &Arc<Self>, error: &Error) {
-        let mut state = lock(&self.space.state);
+        let mut state = self.space.state();
         state.closed = true;
         let parked = std::mem::take(&mut state.parked);
         self.no_longer_parked(&mut state, parked.iter());
@@ -310,5 +330,17 @@ impl Image {
     /// True while free space is below the low-water mark.
     pub(super) fn is_low(&self) -> bool {
         self.space.low.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_do_not_fit_what_is_parked_are_not_sound() {
+        assert!(State::default().is_sound(false));
+        assert!(!State { bytes: 1, ..State::default() }.is_sound(false), "memory that stays taken for ever");
+        assert!(!State { full: true, ..State::default() }.is_sound(false), "the fast path takes writes meanwhile");
     }
 }

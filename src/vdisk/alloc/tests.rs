@@ -212,3 +212,30 @@ fn a_failed_scrub_does_not_stop_extensions() {
     assert_eq!(alloc.take((), job, |due| dues.push(due)), Alloc::Got(1, ()));
     assert!(dues.contains(&Due::Scrub), "but with the next extension: {dues:?}");
 }
+
+#[test]
+fn a_state_that_breaks_a_rule_is_not_sound() {
+    let state = |change: fn(&mut State)| {
+        let alloc = Allocator::new(6, 100, 4, Bits::default());
+        let mut s = alloc.state();
+        change(&mut s);
+        s.is_sound()
+    };
+    assert!(state(|_| ()));
+    assert!(!state(|s| s.next += 1), "R2: outside the file");
+    assert!(!state(|s| s.made += 1), "the file was not made so long");
+    assert!(!state(|s| s.durable = s.end + 1) && !state(|s| s.syncing = s.end + 1), "R3: a cut took it back");
+    assert!(!state(|s| s.reserved = 7), "what is under the BAT can be handed out");
+    assert!(!state(|s| s.next = u64::from(s.stale.insert(0)) - 1), "free, and never handed out");
+    assert!(!state(|s| s.waiting.push(job(()))), "nothing will wake it");
+    assert!(!state(|s| s.pace = 0), "an extension by nothing");
+}
+
+#[test]
+#[cfg(debug_assertions)]
+#[should_panic(expected = "is free already")]
+fn a_cluster_that_is_freed_twice_is_caught() {
+    let alloc = Allocator::new(6, 100, 4, Bits::default());
+    alloc.freed(&[4], true);
+    alloc.give_back(4);
+}

@@ -51,6 +51,18 @@ impl Budget {
         self.loaded.load(Ordering::Relaxed)
     }
 
+    /// No count was taken below zero: as one it is huge, and no image would get a page, or allocate, any more.
+    fn is_sound(&self) -> bool {
+        let counts = [&self.loaded, &self.dirty, &self.apart];
+        counts.iter().all(|count| i64::try_from(count.load(Ordering::Relaxed)).is_ok())
+    }
+
+    fn ring(&self) -> MutexGuard<'_, VecDeque<(Weak<BatCache>, u32)>> {
+        let ring = lock(&self.ring);
+        debug_assert!(self.is_sound(), "the BAT cache's budget");
+        ring
+    }
+
     fn count_loaded(&self, cache: Weak<BatCache>, page: u32) {
         // Counted before it can be found there: an eviction that came first would count below zero. And found there only when
         // room was made for it: where all others are pinned or dirty it would go itself, its loader would find it missing,
@@ -59,7 +71,7 @@ impl Budget {
         if before >= self.limit {
             self.evict();
         }
-        let mut ring = lock(&self.ring);
+        let mut ring = self.ring();
         // Entries of closed images go when the hand meets them; where it never moves, they go here.
         if ring.len() as u64 > 2 * self.loaded() + 64 {
             ring.retain(|(cache, _)| cache.strong_count() > 0);
@@ -70,15 +82,15 @@ impl Budget {
     /// Drops pages until the bound holds. A page that was hit since the hand last passed gets another round;
     /// pinned, dirty and writing pages are skipped, and two rounds are enough to see every page unhit.
     fn evict(&self) {
-        let mut tries = 2 * lock(&self.ring).len();
+        let mut tries = 2 * self.ring().len();
         while self.loaded.load(Ordering::Relaxed) > self.limit && tries > 0 {
             tries -= 1;
-            let Some((cache, page)) = lock(&self.ring).pop_front() else { return };
+            let Some((cache, page)) = self.ring().pop_front() else { return };
             let Some(image) = cache.upgrade() else {
                 continue; // The image is closed; its pages were counted out when it went.
             };
             if !image.drop_page(page) {
-                lock(&self.ring).push_back((cache, page));
+                self.ring().push_back((cache, page));
             }
         }
     }
@@ -90,6 +102,12 @@ enum State {
     Absent,
     Loading(Vec<Job>),
     Loaded(Box<Page>),
+}
+
+impl State {
+    fn is_sound(&self) -> bool {
+        !matches!(self, State::Loaded(page) if !page.is_sound())
+    }
 }
 
 #[derive(Default)]
@@ -174,9 +192,25 @@ impl BatCache {
         self.slots.len() as u64 == pages(entries)
     }
 
+    fn dirty(&self) -> MutexGuard<'_, Dirty> {
+        let dirty = lock(&self.dirty);
+        debug_assert!(self.is_sound(&dirty), "the dirty pages' list and counts");
+        dirty
+    }
+
+    /// What holds whenever the lock of `dirty` is free: each page of the list is counted (those written are, and not
+    /// listed), and what is counted here has its share of the budget until it is given up.
+    fn is_sound(&self, dirty: &Dirty) -> bool {
+        let count = self.dirty_pages();
+        let shared = dirty.given_up || self.counted(dirty).load(Ordering::Relaxed) >= count;
+        dirty.pages.len() as u64 <= count && shared && self.budget.is_sound()
+    }
+
     fn loaded(&self, page: u64) -> (&Slot, MutexGuard<'_, State>) {
         let slot = &self.slots[page as usize];
-        (slot, lock(&slot.state))
+        let state = lock(&slot.state);
+        debug_assert!(state.is_sound(), "BAT page {page}");
+        (slot, state)
     }
 
     /// Where guest cluster `cluster` lies.
@@ -295,7 +329,7 @@ impl BatCache {
             return false;
         }
         page.dirty_since = Some(Instant::now());
-        let mut dirty = lock(&self.dirty);
+        let mut dirty = self.dirty();
         // A page that is being written is counted already, until its round ends.
         if !page.writing {
             self.counted(&dirty).fetch_add(u64::from(!dirty.given_up), Ordering::Relaxed);
@@ -307,6 +341,7 @@ impl BatCache {
 
     /// The image failed or closed: its dirty pages no longer keep other images from allocating.
     pub fn give_up(&self) {
+        // Not judged: a drop comes here, also while the panic over a wrong state unwinds.
         let mut dirty = lock(&self.dirty);
         if !std::mem::replace(&mut dirty.given_up, true) {
             self.counted(&dirty).fetch_sub(self.dirty_pages(), Ordering::Relaxed);
@@ -320,7 +355,7 @@ impl BatCache {
 
     /// The host has no room for its dirty pages, or has it again. True when that is news.
     pub fn set_apart(&self, apart: bool) -> bool {
-        let dirty = lock(&self.dirty);
+        let dirty = self.dirty();
         let news = self.apart.load(Ordering::Relaxed) != apart;
         if news {
             let count = if dirty.given_up { 0 } else { self.dirty_pages() };
@@ -347,7 +382,7 @@ impl BatCache {
 
     /// Step 1 of a round: copies the entries of level `top` of every dirty page, each under its lock, in file order.
     pub fn copy_dirty(&self, top: u16, geometry: &Geometry) -> Vec<Copy> {
-        let mut numbers = std::mem::take(&mut lock(&self.dirty).pages);
+        let mut numbers = std::mem::take(&mut self.dirty().pages);
         numbers.sort_unstable();
         let mut copies = Vec::with_capacity(numbers.len());
         for number in numbers {
@@ -369,7 +404,7 @@ impl BatCache {
         let State::Loaded(page) = &mut *state else { unreachable!("a writing page is never evicted") };
         page.writing = false;
         if page.dirty_since.is_none() || planted(Bug::CleanWhateverCame) {
-            let dirty = lock(&self.dirty);
+            let dirty = self.dirty();
             self.counted(&dirty).fetch_sub(u64::from(!dirty.given_up), Ordering::Relaxed);
             self.dirty_count.fetch_sub(1, Ordering::SeqCst);
         }
@@ -384,7 +419,7 @@ impl BatCache {
         page.data_first |= copy.data_first;
         if page.dirty_since.is_none() {
             page.dirty_since = Some(Instant::now());
-            lock(&self.dirty).pages.push(copy.page);
+            self.dirty().pages.push(copy.page);
         }
         page.writing = false;
     }
@@ -478,5 +513,25 @@ mod tests {
         cache.unpin(PAGE_SLOTS as u64);
         load(&cache, 32);
         assert_eq!(budget.loaded(), budget.limit);
+    }
+
+    #[test]
+    fn dirty_pages_that_are_not_counted_are_not_sound() {
+        let budget = Arc::new(Budget::new(0));
+        let cache = BatCache::new(budget.clone(), PAGE_SLOTS as u64);
+        let mut dirty = cache.dirty();
+        assert!(cache.is_sound(&dirty));
+        dirty.pages.push(0);
+        assert!(!cache.is_sound(&dirty), "listed, and not counted");
+        cache.dirty_count.store(1, Ordering::SeqCst);
+        assert!(!cache.is_sound(&dirty), "counted, without a share of the budget");
+        budget.dirty.store(1, Ordering::SeqCst);
+        assert!(cache.is_sound(&dirty));
+        cache.apart.store(true, Ordering::SeqCst);
+        assert!(!cache.is_sound(&dirty), "the share is of the other kind");
+        dirty.given_up = true;
+        assert!(cache.is_sound(&dirty), "it needs none any more");
+        budget.loaded.fetch_sub(1, Ordering::SeqCst);
+        assert!(!cache.is_sound(&dirty) && !budget.is_sound(), "a page was counted out twice");
     }
 }

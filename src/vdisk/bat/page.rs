@@ -96,6 +96,13 @@ impl Page {
     /// Memory of a loaded page in bytes, for the cache's bound.
     pub const COST: u64 = PAGE_SLOTS as u64 * 8 + 256;
 
+    /// What holds whenever the page's lock is free: what a copy has to carry (R3, R4) waits for one that will come. On a
+    /// page that no round takes, freed clusters would be lost, or an entry written before its data.
+    pub(super) fn is_sound(&self) -> bool {
+        let carries = self.data_first || !self.freed.is_empty() || !self.moved.is_empty();
+        self.dirty_since.is_some() || !carries
+    }
+
     /// The place in `slot`.
     pub fn get(&self, slot: usize) -> Place {
         self.entries[slot].unpack()
@@ -103,6 +110,7 @@ impl Page {
 
     /// Changes the place in `slot`. The caller marks the page dirty. `hides`: a lower level maps the cluster too.
     pub fn set(&mut self, slot: usize, place: Place, hides: bool) {
+        debug_assert!(place != Place::None || !hides, "a lower level maps the cluster, so it has a place");
         self.entries[slot] = Packed::pack(place);
         let bit = 1 << (slot % 64);
         if hides {
@@ -251,5 +259,21 @@ mod tests {
         let mut page = Page::default();
         page.merge_under(0, 1, &bytes, 0..2, &first_two_in_header, 9 * 65536);
         assert_eq!((page.get(0), page.get(1)), (Place::Damaged, Place::Damaged));
+    }
+
+    #[test]
+    fn what_a_clean_page_would_never_carry_is_not_sound() {
+        let page = |change: fn(&mut Page)| {
+            let mut page = Page::default();
+            change(&mut page);
+            let clean = page.is_sound();
+            page.dirty_since = Some(Instant::now());
+            assert!(page.is_sound());
+            clean
+        };
+        assert!(page(|_| ()));
+        assert!(!page(|page| page.freed.push(1)), "R4: never free again");
+        assert!(!page(|page| page.moved.push(1)), "R4: never free again");
+        assert!(!page(|page| page.data_first = true), "R3: the round has gone");
     }
 }
