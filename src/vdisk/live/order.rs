@@ -8,7 +8,6 @@
 //! (A window filled from front to back would have to empty itself first, and so move nearly every cluster twice.)
 
 use std::collections::VecDeque;
-use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -64,10 +63,8 @@ pub(super) struct Plan {
     at: Vec<u32>,
     /// Places to fill: nobody lies there, and whose it is lies elsewhere.
     free: VecDeque<u32>,
-    /// Places in which another lay than whose it is, when that was last looked at.
-    misplaced: Vec<u32>,
-    /// The rest of each part of `misplaced`.
-    parts: Vec<Range<usize>>,
+    /// Places where chains begin, as [`walk`](Plan::walk) found them; another chain may have come there since.
+    starts: std::vec::IntoIter<u32>,
     /// Moves in a round.
     at_a_time: usize,
 }
@@ -143,7 +140,7 @@ impl Plan {
             }
         }
         let free = (0..at.len()).filter(|place| at[*place] == NONE).map(|place| place as u32).collect();
-        Plan { places, at, free, misplaced: Vec::new(), parts: Vec::new(), at_a_time: at_a_time.max(1) }
+        Plan { places, at, free, starts: Vec::new().into_iter(), at_a_time: at_a_time.max(1) }
     }
 
     /// Where `rank` lies.
@@ -170,37 +167,47 @@ impl Plan {
         steps
     }
 
-    /// Begins `count` chains, evenly over what is misplaced: side by side, they would soon end in each other.
+    /// Begins up to `count` chains, and one at least where any is needed.
     fn make_room(&mut self, count: usize, steps: &mut Vec<Step>) {
-        let enough = steps.len() + count;
-        let begun = steps.len();
-        while steps.len() == begun {
-            if self.parts.iter().all(|part| part.is_empty()) {
-                self.misplaced =
-                    (0..self.at.len() as u32).filter(|place| self.is_misplaced(*place)).collect();
-                if self.misplaced.is_empty() {
+        let mut begun = 0;
+        let mut walked = false;
+        while begun < count {
+            let Some(place) = self.starts.next() else {
+                if begun > 0 || walked {
                     return;
                 }
-                let (len, each) = (self.misplaced.len(), self.misplaced.len().div_ceil(self.at_a_time));
-                self.parts = (0..len).step_by(each).map(|from| from..len.min(from + each)).collect();
-            }
-            for part in 0..self.parts.len() {
-                while steps.len() < enough
-                    && let Some(i) = self.parts[part].next()
-                {
-                    let place = self.misplaced[i];
-                    if self.is_misplaced(place) {
-                        steps.push(Step { rank: self.at[place as usize] as usize, to: None });
-                        break;
-                    }
-                }
+                walked = true;
+                self.starts = self.walk();
+                continue;
+            };
+            if self.is_misplaced(place) {
+                steps.push(Step { rank: self.at[place as usize] as usize, to: None });
+                begun += 1;
             }
         }
     }
 
+    /// Where chains begin. The places that lie in each other's way form cycles; each is walked once, in the order in which
+    /// a chain would come along. A cycle needs one chain. A long one gets more, evenly along it, so that all cycles together
+    /// have as many as a round has moves: side by side, they would soon end in each other.
+    fn walk(&self) -> std::vec::IntoIter<u32> {
+        let mut visited = Bits::default();
+        let mut walk = Vec::new();
+        for start in 0..self.at.len() as u32 {
+            let (mut place, mut along) = (start, 0);
+            while self.is_misplaced(place) && visited.insert(place.into()) {
+                walk.push((place, along));
+                (place, along) = (self.places[place as usize], along + 1);
+            }
+        }
+        let apart = walk.len().div_ceil(self.at_a_time).max(1);
+        let starts = walk.into_iter().filter(|(_, along)| along % apart == 0);
+        starts.map(|(place, _)| place).collect::<Vec<_>>().into_iter()
+    }
+
     /// True when the one at this place must leave it, and has no free place to go to.
     fn is_misplaced(&self, place: u32) -> bool {
-        let rank = self.at[place as usize];
+        let rank = self.at.get(place as usize).copied().unwrap_or(NONE);
         rank < TAKEN && rank != place && self.places[place as usize] != NONE && self.at[rank as usize] != NONE
     }
 
