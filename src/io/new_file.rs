@@ -10,11 +10,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags, flock};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, flock};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
-use crate::io::rename::link;
+use crate::io::rename::rename_new_file;
 
 /// Owner alone: disks hold what their guests keep secret.
 const MODE: u32 = 0o600;
@@ -100,16 +100,8 @@ impl NewFile {
                 let (to, flags) = (&self.folder, AtFlags::SYMLINK_FOLLOW);
                 retry_on_intr(|| rustix::fs::linkat(CWD, &own, to, &self.name, flags))
             }
-            Some(temporary) => {
-                let (from, to) = (&self.folder, &self.folder);
-                match rustix::fs::renameat_with(from, temporary, to, &self.name, RenameFlags::NOREPLACE) {
-                    // A hard link does not replace either; the other name goes when this is dropped.
-                    Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                        link(from.as_fd(), temporary, to.as_fd(), &self.name)
-                    }
-                    other => other,
-                }
-            }
+            // A hard link, where the host cannot rename so, does not replace either.
+            Some(temporary) => rename_new_file(self.folder.as_fd(), temporary, &self.name),
         }
         .map_err(|e| match e {
             Errno::EXIST => exists(&shown),
