@@ -27,7 +27,10 @@ macro_rules! rooms {
     )*};
 }
 
-rooms! { cli control daemon disk error folder format front fuse image io progress rules sync transfer tree vdisk words }
+rooms! {
+    cli control daemon disk error folder format front fuse image io progress rules sync transfer tree utc vdisk
+    words
+}
 
 pub use error::{Error, Kind, Result};
 pub use front::{Disk, Server, Snapshot, Stopper, create, delete_snapshot, diff, snapshot, snapshots};

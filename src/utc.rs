@@ -14,6 +14,12 @@ fn parts(seconds: i64) -> (i64, u32, u32, u32, u32, u32) {
     (year + era * 400 + next, month, date, second / 3600, second / 60 % 60, second % 60)
 }
 
+/// As a name: 2026-11-20T22.45.01; colons would not do in file names everywhere.
+pub fn label(seconds: u64) -> String {
+    let (year, month, day, hour, minute, second) = parts(i64::try_from(seconds).unwrap_or(i64::MAX));
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}.{minute:02}.{second:02}")
+}
+
 /// For people: 2026-11-20 22:45:01.
 pub fn shown(seconds: i64) -> String {
     let (year, month, day, hour, minute, second) = parts(seconds);
@@ -23,6 +29,13 @@ pub fn shown(seconds: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_snapshot_without_a_name_is_named_by_the_time() {
+        assert_eq!(label(0), "1970-01-01T00.00.00");
+        assert_eq!(label(1_795_214_701), "2026-11-20T22.45.01");
+        assert_eq!(label(951_782_400), "2000-02-29T00.00.00");
+    }
 
     #[test]
     fn moments_are_shown_as_date_prints_them() {

@@ -17,7 +17,8 @@ use crate::format::stream::Head;
 use crate::image::create::DEFAULT_CLUSTER;
 use crate::io::new_file::NewFile;
 use crate::transfer::backup;
-use crate::vdisk::live::{Work, time_label};
+use crate::utc;
+use crate::vdisk::live::Work;
 use crate::words::quoted;
 
 /// Arguments of `backup`.
@@ -155,7 +156,7 @@ fn write(target: &Target, since: Option<(String, String)>, output: Output, pace:
     // The live disk has no identity that a snapshot could have.
     let (guid, label) = match &target.snapshot {
         Some(_) => (Guid::parse(&source.line().guid).ok_or_else(no_guid)?, source.line().name.clone()),
-        None => (Guid::random(), time_label(now.as_ref().map_or(0, Duration::as_secs))),
+        None => (Guid::random(), utc::label(now.as_ref().map_or(0, Duration::as_secs))),
     };
     let head = Head {
         size: source.disk().size(),

@@ -47,7 +47,6 @@ pub mod source;
 pub mod target;
 pub mod top;
 pub mod umount;
-pub mod utc;
 pub mod work;
 
 /// What a command ends with: done, or done with something to say through the exit status.

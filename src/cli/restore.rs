@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, clone, input, out, size, source, target, utc};
+use crate::cli::{Outcome, clone, input, out, size, source, target};
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::Head;
 use crate::transfer::restore::Stream;
+use crate::utc;
 
 /// Arguments of `restore`.
 #[derive(Debug, clap::Args)]

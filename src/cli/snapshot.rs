@@ -7,12 +7,13 @@ use serde_json::json;
 
 use crate::cli::freeze::Frozen;
 use crate::cli::work::{self, Pace};
-use crate::cli::{Outcome, attach, out, served, size, target, utc};
+use crate::cli::{Outcome, attach, out, served, size, target};
 use crate::disk::find::is_layered;
 use crate::disk::layered::Layered;
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
+use crate::utc;
 use crate::vdisk::live::{Done, Work};
 
 /// Arguments of `snapshot`.

@@ -16,7 +16,7 @@ pub mod snapshot;
 mod work;
 
 pub use judge::judge;
-pub use work::{carry_out, carry_out_before_close, time_label};
+pub use work::{carry_out, carry_out_before_close};
 
 use std::path::PathBuf;
 

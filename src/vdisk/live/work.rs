@@ -24,6 +24,7 @@ use crate::image::store::Replaced;
 use crate::progress::Progress;
 use crate::rules::{Rule, broken};
 use crate::sync::Arc;
+use crate::utc;
 use crate::vdisk::Image;
 use crate::vdisk::tracking::uuid_text;
 
@@ -205,7 +206,7 @@ impl Live<'_> {
     fn free_time_label(&self) -> String {
         let store = self.layers.store();
         let taken = |label: &String| store.labels().find(store.descriptor(), label).is_some();
-        (now()..).map(time_label).find(|label| !taken(label)).unwrap_or_default()
+        (now()..).map(utc::label).find(|label| !taken(label)).unwrap_or_default()
     }
 
     /// After a failed operation: removes a new file, unless the descriptor names it after all.
@@ -453,32 +454,4 @@ impl Image {
 /// Seconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
-
-/// 2026-11-20T22.45.01 (UTC); colons would not do in file names everywhere.
-pub fn time_label(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400, seconds % 86_400);
-    // Days to a date of the Gregorian calendar, counted from 1 March of year 0: leap days then come last in a year.
-    let days = days + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}.{minute:02}.{second:02}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::time_label;
-
-    #[test]
-    fn a_snapshot_without_a_name_is_named_by_the_time() {
-        assert_eq!(time_label(0), "1970-01-01T00.00.00");
-        assert_eq!(time_label(1_795_214_701), "2026-11-20T22.45.01");
-        assert_eq!(time_label(951_782_400), "2000-02-29T00.00.00");
-    }
 }
