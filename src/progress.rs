@@ -2,10 +2,11 @@
 //! slowed down to a rate.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Kind, Result};
+use crate::sync::plain::{lock, wait_timeout};
 
 /// How much may be done ahead of the rate: small enough that a watcher sees an even pace, large enough that one
 /// late wake-up does not cost throughput.
@@ -83,7 +84,7 @@ impl Progress {
                 return;
             };
             let left = left.min(LOOK);
-            free_at = self.woken.wait_timeout(free_at, left).unwrap_or_else(PoisonError::into_inner).0;
+            free_at = wait_timeout(&self.woken, free_at, left).0;
         }
     }
 
@@ -116,7 +117,7 @@ impl Progress {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.free_at.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.free_at)
     }
 }
 

@@ -2,28 +2,26 @@
 //! model checker can stand in for them: with the feature `shuttle` they are the ones of `model`, and only the tests in
 //! `vdisk::models` can run. Other rooms, and what models do not reach, use those of the standard library.
 //!
-//! No state here is left half-changed by a panic (every critical section is a few assignments), so a poisoned
-//! mutex is simply taken.
+//! No state under a mutex is left half-changed by a panic (every critical section is a few assignments), so a poisoned
+//! mutex is simply taken: [`plain`].
 
 #[cfg(feature = "shuttle")]
 pub mod model;
+pub mod plain;
 
 #[cfg(feature = "shuttle")]
 pub use model::{
     Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering,
-    PoisonError, TryLockError, Weak, mpsc, planted, thread, thread_shard,
+    PoisonError, TryLockError, Weak, lock, mpsc, planted, thread, thread_shard, wait, wait_timeout,
 };
+#[cfg(not(feature = "shuttle"))]
+pub use plain::{lock, wait, wait_timeout};
 #[cfg(not(feature = "shuttle"))]
 pub use std::{
     sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError, Weak, mpsc},
     thread,
 };
-
-/// Locks `mutex`, poisoned or not.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// One cache line for one value, so that threads that write neighbours do not disturb each other.
 #[derive(Debug, Default)]

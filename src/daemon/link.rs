@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Stdin};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -16,6 +16,7 @@ use crate::io::holder::{self, Held, Holder};
 use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount_this;
+use crate::sync::plain::lock;
 use crate::words::quoted;
 
 /// Notes on their way to the keeper; more events are dropped, because no thread waits for a person to be told.
@@ -145,7 +146,7 @@ impl Link {
     }
 
     fn ask(&self, question: Note) -> Option<Order> {
-        let _asking = self.asking.lock().unwrap_or_else(PoisonError::into_inner);
+        let _asking = lock(&self.asking);
         // An answer that came too late for its question is not ours.
         while self.answers.1.try_recv().is_ok() {}
         let deadline = Instant::now() + PATIENCE;

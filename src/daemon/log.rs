@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use crate::control::place::{LOG, Place};
 use crate::error::{Error, Kind, Result, printable};
 use crate::io::foreign;
 use crate::io::rename::rename_over;
+use crate::sync::plain::lock;
 
 /// Length of one log file in bytes; with the older one, 16 MiB are the most that a mount keeps.
 const MAX_FILE: u64 = 8 << 20;
@@ -128,7 +129,7 @@ impl Write for Pipe {
         let text = printable(record.strip_suffix('\n').unwrap_or(&record)) + "\n";
         match self.way.channel.get() {
             None => {
-                if let Some(sink) = self.sink.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+                if let Some(sink) = lock(&self.sink).as_mut() {
                     sink.put(text.as_bytes());
                 }
             }
@@ -185,7 +186,7 @@ pub(super) fn open(place: Option<&Place>) -> Result<()> {
 /// Hands the sink to a thread of its own.
 pub(super) fn start_thread() -> Result<()> {
     let Some((slot, way)) = OPENED.get() else { return Ok(()) };
-    let Some(sink) = slot.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+    let Some(sink) = lock(slot).take() else { return Ok(()) };
     let (sender, receiver) = bounded(MAX_WAITING);
     let counts = way.clone();
     crate::io::process::spawn_detached("ploopfs/log", move || write_out(sink, &receiver, &counts))?;

@@ -9,7 +9,7 @@
 //!   mark: the process ends.
 
 use std::cell::Cell;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use crate::control::protocol::Closed;
 use crate::error::{Kind, Result};
 use crate::folder::Folder;
 use crate::io::process::spawn_detached as spawn;
+use crate::sync::plain::{lock, wait_timeout};
 
 /// How often open files are looked at while they hold up the end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -61,7 +62,7 @@ impl Ending {
     }
 
     fn images(&self) -> MutexGuard<'_, Images> {
-        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.images)
     }
 
     /// Starts the thread that ends the mount when it is asked to.
@@ -115,8 +116,7 @@ impl Ending {
             if let Images::Closed(closed) = &*images {
                 return Some(closed.clone());
             }
-            let waited = self.over.wait_timeout(images, Duration::from_millis(500));
-            images = waited.unwrap_or_else(PoisonError::into_inner).0;
+            images = wait_timeout(&self.over, images, Duration::from_millis(500)).0;
             if !matches!(*images, Images::Closed(_)) && gone() {
                 return None;
             }

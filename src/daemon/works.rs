@@ -2,7 +2,7 @@
 //! goes on when the client goes away (docs/design.md#live-operations).
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, bounded};
@@ -13,6 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::io::process::spawn_detached;
 use crate::progress::Progress;
+use crate::sync::plain::lock;
 use crate::vdisk::live::{Done, Work};
 
 /// How often a client hears how far the work is: five times a second looks smooth to a person.
@@ -41,10 +42,6 @@ impl Drop for Running {
     fn drop(&mut self) {
         lock(&self.table).remove(&self.image);
     }
-}
-
-fn lock(table: &Table) -> MutexGuard<'_, HashMap<String, Arc<Progress>>> {
-    table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Works {

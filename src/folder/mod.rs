@@ -1,8 +1,9 @@
 //! The live set: which files of a folder are images, which are open, and who holds them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use crate::io::file::HostFile;
+use crate::sync::plain::{lock as locked, read, write};
 
 mod bell;
 mod changes;
@@ -47,17 +48,3 @@ pub use views::OpenSnapshot;
 
 /// Puts something around an image's file (`mount --fault`).
 pub type Wrap = Arc<dyn Fn(Arc<dyn HostFile>) -> Arc<dyn HostFile> + Send + Sync>;
-
-// A panic elsewhere must not take the folder with it: every state under these locks is whole between statements.
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
-}

@@ -4,7 +4,9 @@
 //! engine waiting; a strand keeps them in a list instead, and takes one thread however many wait.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::sync::plain::lock;
 
 /// What is queued.
 pub(super) type Job = Box<dyn FnOnce() + Send>;
@@ -59,7 +61,7 @@ impl Strand {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 }
 

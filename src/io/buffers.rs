@@ -9,10 +9,12 @@
 
 use std::ptr::{self, NonNull};
 use std::slice;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::sync::plain::{lock, wait};
 
 /// Most that waits, in bytes: a queue of 128 requests of 1 MiB, as a loop device has, for each of three images, while a
 /// machine with 1 GiB still lives.
@@ -53,7 +55,7 @@ pub fn copy(data: &[u8]) -> Bytes {
 
 impl Buffers {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn copy(&'static self, data: &[u8]) -> Bytes {
@@ -61,7 +63,7 @@ impl Buffers {
         let mut state = self.lock();
         // One always goes, whatever its size.
         while large && state.out > 0 && state.out + data.len() > LIMIT {
-            state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.freed, state);
         }
         state.out += data.len();
         let mapped = large && data.len() <= LARGE;

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use super::file::HostFile;
 pub use super::holder::Use;
 use super::holder::{self, Held};
 use super::real::{Access, RealFile};
+use crate::sync::plain::lock;
 use crate::{Error, Result};
 
 /// A range of bytes: first and length.
@@ -103,7 +104,7 @@ impl DeltaLock {
     }
 
     fn lock_use(&self) -> MutexGuard<'_, Use> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.used)
     }
 
     /// Makes a reader the writer, or says who else has the delta ([`InUse`](crate::Kind::InUse)): then it stays a reader. Does not

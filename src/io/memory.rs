@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use crate::sync::plain::lock;
 
 const BLOCK: u64 = 4096;
 
@@ -43,7 +44,7 @@ impl MemoryFile {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 }
 

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{Builder, JoinHandle};
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use rustix::process::{Resource, Rlimit, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets, CpuSet};
 
 use crate::error::{Error, Kind};
+use crate::sync::plain::lock;
 
 /// From this size on, in bytes, memory is mapped for one allocation and goes back to the system with it: all that is
 /// allocated while a disk is used is smaller.
@@ -218,7 +219,7 @@ pub fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> crate
 pub fn spawn_or_run<F: FnOnce() + Send + 'static>(name: &str, body: F) {
     let body = Arc::new(Mutex::new(Some(body)));
     let run = |body: &Mutex<Option<F>>| {
-        let body = body.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let body = lock(body).take();
         if let Some(body) = body {
             body();
         }

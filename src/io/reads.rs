@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use io_uring::{IoUring, opcode, types::Fd};
@@ -17,6 +17,7 @@ use super::pages::Pages;
 use super::planned::Planned;
 use super::process::spawn_thread;
 use super::ring::{begin, bound, passing};
+use crate::sync::plain::lock;
 
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
@@ -76,7 +77,7 @@ struct State {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn wake(&self) {

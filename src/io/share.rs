@@ -5,9 +5,10 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use super::file::HostFile;
+use crate::sync::plain::lock;
 
 /// Pairs of devices (from, to) whose file systems refused: nothing is tried there again. A leaf; taken once per copy
 /// of a cluster.
@@ -35,7 +36,7 @@ pub fn clone_range(
     // Device numbers are those probed at open: no system call.
     let pair = (source.traits().device, target.traits().device);
     let refused = |set: &Option<HashSet<_>>| set.as_ref().is_some_and(|set| set.contains(&pair));
-    if refused(&REFUSED.lock().unwrap_or_else(PoisonError::into_inner)) {
+    if refused(&lock(&REFUSED)) {
         return Ok(false);
     }
     // The kernel demands that the source holds all of the range.
@@ -46,7 +47,7 @@ pub fn clone_range(
         Ok(()) => Ok(true),
         Err(e) => match e.raw_os_error() {
             Some(libc::EOPNOTSUPP | libc::EXDEV | libc::ENOTTY | libc::ENOSYS) => {
-                let mut set = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut set = lock(&REFUSED);
                 set.get_or_insert_default().insert(pair);
                 Ok(false)
             }

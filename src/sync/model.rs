@@ -132,6 +132,25 @@ impl Condvar {
     }
 }
 
+/// As [`plain::lock`](super::plain::lock).
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// As [`plain::wait`](super::plain::wait).
+pub fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
+
+/// As [`plain::wait_timeout`](super::plain::wait_timeout).
+pub fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    limit: Duration,
+) -> (MutexGuard<'a, T>, WaitTimeoutResult) {
+    condvar.wait_timeout(guard, limit).unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The calling thread's shard: by its number in the model, so that each execution begins alike.
 pub fn thread_shard() -> usize {
     usize::from(thread::current().id()) % super::SHARDS

@@ -1,13 +1,14 @@
 //! A disk in pieces: where data is, what of it is zero, and several hands that work on it.
 
 use std::ops::Range;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::disk::Disk;
 use crate::error::Result;
 use crate::format::stream::PIECE;
 use crate::progress::Progress;
+use crate::sync::plain::lock;
 
 /// Threads that copy: one waits for the host while another compares and checksums; more than the host's queue of a disk
 /// wants would only compete with its other users.
@@ -124,7 +125,7 @@ pub fn copy_and_clear(
         while !failed.load(Ordering::Relaxed) {
             progress.check()?;
             // A statement of its own, so that the lock ends before the piece is copied.
-            let piece = pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let piece = lock(&pieces).next();
             match piece {
                 None => break,
                 Some(piece) => match piece? {

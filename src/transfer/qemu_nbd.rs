@@ -8,8 +8,8 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::qemu::{absolute, cannot_run, ours, refused, said};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::progress::Progress;
+use crate::sync::plain::lock;
 
 const PROGRAM: &str = "qemu-nbd";
 /// What a shell ends with that does not find the program.
@@ -194,10 +195,6 @@ impl Drop for QemuNbd {
             let _ = said.join();
         }
     }
-}
-
-fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
-    connection.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A listening socket without a name, and connections to it that it has not taken yet: 1. a folder that is ours alone; 2.

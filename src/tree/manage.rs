@@ -5,7 +5,7 @@
 //! and the engine's threads may be what it waits for.
 
 use std::ffi::OsStr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::attrs;
 use super::data::OpenFile;
@@ -17,6 +17,7 @@ use crate::folder::{Entry, OpenImage, Rights};
 use crate::fuse::ops::{Answer, Attr, Done, Errno, Handle, Ino, OpenFlags, Opened, SetAttr};
 use crate::image::kind::in_text;
 use crate::io::process::spawn_detached;
+use crate::sync::plain::lock;
 
 /// "Read and write instead": the kernel copies by itself.
 const COPY_YOURSELF: Errno = Errno(libc::EOPNOTSUPP);
@@ -35,7 +36,7 @@ impl Tree {
         let job = move || {
             let result = body(&tree);
             let refused = |e: &Error| tree.trouble.refused(e, doing);
-            if let Some(done) = answer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            if let Some(done) = lock(&answer).take() {
                 match result {
                     Ok(value) => done(Ok(value)),
                     Err(e) => {
@@ -46,7 +47,7 @@ impl Tree {
             }
         };
         if let Err(e) = spawn_detached("ploopfs/manage", job)
-            && let Some(done) = done.lock().unwrap_or_else(PoisonError::into_inner).take()
+            && let Some(done) = lock(&done).take()
         {
             done(Err(self.trouble.refused(&e, doing)));
         }
@@ -264,7 +265,7 @@ impl Tree {
             Err(errno) => done(Err(errno)),
         });
         self.change("write", longer, move |tree| {
-            let _alone = unborn.growing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _alone = lock(&unborn.growing);
             match tree.folder.get(unborn.id) {
                 Some(entry) if entry.size() < end => tree.folder.grow_image(&entry, end),
                 Some(_) => Ok(()),
@@ -281,14 +282,14 @@ impl Tree {
 
     /// Remembers who makes an image, as long as the handle is open.
     fn note_maker(&self, unborn: &Arc<Unborn>) {
-        let mut makers = self.makers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut makers = lock(&self.makers);
         makers.retain(|_, maker| maker.strong_count() > 0);
         makers.insert(unborn.id, Arc::downgrade(unborn));
     }
 
     /// True when the handle that made the image is open, and `size` bytes would be rounded up to what it has.
     fn is_rounded(&self, entry: &Entry, size: u64) -> Result<bool> {
-        let makers = self.makers.lock().unwrap_or_else(PoisonError::into_inner);
+        let makers = lock(&self.makers);
         let made = makers.get(&entry.id()).is_some_and(|maker| maker.strong_count() > 0);
         drop(makers);
         if !made {
@@ -348,7 +349,7 @@ impl Tree {
             Err(e) if e.kind() == Kind::Unsupported => return Ok(false),
             other => other?,
         }
-        *unborn.cloned.lock().unwrap_or_else(PoisonError::into_inner) = Some(disk);
+        *lock(&unborn.cloned) = Some(disk);
         // Held open from here on, so that a write to it by anybody is seen by the next call.
         let (send, receive) = std::sync::mpsc::channel();
         let done: Done<()> = Box::new(move |_| {
@@ -364,7 +365,7 @@ impl Tree {
 
 /// The range is the clone's already, and nobody has written to it.
 fn is_there(unborn: &Unborn, disk: &Disk, from: u64, to: u64) -> bool {
-    let cloned = unborn.cloned.lock().unwrap_or_else(PoisonError::into_inner);
+    let cloned = lock(&unborn.cloned);
     let untouched = unborn.image().is_some_and(|open| {
         let stats = open.image().stats();
         stats.writes == 0 && stats.discards == 0

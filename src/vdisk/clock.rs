@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::runner::Job;
 use crate::io::process;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, lock, thread};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, thread, wait, wait_timeout};
 
 /// The timers of one engine; dropped with it, and the thread ends.
 #[derive(Default)]
@@ -112,8 +112,8 @@ impl Shared {
                     (timer.job)();
                     lock(&self.state)
                 }
-                Some(at) => self.wake.wait_timeout(state, at - now).unwrap_or_else(PoisonError::into_inner).0,
-                None => self.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => wait_timeout(&self.wake, state, at - now).0,
+                None => wait(&self.wake, state),
             };
         }
     }

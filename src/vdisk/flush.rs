@@ -35,7 +35,7 @@ use super::runner::Job;
 use super::stack::Stack;
 use crate::error::{Error, Kind, Result};
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, PoisonError, lock, planted, thread};
+use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, lock, planted, thread, wait};
 
 /// Unsynced bytes per image from which a round begins in the background (docs/design.md#bounds).
 pub(crate) const BACKGROUND: u64 = 64 << 20;
@@ -144,7 +144,7 @@ impl Flusher {
     pub(super) fn between_rounds<T>(&self, change: impl FnOnce() -> T) -> T {
         let mut state = lock(&self.state);
         while state.running {
-            state = self.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.ended, state);
         }
         change()
     }
@@ -202,7 +202,7 @@ impl Image {
         let mut state = lock(&self.flusher.state);
         state.stopped = true;
         while state.running {
-            state = self.flusher.ended.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = wait(&self.flusher.ended, state);
         }
     }
 

@@ -7,8 +7,8 @@ use std::collections::VecDeque;
 
 use super::runner::Job;
 use crate::sync::{
-    AtomicBool, AtomicU64, Bug, Condvar, Mutex, MutexGuard, Ordering, Padded, PoisonError, SHARDS, lock, planted,
-    thread_shard,
+    AtomicBool, AtomicU64, Bug, Condvar, Mutex, MutexGuard, Ordering, Padded, SHARDS, lock, planted,
+    thread_shard, wait,
 };
 
 /// Counts what is inside; can be closed.
@@ -112,7 +112,7 @@ impl Gate {
         self.closed.store(true, Ordering::SeqCst);
         let mut outside = self.outside();
         while self.inside.iter().any(|n| n.0.load(Ordering::SeqCst) != 0) {
-            outside = self.emptied.wait(outside).unwrap_or_else(PoisonError::into_inner);
+            outside = wait(&self.emptied, outside);
         }
     }
 

@@ -10,7 +10,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::io::process;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, lock, thread};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, thread, wait_timeout};
 
 /// A piece of work. It may block on the host, never on work that another job of the same pool must do.
 pub type Job = Box<dyn FnOnce() + Send>;
@@ -189,8 +189,7 @@ impl Shared {
                 return;
             }
             state.idle += 1;
-            let (next, timeout) =
-                self.wake.wait_timeout(state, LINGER).unwrap_or_else(PoisonError::into_inner);
+            let (next, timeout) = wait_timeout(&self.wake, state, LINGER);
             state = next;
             // Whichever sleeper wakes takes the claim: threads are all alike.
             if state.claimed > 0 {

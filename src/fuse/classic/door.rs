@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use crossbeam_channel::{Receiver, Sender};
 
 use crate::fuse::ops::Ino;
 use crate::io::connection::Slot;
 use crate::io::process::name_this_thread;
+use crate::sync::plain::lock;
 
 /// The inode of the second message; the kernel's numbers begin with 1.
 pub(super) const HELLO: Ino = 0;
@@ -44,13 +45,13 @@ pub(super) struct Entrance {
 impl Door {
     /// What the thread is to be given, before it starts.
     pub(super) fn open(&self, entrance: Entrance) {
-        *self.entrance.lock().unwrap_or_else(PoisonError::into_inner) = Some(entrance);
+        *lock(&self.entrance) = Some(entrance);
     }
 
     /// The session's thread, which is the caller, comes in: see `sessions`. Without a word to go on it reads the socket
     /// again, finds its other end closed, and ends.
     pub(super) fn enter(&self) {
-        let Some(entrance) = self.entrance.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+        let Some(entrance) = lock(&self.entrance).take() else {
             return;
         };
         let Entrance { number, slot, connection, say, go } = entrance;

@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use rustix::event::EventfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -25,6 +25,7 @@ use super::wire::{self, Parts};
 use crate::fuse::MAX_WRITE;
 use crate::fuse::ops::{Answer, Errno};
 use crate::io::planned::Planned;
+use crate::sync::plain::lock;
 
 /// Room for a payload in bytes; REGISTER fails with less than the largest request.
 pub(super) const PAYLOAD: usize = MAX_WRITE as usize;
@@ -439,7 +440,7 @@ impl Entries {
 
     fn answered(&self) -> MutexGuard<'_, Vec<Answered>> {
         // No panic can happen between two changes of the list.
-        self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.answered)
     }
 
     /// An answer is in the memory of an entry: to the kernel with it.

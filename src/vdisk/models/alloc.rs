@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use super::{explore, finds};
 use crate::sync::mpsc::{Sender, channel};
+use crate::sync::plain::lock;
 use crate::sync::{Arc, Bug, thread};
 use crate::vdisk::alloc::{Alloc, Allocator, Bits, Due};
 use crate::vdisk::runner::Job;
@@ -46,7 +47,7 @@ impl Rig {
     }
 
     fn truth(&self) -> std::sync::MutexGuard<'_, Truth> {
-        self.truth.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.truth)
     }
 
     /// What `extend` and `scrub` do, with the host in between.

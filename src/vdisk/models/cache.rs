@@ -7,6 +7,7 @@ use crate::format::bat::{PAGE_BYTES, cluster_of, slot_of};
 use crate::format::header::{Header, Version};
 use crate::io::file::HostFile;
 use crate::sync::mpsc::{Sender, channel};
+use crate::sync::plain::lock;
 use crate::sync::{Arc, Bug, thread};
 use crate::vdisk::bat::cache::{BatCache, Budget, Copy, Loading, Lookup};
 use crate::vdisk::bat::load::read_page;
@@ -118,7 +119,7 @@ impl Rig {
             assert!(moved.is_empty(), "nothing is compacted here");
             self.host.write_at(&bytes, u64::from(page) * PAGE_BYTES).expect("memory writes");
             self.bat().written(page);
-            self.freed.lock().unwrap_or_else(std::sync::PoisonError::into_inner).extend(freed);
+            lock(&self.freed).extend(freed);
         }
         count
     }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::{explore, finds};
 use crate::sync::mpsc::{Sender, channel};
+use crate::sync::plain::lock;
 use crate::sync::{Arc, Bug, thread};
 use crate::vdisk::locks::{ClusterLocks, Mode};
 use crate::vdisk::runner::Job;
@@ -23,7 +24,7 @@ struct Rig {
 
 impl Rig {
     fn queued(&self) -> std::sync::MutexGuard<'_, Vec<(Mode, bool)>> {
-        self.queued.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.queued)
     }
 
     /// Holds the lock for a while and gives it back.

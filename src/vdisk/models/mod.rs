@@ -23,6 +23,7 @@ use crate::format::header::Header;
 use crate::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
 use crate::io::memory::MemoryFile;
 use crate::sync::model::with_bug;
+use crate::sync::plain::lock;
 use crate::sync::{Arc, Bug, thread};
 
 /// Preemptions that the second scheduler chooses its places for: most races need no more.
@@ -98,7 +99,7 @@ impl Host {
     }
 
     fn synced(&self) -> std::sync::MutexGuard<'_, Synced> {
-        self.synced.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.synced)
     }
 
     /// What a power cut leaves at least.
