@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::cli::work::{self, Pace, Place};
+use crate::cli::work::{self, Executor, Pace};
 use crate::cli::{Outcome, out, size, target};
 use crate::disk::content;
 use crate::error::Result;
@@ -72,9 +72,9 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 
 /// What has changed in the image at `path`: by the daemon that serves it, else here under the same locks.
 fn of(path: &Path) -> Result<Changes> {
-    match Place::of(path)? {
-        Place::Live(mut daemon, name) => Changes::whole(|start| daemon.client.changes(&name, start)),
-        Place::Offline => content::changes(path),
+    match Executor::of(path)? {
+        Executor::Live(mut daemon, name) => Changes::whole(|start| daemon.client.changes(&name, start)),
+        Executor::Offline => content::changes(path),
     }
 }
 

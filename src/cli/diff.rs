@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::cli::work::Place;
+use crate::cli::work::Executor;
 use crate::cli::{Outcome, out, size, target};
 use crate::disk::content;
 use crate::error::Result;
@@ -51,9 +51,9 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 
 /// Compares two snapshots of the image at `path`: by the daemon that serves it, else here under the same locks.
 fn of(path: &Path, from: &str, to: Option<&str>) -> Result<Diff> {
-    match Place::of(path)? {
-        Place::Live(mut daemon, name) => Diff::whole(|start| daemon.client.diff(&name, from, to, start)),
-        Place::Offline => content::diff(path, from, to),
+    match Executor::of(path)? {
+        Executor::Live(mut daemon, name) => Diff::whole(|start| daemon.client.diff(&name, from, to, start)),
+        Executor::Offline => content::diff(path, from, to),
     }
 }
 

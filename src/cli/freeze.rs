@@ -29,7 +29,7 @@ pub struct Args {
 pub fn guard(args: Args) -> anyhow::Result<Outcome> {
     let _ = process::name_this_thread("ploopfs/thaw");
     let mut say = std::io::stdout().lock();
-    let mut held = Held(Vec::new());
+    let mut held = HeldFileSystems(Vec::new());
     for pair in args.paths.chunks_exact(2) {
         let frozen = FileSystem::inherit(&pair[0], &pair[1]).and_then(|fs| fs.freeze().map(|()| fs));
         match frozen {
@@ -53,9 +53,9 @@ pub fn guard(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// Thaws what is frozen when the guard leaves early.
-struct Held(Vec<FileSystem>);
+struct HeldFileSystems(Vec<FileSystem>);
 
-impl Drop for Held {
+impl Drop for HeldFileSystems {
     fn drop(&mut self) {
         for fs in self.0.drain(..) {
             let _ = fs.thaw();

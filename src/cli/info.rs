@@ -6,14 +6,14 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::cli::served::{self, Live};
+use crate::cli::served::{self, ServedImage};
 use crate::cli::{Outcome, out, size, target};
 use crate::disk::facts::{Facts, LevelFacts};
 use crate::disk::space::{Order, Reclaimable};
 use crate::error::{Error, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
 use crate::image::chain::Form;
-use crate::io::holder::{Held, Holder};
+use crate::io::holder::{HeldLock, Holder};
 use crate::io::lock::Use;
 use crate::words::quoted;
 
@@ -49,7 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.which.json {
         out::json(&to_json(&facts, &reclaimable, live.as_ref(), holder.as_ref()))?;
     } else {
-        let live = live.as_ref().map_or_else(|| OFFLINE.to_owned(), Live::to_text);
+        let live = live.as_ref().map_or_else(|| OFFLINE.to_owned(), ServedImage::to_text);
         let held = |holder: Holder| format!("held by:     {}\n", out::printable(&holder.to_string()));
         let held = holder.map(held).unwrap_or_default();
         out::text(&(to_text(&facts) + &space_text(&reclaimable, &facts.path) + &live + &held))?;
@@ -58,7 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// An image whose file was removed while it was open: what its daemon says of it is all that there is.
-fn without_file(live: &Live, as_json: bool) -> anyhow::Result<Outcome> {
+fn without_file(live: &ServedImage, as_json: bool) -> anyhow::Result<Outcome> {
     let image = &live.image;
     if as_json {
         out::json(&json!({
@@ -97,7 +97,7 @@ fn without_file(live: &Live, as_json: bool) -> anyhow::Result<Outcome> {
 fn holder(path: &Path) -> Result<Option<Holder>> {
     let file = path.metadata().map_err(|e| Error::io(&e, path, "cannot look at it"))?;
     // As a writer would see it: readers are holders, too.
-    Ok(Held::Delta { dev: file.dev(), ino: file.ino(), used: Use::Writer }.holder())
+    Ok(HeldLock::Delta { dev: file.dev(), ino: file.ino(), used: Use::Writer }.holder())
 }
 
 /// The in-use mark in words.
@@ -138,7 +138,12 @@ fn level_json(level: &LevelFacts) -> Value {
     level
 }
 
-fn to_json(facts: &Facts, reclaimable: &Reclaimable, live: Option<&Live>, holder: Option<&Holder>) -> Value {
+fn to_json(
+    facts: &Facts,
+    reclaimable: &Reclaimable,
+    live: Option<&ServedImage>,
+    holder: Option<&Holder>,
+) -> Value {
     let mut value = json!({
         "name": facts.name,
         "path": facts.path.to_string_lossy(),

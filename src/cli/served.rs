@@ -202,7 +202,7 @@ pub(crate) fn stays_open(path: &Path, counts: impl Fn(&ImageLine) -> bool) -> Re
 
 /// What a daemon says of one image, and who has it open.
 #[derive(Debug)]
-pub struct Live {
+pub struct ServedImage {
     /// Process id of the daemon.
     pub pid: u32,
     /// The flat file that shows it.
@@ -218,12 +218,12 @@ pub struct Live {
 }
 
 /// What a daemon says of the image in the file `path`; None where none serves it.
-pub fn image(path: &Path) -> Result<Option<Live>> {
+pub fn image(path: &Path) -> Result<Option<ServedImage>> {
     let Some((daemon, image)) = serving(path)? else { return Ok(None) };
     let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
     let shown = daemon.mountpoint.join(format!("{}.img", image.name));
     let (pid, mode, reason) = (daemon.client.hello().pid, image.mode.clone(), image.reason.clone());
-    Ok(Some(Live { pid, shown, mode, reason, openers, image }))
+    Ok(Some(ServedImage { pid, shown, mode, reason, openers, image }))
 }
 
 fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
@@ -241,7 +241,7 @@ fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
     Ok(found.iter().map(ToString::to_string).collect())
 }
 
-impl Live {
+impl ServedImage {
     /// The lines of `info`.
     pub fn to_text(&self) -> String {
         let mut text = String::new();

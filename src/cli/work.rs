@@ -35,18 +35,18 @@ pub struct Pace {
 }
 
 /// Who carries it out.
-pub enum Place {
+pub enum Executor {
     /// The daemon that serves the image under this name; and its other openers may go on.
     Live(Box<Daemon>, String),
     /// This process.
     Offline,
 }
 
-impl Place {
+impl Executor {
     /// Who serves the image at `path`.
-    pub fn of(path: &Path) -> Result<Place> {
+    pub fn of(path: &Path) -> Result<Executor> {
         let serving = served::serving(path)?;
-        Ok(serving.map_or(Place::Offline, |(daemon, image)| Place::Live(Box::new(daemon), image.name)))
+        Ok(serving.map_or(Executor::Offline, |(daemon, image)| Executor::Live(Box::new(daemon), image.name)))
     }
 }
 
@@ -65,11 +65,11 @@ fn attempt(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool) -> Re
     if !work.only_looks() {
         refuse_level(path)?;
     }
-    let mut place = Place::of(path)?;
+    let mut place = Executor::of(path)?;
     let bar = Bar::new();
     let result = match &mut place {
-        Place::Live(daemon, name) => live(daemon, name, work, pace, interrupted, &bar),
-        Place::Offline => here(path, work, pace, interrupted, &bar),
+        Executor::Live(daemon, name) => live(daemon, name, work, pace, interrupted, &bar),
+        Executor::Offline => here(path, work, pace, interrupted, &bar),
     };
     bar.end();
     match result {
@@ -198,9 +198,9 @@ fn watch<T: Send + 'static>(
 
 /// The snapshots of the image at `path`, whoever serves it.
 pub fn snapshots(path: &Path) -> Result<Vec<SnapshotLine>> {
-    match Place::of(path)? {
-        Place::Live(mut daemon, name) => daemon.client.snapshots(&name),
-        Place::Offline => snapshots::of(path, false),
+    match Executor::of(path)? {
+        Executor::Live(mut daemon, name) => daemon.client.snapshots(&name),
+        Executor::Offline => snapshots::of(path, false),
     }
 }
 

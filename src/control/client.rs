@@ -12,7 +12,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use super::place::{Place, SOCKET};
+use super::place::{ControlPlace, SOCKET};
 use super::protocol::{Amount, Answer, Closed, Hello, ImageLine, Interim, MAX_ANSWER, Op, Request, VERSION};
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
@@ -41,7 +41,7 @@ impl Client {
     /// The daemon of the folder `images`, if one lives. A socket without a daemon behind it counts as none; one on which
     /// another user answers is an error: the folder's owner can put his own there.
     pub fn find(images: &Path) -> Result<Option<Client>> {
-        for place in Place::candidates(images) {
+        for place in ControlPlace::candidates(images) {
             let socket = place.path(SOCKET);
             let connected = connect(&place).map_err(|e| {
                 Error::io(&e, &socket, "cannot reach the daemon, which may have been stopped")
@@ -224,7 +224,7 @@ impl Client {
 }
 
 /// Connects to the socket of a place; None: no process listens there. An error: one listens and accepts no connection.
-fn connect(place: &Place) -> io::Result<Option<UnixStream>> {
+fn connect(place: &ControlPlace) -> io::Result<Option<UnixStream>> {
     // The name may be a link to some other program's socket; a descriptor of the socket itself is none.
     let Ok(socket) = foreign::socket_in(place, SOCKET) else { return Ok(None) };
     let address = SocketAddrUnix::new(format!("/proc/self/fd/{}", socket.as_raw_fd()))?;

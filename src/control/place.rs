@@ -27,7 +27,7 @@ const ROOM: usize = 16 << 10;
 
 /// An opened place of one images folder.
 #[derive(Debug)]
-pub struct Place {
+pub struct ControlPlace {
     fd: OwnedFd,
     path: PathBuf,
     inside: bool,
@@ -35,15 +35,15 @@ pub struct Place {
     full: bool,
 }
 
-impl Place {
+impl ControlPlace {
     /// Opens the place of the folder `dir`, whose path is `images`, for its daemon and makes it where it is missing: in the
     /// folder, or, where nothing can be written there, under the run folder. A full host must be mountable: trimming guests
     /// is what makes room on it.
-    pub fn make(dir: &impl AsFd, images: &Path) -> Result<Place> {
+    pub fn make(dir: &impl AsFd, images: &Path) -> Result<ControlPlace> {
         const DOING: &str = "cannot make the folder for the control socket and the log";
         let mut full = false;
         match rustix::fs::mkdirat(dir, PRIVATE, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => match Place::open_inside(dir, images) {
+            Ok(()) | Err(Errno::EXIST) => match ControlPlace::open_inside(dir, images) {
                 // It may be there on a file system that was since mounted read-only.
                 Ok(place) if place.is_writable()? => match place.has_room() {
                     true => return Ok(place),
@@ -59,7 +59,7 @@ impl Place {
         let outside = outside(dir, images)?;
         match DirBuilder::new().mode(0o700).recursive(true).create(&outside) {
             Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Error::io(&e, &outside, DOING)),
-            _ => Ok(Place { full, ..Place::open_outside(outside)? }),
+            _ => Ok(ControlPlace { full, ..ControlPlace::open_outside(outside)? }),
         }
     }
 
@@ -75,27 +75,27 @@ impl Place {
     }
 
     /// The places in which the daemon of `images` may have its socket, likeliest first.
-    pub fn candidates(images: &Path) -> Vec<Place> {
+    pub fn candidates(images: &Path) -> Vec<ControlPlace> {
         let Ok(dir) = foreign::folder(images) else { return Vec::new() };
-        let inside = Place::open_inside(&dir, images);
-        let outside = outside(&dir, images).and_then(Place::open_outside);
+        let inside = ControlPlace::open_inside(&dir, images);
+        let outside = outside(&dir, images).and_then(ControlPlace::open_outside);
         inside.into_iter().chain(outside).collect()
     }
 
-    fn open_inside(dir: &impl AsFd, images: &Path) -> Result<Place> {
+    fn open_inside(dir: &impl AsFd, images: &Path) -> Result<ControlPlace> {
         let path = images.join(PRIVATE);
         let fd = foreign::folder_in(dir, PRIVATE).map_err(|e| cannot_open(&e, &path))?;
-        Ok(Place { fd, path, inside: true, full: false })
+        Ok(ControlPlace { fd, path, inside: true, full: false })
     }
 
     /// Only where it is ours or root's: the folder around it may be anyone's.
-    fn open_outside(path: PathBuf) -> Result<Place> {
+    fn open_outside(path: PathBuf) -> Result<ControlPlace> {
         let fd = foreign::folder_in(&rustix::fs::CWD, &path).map_err(|e| cannot_open(&e, &path))?;
         let owner = rustix::fs::fstat(&fd).map_err(|e| cannot_open(&e.into(), &path))?.st_uid;
         if owner != 0 && owner != rustix::process::geteuid().as_raw() {
             return Err(Error::at(Kind::Access, &path, format!("belongs to user {owner}; remove it")));
         }
-        Ok(Place { fd, path, inside: false, full: false })
+        Ok(ControlPlace { fd, path, inside: false, full: false })
     }
 
     fn is_writable(&self) -> Result<bool> {
@@ -146,7 +146,7 @@ fn run_folder() -> Result<PathBuf> {
     }
 }
 
-impl AsFd for Place {
+impl AsFd for ControlPlace {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
-use super::place::{Place, SOCKET};
+use super::place::{ControlPlace, SOCKET};
 use super::protocol::{Amount, Answer, Interim, MAX_REQUEST, Op, VERSION, parse_request};
 use crate::error::{Error, Kind, Result};
 use crate::io::foreign;
@@ -66,7 +66,7 @@ pub struct Server {
 
 impl Server {
     /// Binds the socket of `place`. The caller holds the folder's lock: what lies there is a dead daemon's.
-    pub fn bind(place: &Place) -> Result<Server> {
+    pub fn bind(place: &ControlPlace) -> Result<Server> {
         let fail = |e: &io::Error| Error::io(e, place.path(SOCKET), "cannot bind the control socket");
         match rustix::fs::unlinkat(place, SOCKET, AtFlags::empty()) {
             Err(e) if e != Errno::NOENT => return Err(fail(&e.into())),

@@ -25,7 +25,7 @@ use super::settings::Settings;
 use super::standby::{Standby, Told};
 use super::wire::{self, Event, Note, Order};
 use super::{events, log, notify, siblings};
-use crate::control::place::Place;
+use crate::control::place::ControlPlace;
 use crate::error::{Error, Kind, Result};
 use crate::io::process::spawn_detached as spawn;
 use crate::io::{foreign, process};
@@ -404,7 +404,7 @@ impl<'a> Keeper<'a> {
     fn clean_up(&self, how: &str, in_front: bool) {
         let left = self.mount.as_ref().map(|mount| mount.left(self.settings)).unwrap_or_default();
         let hanging: Vec<Holder> = left.first().map(holders::of).unwrap_or_default();
-        let place = self.images.as_ref().and_then(|dir| Place::make(dir, self.settings.images()).ok());
+        let place = self.images.as_ref().and_then(|dir| ControlPlace::make(dir, self.settings.images()).ok());
         let logs = log::open(place.as_ref().filter(|_| !in_front)).is_ok();
         let point = self.settings.mountpoint().display();
         if logs {

@@ -12,7 +12,7 @@ use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
 use crate::io::handover::Receiving;
-use crate::io::holder::{self, Held, Holder};
+use crate::io::holder::{self, HeldLock, Holder};
 use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
 use crate::io::unmount::unmount_this;
@@ -138,7 +138,7 @@ impl Link {
         }
     }
 
-    fn holder(&self, held: Held) -> Option<Holder> {
+    fn holder(&self, held: HeldLock) -> Option<Holder> {
         match self.ask(Note::Holder(held)) {
             Some(Order::Holder(holder)) => holder,
             _ => None,

@@ -15,7 +15,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::fs::{Mode, OFlags};
 
-use crate::control::place::{LOG, Place};
+use crate::control::place::{ControlPlace, LOG};
 use crate::error::{Error, Kind, Result, printable};
 use crate::io::foreign;
 use crate::io::rename::rename_over;
@@ -151,7 +151,7 @@ impl Write for Pipe {
 static OPENED: OnceLock<(Arc<Slot>, Arc<Way>)> = OnceLock::new();
 
 /// Opens the log: the file in a place, or stderr for None. Once per process; panics are logged from here on.
-pub(super) fn open(place: Option<&Place>) -> Result<()> {
+pub(super) fn open(place: Option<&ControlPlace>) -> Result<()> {
     let sink = match place {
         None => Sink::Stderr,
         Some(place) => {

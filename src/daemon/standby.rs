@@ -22,7 +22,7 @@ use signal_hook::flag;
 use super::own_mount::OwnMount;
 use super::settings::Settings;
 use super::{holders, log, siblings, wire};
-use crate::control::place::Place;
+use crate::control::place::ControlPlace;
 use crate::error::{Error, Kind, Result};
 use crate::io::handover::{self, Receiving};
 use crate::io::process::spawn_detached;
@@ -153,7 +153,7 @@ fn clean_up(settings: &Settings, images: Option<&OwnedFd>, mount: &OwnMount) {
         return;
     }
     let hanging = left.first().map(holders::of).unwrap_or_default();
-    let place = images.and_then(|dir| Place::make(dir, settings.images()).ok());
+    let place = images.and_then(|dir| ControlPlace::make(dir, settings.images()).ok());
     let logs = log::open(place.as_ref().filter(|_| !settings.foreground)).is_ok();
     let say = |line: &str| {
         if logs {

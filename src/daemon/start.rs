@@ -16,7 +16,7 @@ use super::service::{Desk, Identity};
 use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
-use crate::control::place::Place;
+use crate::control::place::ControlPlace;
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, FolderOptions};
@@ -72,7 +72,7 @@ fn begin(keeper_says: &mut FromKeeper) -> Result<Settings> {
 fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert::Infallible> {
     let (transport, fallen_back) = transport(settings.transport)?;
     let dir = open_images(settings.images())?;
-    let place = Place::make(&dir, settings.images())?;
+    let place = ControlPlace::make(&dir, settings.images())?;
     log::open((!settings.foreground).then_some(&place))?;
 
     let link = Arc::new(Link::new());

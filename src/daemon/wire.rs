@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
-use crate::io::holder::{Held, Holder};
+use crate::io::holder::{HeldLock, Holder};
 
 /// The longest line, in bytes. Holders of a mount are the longest, and they are cut to some ([`MAX_HOLDERS`]).
 const MAX_LINE: u64 = 1 << 20;
@@ -42,7 +42,7 @@ pub enum Note {
     /// Who holds files open? Answered with [`Order::Holders`].
     Holders,
     /// Who has this lock? Answered with [`Order::Holder`].
-    Holder(Held),
+    Holder(HeldLock),
     /// The answer to [`Order::Answer`]: requests of the keeper are heard.
     Alive,
     /// Something a person should hear of: run the program of `--on-event`.

@@ -34,11 +34,11 @@ pub(super) struct Deltas {
 
 /// The place of one file. Protects that it is opened once for all its users. Held across that open, its locks, and the end of
 /// a use of ours that has begun (which takes no lock). Behind the table, which is let go of by then.
-type FilePlace = Mutex<Leased<Held>>;
+type FilePlace = Mutex<Leased<HeldDelta>>;
 
 /// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks
 /// at the file: our own next open would take a lock that lingers for a stranger's.
-struct Held {
+struct HeldDelta {
     file: Arc<dyn HostFile>,
     writable: bool,
     lock: DeltaLock,
@@ -51,13 +51,13 @@ struct Held {
 
 /// One user of a file.
 struct User {
-    held: Arc<Held>,
+    held: Arc<HeldDelta>,
     /// It is one of the writers. Protects that it is counted once; before `writers`.
     writes: Mutex<bool>,
 }
 
 impl User {
-    fn new(held: Arc<Held>, used: Use) -> Result<User> {
+    fn new(held: Arc<HeldDelta>, used: Use) -> Result<User> {
         let user = User { held, writes: Mutex::new(false) };
         if used == Use::Writer {
             user.begin_writing()?;
@@ -110,7 +110,7 @@ impl Deltas {
         if self.read_only { Use::Reader } else { Use::Writer }
     }
 
-    fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<Held>> {
+    fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<HeldDelta>> {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
         let place = self.place_of((status.dev, status.ino));
         locked(&place).get_or_open(|lease| self.lock(Arc::new(file), shown, used, lease))
@@ -125,7 +125,7 @@ impl Deltas {
         places.entry(identity).or_default().clone()
     }
 
-    fn lock(&self, file: Arc<RealFile>, shown: &Path, used: Use, lease: Lease) -> Result<Arc<Held>> {
+    fn lock(&self, file: Arc<RealFile>, shown: &Path, used: Use, lease: Lease) -> Result<Arc<HeldDelta>> {
         let lock = DeltaLock::acquire(Arc::clone(&file), used)?;
         if !lock.held() && !self.unlocked.swap(true, Ordering::AcqRel) {
             log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
@@ -140,7 +140,7 @@ impl Deltas {
             Some(wrap) => wrap(file),
             None => file,
         };
-        Ok(Arc::new(Held { file, writable, lock, writers: Mutex::new(0), _lease: lease }))
+        Ok(Arc::new(HeldDelta { file, writable, lock, writers: Mutex::new(0), _lease: lease }))
     }
 }
 

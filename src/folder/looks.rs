@@ -14,7 +14,7 @@ use super::locked;
 use super::set::Folder;
 use super::snapshots::Snapshot;
 use crate::error::{Error, Result};
-use crate::io::holder::{self, Held};
+use crate::io::holder::{self, HeldLock};
 
 /// How long a look at all images waits for one whose host does not answer. What was known of it then has to do.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -77,7 +77,7 @@ impl Folder {
         if self.wanted.enqueue(held, doing, error) {
             let wanted = self.wanted.clone();
             let log = |doing: &str, error: &Error| log::error!("{doing} failed: {error}");
-            (self.shared.spawn)(Box::new(move || wanted.work(&Held::holder, &log)));
+            (self.shared.spawn)(Box::new(move || wanted.work(&HeldLock::holder, &log)));
         }
     }
 
@@ -85,7 +85,7 @@ impl Folder {
     /// engine or a transport.
     pub fn named(&self, error: Error) -> Error {
         match holder::unnamed(&error) {
-            Some(held) => holder::named(&error, self.wanted.look(held, &Held::holder).as_ref()),
+            Some(held) => holder::named(&error, self.wanted.look(held, &HeldLock::holder).as_ref()),
             None => error,
         }
     }

@@ -1,7 +1,7 @@
 //! The images folder itself: one descriptor through which everything in it is reached, its lock, its space.
 
 use std::ffi::OsString;
-use std::os::fd::{OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -16,7 +16,7 @@ use crate::io::mounts;
 
 /// An images folder, open and locked.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct ImagesFolder {
     fd: OwnedFd,
     path: PathBuf,
     /// None on a folder that cannot be written.
@@ -24,13 +24,13 @@ pub(super) struct Place {
     _served: ServedLock,
 }
 
-impl Place {
+impl ImagesFolder {
     /// Locks the folder that `fd` has open and `path` names; `note` (the mount point) is shown to a process that finds it locked.
     /// A folder that cannot be written is used with the lock on the folder itself alone.
     ///
     /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says
     /// who serves it. The other way round, a lock file that was just made anew would let a second daemon write into it.
-    pub(super) fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<Place> {
+    pub(super) fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<ImagesFolder> {
         if file_system_type(&fd).is_some_and(|kind| kind == mounts::OUR_TYPE) {
             let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
             return Err(Error::at(Kind::Invalid, path, what));
@@ -55,7 +55,7 @@ impl Place {
         if !served.held() && !lock.as_ref().is_some_and(FolderLock::held) {
             log::warn!("{}: cannot be locked; do not mount it a second time", path.display());
         }
-        Ok(Place { fd, path: path.to_owned(), _lock: lock, _served: served })
+        Ok(ImagesFolder { fd, path: path.to_owned(), _lock: lock, _served: served })
     }
 
     /// The folder.
@@ -120,8 +120,8 @@ fn file_system_type(fd: &OwnedFd) -> Option<OsString> {
 mod tests {
     use super::*;
 
-    fn opened(path: &Path, note: &str) -> Result<Place> {
-        Place::of(open(path)?, path, note)
+    fn opened(path: &Path, note: &str) -> Result<ImagesFolder> {
+        ImagesFolder::of(open(path)?, path, note)
     }
 
     #[test]

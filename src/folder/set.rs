@@ -16,7 +16,7 @@ use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenImage};
 use super::names::Names;
-use super::place::{self, Place};
+use super::place::{self, ImagesFolder};
 use super::scan::{self, Claim, Look, Seen, Stamp};
 use super::shared::{FOLDER, Shared};
 use super::snapshots::KnownSnapshots;
@@ -105,7 +105,7 @@ impl Folder {
         engine: &Arc<Engine>,
         options: FolderOptions,
     ) -> Result<Arc<Folder>> {
-        let place = Place::of(dir, path, &options.note)?;
+        let place = ImagesFolder::of(dir, path, &options.note)?;
         let on = engine.clone();
         let shared = Arc::new(Shared {
             place,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::deltas::Deltas;
-use super::place::Place;
+use super::place::ImagesFolder;
 use super::snapshots::KnownSnapshots;
 use super::strand::Spawn;
 use crate::vdisk::Engine;
@@ -14,7 +14,7 @@ pub const FOLDER: u64 = 0;
 
 /// Made once, when the folder is opened.
 pub(super) struct Shared {
-    pub(super) place: Place,
+    pub(super) place: ImagesFolder,
     pub(super) engine: Arc<Engine>,
     pub(super) spawn: Spawn,
     pub(super) deltas: Arc<Deltas>,

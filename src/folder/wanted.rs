@@ -13,7 +13,7 @@ use lru::LruCache;
 
 use super::locked;
 use crate::error::Error;
-use crate::io::holder::{self, Held, Holder};
+use crate::io::holder::{self, HeldLock, Holder};
 
 /// How long an answer is taken for true. A person who ends the holder and tries again is to read of the next one.
 const REMEMBERED: Duration = Duration::from_secs(5);
@@ -29,8 +29,8 @@ pub(super) struct Wanted {
 }
 
 struct State {
-    known: LruCache<Held, (Instant, Option<Holder>)>,
-    queue: VecDeque<(Held, &'static str, Error)>,
+    known: LruCache<HeldLock, (Instant, Option<Holder>)>,
+    queue: VecDeque<(HeldLock, &'static str, Error)>,
     /// A thread works on the queue.
     running: bool,
 }
@@ -43,7 +43,7 @@ impl Default for Wanted {
 }
 
 impl State {
-    fn remembered(&mut self, held: Held) -> Option<Option<Holder>> {
+    fn remembered(&mut self, held: HeldLock) -> Option<Option<Holder>> {
         let (at, holder) = self.known.get(&held)?;
         (at.elapsed() < REMEMBERED).then(|| holder.clone())
     }
@@ -51,7 +51,7 @@ impl State {
 
 impl Wanted {
     /// Looks, unless it is known. Blocks.
-    pub(super) fn look(&self, held: Held, look: &dyn Fn(Held) -> Option<Holder>) -> Option<Holder> {
+    pub(super) fn look(&self, held: HeldLock, look: &dyn Fn(HeldLock) -> Option<Holder>) -> Option<Holder> {
         let _one = locked(&self.looking);
         if let Some(known) = locked(&self.state).remembered(held) {
             return known;
@@ -62,7 +62,7 @@ impl Wanted {
     }
 
     /// Notes a look for later. True: no thread works on the queue yet.
-    pub(super) fn enqueue(&self, held: Held, doing: &'static str, error: &Error) -> bool {
+    pub(super) fn enqueue(&self, held: HeldLock, doing: &'static str, error: &Error) -> bool {
         let mut state = locked(&self.state);
         // What is remembered was logged, and what is queued will be.
         let queued = state.queue.iter().any(|(other, ..)| *other == held);
@@ -74,7 +74,7 @@ impl Wanted {
     }
 
     /// Works on the queue until it is empty. Blocks.
-    pub(super) fn work(&self, look: &dyn Fn(Held) -> Option<Holder>, tell: &dyn Fn(&str, &Error)) {
+    pub(super) fn work(&self, look: &dyn Fn(HeldLock) -> Option<Holder>, tell: &dyn Fn(&str, &Error)) {
         loop {
             let mut state = locked(&self.state);
             let Some((held, doing, error)) = state.queue.front().cloned() else {
@@ -97,7 +97,7 @@ mod tests {
     use crate::io::lock::Use;
     use std::cell::Cell;
 
-    const LOCK: Held = Held::Delta { dev: 1, ino: 2, used: Use::Writer };
+    const LOCK: HeldLock = HeldLock::Delta { dev: 1, ino: 2, used: Use::Writer };
 
     fn in_use() -> Error {
         Error::at(Kind::InUse, "/images/a.hds", "is in use")
@@ -124,7 +124,7 @@ mod tests {
     fn what_waits_for_a_look_is_bounded() {
         let wanted = Wanted::default();
         for ino in 0..1000 {
-            wanted.enqueue(Held::Descriptor { ino }, "open", &in_use());
+            wanted.enqueue(HeldLock::Descriptor { ino }, "open", &in_use());
         }
         assert_eq!(locked(&wanted.state).queue.len(), MOST.get());
         wanted.work(&|_| None, &|_, _| {});

@@ -35,11 +35,24 @@ impl Lanes {
         None
     }
 
+    /// Where a write that may block is carried out: here, unless this is the last free thread.
+    pub(super) fn write_on(&self) -> WriteOn<'_> {
+        self.enter().map_or(WriteOn::Elsewhere, |inside| WriteOn::Here(Some(inside)))
+    }
+
     /// How many threads are inside a write that may block.
     #[cfg(test)]
     fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
+}
+
+/// Where a write is carried out.
+pub(super) enum WriteOn<'a> {
+    /// On this thread; the guard, where there is one, keeps the count.
+    Here(Option<Inside<'a>>),
+    /// On another: it may block, and this thread may not.
+    Elsewhere,
 }
 
 /// One place taken; given back on drop, a panic included.

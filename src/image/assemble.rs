@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
 use crate::format::header::Header;
-use crate::image::clone::Place;
+use crate::image::clone::Destination;
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::level::{Layout, Level};
@@ -38,7 +38,7 @@ pub struct Assembly {
 impl Assembly {
     /// Begins the image `to`, a folder, which must not be there.
     pub fn begin(to: &Path) -> Result<Assembly> {
-        let Place { name, around, parent } = Place::of(to)?;
+        let Destination { name, around, parent } = Destination::of(to)?;
         let building = OsString::from(format!(".{name}.new"));
         let folder = new_folder(around.as_fd(), &building, &parent.join(&building))?;
         Ok(Assembly {

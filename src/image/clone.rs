@@ -30,7 +30,7 @@ const PIECE: usize = 1 << 20;
 
 /// Where a new image is to lie.
 #[derive(Debug)]
-pub struct Place {
+pub struct Destination {
     /// Its name.
     pub name: String,
     /// The folder around it, opened.
@@ -39,9 +39,9 @@ pub struct Place {
     pub parent: PathBuf,
 }
 
-impl Place {
+impl Destination {
     /// Refuses a name that cannot be, that its descriptor could not hold, or that is taken.
-    pub fn of(to: &Path) -> Result<Place> {
+    pub fn of(to: &Path) -> Result<Destination> {
         if let Some(taken) = create::taken_by(to)? {
             let why = "there is an image of this name already; choose another";
             return Err(Error::at(Kind::Exists, taken, why));
@@ -53,7 +53,7 @@ impl Place {
             .map_err(|bad| Error::at(Kind::Invalid, to, format!("is no name for a layered image: {bad}")))?;
         let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned();
         let around = File::open(&parent).map_err(|e| Error::io(&e, &parent, "cannot open the folder"))?;
-        Ok(Place { name, around, parent })
+        Ok(Destination { name, around, parent })
     }
 }
 
@@ -84,7 +84,7 @@ pub fn shares(source: &dyn HostFile, around: &File) -> io::Result<bool> {
 ///    renamed to `NAME`, which must be free; 6. the folder around it synced. Until 5 there is no image: a crash leaves a
 ///    dot-folder, which the next attempt removes. 5 before 4: a power cut could leave an image without a file.
 pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Progress) -> Result<()> {
-    let Place { name: text, around, parent } = Place::of(to)?;
+    let Destination { name: text, around, parent } = Destination::of(to)?;
     let name = OsStr::new(&text);
     let building = format!(".{text}.new");
     let built = parent.join(&building);

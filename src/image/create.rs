@@ -83,7 +83,7 @@ pub fn create(image: &Path, plan: &Plan) -> Result<Created> {
 /// Creates an image, or uses the one that has this name and size already. Another size is an error and touches
 /// nothing.
 pub fn create_or_use(image: &Path, plan: &Plan) -> Result<Created> {
-    let place = Place::of(image, plan.kind)?;
+    let place = NewImagePath::of(image, plan.kind)?;
     if place.check_folder().is_ok()
         && let Some(path) = place.taken()?
     {
@@ -118,7 +118,7 @@ fn size_and_cluster(path: &Path) -> Result<(u64, u64)> {
 
 /// A single-file image on its way: it has no name, and nobody else sees it. Dropped, it goes.
 pub struct Draft {
-    place: Place,
+    place: NewImagePath,
     shape: Shape,
     file: NewFile,
 }
@@ -126,7 +126,7 @@ pub struct Draft {
 impl Draft {
     /// Begins an image, empty. `image` and `plan` as for [`create`].
     pub fn begin(image: &Path, plan: &Plan) -> Result<Draft> {
-        let place = Place::of(image, plan.kind)?;
+        let place = NewImagePath::of(image, plan.kind)?;
         let shape = Shape::of(plan, place.kind).map_err(|e| invalid(&place.path(), &e))?;
         place.check_folder()?;
         if let Some(taken) = place.taken()? {
@@ -197,7 +197,7 @@ impl Draft {
 }
 
 /// Where the new file goes.
-struct Place {
+struct NewImagePath {
     folder: PathBuf,
     file_name: OsString,
     /// The image's name: the file's, without its suffix.
@@ -205,8 +205,8 @@ struct Place {
     kind: ImageKind,
 }
 
-impl Place {
-    fn of(image: &Path, kind: Option<ImageKind>) -> Result<Place> {
+impl NewImagePath {
+    fn of(image: &Path, kind: Option<ImageKind>) -> Result<NewImagePath> {
         let refuse = |why: &str| Err(Error::at(Kind::Invalid, image, why));
         let Some(name) = image.file_name().filter(|_| !image.as_os_str().as_bytes().ends_with(b"/")) else {
             return refuse("give the image's name behind the folder, such as images/vm1");
@@ -234,7 +234,7 @@ impl Place {
         match kind::classify(&file_name, true, b"") {
             Class::Image { name: stem, .. } => {
                 let folder = image.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-                Ok(Place { folder: folder.to_owned(), file_name, stem, kind })
+                Ok(NewImagePath { folder: folder.to_owned(), file_name, stem, kind })
             }
             Class::NotAnImage { reason } => refuse(&format!("no image can have this name: {reason}")),
         }
@@ -284,7 +284,7 @@ impl Place {
     }
 }
 
-fn already(place: &Place) -> String {
+fn already(place: &NewImagePath) -> String {
     format!("there is an image named {} already; choose another name", Path::new(&place.stem).display())
 }
 
@@ -402,7 +402,7 @@ pub(super) fn write_empty(file: &File, header: &Header) -> io::Result<()> {
 
 /// What already has the name of the image that `image` would be: itself, or another source shown under it.
 pub(super) fn taken_by(image: &Path) -> Result<Option<PathBuf>> {
-    let place = Place::of(image, None)?;
+    let place = NewImagePath::of(image, None)?;
     place.check_folder()?;
     place.taken()
 }

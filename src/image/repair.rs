@@ -25,7 +25,7 @@ use crate::io::real::Access;
 use act::Target;
 pub use header::{Facts, Field};
 use lost::LostFile;
-use plan::Plan;
+use plan::RepairPlan;
 
 /// More rounds than any damage needs: entries, then what they hid. Each round repairs a million of each kind.
 const MOST_ROUNDS: usize = 2048;
@@ -290,7 +290,7 @@ pub(super) fn proven_header(candidate: &Candidate) -> Result<Header> {
 
 impl Outcome {
     /// Takes over what a plan comes to.
-    fn tell(&mut self, plan: &mut Plan) {
+    fn tell(&mut self, plan: &mut RepairPlan) {
         self.steps.extend(plan.steps());
         self.lost.append(&mut plan.lost);
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::holder::{self, Held};
+use super::holder::{self, HeldLock};
 use super::lock::Use;
 use crate::{Error, Result};
 
@@ -73,7 +73,7 @@ impl Drop for DescriptorLock {
 }
 
 fn in_use(file: &impl AsFd, path: &Path) -> Error {
-    let held = rustix::fs::fstat(file).ok().map(|stat| Held::Descriptor { ino: stat.st_ino });
+    let held = rustix::fs::fstat(file).ok().map(|stat| HeldLock::Descriptor { ino: stat.st_ino });
     holder::in_use(held, path)
 }
 

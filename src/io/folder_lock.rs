@@ -9,7 +9,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::foreign;
-use super::holder::{self, Held, Holder};
+use super::holder::{self, HeldLock, Holder};
 use super::lock::{no_locks_here, set, taken};
 use crate::words::quoted;
 use crate::{Error, Kind, Result};
@@ -120,7 +120,7 @@ fn folder_in_use(lock: Option<File>, dir: Option<&OwnedFd>, path: &Path) -> Erro
         }
         (Some(holder), None) => format!("is in use by {holder}; end that first"),
         (None, _) => match dir.and_then(|dir| rustix::fs::fstat(dir).ok()) {
-            Some(stat) => holder::sentence(Held::Descriptor { ino: stat.st_ino }.holder().as_ref()),
+            Some(stat) => holder::sentence(HeldLock::Descriptor { ino: stat.st_ino }.holder().as_ref()),
             None => "is in use by another process or another host; end that first".to_owned(),
         },
     };

@@ -65,7 +65,7 @@ impl fmt::Display for Holder {
 /// A lock that somebody has, named by the file it is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Held {
+pub enum HeldLock {
     /// Byte ranges of a delta, which QEMU, the ploop tool and ploopfs take.
     Delta {
         /// Device of the delta.
@@ -84,7 +84,7 @@ pub enum Held {
 }
 
 /// Looks a holder up where the process itself may not.
-pub type Lookup = Box<dyn Fn(Held) -> Option<Holder> + Send + Sync>;
+pub type Lookup = Box<dyn Fn(HeldLock) -> Option<Holder> + Send + Sync>;
 
 static INSTEAD: OnceLock<Lookup> = OnceLock::new();
 
@@ -93,7 +93,7 @@ pub fn ask_instead(lookup: Lookup) {
     let _ = INSTEAD.set(lookup);
 }
 
-impl Held {
+impl HeldLock {
     /// The process that has the lock. None if it is hidden (another container, another host), or, for a delta, if it
     /// is this process.
     pub fn holder(self) -> Option<Holder> {
@@ -106,11 +106,11 @@ impl Held {
     /// The same, looked up in /proc for the process `asker`.
     pub fn look_up(self, asker: u32) -> Option<Holder> {
         let pid = match self {
-            Held::Delta { dev, ino, used } => {
+            HeldLock::Delta { dev, ino, used } => {
                 let delta = Delta { dev, ino, used };
                 delta.in_proc_locks(asker).or_else(|| delta.in_proc_fdinfo(asker))
             }
-            Held::Descriptor { ino } => of_whole_file(ino, asker),
+            HeldLock::Descriptor { ino } => of_whole_file(ino, asker),
         };
         pid.and_then(Holder::of)
     }
@@ -118,7 +118,7 @@ impl Held {
 
 /// The source of an error about a lock whose holder is still to be looked for: see [`name_later`].
 #[derive(Debug)]
-struct Unnamed(Held);
+struct Unnamed(HeldLock);
 
 impl fmt::Display for Unnamed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -139,17 +139,17 @@ pub fn name_later() {
 }
 
 /// "`path` is in use", and by which process, unless that is for later.
-pub(super) fn in_use(held: Option<Held>, path: &Path) -> Error {
+pub(super) fn in_use(held: Option<HeldLock>, path: &Path) -> Error {
     match held {
         Some(held) if LATER.load(Ordering::Relaxed) => {
             Error::at(Kind::InUse, path, sentence(None)).because(Unnamed(held))
         }
-        held => Error::at(Kind::InUse, path, sentence(held.and_then(Held::holder).as_ref())),
+        held => Error::at(Kind::InUse, path, sentence(held.and_then(HeldLock::holder).as_ref())),
     }
 }
 
 /// The lock that `error` is about, whose holder is still to be looked for.
-pub fn unnamed(error: &Error) -> Option<Held> {
+pub fn unnamed(error: &Error) -> Option<HeldLock> {
     let source = std::error::Error::source(error)?;
     source.downcast_ref::<Unnamed>().map(|unnamed| unnamed.0)
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use super::file::HostFile;
 pub use super::holder::Use;
-use super::holder::{self, Held};
+use super::holder::{self, HeldLock};
 use super::real::{Access, RealFile};
 use crate::sync::plain::lock;
 use crate::{Error, Result};
@@ -197,7 +197,7 @@ enum Taken {
 enum Attempt {
     Got,
     /// Another process had it before.
-    Held,
+    HeldLock,
     /// Another one came at the same moment.
     Race,
 }
@@ -224,13 +224,13 @@ fn take_repeatedly(file: &RealFile, ranges: &[Range], used: Use) -> Result<Taken
 /// look like a user to others; without (3) two that pass (1) together would both go on.
 fn take(file: &impl AsFd, ranges: &[Range], tested: &[Range]) -> io::Result<Attempt> {
     if held_by_another(file, tested)? {
-        return Ok(Attempt::Held);
+        return Ok(Attempt::HeldLock);
     }
     let give_back = || ranges.iter().try_for_each(|range| set(file, libc::F_UNLCK, *range));
     for range in ranges {
         if let Err(e) = set(file, libc::F_RDLCK, *range) {
             give_back()?;
-            return if taken(&e) { Ok(Attempt::Held) } else { Err(e) };
+            return if taken(&e) { Ok(Attempt::HeldLock) } else { Err(e) };
         }
     }
     match held_by_another(file, tested) {
@@ -298,7 +298,7 @@ fn race_pause(attempt: u32) {
 }
 
 fn in_use(file: &RealFile, used: Use) -> Error {
-    let held = file.status().ok().map(|s| Held::Delta { dev: s.dev, ino: s.ino, used });
+    let held = file.status().ok().map(|s| HeldLock::Delta { dev: s.dev, ino: s.ino, used });
     holder::in_use(held, file.path())
 }
 

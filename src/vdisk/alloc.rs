@@ -67,9 +67,9 @@ pub struct Cut {
 }
 
 /// Ends a [`hold`](Allocator::hold) when dropped.
-pub struct Held<'a>(&'a Allocator);
+pub struct HeldSpace<'a>(&'a Allocator);
 
-impl Held<'_> {
+impl HeldSpace<'_> {
     /// Holds on to the file clusters before `end` only.
     pub fn only_before(&self, end: u64) {
         // Not judged: a drop comes here, also while the panic over a wrong state unwinds.
@@ -77,7 +77,7 @@ impl Held<'_> {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for HeldSpace<'_> {
     fn drop(&mut self) {
         self.only_before(0);
     }
@@ -298,8 +298,8 @@ impl Allocator {
 
     /// Keeps all free file clusters for [`take_this`](Self::take_this), as long as others can be had by extending the
     /// file, until the guard is dropped. One at a time.
-    pub fn hold(&self) -> Held<'_> {
-        let held = Held(self);
+    pub fn hold(&self) -> HeldSpace<'_> {
+        let held = HeldSpace(self);
         held.only_before(u64::MAX);
         held
     }

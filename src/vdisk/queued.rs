@@ -46,7 +46,7 @@ pub(super) fn plan(
     if len > LONGEST {
         return None;
     }
-    let mut held = Held { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
+    let mut held = HeldRead { image: Arc::clone(image), inside: image.gate.enter(1), first: 0, count: 0 }; // 1
     held.inside.as_ref()?;
     let stack = image.stack();
     let mut places = NOWHERE;
@@ -72,14 +72,14 @@ pub(super) fn plan(
 }
 
 /// Locked clusters, and a place inside the gate; given back on drop.
-struct Held {
+struct HeldRead {
     image: Arc<Image>,
     inside: Option<Inside>,
     first: u64,
     count: usize,
 }
 
-impl Drop for Held {
+impl Drop for HeldRead {
     fn drop(&mut self) {
         for cluster in self.first..self.first + self.count as u64 {
             self.image.unlock(cluster, Mode::Shared);

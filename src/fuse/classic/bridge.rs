@@ -21,7 +21,7 @@ use super::door::{Door, HELLO};
 use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
 };
-use crate::fuse::lanes::{Inside, Lanes, with_read_buffer};
+use crate::fuse::lanes::{Lanes, WriteOn, with_read_buffer};
 use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
 use crate::fuse::wanted::{WANTED, Wanted};
@@ -43,14 +43,6 @@ pub(super) struct Bridge {
     pub(super) passthrough: Option<Arc<AtomicBool>>,
 }
 
-/// Where a write is carried out.
-enum Place<'a> {
-    /// On this thread; the guard, where there is one, keeps the count.
-    Here(Option<Inside<'a>>),
-    /// This is the last free transport thread and the write may block.
-    Elsewhere,
-}
-
 impl Bridge {
     /// Runs one request. A panic costs that request (its reply, dropped, becomes EIO), not the transport thread:
     /// fuser would lose the thread, say nothing, and hang the mount with the last one.
@@ -62,14 +54,8 @@ impl Bridge {
 
     /// Whether a write runs on this thread (docs/design.md#the-fast-path). On rings `uring/serve.rs` decides, where a
     /// write that may wait runs on helpers only.
-    fn place(&self, handle: u64) -> Place<'_> {
-        if !self.fs.writes_may_block(handle) {
-            return Place::Here(None);
-        }
-        match self.lanes.enter() {
-            Some(inside) => Place::Here(Some(inside)),
-            None => Place::Elsewhere,
-        }
+    fn write_on(&self, handle: u64) -> WriteOn<'_> {
+        if self.fs.writes_may_block(handle) { self.lanes.write_on() } else { WriteOn::Here(None) }
     }
 
     /// Asks the file system to refuse a change of names. It has no way to answer with a new name, so consent is a
@@ -285,9 +271,9 @@ impl fuser::Filesystem for Bridge {
     ) {
         self.serve("write", || {
             let flags = ops::OpenFlags { raw: flags.0 };
-            let now = match self.place(fh.0) {
-                Place::Here(_inside) => self.fs.write_now(fh.0, offset, data, flags),
-                Place::Elsewhere => Now::Later,
+            let now = match self.write_on(fh.0) {
+                WriteOn::Here(_inside) => self.fs.write_now(fh.0, offset, data, flags),
+                WriteOn::Elsewhere => Now::Later,
             };
             match now {
                 Now::Done(answer) => answer_written(reply, answer),

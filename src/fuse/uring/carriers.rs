@@ -14,7 +14,7 @@ use crossbeam_channel::Sender;
 
 use super::device::Device;
 use super::helpers::{Bench, pause, sift};
-use super::memory::{Entries, Held, answering_here};
+use super::memory::{Entries, HeldEntry, answering_here};
 use super::ring::Ring;
 use super::serve::{Server, Thread};
 use crate::error::Result;
@@ -37,7 +37,7 @@ pub(super) struct Load {
 }
 
 struct State {
-    requests: VecDeque<Held>,
+    requests: VecDeque<HeldEntry>,
     /// By carrier: it waits, and nobody has called it since.
     free: Vec<bool>,
 }
@@ -77,7 +77,7 @@ impl Load {
     }
 
     /// Hands a request to the first carrier that is free, or to the first that will be.
-    pub(super) fn put(&self, held: Held) {
+    pub(super) fn put(&self, held: HeldEntry) {
         self.under_way.fetch_add(1, Ordering::Relaxed);
         let chosen = {
             let mut state = lock(&self.state);
@@ -94,7 +94,7 @@ impl Load {
     }
 
     /// The next request. None: there is none, and the carrier is free until it [wakes](Self::woke).
-    fn take(&self, carrier: usize) -> Option<Held> {
+    fn take(&self, carrier: usize) -> Option<HeldEntry> {
         let mut state = lock(&self.state);
         let held = state.requests.pop_front();
         state.free[carrier] = held.is_none();
@@ -167,7 +167,7 @@ impl Carrier {
 }
 
 /// Serves a large request and answers it through this ring.
-fn carry(ring: &mut Ring, server: &Server, held: Held) {
+fn carry(ring: &mut Ring, server: &Server, held: HeldEntry) {
     let (home, index) = held.home();
     answering_here(|| server.serve(held, Thread::Sifted));
     ring.prompt();
@@ -175,7 +175,7 @@ fn carry(ring: &mut Ring, server: &Server, held: Held) {
 }
 
 /// A request that came out of a carrier's own ring: with an entry that an earlier large one had.
-fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
+fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
     let Some((held, bytes)) = sift(server, bench, held) else { return };
     if bytes < LARGE {
         return server.serve(held, Thread::Sifted);
@@ -198,7 +198,7 @@ mod tests {
         Load::among((0..carriers).map(|_| Arc::new(Entries::new(u32::MAX, &[]).expect("memory"))).collect())
     }
 
-    fn requests(depth: u32) -> Vec<Held> {
+    fn requests(depth: u32) -> Vec<HeldEntry> {
         let entries = Arc::new(Entries::new(0, &[Queue { id: 0, depth }]).expect("memory"));
         (0..depth).for_each(|index| entries.begins(index));
         // SAFETY: no kernel knows these entries, and each is taken once.

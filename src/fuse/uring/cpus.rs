@@ -35,7 +35,7 @@ pub(super) struct Queue {
 
 /// One ring.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Plan {
+pub(super) struct CpuPlan {
     /// The CPU whose queue it has, and to which its thread may be bound (see `affinity`); None: several.
     pub(super) cpu: Option<usize>,
     /// The queues it serves.
@@ -43,7 +43,7 @@ pub(super) struct Plan {
 }
 
 /// The rings for this machine.
-pub(super) fn plan() -> Vec<Plan> {
+pub(super) fn plan() -> Vec<CpuPlan> {
     let list = |name: &str| {
         let path = format!("/sys/devices/system/cpu/{name}");
         fs::read_to_string(&path).ok().and_then(|text| parse(&text))
@@ -55,14 +55,14 @@ pub(super) fn plan() -> Vec<Plan> {
 }
 
 /// `possible`: how many queues there are, numbered from 0.
-fn arrange(possible: usize, online: &[usize]) -> Vec<Plan> {
-    let mut plans: Vec<Plan> = online
+fn arrange(possible: usize, online: &[usize]) -> Vec<CpuPlan> {
+    let mut plans: Vec<CpuPlan> = online
         .iter()
         .filter(|&&cpu| cpu < possible)
-        .map(|&cpu| Plan { cpu: Some(cpu), queues: Vec::new() })
+        .map(|&cpu| CpuPlan { cpu: Some(cpu), queues: Vec::new() })
         .collect();
     if plans.is_empty() {
-        plans.push(Plan { cpu: None, queues: Vec::new() });
+        plans.push(CpuPlan { cpu: None, queues: Vec::new() });
     }
     let depth = (TOTAL / plans.len() as u32).clamp(SPARE, DEPTH);
     for queue in 0..possible {
@@ -107,8 +107,8 @@ mod tests {
     fn every_queue_has_entries_also_that_of_a_cpu_that_is_not_there() {
         let plans = arrange(4, &[0, 2]);
         let queue = |id, depth| Queue { id, depth };
-        assert_eq!(plans[0], Plan { cpu: Some(0), queues: vec![queue(0, 64)] });
-        assert_eq!(plans[1], Plan { cpu: Some(2), queues: vec![queue(1, 4), queue(2, 64), queue(3, 4)] });
+        assert_eq!(plans[0], CpuPlan { cpu: Some(0), queues: vec![queue(0, 64)] });
+        assert_eq!(plans[1], CpuPlan { cpu: Some(2), queues: vec![queue(1, 4), queue(2, 64), queue(3, 4)] });
         assert_eq!(arrange(2, &[])[0].queues.len(), 2);
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-use super::memory::Held;
+use super::memory::HeldEntry;
 use super::serve::{Exchange, Server, Thread};
 use super::wire;
 use crate::error::Result;
@@ -16,7 +16,7 @@ use crate::io::process::{no_thread, spawn_thread};
 const PAUSE: Duration = Duration::from_millis(10);
 
 enum Job {
-    Serve(Held),
+    Serve(HeldEntry),
     Stop,
 }
 
@@ -72,7 +72,7 @@ fn help(server: &Server, queue: &Receiver<Job>) {
 }
 
 impl Bench {
-    pub(super) fn hand_over(&self, held: Held) {
+    pub(super) fn hand_over(&self, held: HeldEntry) {
         if let Err(unsent) = self.jobs.send(Job::Serve(held))
             && let Job::Serve(held) = unsent.into_inner()
         {
@@ -84,7 +84,7 @@ impl Bench {
 
 /// Sorts out what no ring's thread serves: what comes after the end, and writes that may wait, which go to the helpers.
 /// None: done; else the request again, and how many bytes it reads or writes.
-pub(super) fn sift(server: &Server, bench: &Bench, held: Held) -> Option<(Held, u32)> {
+pub(super) fn sift(server: &Server, bench: &Bench, held: HeldEntry) -> Option<(HeldEntry, u32)> {
     if server.is_closed() {
         server.serve(held, Thread::Transport);
         return None;

@@ -1,7 +1,7 @@
 //! The memory in which the kernel and we take turns: for each ring entry a header and a payload.
 //!
 //! An entry belongs to the kernel from its submission to its completion, and to us from there to the next submission.
-//! The time between is a [`Held`]: there is never more than one for an entry through which its memory may be looked at
+//! The time between is a [`HeldEntry`]: there is never more than one for an entry through which its memory may be looked at
 //! (one that is being sent looks no more), and nothing else looks. The submission may be made through any ring; the next request of the entry then comes out of that one.
 
 use std::cell::{Cell, RefCell};
@@ -50,35 +50,35 @@ const TRIES: u8 = 4;
 
 /// Names an entry of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct EntryId {
     /// Which of the session's [`Entries`] it belongs to.
     pub(super) home: u32,
     pub(super) index: u32,
 }
 
-impl Place {
+impl EntryId {
     /// As submissions are marked with it.
     pub(super) fn mark(self) -> u64 {
         u64::from(self.home) << 32 | u64::from(self.index)
     }
 
     /// The place that a submission was marked with; it may be none that there is.
-    pub(super) fn marked(mark: u64) -> Place {
-        Place { home: (mark >> 32) as u32, index: mark as u32 }
+    pub(super) fn marked(mark: u64) -> EntryId {
+        EntryId { home: (mark >> 32) as u32, index: mark as u32 }
     }
 }
 
 /// An answer that lies in the memory of its entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answered {
-    pub(super) place: Place,
+    pub(super) place: EntryId,
     /// What the kernel wants to hear with it, to know which request it is.
     pub(super) commit_id: u64,
 }
 
 /// A read that a ring carries out: into the payload of its entry.
 pub(super) struct Filling {
-    pub(super) held: Held,
+    pub(super) held: HeldEntry,
     pub(super) planned: Planned,
 }
 
@@ -143,7 +143,7 @@ pub(super) struct Entries {
     tallies: Vec<Tally>,
     /// The ring's thread was called because a queue is crowded, and has not looked since.
     asked: AtomicBool,
-    /// See [`Place`].
+    /// See [`EntryId`].
     home: u32,
     /// Entries that have an owner.
     live: AtomicUsize,
@@ -289,8 +289,8 @@ impl Entries {
     }
 
     /// The name of an entry.
-    pub(super) fn place(&self, index: u32) -> Place {
-        Place { home: self.home, index }
+    pub(super) fn place(&self, index: u32) -> EntryId {
+        EntryId { home: self.home, index }
     }
 
     /// The kernel's queue that an entry is for.
@@ -325,7 +325,7 @@ impl Entries {
     ///
     /// # Safety
     /// The kernel has completed a submission of this entry, and this is the first call since then.
-    pub(super) unsafe fn came(self: &Arc<Self>, index: u32) -> Option<Held> {
+    pub(super) unsafe fn came(self: &Arc<Self>, index: u32) -> Option<HeldEntry> {
         if !self.pass(index, Owner::Kernel, Owner::We) {
             return None;
         }
@@ -335,7 +335,7 @@ impl Entries {
                 self.ask();
             }
         }
-        Some(Held { entries: self.clone(), index, failed: false })
+        Some(HeldEntry { entries: self.clone(), index, failed: false })
     }
 
     /// True when an entry is ours.
@@ -481,14 +481,14 @@ fn headers(count: u32) -> usize {
 }
 
 /// An entry while it is ours: a request and the place for its answer. Dropping it loses the entry; it is to be sent.
-pub(super) struct Held {
+pub(super) struct HeldEntry {
     entries: Arc<Entries>,
     index: u32,
     /// Its read failed on the ring: elsewhere it is found out why.
     failed: bool,
 }
 
-impl Held {
+impl HeldEntry {
     fn header(&self) -> &[u8] {
         // SAFETY: HEADER bytes of the mapping that are ours until we are sent (see the module); they change through
         // `&mut self` only.
@@ -545,7 +545,7 @@ impl Held {
     }
 }
 
-impl Exchange for Held {
+impl Exchange for HeldEntry {
     fn parts(&self) -> Parts<'_> {
         let header = self.header();
         let size = u32::from_ne_bytes(self.number(PAYLOAD_SIZE)) as usize;

@@ -10,7 +10,7 @@ use super::affinity::Affinity;
 use super::carriers::{LARGE, Load};
 use super::device::Device;
 use super::helpers::{Bench, pause, sift};
-use super::memory::{self, Held};
+use super::memory::{self, HeldEntry};
 use super::ring::Ring;
 use super::serve::{Server, Thread};
 use crate::error::Result;
@@ -80,7 +80,7 @@ impl Worker {
 
 /// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way. A
 /// large one by itself is faster here.
-fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: Held, more: bool) {
+fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
     let Some((held, bytes)) = sift(server, bench, held) else { return };
     if bytes >= LARGE && (more || load.is_under_way()) {
         return load.put(held);

@@ -14,7 +14,7 @@ use io_uring::{IoUring, cqueue, opcode};
 
 use super::cpus::{AHEAD, MOST, Queue};
 use super::device::Device;
-use super::memory::{Answered, Entries, Filling, Held, Place};
+use super::memory::{Answered, Entries, EntryId, Filling, HeldEntry};
 use super::serve::Exchange;
 use crate::io::ring::{begin, bound, look, passing};
 
@@ -23,7 +23,7 @@ const REGISTER: u32 = 1;
 /// fuse_uring_cmd: answers a request, and waits for the next with the same entry, on the ring that says so.
 const COMMIT_AND_FETCH: u32 = 2;
 
-/// Marks the completion of the read of [`Entries::wake`]; entries are marked with their [`Place`].
+/// Marks the completion of the read of [`Entries::wake`]; entries are marked with their [`EntryId`].
 const WAKE: u64 = u64::MAX;
 /// Marks, with the index of its entry, a read that fills it.
 const FILL: u64 = 1 << 63;
@@ -59,7 +59,7 @@ pub(super) struct Ring {
     /// The kernel is reading `wake`.
     watching: bool,
     /// Requests whose read the kernel was not even given.
-    refused: Vec<Held>,
+    refused: Vec<HeldEntry>,
     /// There was no memory for more entries.
     cannot_grow: bool,
     device: Option<Arc<Device>>,
@@ -186,7 +186,7 @@ impl Ring {
 
     /// Hands over what was answered, waits for at least one request or call, or for `limit`, and puts the requests into
     /// `batch`.
-    pub(super) fn wait(&mut self, batch: &mut Vec<Held>, limit: Option<Duration>) -> io::Result<()> {
+    pub(super) fn wait(&mut self, batch: &mut Vec<HeldEntry>, limit: Option<Duration>) -> io::Result<()> {
         self.commit()?;
         let want = usize::from(self.refused.is_empty());
         match limit {
@@ -200,7 +200,7 @@ impl Ring {
     }
 
     /// The same without waiting.
-    pub(super) fn look(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
+    pub(super) fn look(&mut self, batch: &mut Vec<HeldEntry>) -> io::Result<()> {
         self.commit()?;
         look(&mut self.ring)?;
         self.collect(batch)
@@ -219,7 +219,7 @@ impl Ring {
         }
     }
 
-    fn collect(&mut self, batch: &mut Vec<Held>) -> io::Result<()> {
+    fn collect(&mut self, batch: &mut Vec<HeldEntry>) -> io::Result<()> {
         batch.append(&mut self.refused);
         while let Some(done) = self.ring.completion().next() {
             if done.user_data() == WAKE {
@@ -240,7 +240,7 @@ impl Ring {
                 }
                 continue;
             }
-            let Place { home, index } = Place::marked(done.user_data());
+            let EntryId { home, index } = EntryId::marked(done.user_data());
             let known = self.homes.get(home as usize).is_some_and(|entries| {
                 if done.result() < 0 {
                     let ended = entries.ends(index);
@@ -267,7 +267,7 @@ impl Ring {
         self.own.take_answered(&mut self.answered);
         let fd = self.device.as_ref().map_or(-1, |device| device.as_raw_fd());
         while let Some(&Answered { place, commit_id }) = self.answered.front() {
-            let Place { home, index } = place;
+            let EntryId { home, index } = place;
             let ours = self.homes.get(home as usize).filter(|entries| entries.is_ours(index));
             if let Some(queue) = ours.map(|entries| entries.queue(index)) {
                 let command = command(fd, COMMIT_AND_FETCH, commit_id, queue, None);
@@ -330,7 +330,7 @@ impl Ring {
 }
 
 /// A read is over: the answer is there, or the request comes again.
-fn filled(read: Filling, result: i32) -> Option<Held> {
+fn filled(read: Filling, result: i32) -> Option<HeldEntry> {
     if !read.planned.is_filled_by(result) {
         return Some(again(read));
     }
@@ -341,7 +341,7 @@ fn filled(read: Filling, result: i32) -> Option<Held> {
 }
 
 /// What the ring could not read: the request, to be served in another way.
-fn again(filling: Filling) -> Held {
+fn again(filling: Filling) -> HeldEntry {
     let Filling { mut held, planned } = filling;
     held.fail();
     planned.end(false);
@@ -414,7 +414,7 @@ mod tests {
 
     impl Bench {
         /// As if the kernel had sent a request.
-        fn request(&self, index: u32) -> Held {
+        fn request(&self, index: u32) -> HeldEntry {
             self.ring.own.begins(index);
             // SAFETY: no kernel knows these entries, and no test takes one twice.
             unsafe { self.ring.own.came(index) }.expect("it is the kernel's")
@@ -429,7 +429,7 @@ mod tests {
         }
 
         /// Until the kernel has completed all reads: what comes again.
-        fn wait(&mut self) -> Vec<Held> {
+        fn wait(&mut self) -> Vec<HeldEntry> {
             let mut batch = Vec::new();
             while self.ring.filling.iter().any(Option::is_some) {
                 self.ring.wait(&mut batch, None).expect("the ring works");

@@ -10,7 +10,7 @@ use zerocopy::{Immutable, IntoBytes};
 use super::answer::{self, Names, OpenOut};
 use super::device::{Device, Registered};
 use super::wire::{self, Operation, Parts, Request};
-use crate::fuse::lanes::{Inside, Lanes};
+use crate::fuse::lanes::{Lanes, WriteOn};
 use crate::fuse::listing;
 use crate::fuse::ops::{Answer, Done, Errno, FileSystem, Handle, Name, Now, OpenFlags, Opened};
 use crate::fuse::text_of;
@@ -163,14 +163,6 @@ pub(super) enum Thread {
     Helper,
 }
 
-/// Where a write is carried out.
-enum Place<'a> {
-    /// On this thread; the guard, where there is one, keeps the count.
-    Here(Option<Inside<'a>>),
-    /// It may block, and this thread may not.
-    Elsewhere,
-}
-
 impl Server {
     /// `helpers`: how many threads may wait in writes.
     pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize, device: Option<Arc<Device>>) -> Server {
@@ -293,9 +285,9 @@ impl Server {
             Operation::Read { handle, offset, size } => self.read(reply, handle, offset, size as usize),
             Operation::Write { handle, offset, data, flags } => {
                 let flags = OpenFlags { raw: flags };
-                let now = match self.place(handle, thread) {
-                    Place::Here(_inside) => self.fs.write_now(handle, offset, data, flags),
-                    Place::Elsewhere => Now::Later,
+                let now = match self.write_on(handle, thread) {
+                    WriteOn::Here(_inside) => self.fs.write_now(handle, offset, data, flags),
+                    WriteOn::Elsewhere => Now::Later,
                 };
                 match now {
                     Now::Done(answer) => reply.fields(answer, answer::written),
@@ -364,12 +356,11 @@ impl Server {
     /// Whether a write runs on this thread (docs/design.md#the-fast-path): a sifted one does, which cannot wait
     /// (`queue`), and of those that may wait what comes on a helper, while another stays free. `classic/bridge.rs`
     /// decides for fuser's.
-    fn place(&self, handle: Handle, thread: Thread) -> Place<'_> {
+    fn write_on(&self, handle: Handle, thread: Thread) -> WriteOn<'_> {
         if thread == Thread::Sifted || !self.fs.writes_may_block(handle) {
-            return Place::Here(None);
+            return WriteOn::Here(None);
         }
-        let inside = if thread == Thread::Helper { self.lanes.enter() } else { None };
-        inside.map_or(Place::Elsewhere, |inside| Place::Here(Some(inside)))
+        if thread == Thread::Helper { self.lanes.write_on() } else { WriteOn::Elsewhere }
     }
 }
 

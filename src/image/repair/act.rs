@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::lost::LostFile;
-use super::plan::{Double, Plan};
+use super::plan::{Double, RepairPlan};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, FLAG_EMPTY, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::io::file::{HostFile, read_full, write_full};
@@ -29,7 +29,7 @@ impl Target<'_> {
 }
 
 /// Steps 1 to 7 of a repair.
-pub(super) fn carry_out(plan: &Plan, image: &Target<'_>, lost: &mut LostFile<'_>) -> Result<()> {
+pub(super) fn carry_out(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFile<'_>) -> Result<()> {
     let geometry = plan.header.geometry();
     if plan.keep_first {
         keep(plan, image, lost, false)?; // 2, but for the punches
@@ -73,7 +73,7 @@ fn write_header(header: &Header, image: &Target<'_>) -> Result<()> {
 
 /// Step 2: every run of clusters that nothing refers to, and the tail. `free`: gives them back as well; what was kept in
 /// an earlier call is not kept twice.
-fn keep(plan: &Plan, image: &Target<'_>, lost: &mut LostFile<'_>, free: bool) -> Result<()> {
+fn keep(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFile<'_>, free: bool) -> Result<()> {
     let geometry = plan.header.geometry();
     let mut waiting: Vec<(u64, u64)> = Vec::new();
     let mut kept = 0;
@@ -126,7 +126,7 @@ fn write_entries(image: &Target<'_>, entries: &[(u64, u32)]) -> Result<()> {
 }
 
 /// Step 5: a copy for each second owner, behind the last cluster in use, durable. Returns the entries that name them.
-fn copy(plan: &Plan, geometry: &Geometry, image: &Target<'_>) -> Result<Vec<(u64, u32)>> {
+fn copy(plan: &RepairPlan, geometry: &Geometry, image: &Target<'_>) -> Result<Vec<(u64, u32)>> {
     let end = geometry.cluster_position(plan.end + plan.doubles.len() as u64);
     let copied = (|| {
         image.file.set_len(end)?;

@@ -35,7 +35,7 @@ pub(super) struct Double {
 }
 
 /// What is to be done with one file.
-pub(super) struct Plan {
+pub(super) struct RepairPlan {
     /// What the check says.
     pub report: Report,
     /// The header as it should be, apart from the in-use mark.
@@ -63,7 +63,7 @@ pub(super) struct Plan {
 }
 
 /// Plans for a file whose header nothing is known of yet.
-pub(super) fn plan(candidate: &Candidate, facts: &Facts) -> Result<Plan> {
+pub(super) fn plan(candidate: &Candidate, facts: &Facts) -> Result<RepairPlan> {
     let (mut header, mut fields) = settle(candidate, facts)?;
     let damaged = !fields.is_empty();
     let trusted = header.in_use == CLOSED_V21 && !damaged && {
@@ -100,7 +100,7 @@ fn open(candidate: &Candidate, header: &Header) -> AtRest {
 }
 
 /// Plans with a header that is settled; `damaged`: it was not, or entries were cleared before.
-pub(super) fn look(candidate: &Candidate, header: Header, damaged: bool) -> Result<Plan> {
+pub(super) fn look(candidate: &Candidate, header: Header, damaged: bool) -> Result<RepairPlan> {
     let image = open(candidate, &header);
     let geometry = header.geometry();
     let (mut wrong, mut doubles, mut leaks) = (Vec::new(), Vec::new(), Vec::new());
@@ -145,7 +145,7 @@ pub(super) fn look(candidate: &Candidate, header: Header, damaged: bool) -> Resu
     find_owners(&image, &geometry, &mut doubles)?;
     let clusters = (image.len - geometry.first).div_ceil(geometry.cluster);
     let doubtful = damaged || !wrong.is_empty() || !doubles.is_empty();
-    let plan = Plan {
+    let plan = RepairPlan {
         end: (clusters - report.tail).max(cut_end),
         report,
         header,
@@ -199,7 +199,7 @@ fn find_owners(image: &AtRest, geometry: &Geometry, doubles: &mut [Double]) -> R
     Ok(())
 }
 
-impl Plan {
+impl RepairPlan {
     /// The length that the file should have.
     pub(super) fn good_len(&self) -> u64 {
         self.header.geometry().cluster_position(self.end)

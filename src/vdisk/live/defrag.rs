@@ -22,7 +22,7 @@ use crate::rules::{Rule, broken};
 use crate::sync::{Arc, Ordering};
 use crate::vdisk::Image;
 use crate::vdisk::live::compact::Moved;
-use crate::vdisk::live::order::{Order, Plan, Step};
+use crate::vdisk::live::order::{Moves, Order, Step};
 use crate::vdisk::stack::Stack;
 
 impl Image {
@@ -84,7 +84,7 @@ impl Image {
     fn take_step(
         self: &Arc<Self>,
         stack: &Stack,
-        plan: &mut Plan,
+        plan: &mut Moves,
         (cluster, step, end): (u64, Step, u64),
         progress: &Progress,
     ) -> Result<bool> {

@@ -48,7 +48,7 @@ pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> 
                 drop(store);
                 chain.into_iter().try_for_each(|guid| sound(layers, guid))?;
             }
-            let place = clone::Place::of(to)?;
+            let place = clone::Destination::of(to)?;
             if *copy { Ok(()) } else { can_share(image, &place.around) }
         }
         // These judge by themselves, before their first change.

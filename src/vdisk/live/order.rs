@@ -56,14 +56,14 @@ pub(super) struct Step {
 }
 
 /// The moves that are left.
-pub(super) struct Plan {
+pub(super) struct Moves {
     /// By rank: where it lies.
     places: Vec<u32>,
     /// By place: which rank lies there.
     at: Vec<u32>,
     /// Places to fill: nobody lies there, and whose it is lies elsewhere.
     free: VecDeque<u32>,
-    /// Places where chains begin, as [`walk`](Plan::walk) found them; another chain may have come there since.
+    /// Places where chains begin, as [`walk`](Moves::walk) found them; another chain may have come there since.
     starts: std::vec::IntoIter<u32>,
     /// Moves in a round.
     at_a_time: usize,
@@ -99,8 +99,8 @@ impl Order {
     }
 
     /// The plan for it, and which cluster has which rank.
-    pub(super) fn plan(self, at_a_time: usize) -> (Plan, Vec<u32>) {
-        (Plan::new(self.places, at_a_time), self.clusters)
+    pub(super) fn plan(self, at_a_time: usize) -> (Moves, Vec<u32>) {
+        (Moves::new(self.places, at_a_time), self.clusters)
     }
 
     /// What it would come to, with clusters of `cluster` bytes: how many moves, and the gain over `pieces` pieces. Asks
@@ -131,8 +131,8 @@ impl Order {
     }
 }
 
-impl Plan {
-    fn new(places: Vec<u32>, at_a_time: usize) -> Plan {
+impl Moves {
+    fn new(places: Vec<u32>, at_a_time: usize) -> Moves {
         let mut at = vec![NONE; places.len()];
         for (rank, place) in places.iter().enumerate() {
             if let Some(at) = at.get_mut(*place as usize) {
@@ -140,7 +140,7 @@ impl Plan {
             }
         }
         let free = (0..at.len()).filter(|place| at[*place] == NONE).map(|place| place as u32).collect();
-        Plan { places, at, free, starts: Vec::new().into_iter(), at_a_time: at_a_time.max(1) }
+        Moves { places, at, free, starts: Vec::new().into_iter(), at_a_time: at_a_time.max(1) }
     }
 
     /// Where `rank` lies.

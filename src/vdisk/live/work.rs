@@ -61,7 +61,7 @@ fn carry_out_for(
 ) -> Result<Done> {
     let _alone = layers.map(|layers| layers.begin_operation()).transpose()?;
     judge(image, layers.map(|layers| &**layers), work)?;
-    let done = act(image, layers.map(|layers| Live { image, layers, progress, closes }), work, progress);
+    let done = act(image, layers.map(|layers| LiveWork { image, layers, progress, closes }), work, progress);
     if let Some(layers) = layers {
         // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
         layers.end_changing();
@@ -69,7 +69,7 @@ fn carry_out_for(
     done
 }
 
-fn act(image: &Arc<Image>, job: Option<Live<'_>>, work: &Work, progress: &Progress) -> Result<Done> {
+fn act(image: &Arc<Image>, job: Option<LiveWork<'_>>, work: &Work, progress: &Progress) -> Result<Done> {
     let layered = || {
         let what = "is a single file, and has no snapshots";
         job.as_ref().ok_or_else(|| Error::at(Kind::NotFound, image.shown(), what))
@@ -81,7 +81,7 @@ fn act(image: &Arc<Image>, job: Option<Live<'_>>, work: &Work, progress: &Progre
         }
         Work::Delete { snapshot } => layered()?.delete(snapshot, true),
         Work::Merge { snapshot } => layered()?.delete(snapshot, false),
-        Work::Finish => job.as_ref().map_or_else(|| Ok(Done::default()), Live::finish),
+        Work::Finish => job.as_ref().map_or_else(|| Ok(Done::default()), LiveWork::finish),
         Work::Resize { size } => {
             let size = image.grow(*size, progress)?;
             if let Some(job) = &job {
@@ -127,7 +127,7 @@ fn act(image: &Arc<Image>, job: Option<Live<'_>>, work: &Work, progress: &Progre
     }
 }
 
-struct Live<'a> {
+struct LiveWork<'a> {
     image: &'a Arc<Image>,
     layers: &'a Arc<Layers>,
     progress: &'a Progress,
@@ -135,7 +135,7 @@ struct Live<'a> {
     closes: bool,
 }
 
-impl Live<'_> {
+impl LiveWork<'_> {
     fn find(&self, name: &str) -> Result<Guid> {
         self.layers.store().find_snapshot(name)
     }
@@ -221,7 +221,7 @@ impl Live<'_> {
 
     /// Deletes a snapshot that was taken for work that then failed. Not to be cancelled: that may be why it failed.
     fn take_back(&self, name: &str) {
-        let job = Live { progress: &Progress::new(), ..*self };
+        let job = LiveWork { progress: &Progress::new(), ..*self };
         if let Err(e) = job.delete(name, true) {
             log::warn!("the snapshot {name}, which was taken for a clone, is left: {e}");
         }

@@ -7,7 +7,7 @@ fn entries(depth: u32) -> Arc<Entries> {
 }
 
 /// As if the kernel had just completed it.
-fn held(entries: &Arc<Entries>, index: u32) -> Held {
+fn held(entries: &Arc<Entries>, index: u32) -> HeldEntry {
     entries.begins(index);
     entries.goes(index);
     // SAFETY: no kernel knows these entries, and no test holds an index twice.
@@ -87,7 +87,7 @@ fn an_answer_from_another_thread_wakes_the_rings_thread_and_one_of_its_own_does_
     let mut answered = VecDeque::new();
     entries.take_answered(&mut answered);
     let places = answered.iter().map(|a| a.place).collect::<Vec<_>>();
-    assert_eq!(places, [0, 1, 2].map(|index| Place { home: 7, index }));
+    assert_eq!(places, [0, 1, 2].map(|index| EntryId { home: 7, index }));
     entries.take_answered(&mut answered);
     assert_eq!(answered.len(), 3, "each once");
     OWN.set(ptr::null());
@@ -157,8 +157,8 @@ fn a_payload_keeps_its_content_when_it_is_put_into_huge_pages() {
 
 #[test]
 fn a_place_is_known_again_by_its_mark() {
-    let place = Place { home: 3, index: 1023 };
-    assert_eq!(Place::marked(place.mark()), place);
+    let place = EntryId { home: 3, index: 1023 };
+    assert_eq!(EntryId::marked(place.mark()), place);
 }
 
 #[test]
