@@ -57,7 +57,7 @@ pub(super) struct TopState {
 
 impl Stack {
     /// A stack over `levels`, base first, and an empty cache. Refuses levels that do not fit each other.
-    pub(super) fn new(mut levels: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
+    pub(super) fn new(levels: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
         let Some(top) = levels.last() else {
             return Err(Error::new(Kind::Invalid, "an image has at least one level"));
         };
@@ -79,33 +79,28 @@ impl Stack {
         for (i, level) in levels.iter().enumerate() {
             check_level(level, i, &geometry)?;
         }
-        // R7 where nobody can get around it: after a failed sync the file itself refuses every change.
-        if let Some(top) = levels.last_mut() {
-            top.file = Arc::new(Poison::new(Arc::clone(&top.file)));
-        }
-        let bat = header.map(|_| BatCache::new(Arc::clone(budget), geometry.entries));
-        let state = TopState { header: Mutex::new(header), ..TopState::default() };
-        let order = (0..levels.len() as u16).collect();
-        let table = levels.into_iter().map(Some).collect();
-        Ok(Stack::build(table, order, geometry, bat, Arc::new(state)))
+        let state = Arc::new(TopState { header: Mutex::new(header), ..TopState::default() });
+        let parts =
+            Parts { table: Vec::new(), order: Vec::new(), geometry, bat: None, state, is_part: false };
+        let parts = parts.numbered_anew(levels).poisoned_top();
+        Ok(if header.is_some() { parts.empty_cache(budget) } else { parts }.build())
     }
 
-    fn build(
-        table: Vec<Option<Level>>,
-        order: Vec<u16>,
-        geometry: Geometry,
-        bat: Option<Arc<BatCache>>,
-        state: Arc<TopState>,
-    ) -> Stack {
-        let probed = |level: &Option<Level>| level.as_ref().map_or(Reads::Wait, reads::probe);
-        let reads: Vec<_> = table.iter().map(probed).collect();
-        let top = order.last().and_then(|top| table[usize::from(*top)].as_ref());
-        let never_blocks = top.is_some_and(|top| top.file.traits().never_blocks);
-        Stack { table, order, geometry, bat, state, reads, never_blocks, is_part: false }
+    /// What this stack has, to change some of it.
+    fn parts(&self) -> Parts {
+        let Stack { table, order, geometry, bat, state, .. } = self;
+        Parts {
+            table: table.clone(),
+            order: order.clone(),
+            geometry: *geometry,
+            bat: bat.clone(),
+            state: Arc::clone(state),
+            is_part: false,
+        }
     }
 
     /// The stack with `level` on top, and a state of its own. What is cached stays: no entry changes its level.
-    pub(super) fn with_top(&self, mut level: Level, state: TopState, budget: &Arc<Budget>) -> Result<Stack> {
+    pub(super) fn with_top(&self, level: Level, state: TopState, budget: &Arc<Budget>) -> Result<Stack> {
         if self.order.len() >= MAX_LEVELS {
             let context = format!("{MAX_LEVELS} levels already; delete a snapshot first");
             return Err(Error::at(Kind::Unsupported, &self.top().path, context));
@@ -114,51 +109,29 @@ impl Stack {
             return Err(Error::at(Kind::Invalid, &level.path, "a raw file can only be the base"));
         };
         check_level(self.top(), self.order.len() - 1, &geometry)?;
-        level.file = Arc::new(Poison::new(level.file));
         // An index is not used again while the cache lives: slots behind the disk's end may still name it, and would be
         // written as the new top's. When they run out, everything is numbered anew over an empty cache.
-        let keeps = self.table.len() < MAX_INDEXES;
-        let bat = match &self.bat {
-            Some(bat) if keeps && bat.covers(geometry.entries) => Arc::clone(bat),
-            _ => BatCache::new(Arc::clone(budget), geometry.entries),
-        };
-        let (mut table, mut order) = if keeps {
-            (self.table.clone(), self.order.clone())
-        } else {
-            let levels = self.order.iter().map(|index| Some(self.level(*index).clone())).collect();
-            (levels, (0..self.order.len() as u16).collect())
-        };
-        order.push(table.len() as u16);
-        table.push(Some(level));
-        Ok(Stack::build(table, order, geometry, Some(bat), Arc::new(state)))
+        let numbers_last = self.table.len() < MAX_INDEXES;
+        let keeps = numbers_last && self.bat.as_ref().is_some_and(|bat| bat.covers(geometry.entries));
+        let below = self.parts();
+        let below = if numbers_last { below } else { below.numbered_anew(self.bottom_up().cloned()) };
+        let parts = below.with_top(level).poisoned_top().geometry(geometry).state(state);
+        Ok(if keeps { parts } else { parts.empty_cache(budget) }.build())
     }
 
     /// The stack without the level `index`, from which nothing is read any more.
     pub(super) fn without(&self, index: u16, budget: &Arc<Budget>) -> Stack {
-        let mut table = self.table.clone();
-        table[usize::from(index)] = None;
-        let order = self.order.iter().copied().filter(|i| *i != index).collect();
         // Holes of a base are not copied and still cached as its own; and what hid only the base hides nothing now.
-        let bat = match &self.bat {
-            Some(bat) if !self.is_base(index) => Some(Arc::clone(bat)),
-            _ => Some(BatCache::new(Arc::clone(budget), self.geometry.entries)),
-        };
-        Stack::build(table, order, self.geometry, bat, Arc::clone(&self.state))
+        let keeps = self.bat.is_some() && !self.is_base(index);
+        let parts = self.parts().without(index);
+        if keeps { parts } else { parts.empty_cache(budget) }.build()
     }
 
     /// The stack with its two uppermost levels in the other order. They map different clusters, so that nothing
     /// cached changes. `header` and `state` are those of the new top.
     pub(super) fn flipped(&self, header: Header, state: TopState) -> Stack {
-        let mut order = self.order.clone();
-        let top = order.len() - 1;
-        order.swap(top, top - 1);
-        let mut table = self.table.clone();
-        if let Some(level) = &mut table[usize::from(order[top])] {
-            level.layout = Layout::Ploop(header);
-            level.file = Arc::new(Poison::new(Arc::clone(&level.file)));
-        }
-        let flipped = Stack::build(table, order, header.geometry(), self.bat.clone(), Arc::new(state));
-        Stack { is_part: self.is_part, ..flipped }
+        let parts = self.parts().flipped().top_header(header).poisoned_top().state(state);
+        Parts { is_part: self.is_part, ..parts }.build()
     }
 
     /// The same top over other lower levels (base first), which were merged by somebody else: read anew.
@@ -166,27 +139,18 @@ impl Stack {
         for (i, level) in lower.iter().enumerate() {
             check_level(level, i, &self.geometry)?;
         }
-        let table: Vec<_> = lower.into_iter().chain([self.top().clone()]).map(Some).collect();
-        let order = (0..table.len() as u16).collect();
-        let bat = BatCache::new(Arc::clone(budget), self.geometry.entries);
-        Ok(Stack::build(table, order, self.geometry, Some(bat), Arc::clone(&self.state)))
+        let levels = lower.into_iter().chain([self.top().clone()]);
+        Ok(self.parts().numbered_anew(levels).empty_cache(budget).build())
     }
 
     /// The same levels, with a top that has grown: `header` is its new one.
     pub(super) fn grown(&self, header: Header, state: TopState, budget: &Arc<Budget>) -> Stack {
-        let mut table = self.table.clone();
-        if let Some(top) = &mut table[usize::from(self.top_index())] {
-            top.layout = Layout::Ploop(header);
-        }
-        let geometry = header.geometry();
-        let bat = BatCache::new(Arc::clone(budget), geometry.entries);
-        Stack::build(table, self.order.clone(), geometry, Some(bat), Arc::new(state))
+        self.parts().top_header(header).state(state).empty_cache(budget).build()
     }
 
     /// The same raw file, `size` bytes long now. Its clusters stay what they were: locks go by them.
     pub(super) fn grown_raw(&self, size: u64) -> Stack {
-        let geometry = Geometry { disk: size, ..self.geometry };
-        Stack::build(self.table.clone(), self.order.clone(), geometry, None, Arc::clone(&self.state))
+        self.parts().geometry(Geometry { disk: size, ..self.geometry }).build()
     }
 
     /// Index of the writable level.
@@ -207,6 +171,10 @@ impl Stack {
     /// The level a place names.
     pub(super) fn level(&self, index: u16) -> &Level {
         self.table[usize::from(index)].as_ref().expect("a place names a level of its stack")
+    }
+
+    fn bottom_up(&self) -> impl Iterator<Item = &Level> {
+        self.order.iter().map(|index| self.level(*index))
     }
 
     /// Indexes and levels from the top down.
@@ -240,6 +208,89 @@ impl Stack {
     /// The top's allocator.
     pub(super) fn allocator(&self) -> &Allocator {
         self.state.allocator.get().expect("only marked images allocate and free")
+    }
+}
+
+/// A stack that is being made: a step changes one part of it, and [`build`](Parts::build) probes its files.
+struct Parts {
+    table: Vec<Option<Level>>,
+    order: Vec<u16>,
+    geometry: Geometry,
+    bat: Option<Arc<BatCache>>,
+    state: Arc<TopState>,
+    is_part: bool,
+}
+
+impl Parts {
+    /// These levels, base first. Numbers change: only an [`empty_cache`](Parts::empty_cache) fits them.
+    fn numbered_anew(self, levels: impl IntoIterator<Item = Level>) -> Parts {
+        let table: Vec<_> = levels.into_iter().map(Some).collect();
+        let order = (0..table.len() as u16).collect();
+        Parts { table, order, ..self }
+    }
+
+    /// `level` above all, under the next number.
+    fn with_top(mut self, level: Level) -> Parts {
+        self.order.push(self.table.len() as u16);
+        self.table.push(Some(level));
+        self
+    }
+
+    fn without(mut self, index: u16) -> Parts {
+        self.table[usize::from(index)] = None;
+        self.order.retain(|i| *i != index);
+        self
+    }
+
+    /// The two uppermost levels change places.
+    fn flipped(mut self) -> Parts {
+        let top = self.order.len() - 1;
+        self.order.swap(top, top - 1);
+        self
+    }
+
+    fn top_mut(&mut self) -> Option<&mut Level> {
+        let top = self.order.last()?;
+        self.table[usize::from(*top)].as_mut()
+    }
+
+    /// The top has this header, and the disk its geometry.
+    fn top_header(mut self, header: Header) -> Parts {
+        if let Some(top) = self.top_mut() {
+            top.layout = Layout::Ploop(header);
+        }
+        self.geometry(header.geometry())
+    }
+
+    /// R7 where no caller gets around it: after a failed sync the new top's file itself refuses every change.
+    fn poisoned_top(mut self) -> Parts {
+        if let Some(top) = self.top_mut() {
+            top.file = Arc::new(Poison::new(Arc::clone(&top.file)));
+        }
+        self
+    }
+
+    fn geometry(self, geometry: Geometry) -> Parts {
+        Parts { geometry, ..self }
+    }
+
+    fn state(self, state: TopState) -> Parts {
+        Parts { state: Arc::new(state), ..self }
+    }
+
+    /// Nothing cached, and a slot for each page of the BAT that the geometry has.
+    fn empty_cache(self, budget: &Arc<Budget>) -> Parts {
+        let bat = Some(BatCache::new(Arc::clone(budget), self.geometry.entries));
+        Parts { bat, ..self }
+    }
+
+    fn build(self) -> Stack {
+        let Parts { table, order, geometry, bat, state, is_part } = self;
+        let probed = |level: &Option<Level>| level.as_ref().map_or(Reads::Wait, reads::probe);
+        let reads: Vec<_> = table.iter().map(probed).collect();
+        let top = order.last().and_then(|top| table[usize::from(*top)].as_ref());
+        let never_blocks = top.is_some_and(|top| top.file.traits().never_blocks);
+        Stack { table, order, geometry, bat, state, reads, never_blocks, is_part }
     }
 }
 
