@@ -20,7 +20,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 use zerocopy::IntoBytes;
 
-use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
 use super::pages::{PAGE, Page, grow};
 use super::real::RealFile;
 
@@ -145,6 +145,20 @@ fn open(file: &RealFile) -> rustix::io::Result<(File, u64, usize)> {
 }
 
 impl HostFile for DirectFile {
+    passed_on! {
+        fn len(&self) -> io::Result<u64>;
+        fn set_len(&self, len: u64) -> io::Result<()>;
+        fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+        fn sync_data(&self) -> io::Result<()>;
+        fn sync_all(&self) -> io::Result<()>;
+        fn seek_data(&self, offset: u64) -> io::Result<Option<u64>>;
+        fn seek_hole(&self, offset: u64) -> io::Result<u64>;
+        fn status(&self) -> io::Result<HostStatus>;
+        fn space(&self) -> io::Result<HostSpace>;
+        fn drop_cache(&self) -> io::Result<()>;
+        fn descriptor(&self) -> Option<BorrowedFd<'_>>;
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         if self.usable() && !buf.is_empty() && i64::try_from(offset).is_ok() {
             let read = if self.is_whole(offset, buf.len()) && self.lies_right(buf) {
@@ -184,53 +198,9 @@ impl HostFile for DirectFile {
         self.file.write_at(data, offset)
     }
 
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-
-    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.file.punch(offset, len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.file.sync_data()
-    }
-
-    fn sync_all(&self) -> io::Result<()> {
-        self.file.sync_all()
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
-    }
-
     fn traits(&self) -> HostTraits {
         // Nothing is cached, so no read ends at once.
         HostTraits { nowait_reads: false, ..self.file.traits() }
-    }
-
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        self.file.descriptor()
     }
 
     fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
-use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
 
 /// A kind of operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,6 +292,15 @@ impl FaultFile {
 }
 
 impl HostFile for FaultFile {
+    passed_on! {
+        fn len(&self) -> io::Result<u64>;
+        fn seek_data(&self, offset: u64) -> io::Result<Option<u64>>;
+        fn seek_hole(&self, offset: u64) -> io::Result<u64>;
+        fn status(&self) -> io::Result<HostStatus>;
+        fn space(&self) -> io::Result<HostSpace>;
+        fn drop_cache(&self) -> io::Result<()>;
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let running = self.plan.enter(Op::Read)?;
         let len = running.cut(buf.len());
@@ -317,10 +326,6 @@ impl HostFile for FaultFile {
         self.file.write_at(&data[..running.cut(data.len())], offset)
     }
 
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
     fn set_len(&self, len: u64) -> io::Result<()> {
         let _running = self.plan.enter(Op::SetLen)?;
         self.file.set_len(len)
@@ -339,26 +344,6 @@ impl HostFile for FaultFile {
     fn sync_all(&self) -> io::Result<()> {
         let running = self.plan.enter(Op::Sync)?;
         if running.skip { Ok(()) } else { self.file.sync_all() }
-    }
-
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
-    }
-
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
     }
 
     /// A file that may be made slow blocks, whatever stands behind it.

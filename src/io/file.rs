@@ -66,6 +66,16 @@ pub trait HostFile: Send + Sync + fmt::Debug {
     }
 }
 
+/// In a [`HostFile`] that stands before another, its `file`: these methods are that one's.
+macro_rules! passed_on {
+    ($(fn $method:ident(&self $(, $argument:ident: $of:ty)*) -> $result:ty;)+) => {$(
+        fn $method(&self $(, $argument: $of)*) -> $result {
+            self.file.$method($($argument),*)
+        }
+    )+};
+}
+pub(crate) use passed_on;
+
 /// What a host file system can do for one file; probed at open, never guessed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HostTraits {

@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
 use crate::rules::{Rule, broken};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
 
@@ -47,21 +47,22 @@ impl Poison {
 }
 
 impl HostFile for Poison {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at(buf, offset)
+    passed_on! {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+        fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+        fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>>;
+        fn len(&self) -> io::Result<u64>;
+        fn seek_data(&self, offset: u64) -> io::Result<Option<u64>>;
+        fn seek_hole(&self, offset: u64) -> io::Result<u64>;
+        fn status(&self) -> io::Result<HostStatus>;
+        fn space(&self) -> io::Result<HostSpace>;
+        fn drop_cache(&self) -> io::Result<()>;
+        fn traits(&self) -> HostTraits;
     }
-    fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.file.read_at_nowait(buf, offset)
-    }
-    fn queued_read(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
-        self.file.queued_read(offset, len)
-    }
+
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
         self.check()?;
         self.file.write_at(data, offset)
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.check()?;
@@ -77,27 +78,9 @@ impl HostFile for Poison {
     fn sync_all(&self) -> io::Result<()> {
         self.sync(|file| file.sync_all())
     }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
-    }
-    fn drop_cache(&self) -> io::Result<()> {
-        self.file.drop_cache()
-    }
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         // Without one nothing is shared into it, and the copy meets `check`.
         if self.poisoned() { None } else { self.file.descriptor() }
-    }
-    fn traits(&self) -> HostTraits {
-        self.file.traits()
     }
 }
 

@@ -20,7 +20,7 @@ use shuttle::{Config, FailurePersistence, Runner};
 
 use super::{Layout, Level};
 use crate::format::header::Header;
-use crate::io::file::{HostFile, HostSpace, HostStatus, HostTraits};
+use crate::io::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
 use crate::io::memory::MemoryFile;
 use crate::sync::model::with_bug;
 use crate::sync::plain::lock;
@@ -114,6 +114,14 @@ impl Host {
 }
 
 impl HostFile for Host {
+    passed_on! {
+        fn len(&self) -> io::Result<u64>;
+        fn seek_data(&self, offset: u64) -> io::Result<Option<u64>>;
+        fn seek_hole(&self, offset: u64) -> io::Result<u64>;
+        fn status(&self) -> io::Result<HostStatus>;
+        fn space(&self) -> io::Result<HostSpace>;
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.pause();
         self.file.read_at(buf, offset)
@@ -131,9 +139,6 @@ impl HostFile for Host {
         }
         self.file.write_at(&data[half..], offset + half as u64)?;
         Ok(data.len())
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.pause();
@@ -158,18 +163,6 @@ impl HostFile for Host {
     }
     fn sync_all(&self) -> io::Result<()> {
         self.sync_data()
-    }
-    fn seek_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        self.file.seek_data(offset)
-    }
-    fn seek_hole(&self, offset: u64) -> io::Result<u64> {
-        self.file.seek_hole(offset)
-    }
-    fn status(&self) -> io::Result<HostStatus> {
-        self.file.status()
-    }
-    fn space(&self) -> io::Result<HostSpace> {
-        self.file.space()
     }
     fn drop_cache(&self) -> io::Result<()> {
         Ok(())
