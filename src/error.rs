@@ -276,7 +276,10 @@ mod tests {
         assert_eq!(e.to_string(), "/images/vm1.hds: cannot write at byte 4096: No space left on device");
         assert_eq!((e.operation(), e.offset(), e.errno()), (Some("cannot write"), Some(4096), libc::ENOSPC));
         let other = e.with_kind(Kind::Damaged);
-        assert_eq!((other.operation(), other.offset(), other.kind()), (e.operation(), e.offset(), Kind::Damaged));
+        assert_eq!(
+            (other.operation(), other.offset(), other.kind()),
+            (e.operation(), e.offset(), Kind::Damaged)
+        );
     }
 
     #[test]

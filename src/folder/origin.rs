@@ -74,7 +74,12 @@ impl Origin {
 
     /// What the host says of it without opening any delta: of a layered image, the top's owner, mode and time, and the
     /// space of its whole chain. None when it is gone, or its top is no file that it may have.
-    pub(super) fn status(&self, images: BorrowedFd<'_>, path: &Path, allow_outside: bool) -> Option<HostStatus> {
+    pub(super) fn status(
+        &self,
+        images: BorrowedFd<'_>,
+        path: &Path,
+        allow_outside: bool,
+    ) -> Option<HostStatus> {
         match self.source {
             Source::File(_) => {
                 let stat = rustix::fs::statat(images, &self.file, AtFlags::SYMLINK_NOFOLLOW).ok()?;

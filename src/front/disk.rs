@@ -143,9 +143,9 @@ impl Disk {
     /// [`Kind::NoSpace`], [`Kind::Io`].
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.inside(offset, data.len() as u64)?;
-        data.chunks(PIECE).enumerate().try_for_each(|(number, piece)| {
-            self.image.write_at(offset + (number * PIECE) as u64, piece)
-        })
+        data.chunks(PIECE)
+            .enumerate()
+            .try_for_each(|(number, piece)| self.image.write_at(offset + (number * PIECE) as u64, piece))
     }
 
     /// Gives the host back what `len` bytes from `offset` on take; they read as zeroes.

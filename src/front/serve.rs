@@ -44,9 +44,8 @@ impl Server {
     /// [`Kind::InUse`](crate::Kind::InUse) where another mount serves the folder; [`Kind::NotFound`](crate::Kind::NotFound);
     /// what the mount fails with.
     pub fn mount(images: impl AsRef<Path>, mountpoint: impl AsRef<Path>) -> Result<Server> {
-        let resolved = |path: &Path| {
-            path.canonicalize().map_err(|e| Error::io(&e, path, "cannot resolve the path"))
-        };
+        let resolved =
+            |path: &Path| path.canonicalize().map_err(|e| Error::io(&e, path, "cannot resolve the path"));
         let images = resolved(images.as_ref())?;
         let engine = Engine::new(Options::default(), Box::new(|event| log::warn!("{event}")));
         let folder = Folder::open(&images, &engine, FolderOptions::default())?;

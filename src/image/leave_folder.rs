@@ -107,14 +107,17 @@ pub fn take_back(images: BorrowedFd<'_>, path: &Path, folder: &OsStr, layers: &L
     }
     let mut raw = folder.to_owned();
     raw.push(".raw");
-    let is_image = |name: &OsStr| matches!(kind::classify(name, true, b""), Class::Image { name, .. } if name == folder);
+    let is_image =
+        |name: &OsStr| matches!(kind::classify(name, true, b""), Class::Image { name, .. } if name == folder);
     let names = [base.path.file_name().unwrap_or_default(), raw.as_os_str()];
-    let left: Vec<_> = names.into_iter().filter(|name| is_image(name) && is_held(images, name, &held)).collect();
+    let left: Vec<_> =
+        names.into_iter().filter(|name| is_image(name) && is_held(images, name, &held)).collect();
     if left.is_empty() && !names::is_left(images, folder) {
         return Ok(());
     }
     sync_folder(images, path)?; // 1
-    let cannot = |e: std::io::Error| Error::io(&e, path.join(folder), "cannot remove what a crash left beside it");
+    let cannot =
+        |e: std::io::Error| Error::io(&e, path.join(folder), "cannot remove what a crash left beside it");
     for name in left {
         unlink(images, name).map_err(cannot)?; // 2
     }

@@ -403,7 +403,9 @@ mod tests {
             .open(&path)
             .and_then(|file| file.write_all_at(&[0xA5; 20_000], 0))
             .expect("damage");
-        Restore::prepare(&parse(&kept).expect("a dump")[0], &at(&path)).and_then(Restore::carry_out).expect("restored");
+        Restore::prepare(&parse(&kept).expect("a dump")[0], &at(&path))
+            .and_then(Restore::carry_out)
+            .expect("restored");
         let after = std::fs::read(&path).expect("read");
         let bat_end = HEADER_BYTES as usize + 4 * 3000;
         assert!(after[..bat_end] == before[..bat_end]);

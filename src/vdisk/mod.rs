@@ -92,9 +92,7 @@ pub use crate::image::level::{Layout, Level};
 use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
-use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock,
-};
+use crate::sync::{Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock};
 use blocking::wait_for;
 use counters::Counters;
 pub use counters::Stats;

@@ -68,7 +68,13 @@ pub(super) fn submit_read(image: &Arc<Image>, offset: u64, len: usize, reply: Re
 }
 
 /// Splits a write and hands its pios to runners. The range lies inside the disk and is not empty.
-pub(super) fn submit_write(image: &Arc<Image>, offset: u64, mut data: Bytes, durable: bool, reply: Reply<()>) {
+pub(super) fn submit_write(
+    image: &Arc<Image>,
+    offset: u64,
+    mut data: Bytes,
+    durable: bool,
+    reply: Reply<()>,
+) {
     let len = data.len();
     submit(image, offset, len, Answer::Write { durable, reply }, move |n| Body::Write(data.split_to(n)));
 }

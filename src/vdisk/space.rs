@@ -341,6 +341,9 @@ mod tests {
     fn counts_that_do_not_fit_what_is_parked_are_not_sound() {
         assert!(State::default().is_sound(false));
         assert!(!State { bytes: 1, ..State::default() }.is_sound(false), "memory that stays taken for ever");
-        assert!(!State { full: true, ..State::default() }.is_sound(false), "the fast path takes writes meanwhile");
+        assert!(
+            !State { full: true, ..State::default() }.is_sound(false),
+            "the fast path takes writes meanwhile"
+        );
     }
 }

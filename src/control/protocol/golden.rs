@@ -132,8 +132,13 @@ fn answers() -> Vec<Answer> {
         next: 3 << 20,
     };
     let ranges = vec![(0, 1 << 20)];
-    let diff =
-        Diff { from: side("monday"), to: side(""), cluster: 1 << 20, ranges: ranges.clone(), next: Some(1 << 30) };
+    let diff = Diff {
+        from: side("monday"),
+        to: side(""),
+        cluster: 1 << 20,
+        ranges: ranges.clone(),
+        next: Some(1 << 30),
+    };
     let changes = Changes {
         uuid: Some("f0d2a1c4-0000-4000-8000-000000000002".into()),
         reason: None,
@@ -157,7 +162,10 @@ fn answers() -> Vec<Answer> {
         Answer { changes: Some(untracked), ..ok() },
         Answer { done: Some(Done { name: Some("monday".into()), ..Done::default() }), ..ok() },
         Answer { done: Some(Done { size: Some(1 << 40), ..Done::default() }), ..ok() },
-        Answer { done: Some(Done { gain: Some(gain), note: Some("a note".into()), ..Done::default() }), ..ok() },
+        Answer {
+            done: Some(Done { gain: Some(gain), note: Some("a note".into()), ..Done::default() }),
+            ..ok()
+        },
         Answer { closed: Some(vec![closed(None), closed(Some("cannot sync"))]), ..ok() },
     ]
 }
@@ -166,7 +174,12 @@ fn answers() -> Vec<Answer> {
 fn agree<T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug>(language: &str, values: &[T]) {
     let (page, written): (Vec<_>, Vec<String>) =
         (lines(language), values.iter().map(|v| serde_json::to_string(v).expect("plain data")).collect());
-    assert_eq!(page, written, "docs/control.md, blocks of {language}; as they are written now:\n{}", written.join("\n"));
+    assert_eq!(
+        page,
+        written,
+        "docs/control.md, blocks of {language}; as they are written now:\n{}",
+        written.join("\n")
+    );
     for (line, value) in page.iter().zip(values) {
         assert_eq!(&serde_json::from_str::<T>(line).expect(line), value);
         // A later version adds fields; this one passes over them.

@@ -69,8 +69,7 @@ pub(in crate::vdisk) fn read_page(number: u64, stack: &Stack) -> Result<Box<Page
     let mut bytes = [0; PAGE_BYTES as usize];
     for (index, level) in stack.top_down() {
         let start = number * PAGE_BYTES;
-        let io =
-            |e: &std::io::Error| Error::io_at(e, &level.path, "cannot read the BAT", start);
+        let io = |e: &std::io::Error| Error::io_at(e, &level.path, "cannot read the BAT", start);
         let first = if number == 0 { HEADER_BYTES as usize / 4 } else { 0 };
         // Always after the entries: a merge makes the file longer and enters the cluster then. The length from before would
         // call it damaged.
