@@ -10,7 +10,7 @@ use std::io::{self, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ExitCode, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::handover::{self, Receiving};
 use crate::io::process::spawn_detached;
 use crate::io::{foreign, process};
+use crate::sync::plain::lock;
 
 /// How long the keeper has for the mount of a daemon that has ended, before it counts as stopped.
 const KEEPERS_TURN: Duration = Duration::from_secs(5);
@@ -101,7 +102,7 @@ pub fn main() -> ExitCode {
     let (known, mut started) = (Known::default(), false);
     loop {
         match wire::get(&mut keeper) {
-            Ok(Some(Told::Mount(now))) => *locked(&known) = Some(now),
+            Ok(Some(Told::Mount(now))) => *lock(&known) = Some(now),
             Ok(Some(Told::Started)) => {
                 started = true;
                 siblings::let_go_of_output();
@@ -117,7 +118,7 @@ pub fn main() -> ExitCode {
         let _ = pidfd_send_signal(&daemon, Signal::TERM);
     }
     process::ends_before(&daemon, None);
-    let mount = locked(&known).clone();
+    let mount = lock(&known).clone();
     if let Some(mount) = mount {
         clean_up(&settings, images.as_ref(), &mount);
     }
@@ -126,10 +127,6 @@ pub fn main() -> ExitCode {
 
 /// What the keeper said of the mount. A leaf.
 type Known = Arc<Mutex<Option<OwnMount>>>;
-
-fn locked(known: &Known) -> MutexGuard<'_, Option<OwnMount>> {
-    known.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Waits for the daemon's end, on a thread of its own, and takes the mount away where the keeper does not: it may be stopped.
 /// What that still has to say and to do it finds done, or does, when it goes on.
@@ -140,7 +137,7 @@ fn stand_in(settings: &Settings, daemon: &Arc<OwnedFd>, known: &Known) {
         process::ends_before(&daemon, None);
         // The keeper ends us when it has done it.
         sleep(KEEPERS_TURN);
-        if let Some(mount) = locked(&known).as_ref() {
+        if let Some(mount) = lock(&known).as_ref() {
             mount.take_away(&settings, |_| {});
         }
     });
