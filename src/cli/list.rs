@@ -157,7 +157,11 @@ fn of_all(all: bool) -> Result<Listing, Error> {
             Ok(Ok(Some((folder, images)))) => (folder, images, None),
             Ok(Ok(None)) | Err(_) => {
                 let point = words::quoted(&mount.point);
-                (mount.source.clone(), Vec::new(), Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")))
+                (
+                    mount.source.clone(),
+                    Vec::new(),
+                    Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")),
+                )
             }
             // Another user's.
             Ok(Err(e)) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,

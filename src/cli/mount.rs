@@ -368,7 +368,10 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
 fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
     match mounts::at(mountpoint)? {
         // Of a folder that had this path before, and was renamed.
-        Some(mount) if mount.is_ours() && let Some((folder, _)) = served::of_mount(&mount)? => {
+        Some(mount)
+            if mount.is_ours()
+                && let Some((folder, _)) = served::of_mount(&mount)? =>
+        {
             let what = format!("{} is mounted here already; choose another mount point", folder.display());
             Err(Error::at(Kind::InUse, mountpoint, what))
         }

@@ -93,7 +93,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
     };
     // Held before the unmount: afterwards they may be gone, and their numbers be others'.
-    let unseen = if daemon.is_none() { pair.as_ref().map(processes_of).unwrap_or_default() } else { Vec::new() };
+    let unseen =
+        if daemon.is_none() { pair.as_ref().map(processes_of).unwrap_or_default() } else { Vec::new() };
     let mut kept = holders::beyond(&mount);
     if !kept.is_empty() && !args.detach {
         return Err(busy(&mount).into());
@@ -223,7 +224,8 @@ fn is_ending(point: &Path, pair: &Pair) -> bool {
             continue;
         }
         let client = Client::find(&pair.images).ok().flatten();
-        let closing = client.is_some_and(|client| client.hello().closing && client.hello().pid == pair.daemon);
+        let closing =
+            client.is_some_and(|client| client.hello().closing && client.hello().pid == pair.daemon);
         if !closing || began.elapsed() >= CLOSING {
             break;
         }

@@ -175,7 +175,11 @@ pub fn beyond(mount: &Mount) -> Vec<Holder> {
 /// What keeps the file system of `mount` alive, which is gone: its other mounts, wherever they are.
 pub fn of_file_system(mount: &Mount) -> Vec<Holder> {
     let Ok(tables) = Everywhere::look() else { return Vec::new() };
-    tables.all().filter(|(_, one)| one.is_of_file_system(mount)).map(|(pid, one)| copy(pid, one.clone())).collect()
+    tables
+        .all()
+        .filter(|(_, one)| one.is_of_file_system(mount))
+        .map(|(pid, one)| copy(pid, one.clone()))
+        .collect()
 }
 
 /// What keeps the file system of a folder alive whose mount point is gone: its other mounts, wherever they are.

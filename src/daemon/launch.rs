@@ -83,7 +83,10 @@ fn starting(settings: &Settings, keeper: u32) -> (String, Duration) {
     let daemon = pair.filter(|pair| pair.keeper == Some(keeper)).map(|pair| pair.daemon);
     let stopped = [Some(keeper), daemon].into_iter().flatten().find(|pid| processes::is_stopped(*pid));
     match stopped {
-        Some(pid) => (format!("process {pid} is stopped; let it go on: kill -CONT {pid}; or give it up: kill -9 {pid}"), STOPPED),
+        Some(pid) => (
+            format!("process {pid} is stopped; let it go on: kill -CONT {pid}; or give it up: kill -9 {pid}"),
+            STOPPED,
+        ),
         None => {
             let pid = daemon.unwrap_or(keeper);
             (format!("process {pid} is at it; the images folder or the mount point may hang"), START)

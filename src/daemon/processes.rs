@@ -75,7 +75,9 @@ pub fn is_stopped(pid: u32) -> bool {
 pub fn standby_of(pair: &Pair) -> Option<u32> {
     let places_of = |home: &Path| places(home, "standby");
     each()
-        .find(|(_, home)| places_of(home).is_some_and(|of| of == (pair.images.clone(), pair.mountpoint.clone())))
+        .find(|(_, home)| {
+            places_of(home).is_some_and(|of| of == (pair.images.clone(), pair.mountpoint.clone()))
+        })
         .map(|(pid, _)| pid)
 }
 

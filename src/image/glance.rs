@@ -56,7 +56,13 @@ pub fn kind(descriptor: &Descriptor, delta: &Delta) -> ImageKind {
 
 /// Refuses the layered image in the folder `dir` (`path`, for messages) if its descriptor, one of its files, or how the
 /// files of the disk fit together says that it would not open, or is damaged. With `trusted` its files may lie anywhere.
-pub fn layers(dir: BorrowedFd<'_>, path: &Path, descriptor: &Descriptor, labels: &Labels, trusted: bool) -> Result<()> {
+pub fn layers(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    descriptor: &Descriptor,
+    labels: &Labels,
+    trusted: bool,
+) -> Result<()> {
     if let Some(why) = descriptor.refusal() {
         return Err(Error::at(Kind::Unsupported, path, why));
     }

@@ -438,7 +438,8 @@ pub fn check_raw_base(
     let disk = above
         .and_then(Level::geometry)
         .map_or(descriptor.disk_sectors.saturating_mul(SECTOR), |geometry| geometry.disk);
-    let is_ploop = || read_header(&*level.file, &level.path).is_ok_and(|header| header.geometry().disk == disk);
+    let is_ploop =
+        || read_header(&*level.file, &level.path).is_ok_and(|header| header.geometry().disk == disk);
     if len != disk && is_ploop() {
         return refuse("is a ploop file, but its Type in the descriptor is Plain, and not Compressed".into());
     }

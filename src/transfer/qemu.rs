@@ -136,13 +136,7 @@ pub enum Reach {
 
 /// What `file`, of which `info` is known, allocates, ascending; neighbours of one sort are one. A file that ends before
 /// what it allocates is refused: it was cut off, and QEMU reads zeroes there.
-pub fn map(
-    file: &Path,
-    format: &str,
-    info: &Info,
-    reach: Reach,
-    progress: &Progress,
-) -> Result<Vec<Extent>> {
+pub fn map(file: &Path, format: &str, info: &Info, reach: Reach, progress: &Progress) -> Result<Vec<Extent>> {
     let mut command = Command::new(PROGRAM);
     command.args(["map", "--output=json", "-f", format]).arg(absolute(file)?);
     let read = |stdout: ChildStdout| serde_json::from_reader::<_, Vec<Mapped>>(BufReader::new(stdout));

@@ -37,7 +37,11 @@ pub(super) struct Scan {
 pub(super) fn refuse_cut(level: &Level) -> Result<()> {
     let Some(geometry) = level.geometry() else { return Ok(()) };
     let len = level.file.len().map_err(|e| Error::io(&e, &level.path, "cannot read the length"))?;
-    if geometry.bat_end() > SHORT && geometry.is_whole(len) { Ok(()) } else { scan(level, &geometry).map(drop) }
+    if geometry.bat_end() > SHORT && geometry.is_whole(len) {
+        Ok(())
+    } else {
+        scan(level, &geometry).map(drop)
+    }
 }
 
 /// Scans the BAT of `level`. An entry out of range, off the grid or used twice is an error that names it.
