@@ -136,6 +136,24 @@ fn what_is_missing_of_a_file_that_was_cut_off_is_not_taken_for_zeroes() {
     assert!(!folder.path("vm.hds").exists() && !folder.path("vm").exists());
 }
 
+/// qemu-img refuses it, too: the copy was made of two moments, with status 0.
+#[test]
+fn a_raw_image_that_is_being_written_is_not_imported() {
+    require!("fuse");
+    let (images, folder) = (Folder::new(), Folder::new());
+    let raw = images.path("vm.raw");
+    std::fs::write(&raw, vec![7; MIB as usize]).expect("write");
+    let mount = Mount::over(images.0.path(), &[]);
+    let writer = File::options().write(true).open(mount.flat("vm")).expect("opens");
+    writer.write_all_at(&[8; 512], 0).expect("written");
+    assert!(folder.fails(4, &["import", text(&raw), "copy"]).contains("in use by"));
+    assert!(folder.names().is_empty());
+    drop(writer);
+    let closed =
+        || Run::ploopfs().args(["import", text(&raw), "copy"]).in_folder(folder.0.path()).run().success();
+    assert!(until(Duration::from_secs(20), closed), "the writer is gone");
+}
+
 #[test]
 fn a_file_that_looks_like_another_format_or_stands_on_others_is_not_taken_without_a_word() {
     require!("qemu");

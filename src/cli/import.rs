@@ -133,7 +133,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let draft = Draft::begin(&to, &plan)?;
     let created = work::watched(&args.file, args.pace, move |progress| {
         match chain.first() {
-            None => import::disk(&flat, &draft, progress)?,
+            None => {
+                let _lock = flat.lock()?;
+                import::disk(&flat, &draft, progress)?;
+                flat.refuse_changed()?;
+            }
             Some(link) => {
                 let disk = Foreign::open(&link.path, &link.format, &link.info, Reach::Chain, progress)?;
                 import::disk(&disk, &draft, progress)?;

@@ -9,6 +9,8 @@ use rustix::fs::SeekFrom;
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
+use crate::io::lock::{DeltaLock, Use};
+use crate::io::real::RealFile;
 use crate::vdisk::Image;
 
 /// A disk that is only read.
@@ -53,6 +55,29 @@ impl FlatFile {
         let size = retry_on_intr(|| rustix::fs::seek(&file, SeekFrom::End(0)));
         let size = size.map_err(|e| Error::io(&e.into(), path, "cannot read its length"))?;
         Ok(FlatFile { file, path: path.to_owned(), size, finds_holes })
+    }
+
+    /// Keeps writers off a plain file while it is read, or says who has it; a device has no such locks. For a raw image, as
+    /// everybody uses them who opens one: a copy made meanwhile would be mixed from two moments.
+    pub fn lock(&self) -> Result<Option<DeltaLock>> {
+        let cannot = |e: std::io::Error| Error::io(&e, &self.path, "cannot lock");
+        if !self.file.metadata().map_err(cannot)?.is_file() {
+            return Ok(None);
+        }
+        let file = RealFile::from_file(self.file.try_clone().map_err(cannot)?, &self.path)?;
+        DeltaLock::acquire(Arc::new(file), Use::Reader).map(Some)
+    }
+
+    /// Refuses a file that has another length by now: what it lost would have been read as a hole, and of one that is still
+    /// being made a part was read.
+    pub fn refuse_changed(&self) -> Result<()> {
+        let now = retry_on_intr(|| rustix::fs::seek(&self.file, SeekFrom::End(0)));
+        let now = now.map_err(|e| Error::io(&e.into(), &self.path, "cannot read its length"))?;
+        if now == self.size {
+            return Ok(());
+        }
+        let what = format!("had {} bytes at first and {now} now: it was written while it was read", self.size);
+        Err(Error::at(Kind::Busy, &self.path, what))
     }
 
     /// The open file.
@@ -120,6 +145,25 @@ impl Disk for Arc<Image> {
         match self.seek_data(from)? {
             Some(begin) => Ok(Some((begin, self.seek_hole(begin)?.max(begin + 1).min(self.size())))),
             None => Ok(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a file had lost by then was a hole, and of a download that was still going on its first part was the disk.
+    #[test]
+    fn a_file_that_is_longer_or_shorter_by_now_was_not_read_as_it_is() {
+        let folder = tempfile::tempdir().expect("tmp");
+        let path = folder.path().join("disk");
+        std::fs::write(&path, [7; 8192]).expect("written");
+        let flat = FlatFile::open(&path).expect("opens");
+        flat.refuse_changed().expect("as it was");
+        for len in [4096, 12288] {
+            OpenOptions::new().write(true).open(&path).and_then(|file| file.set_len(len)).expect("changed");
+            assert_eq!(flat.refuse_changed().expect_err("another length").kind(), Kind::Busy);
         }
     }
 }
