@@ -118,7 +118,8 @@ pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
     let Ok(image) = Layered::read(path) else { return Ok(()) };
     let Ok(guid) = image.guid(Some(snapshot)) else { return Ok(()) };
     let Some(merge) = image.raw_merge(guid) else { return Ok(()) };
-    let waits = merge.goes_down && merge.under_the_disk && served::stays_open(path, |_| true).unwrap_or(false);
+    let waits =
+        merge.goes_down && merge.under_the_disk && served::stays_open(path, |_| true).unwrap_or(false);
     if merge.goes_down && !waits {
         return Ok(());
     }

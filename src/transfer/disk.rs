@@ -76,7 +76,8 @@ impl FlatFile {
         if now == self.size {
             return Ok(());
         }
-        let what = format!("had {} bytes at first and {now} now: it was written while it was read", self.size);
+        let what =
+            format!("had {} bytes at first and {now} now: it was written while it was read", self.size);
         Err(Error::at(Kind::Busy, &self.path, what))
     }
 
