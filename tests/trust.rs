@@ -397,3 +397,43 @@ fn a_start_whose_keeper_was_stopped_says_so_and_ends() {
     // Which no command waits for any more.
     assert!(until(SOON, || mount.processes().is_empty() && !mount.is_mounted()));
 }
+
+#[test]
+fn a_stranger_who_answers_on_the_control_socket_does_not_keep_a_mount_from_its_end() {
+    require!("fuse");
+    if !is_root() {
+        return;
+    }
+    let (stranger, mount) = (Stranger::new(), Mount::new(&["--create", "vm1=8M"]));
+    let private = mount.images().join(".ploopfs");
+    fs::rename(&private, mount.images().join("old")).expect("renamed");
+    fs::rename(stranger.images.join(".ploopfs"), &private).expect("renamed");
+    let done = Run::ploopfs().arg("umount").arg(mount.point()).limit(60).run();
+    // How the images were closed it does not know.
+    assert!(done.code() == Some(1) && done.stderr.contains("its daemon has ended"), "{done}");
+    assert!(!mount.is_mounted());
+}
+
+/// The name, the arguments and the owner in /proc of a daemon, and the real user of a set-uid program that another started.
+const DISGUISED: &str = r#"exec -a ploopfs tail daemon "$0" "$1" --follow"#;
+
+#[test]
+fn a_set_uid_program_of_another_user_is_not_taken_for_a_daemon() {
+    require!("fuse");
+    if !is_root() {
+        return;
+    }
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("images"), folder.path().join("point"));
+    fs::create_dir(&images).and_then(|()| fs::create_dir(&point)).expect("folders");
+    fs::write(folder.path().join("daemon"), "").expect("written");
+    let mut command = Command::new("setpriv");
+    command.arg(format!("--ruid={NOBODY}")).args(["bash", "-p", "-c", DISGUISED]).args([&images, &point]);
+    command.current_dir(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("setpriv");
+    let line = format!("/proc/{}/cmdline", child.id());
+    let disguised = until(SOON, || fs::read(&line).is_ok_and(|line| line.starts_with(b"ploopfs\0daemon\0")));
+    let done = Run::ploopfs().arg("umount").arg(&point).limit(60).run();
+    child.kill().and_then(|()| child.wait()).expect("our own child");
+    assert!(disguised && done.success() && done.output().contains("not mounted"), "{done}");
+}

@@ -86,11 +86,12 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             .transpose()?,
         // It would be waited for without an end.
         Err(e) if !args.detach && e.kind() == Kind::Io => return Err(e.with_kind(Kind::InUse).into()),
-        Err(e) if !args.detach => return Err(e.into()),
-        Err(e) => {
+        // Another user answers in its place, who owns the folder: that must not keep a mount of ours from its end.
+        Err(e) if args.detach || (e.kind() == Kind::Access && mount.clone().trusted().is_ok()) => {
             out::say(&e.to_string());
             None
         }
+        Err(e) => return Err(e.into()),
     };
     // Held before the unmount: afterwards they may be gone, and their numbers be others'.
     let unseen =

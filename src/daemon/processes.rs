@@ -4,7 +4,6 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The two processes of one served folder.
@@ -96,12 +95,19 @@ fn places(home: &Path, what: &str) -> Option<(PathBuf, PathBuf)> {
     let line = fs::read(home.join("cmdline")).ok()?;
     let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
     let [program, does, images, point, ..] = words[..] else { return None };
-    // Any user may call a process what he likes.
-    let owner = home.metadata().ok()?.uid();
-    let trusted = owner == 0 || owner == rustix::process::geteuid().as_raw();
     let path = |word| PathBuf::from(OsStr::from_bytes(word));
-    let ours = program.ends_with(b"ploopfs") && does == what.as_bytes() && trusted;
+    let ours = program.ends_with(b"ploopfs") && does == what.as_bytes() && is_trusted(home);
     ours.then(|| (path(images), path(point)))
+}
+
+/// True for a process of root or ours. Any user may call one what he likes, also a set-uid program of root's, which is root's
+/// in /proc, and which he may stop: so all of its user numbers count.
+fn is_trusted(home: &Path) -> bool {
+    let status = fs::read(home.join("status")).unwrap_or_default();
+    let line = status.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"Uid:"));
+    let text = line.and_then(|line| std::str::from_utf8(line).ok()).unwrap_or_default();
+    let own = rustix::process::geteuid().as_raw().to_string();
+    ["0", &own].iter().any(|user| !text.is_empty() && text.split_whitespace().all(|one| one == *user))
 }
 
 /// The pair whose daemon is process `pid`, with the folder `home` in /proc.
