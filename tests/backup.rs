@@ -514,6 +514,21 @@ impl Drop for ReadOnly {
     }
 }
 
+/// "Bad file descriptor" was all that was said.
+#[test]
+fn what_a_layered_disk_on_a_read_only_host_refuses_says_why() {
+    require!("loop");
+    let (folder, around) = (Folder::new(), temp_dir());
+    folder.ok(&["create", "vm", "--size", "8M"]);
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    let bound = ReadOnly::over(folder.0.path(), around.path().join("ro"));
+    let vm = bound.0.join("vm");
+    for args in [&["resize", text(&vm), "16M"][..], &["cbt", "start", text(&vm)], &["compact", text(&vm)]] {
+        let said = folder.fails(1, args);
+        assert!(said.contains("read-only") && !said.contains("descriptor"), "{args:?}: {said}");
+    }
+}
+
 #[test]
 fn a_disk_on_a_read_only_host_is_backed_up_as_it_stands() {
     require!("loop");

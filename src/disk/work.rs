@@ -59,6 +59,10 @@ fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
     let opened = Opened::open(path, None, access, Options::default())?;
+    if opened.layers.as_ref().is_some_and(|layers| !layers.writable()) && changes_top(work) {
+        let what = "cannot be written here: its disk's own file, or the file system on which it lies, is read-only";
+        return Err(Error::at(Kind::ReadOnly, path, what));
+    }
     if let Some(layers) = opened.layers.as_ref().filter(|_| !work.only_looks()) {
         in_its_place(path, |images, parent, name| take_back(images, parent, name, layers))?;
     }
@@ -78,6 +82,12 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
         _ => Ok(()),
     };
     result.and_then(|done| closed.and(rest).map(|()| done))
+}
+
+/// The file of the live disk itself is written. What else is done is a matter of other files, too: those say so.
+fn changes_top(work: &Work) -> bool {
+    !work.only_looks()
+        && matches!(work, Work::Resize { .. } | Work::Compact { .. } | Work::Track { .. } | Work::Untrack)
 }
 
 /// Merges a deleted raw base with the live disk, which is closed; a disk without snapshots is one raw file again.
