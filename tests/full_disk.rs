@@ -6,7 +6,7 @@
 
 mod common;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -260,4 +260,33 @@ fn a_full_xfs_is_mounted_with_its_socket_elsewhere() {
 fn a_full_btrfs_is_mounted_with_its_socket_elsewhere() {
     require!("fuse", "loop", "btrfs");
     a_full_host_is_mounted("btrfs");
+}
+
+/// The header had the new size, and the command said that nothing could be written, with status 1.
+#[test]
+fn a_resize_that_has_happened_is_no_failure_because_the_host_is_full() {
+    require!("loop", "ext4");
+    let host = HostFs::new("ext4", 32 << 20);
+    let run = |args: &[&str]| Run::ploopfs().args(args).in_folder(host.path()).limit(60).run();
+    assert!(run(&["create", "vm", "--size", "8M"]).success());
+    assert!(run(&["snapshot", "create", "vm", "a"]).success());
+    let filler = File::create(host.path().join("filler")).expect("the filler");
+    let mut at = 0;
+    for piece in [1 << 20, 4096, 512] {
+        while filler.write_all_at(&vec![7; piece], at).is_ok() {
+            at += piece as u64;
+        }
+    }
+    drop(filler);
+    let said = run(&["resize", "vm", "16M"]);
+    assert!(said.success(), "{said}");
+    let size = |said: String| assert!(said.contains("16777216"), "{said}");
+    size(run(&["info", "vm"]).stdout);
+    fs::remove_file(host.path().join("filler")).expect("space");
+    assert!(run(&["snapshot", "create", "vm", "b"]).success());
+    assert!(
+        fs::read_to_string(host.path().join("vm/DiskDescriptor.xml"))
+            .expect("read")
+            .contains("<Disk_size>32768<")
+    );
 }

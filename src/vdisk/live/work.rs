@@ -85,11 +85,18 @@ fn act(image: &Arc<Image>, job: Option<LiveWork<'_>>, work: &Work, progress: &Pr
         Work::Resize { size } => {
             let size = image.grow(*size, progress)?;
             if let Some(job) = &job {
-                // The header, then the descriptor: at open the top's header wins.
-                job.settle(job.change(|next| {
+                // The header, then the descriptor: at open the top's header wins. So the disk has its size, and a full host
+                // is no reason to say that it has not. A raw file has no header.
+                let changed = job.change(|next| {
                     next.set_size(size / 512);
                     Ok(())
-                }))?;
+                });
+                match changed {
+                    Err(Uncommitted::NotDone(e)) if image.has_map() => {
+                        log::warn!("{e}; the next open corrects the size that is there");
+                    }
+                    changed => job.settle(changed)?,
+                }
             }
             Ok(Done { size: Some(size), ..Done::default() })
         }
