@@ -20,7 +20,7 @@ use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
 use crate::io::mounts;
 use crate::io::process;
-use crate::io::unmount::unmount;
+use crate::io::unmount::unmount_this;
 use crate::words::quoted;
 
 /// How long the start of another command may take that mounts the same at the same time.
@@ -304,7 +304,8 @@ fn clear_dead(mountpoint: &Path) -> Result<()> {
             break;
         }
         let hanging = holders::of(&mount);
-        unmount(mountpoint, true)?;
+        // It alone: another command may have taken it away, and mounted here, just now.
+        unmount_this(&mount, true)?;
         let mut lines =
             vec![format!("{}: the daemon of the mount here had died; unmounted", mountpoint.display())];
         lines.extend(

@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::io::mounts::{self, Mount};
 use crate::io::process;
-use crate::io::unmount::{unmount, unmount_this};
+use crate::io::unmount::unmount_this;
 use crate::words::quoted;
 
 /// How long the kernel may take to let go of a loop device that nothing uses: udev may be looking at it.
@@ -109,8 +109,6 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             kept = holders::of(&mount);
             unmount_this(&mount, true)?;
         }
-        // Another umount was faster.
-        Err(_) if mounts::by_id(mount.id)?.is_none() => {}
         Err(e) if e.kind() == Kind::Busy => return Err(busy(&mount).into()),
         result => result?,
     }
@@ -255,7 +253,7 @@ pub fn goes_on(pair: &Pair) -> String {
 
 fn take_dead_away(mount: &Mount) -> anyhow::Result<Outcome> {
     let hanging = holders::of(mount);
-    unmount(&mount.point, true)?;
+    unmount_this(mount, true)?;
     out::say(&format!("{}: its daemon had died; unmounted", mount.point.display()));
     for holder in hanging {
         out::say(&format!("still hanging on the dead mount: {holder}; end it with: {}", holder.remedy()));

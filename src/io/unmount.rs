@@ -12,6 +12,14 @@ use crate::error::{Error, Kind, Result};
 /// Unmounts `mount`, as [`unmount`] does, wherever it was moved to, and nothing that was mounted over it or took its place
 /// ([`Kind::Busy`]). Done, too, where it is gone already.
 pub fn unmount_this(mount: &Mount, detach: bool) -> Result<()> {
+    match attempt(mount, detach) {
+        // Another command was faster, at whatever point of this.
+        Err(_) if mounts::by_id(mount.id)?.is_none() => Ok(()),
+        result => result,
+    }
+}
+
+fn attempt(mount: &Mount, detach: bool) -> Result<()> {
     let Some(now) = mounts::by_id(mount.id)? else { return Ok(()) };
     if !now.is_reached() {
         let what = match mounts::at(&now.point)? {
@@ -77,5 +85,28 @@ mod tests {
         assert_eq!(busy.expect_err("busy").kind(), Kind::Busy);
         let none = unmount(dir.path(), false).expect_err("nothing there");
         assert_eq!(none.errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn of_two_that_take_the_same_mount_away_none_is_told_that_it_failed() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let point = dir.path().canonicalize().expect("there");
+        for _ in 0..50 {
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("none", &point, "tmpfs", flags, None).expect("mount");
+            let mount = mounts::at(&point).expect("the table").expect("there");
+            let results = std::thread::scope(|scope| {
+                let each = [(); 4].map(|()| scope.spawn(|| unmount_this(&mount, true)));
+                each.map(|one| one.join().expect("no panic"))
+            });
+            let left = mounts::at(&point).expect("the table");
+            if left.is_some() {
+                unmount(&point, true).expect("detach");
+            }
+            assert!(left.is_none());
+            for result in results {
+                result.expect("gone is gone");
+            }
+        }
     }
 }
