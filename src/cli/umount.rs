@@ -103,6 +103,10 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.detach {
         detach_idle_loops(&point);
     }
+    if mounts::by_id(mount.id)?.is_none() {
+        // Another umount was faster, and its daemon may have ended before it was asked.
+        return not_mounted(&point);
+    }
     match unmount_idle(&mount) {
         Err(e) if e.kind() == Kind::Busy && args.detach => {
             // Before the name goes: afterwards it cannot be seen who uses it.
