@@ -60,7 +60,8 @@ fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
     let opened = Opened::open(path, None, access, Options::default())?;
     if opened.layers.as_ref().is_some_and(|layers| !layers.writable()) && changes_top(work) {
-        let what = "cannot be written here: its disk's own file, or the file system on which it lies, is read-only";
+        let what =
+            "cannot be written here: its disk's own file, or the file system on which it lies, is read-only";
         return Err(Error::at(Kind::ReadOnly, path, what));
     }
     if let Some(layers) = opened.layers.as_ref().filter(|_| !work.only_looks()) {
