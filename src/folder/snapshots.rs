@@ -28,7 +28,7 @@ pub struct Snapshot {
 #[derive(Default)]
 pub(super) struct Views {
     pub(super) open: HashMap<Guid, u32>,
-    /// About to be deleted or merged: nobody opens them any more.
+    /// About to be deleted or merged: no opener is let in any more.
     pub(super) going: HashSet<Guid>,
     /// The image itself goes, or changes its name.
     pub(super) image_goes: bool,

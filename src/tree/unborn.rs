@@ -20,7 +20,7 @@ pub(super) struct Unborn {
     pub(super) writes: bool,
     /// This handle created the name.
     pub(super) made: bool,
-    /// The image, once it is there and somebody asked for it; or why it cannot be opened.
+    /// The image, once it is there and a caller asked for it; or why it cannot be opened.
     pub(super) image: OnceLock<Answer<OpenImage>>,
     /// What it was cloned from. A leaf.
     pub(super) cloned: Mutex<Option<Disk>>,

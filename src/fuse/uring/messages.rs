@@ -43,7 +43,7 @@ struct Message {
 
 impl Exchange for Message {
     fn parts(&self) -> Parts<'_> {
-        // What cannot be taken apart has no header, and so is malformed to whoever reads on.
+        // What cannot be taken apart has no header, and so is malformed to what reads on.
         wire::split(&self.request).unwrap_or(Parts { header: &[], operation: &[], payload: &[] })
     }
 
@@ -63,7 +63,7 @@ impl Exchange for Message {
         };
         match sent {
             Ok(()) => {}
-            // ENOENT: nobody waits any more (or it is the interrupt of a request on a ring, where the kernel does not
+            // ENOENT: the requester is gone (or it is the interrupt of a request on a ring, where the kernel does not
             // look for it); ENODEV: the mount is gone.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {}
             Err(e) => log::warn!("the kernel refused an answer: {e}"),

@@ -127,7 +127,7 @@ fn a_file_cut_inside_a_mapped_cluster_is_damage_but_behind_the_disk_it_is_not() 
     let mut image = Maker::new(Version::V2).map(7, 0);
     image.cut = SECTOR;
     assert_eq!(image.problems(), [Problem::Cut]);
-    // The disk ends one sector earlier: what the file lacks nobody can read.
+    // The disk ends one sector earlier: no read reaches what the file lacks.
     image.header.disk_sectors -= 1;
     let report = image.check();
     assert_eq!(report.errors, 0);
