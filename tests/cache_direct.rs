@@ -89,7 +89,7 @@ fn on_rings_of_its_own_the_transport_reads_from_the_disk_without_another_thread(
         let delta = mount.delta("vm1");
         // As good as a restart of the host.
         ok("sync", &[text(&delta)]);
-        ok("dd", &[&format!("if={}", delta.display()), "iflag=nocache", "count=0", "status=none"]);
+        ok("dd", &[&*format!("if={}", delta.display()), "iflag=nocache", "count=0", "status=none"]);
         assert!(cached(&delta) < 1 << 20, "{cache}: {} bytes of the delta are cached", cached(&delta));
         // The first read after an open finds no BAT page: it is a runner's, and whatever comes while the page is being
         // loaded may be queued on the engine's own ring, which starts its thread. Alone it goes before all others.

@@ -153,7 +153,7 @@ fn cp_sparse_copies_the_data_and_keeps_the_holes() {
     let folder = temp_dir();
     for mode in ["auto", "always"] {
         let copy = folder.path().join(mode);
-        ok("cp", &[&format!("--sparse={mode}"), text(&mount.flat("vm1")), text(&copy)]);
+        ok("cp", &[&*format!("--sparse={mode}"), text(&mount.flat("vm1")), text(&copy)]);
         assert!(allocated(&copy) <= 8 * MIB, "cp --sparse={mode} wrote {} bytes", allocated(&copy));
         ok("cmp", &[text(&mount.flat("vm1")), text(&copy)]);
     }

@@ -18,7 +18,7 @@ use crate::daemon::{holders, processes};
 use crate::error::{Error, Kind, Result};
 use crate::fuse::uring;
 use crate::image::create::{Plan, create_or_use};
-use crate::io::mounts;
+use crate::io::mounts::{self, Mount};
 use crate::io::process;
 use crate::io::unmount::unmount_this;
 use crate::words::quoted;
@@ -367,29 +367,23 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
 
 /// Another folder's mount is not covered up: its files would be out of reach.
 fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
-    match mounts::at(mountpoint)? {
-        // Of a folder that had this path before, and was renamed.
-        Some(mount)
-            if mount.is_ours()
-                && let Some((folder, _)) = served::of_mount(&mount)? =>
-        {
-            let what = format!("{} is mounted here already; choose another mount point", folder.display());
-            Err(Error::at(Kind::InUse, mountpoint, what))
-        }
-        Some(mount) if mount.is_ours() && mount.source == images => {
-            let what = format!(
-                "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach {}",
-                quoted(mountpoint)
-            );
-            Err(Error::at(Kind::InUse, mountpoint, what))
-        }
-        Some(mount) if mount.is_ours() => {
-            let what =
-                format!("{} is mounted here already; choose another mount point", mount.source.display());
-            Err(Error::at(Kind::InUse, mountpoint, what))
-        }
-        _ => Ok(()),
+    let Some(mount) = mounts::at(mountpoint)?.filter(Mount::is_ours) else { return Ok(()) };
+    let covers = |folder: &Path| {
+        let what = format!("{} is mounted here already; choose another mount point", folder.display());
+        Err(Error::at(Kind::InUse, mountpoint, what))
+    };
+    // The daemon knows its folder as that is called now; the mount's source may be another folder's path since.
+    if let Some((folder, _)) = served::of_mount(&mount)? {
+        return covers(&folder);
     }
+    if mount.source != images {
+        return covers(&mount.source);
+    }
+    let what = format!(
+        "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach {}",
+        quoted(mountpoint)
+    );
+    Err(Error::at(Kind::InUse, mountpoint, what))
 }
 
 fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Settings> {
