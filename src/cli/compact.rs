@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, size, target};
+use crate::control::protocol::work::GainAnswer;
 use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind};
 use crate::vdisk::live::Work;
@@ -38,7 +39,7 @@ struct Document {
     /// Nothing was changed.
     dry_run: bool,
     #[serde(flatten)]
-    gain: Gain,
+    gain: GainAnswer,
 }
 
 /// Runs the command.
@@ -66,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
     }
     if args.json {
-        out::json(&Document { dry_run: args.dry_run, gain })?;
+        out::json(&Document { dry_run: args.dry_run, gain: gain.into() })?;
     }
     Ok(Outcome::Done)
 }

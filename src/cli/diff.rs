@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::cli::work::Executor;
 use crate::cli::{Outcome, out, size, target};
+use crate::control::protocol::content::DiffSideAnswer;
 use crate::disk::content;
 use crate::error::Result;
 use crate::image::diff::{Diff, Side};
@@ -37,8 +38,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             diff.ranges.iter().map(|(start, length)| json!({"start": start, "length": length})).collect();
         out::json(&json!({
             "path": path.to_string_lossy(),
-            "from": diff.from,
-            "to": diff.to,
+            "from": DiffSideAnswer::from(diff.from.clone()),
+            "to": DiffSideAnswer::from(diff.to.clone()),
             "cluster": diff.cluster,
             "bytes": diff.bytes(),
             "ranges": ranges,

@@ -8,8 +8,9 @@ use serde_json::{Value, json};
 
 use crate::cli::served::{self, ServedImage};
 use crate::cli::{Outcome, out, size, target};
+use crate::control::protocol::content::SnapshotAnswer;
 use crate::disk::facts::{Facts, LevelFacts};
-use crate::disk::space::{Order, Reclaimable};
+use crate::disk::space::{Freed, Order, Reclaimable};
 use crate::error::{Error, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
 use crate::image::chain::Form;
@@ -138,6 +139,17 @@ fn level_json(level: &LevelFacts) -> Value {
     level
 }
 
+/// What could be given back, in JSON.
+fn reclaimable_json(found: &Reclaimable) -> Value {
+    let Reclaimable { leaked, leaked_unknown, snapshots } = found;
+    let freed = |freed: &Freed| {
+        let Freed { name, exclusive, reclaimable, why_not } = freed;
+        json!({ "name": name, "exclusive": exclusive, "reclaimable": reclaimable, "why_not": why_not })
+    };
+    let snapshots: Vec<_> = snapshots.iter().map(freed).collect();
+    json!({ "leaked": leaked, "leaked_unknown": leaked_unknown, "snapshots": snapshots })
+}
+
 fn to_json(
     facts: &Facts,
     reclaimable: &Reclaimable,
@@ -154,11 +166,12 @@ fn to_json(
         "mode": "offline",
         "in_use": facts.header().is_some_and(Header::is_in_use),
         "openers": [],
-        "reclaimable": reclaimable,
+        "reclaimable": reclaimable_json(reclaimable),
         "reason": facts.refusal,
     });
     let Some(fields) = value.as_object_mut() else { return value };
     if let Some(lines) = &facts.snapshots {
+        let lines: Vec<_> = lines.iter().cloned().map(SnapshotAnswer::from).collect();
         fields.insert("snapshot".to_owned(), json!(facts.snapshot));
         fields.insert("snapshots".to_owned(), json!(lines));
     }

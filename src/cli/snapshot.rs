@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::cli::freeze::Frozen;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, served, size, target};
+use crate::control::protocol::content::SnapshotAnswer;
 use crate::disk::find::is_layered;
 use crate::disk::layered::Layered;
 use crate::disk::snapshots::SnapshotLine;
@@ -91,6 +92,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         What::List { which } => {
             let lines = work::snapshots(&target::find(&which.image)?)?;
             if which.json {
+                let lines: Vec<_> = lines.into_iter().map(SnapshotAnswer::from).collect();
                 out::json(&json!({ "snapshots": lines }))?;
             } else {
                 out::text(&to_text(&lines))?;

@@ -90,31 +90,34 @@ impl Client {
     /// The snapshots of an image, by its name without `.img`.
     pub fn snapshots(&mut self, image: &str) -> Result<Vec<SnapshotLine>> {
         let answer = self.ask(Op::Snapshots { image: image.to_owned() })?;
-        answer.snapshots.ok_or_else(|| self.odd("no snapshots in the answer"))
+        let lines = answer.snapshots.ok_or_else(|| self.odd("no snapshots in the answer"))?;
+        Ok(lines.into_iter().map(SnapshotLine::from).collect())
     }
 
     /// The live counters.
     pub fn stats(&mut self) -> Result<Document> {
-        self.ask(Op::Stats)?.stats.ok_or_else(|| self.odd("no counters in the answer"))
+        let stats = self.ask(Op::Stats)?.stats;
+        stats.map(Document::from).ok_or_else(|| self.odd("no counters in the answer"))
     }
 
     /// A piece of the map of an image, or of a snapshot of it, from byte `offset` of the disk on.
     pub fn map(&mut self, image: &str, snapshot: Option<&str>, offset: u64) -> Result<Piece> {
         let (image, snapshot) = (image.to_owned(), snapshot.map(str::to_owned));
-        self.ask(Op::Map { image, snapshot, offset })?.map.ok_or_else(|| self.odd("no map in the answer"))
+        let map = self.ask(Op::Map { image, snapshot, offset })?.map;
+        map.map(Piece::from).ok_or_else(|| self.odd("no map in the answer"))
     }
 
     /// What differs between two snapshots of an image, from byte `start` on; `to` None is the live disk.
     pub fn diff(&mut self, image: &str, from: &str, to: Option<&str>, start: u64) -> Result<Diff> {
         let (image, from, to) = (image.to_owned(), from.to_owned(), to.map(str::to_owned));
         let answer = self.ask(Op::Diff { image, from, to, start })?;
-        answer.diff.ok_or_else(|| self.odd("no ranges in the answer"))
+        answer.diff.map(Diff::from).ok_or_else(|| self.odd("no ranges in the answer"))
     }
 
     /// What has changed on an image's disk since its tracking began, from byte `start` on.
     pub fn changes(&mut self, image: &str, start: u64) -> Result<Changes> {
         let answer = self.ask(Op::Changes { image: image.to_owned(), start })?;
-        answer.changes.ok_or_else(|| self.odd("no changes in the answer"))
+        answer.changes.map(Changes::from).ok_or_else(|| self.odd("no changes in the answer"))
     }
 
     /// Ends the work that goes on with an image.
@@ -131,7 +134,7 @@ impl Client {
         rate: Option<u64>,
         watch: &mut dyn FnMut(Amount),
     ) -> Result<Done> {
-        self.send(Op::Work { image: image.to_owned(), work: work.clone(), rate })?;
+        self.send(Op::Work { image: image.to_owned(), work: work.clone().into(), rate })?;
         loop {
             let line = self.line()?;
             if line.is_empty() {
@@ -141,7 +144,7 @@ impl Client {
             }
             match serde_json::from_slice::<Interim>(&line) {
                 Ok(interim) => watch(interim.progress),
-                Err(_) => return Ok(self.understand(&line)?.done.unwrap_or_default()),
+                Err(_) => return Ok(self.understand(&line)?.done.unwrap_or_default().into()),
             }
         }
     }

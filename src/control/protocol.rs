@@ -1,16 +1,19 @@
 //! What is said over the control socket: one JSON object a line, each way, with the version in every line.
 //!
-//! Fields are added, never renamed; what a reader does not know it skips.
+//! Fields are added, never renamed; what a reader does not know it skips. All types that are said are the protocol's own,
+//! so that a change in the rest of the program changes no line: [`work`], [`content`] and [`stats`] convert from and to
+//! the program's, field by field.
+
+pub mod content;
+pub mod stats;
+pub mod work;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::snapshots::SnapshotLine;
+use crate::control::protocol::content::{ChangesAnswer, DiffAnswer, MapAnswer, SnapshotAnswer};
+use crate::control::protocol::stats::StatsAnswer;
+use crate::control::protocol::work::{DoneAnswer, WorkRequest};
 use crate::error::{Error, Kind};
-use crate::image::diff::Diff;
-use crate::image::map::Piece;
-use crate::tree::Document;
-use crate::vdisk::live::{Done, Work};
-use crate::vdisk::tracking::Changes;
 
 /// The version both sides put in every line.
 pub const VERSION: u32 = 1;
@@ -44,7 +47,7 @@ pub enum Op {
         /// Name of the image, without `.img`.
         image: String,
         /// What to do.
-        work: Work,
+        work: WorkRequest,
         /// At most this many bytes per second; None: as fast as it goes.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rate: Option<u64>,
@@ -207,22 +210,22 @@ pub struct Answer {
     pub closed: Option<Vec<Closed>>,
     /// For [`Op::Work`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub done: Option<Done>,
+    pub done: Option<DoneAnswer>,
     /// For [`Op::Snapshots`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub snapshots: Option<Vec<SnapshotLine>>,
+    pub snapshots: Option<Vec<SnapshotAnswer>>,
     /// For [`Op::Stats`]: what `.ploopfs/stats.json` holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub stats: Option<Document>,
+    pub stats: Option<StatsAnswer>,
     /// For [`Op::Map`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub map: Option<Piece>,
+    pub map: Option<MapAnswer>,
     /// For [`Op::Changes`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub changes: Option<Changes>,
+    pub changes: Option<ChangesAnswer>,
     /// For [`Op::Diff`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub diff: Option<Diff>,
+    pub diff: Option<DiffAnswer>,
 }
 
 fn is_zero(n: &u8) -> bool {
@@ -275,6 +278,7 @@ mod golden;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vdisk::live::Work;
 
     #[test]
     fn a_request_survives_being_written_and_read() {
@@ -293,7 +297,7 @@ mod tests {
             Work::Track { granularity: None },
             Work::Untrack,
         ];
-        let works = works.map(|work| Op::Work { image: image(), work, rate: Some(1 << 20) });
+        let works = works.map(|work| Op::Work { image: image(), work: work.into(), rate: Some(1 << 20) });
         let diff = |to| Op::Diff { image: image(), from: "a".into(), to, start: 7 };
         let map = Op::Map { image: image(), snapshot: Some("a".into()), offset: 1 << 40 };
         let changes = Op::Changes { image: image(), start: 1 << 40 };

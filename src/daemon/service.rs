@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::settings::Settings;
 use super::stop::Ending;
 use super::works::Works;
+use crate::control::protocol::content::SnapshotAnswer;
 use crate::control::protocol::{Answer, Hello, ImageLine, Op};
 use crate::control::server::{Caller, Service};
 use crate::disk::snapshots::SnapshotLine;
@@ -129,30 +130,35 @@ impl Service for Desk {
             }
             Op::Wait => Answer { closed: self.ending.wait_closed(&|| caller.gone()), ..Answer::done() },
             Op::Work { image, work, rate } => {
+                let work = Work::from(work);
                 if let Err(e) = self.refuse_outside(&work) {
                     return Answer::failed(&e);
                 }
                 match self.works.carry_out(&image, work, rate, caller) {
-                    Some(result) => self.answer(result, |done| Answer { done: Some(done), ..Answer::done() }),
+                    Some(result) => {
+                        self.answer(result, |done| Answer { done: Some(done.into()), ..Answer::done() })
+                    }
                     // Nobody hears it.
                     None => Answer::done(),
                 }
             }
             Op::Cancel { image } => self.answer(self.works.cancel(&image), |()| Answer::done()),
-            Op::Stats => Answer { stats: Some(self.stats()), ..Answer::done() },
+            Op::Stats => Answer { stats: Some(self.stats().into()), ..Answer::done() },
             Op::Map { image, snapshot, offset } => {
                 let piece = self.folder.map_piece(&image, snapshot.as_deref(), offset);
-                self.answer(piece, |piece| Answer { map: Some(piece), ..Answer::done() })
+                self.answer(piece, |piece| Answer { map: Some(piece.into()), ..Answer::done() })
             }
             Op::Changes { image, start } => self.answer(self.folder.changes(&image, start), |changes| {
-                Answer { changes: Some(changes), ..Answer::done() }
+                Answer { changes: Some(changes.into()), ..Answer::done() }
             }),
             Op::Diff { image, from, to, start } => {
                 let diff = self.folder.diff(&image, &from, to.as_deref(), start);
-                self.answer(diff, |diff| Answer { diff: Some(diff), ..Answer::done() })
+                self.answer(diff, |diff| Answer { diff: Some(diff.into()), ..Answer::done() })
             }
-            Op::Snapshots { image } => self
-                .answer(self.snapshots(&image), |found| Answer { snapshots: Some(found), ..Answer::done() }),
+            Op::Snapshots { image } => self.answer(self.snapshots(&image), |found| {
+                let lines = found.into_iter().map(SnapshotAnswer::from).collect();
+                Answer { snapshots: Some(lines), ..Answer::done() }
+            }),
         }
     }
 }

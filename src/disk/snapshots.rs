@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-
 use crate::disk::find::is_layered;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid};
@@ -16,7 +14,7 @@ use crate::image::paths::{self, image_folder};
 use crate::image::store::Store;
 
 /// One node of the tree of snapshots.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SnapshotLine {
     /// Its label, else its GUID; of the live disk, empty.
     pub name: String,
@@ -25,7 +23,6 @@ pub struct SnapshotLine {
     /// GUID of the one it stands on; None for the base.
     pub parent: Option<String>,
     /// When it was taken, in seconds since 1970. None for the live disk, and where another program took it.
-    #[serde(default)]
     pub created: Option<i64>,
     /// Space taken on the host by its own file, in bytes.
     pub exclusive: u64,

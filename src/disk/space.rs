@@ -3,8 +3,6 @@
 
 use std::path::Path;
 
-use serde::Serialize;
-
 use crate::disk::examine::examine;
 use crate::disk::find::is_layered;
 use crate::disk::snapshots::SnapshotLine;
@@ -52,7 +50,7 @@ impl Order {
 }
 
 /// What could be given back.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Reclaimable {
     /// Bytes that nothing refers to; None: see `leaked_unknown`.
     pub leaked: Option<u64>,
@@ -63,7 +61,7 @@ pub struct Reclaimable {
 }
 
 /// What deleting one snapshot would give back.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct Freed {
     /// Its name.
     pub name: String,

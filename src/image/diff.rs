@@ -2,8 +2,6 @@
 //! a level maps that is not part of both chains was written after the chains parted. What such a level holds may happen
 //! to be equal; what no such level maps is equal by construction.
 
-use serde::{Deserialize, Serialize};
-
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{HEADER_BYTES, SECTOR};
@@ -21,7 +19,7 @@ const WINDOW: u64 = 1 << 18;
 pub type Range = (u64, u64);
 
 /// One of the two that are compared.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Side {
     /// The snapshot's label, else its GUID; of the live disk, empty.
     pub name: String,
@@ -32,7 +30,7 @@ pub struct Side {
 }
 
 /// The ranges that may differ, or the first of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Diff {
     /// The older one, or whatever was named first.
     pub from: Side,
@@ -43,7 +41,6 @@ pub struct Diff {
     /// Ascending, none touching the next.
     pub ranges: Vec<Range>,
     /// Where to go on, in bytes; None: these are all. The next range may touch the last one here.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<u64>,
 }
 

@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 /// A part of the disk that lies in one piece.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// First byte on the disk.
     pub start: u64,
@@ -16,8 +14,7 @@ pub struct Range {
 }
 
 /// Where a range is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
     /// No level maps it: it reads as zero.
     Nowhere,
@@ -36,7 +33,7 @@ pub enum At {
 }
 
 /// One level of what is mapped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapLevel {
     /// Its file.
     pub path: PathBuf,
@@ -45,7 +42,7 @@ pub struct MapLevel {
 }
 
 /// A piece of a map.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
     /// The levels, base first.
     pub levels: Vec<MapLevel>,

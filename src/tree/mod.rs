@@ -46,7 +46,7 @@ use handles::{Borrowed, Handles};
 use names::{METRICS_NAME, Node, PRIVATE_NAME, SNAPSHOTS_NAME, STATS_NAME};
 use own::OwnFile;
 use snapshots::Numbers;
-pub use stats::{Document, Image as ImageStats, MountInfo, Sandbox, document};
+pub use stats::{Document, ImageStats, MountInfo, Sandbox, document};
 use trouble::Trouble;
 use unborn::Makers;
 

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use crate::folder::Folder;
+use crate::folder::{Entry, Folder};
 use crate::image::kind::in_text;
+use crate::vdisk::Stats;
 use crate::vdisk::latency::{Histogram, Op};
 
 /// What the mount says of itself.
@@ -24,7 +25,7 @@ pub struct MountInfo {
 }
 
 /// What confines a serving process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Sandbox {
     /// It can gain no privileges by starting programs.
     pub no_new_privs: bool,
@@ -35,7 +36,7 @@ pub struct Sandbox {
 }
 
 /// What `.ploopfs/stats.json` holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Document {
     /// Process id of the daemon.
     pub pid: u32,
@@ -46,24 +47,21 @@ pub struct Document {
     /// What confines the daemon.
     pub sandbox: Sandbox,
     /// Free space of the host, in bytes.
-    #[serde(default)]
     pub host_available: u64,
     /// Size of the host's file system, in bytes.
-    #[serde(default)]
     pub host_size: u64,
     /// By name, without `.img`.
-    pub images: BTreeMap<String, Image>,
+    pub images: BTreeMap<String, ImageStats>,
 }
 
 /// One image. Counters count from its opening on.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Image {
-    /// What it can do; "closed" while nobody has it open.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ImageStats {
+    /// What it can do; "closed" while it is not open.
     pub mode: String,
     /// Open handles.
     pub openers: u32,
     /// The kernel may be reading and writing it in our place (`mount --passthrough`): what it does there is not counted.
-    #[serde(default)]
     pub passthrough: bool,
     /// Free space of the host is below the low-water mark.
     pub low_water: bool,
@@ -72,7 +70,6 @@ pub struct Image {
     /// Pios parked for space or waiting for unsynced data to shrink.
     pub queued: u64,
     /// Pios being carried out.
-    #[serde(default)]
     pub inflight: u64,
     /// Finished reads.
     pub reads: u64,
@@ -87,46 +84,66 @@ pub struct Image {
     /// Bytes written.
     pub written_bytes: u64,
     /// Disk size in bytes.
-    #[serde(default)]
     pub size: u64,
     /// Space taken on the host, in bytes.
-    #[serde(default)]
     pub allocated: u64,
-    /// How long requests took, by kind: read, write, discard, flush. Only over the control socket: `metrics` has them for
-    /// other programs.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    /// How long requests took, by kind: read, write, discard, flush. Not in the file: the control socket and `metrics` have
+    /// them.
+    #[serde(skip)]
     pub latency: BTreeMap<String, Histogram>,
+}
+
+impl From<Stats> for ImageStats {
+    /// What a live image counts; the rest is its entry's to say.
+    fn from(stats: Stats) -> ImageStats {
+        let Stats {
+            // Only the entry knows whether it may be written through this mount.
+            mode: _,
+            low,
+            dirty_pages,
+            queued,
+            inflight,
+            reads,
+            writes,
+            discards,
+            flushes,
+            read_bytes,
+            written_bytes,
+        } = stats;
+        ImageStats {
+            low_water: low,
+            dirty_pages,
+            queued,
+            inflight,
+            reads,
+            writes,
+            discards,
+            flushes,
+            read_bytes,
+            written_bytes,
+            ..ImageStats::default()
+        }
+    }
 }
 
 /// The counters at this moment. A closed image has the mode "closed" and counts nothing. Asks the hosts of all images, and
 /// waits a second at most for those that do not answer.
 pub fn document(folder: &Folder, info: &MountInfo) -> Document {
     folder.look_at_all();
-    let image = |entry: &crate::folder::Entry| {
-        let stats = entry.stats();
-        let count = |of: fn(&crate::vdisk::Stats) -> u64| stats.as_ref().map_or(0, of);
+    let image = |entry: &Entry| {
         let histogram =
             |op: Op, image: &crate::vdisk::Image| (op.as_str().to_owned(), image.latencies().of(op));
-        Image {
+        ImageStats {
             mode: entry.mode().to_owned(),
             openers: entry.openers(),
             passthrough: entry.may_be_passed(),
-            low_water: stats.as_ref().is_some_and(|s| s.low),
-            dirty_pages: count(|s| s.dirty_pages),
-            queued: count(|s| s.queued),
-            inflight: count(|s| s.inflight),
-            reads: count(|s| s.reads),
-            writes: count(|s| s.writes),
-            discards: count(|s| s.discards),
-            flushes: count(|s| s.flushes),
-            read_bytes: count(|s| s.read_bytes),
-            written_bytes: count(|s| s.written_bytes),
             size: entry.size(),
             // stat(2) counts units of 512 bytes.
             allocated: entry.known_attributes().host.blocks * 512,
             latency: entry
                 .with_image(|image| Op::ALL.map(|op| histogram(op, image)).into_iter().collect())
                 .unwrap_or_default(),
+            ..entry.stats().map(ImageStats::from).unwrap_or_default()
         }
     };
     let entries = folder.entries();
@@ -144,8 +161,7 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
 
 /// The file's content at this moment.
 pub(super) fn render(folder: &Folder, info: &MountInfo) -> Bytes {
-    let mut document = document(folder, info);
-    document.images.values_mut().for_each(|image| image.latency.clear());
+    let document = document(folder, info);
     let mut text = serde_json::to_vec_pretty(&document).expect("strings and numbers are always JSON");
     text.push(b'\n');
     text.into()

@@ -5,8 +5,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::sync::{Padded, SHARDS, thread_shard};
 
 /// Bucket k counts what took up to 2^k microseconds: 25 of them reach 16 s, and one more holds what took longer.
@@ -41,7 +39,7 @@ impl Op {
 }
 
 /// How many requests took how long.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram {
     /// Requests by time, not cumulative; see [`BUCKETS`].
     pub buckets: [u64; BUCKETS],

@@ -12,8 +12,6 @@
 //! the cut leaves of it has a checksum, its bits have none. After a crash between 2 and 5 there is no bitmap: the
 //! tracking is lost, and everything counts as changed.
 
-use serde::{Deserialize, Serialize};
-
 use super::changed::{Changed, MAX_BYTES, Range};
 use super::stack::Stack;
 use super::{Image, Stage};
@@ -31,12 +29,11 @@ const MAX_RANGES: usize = 100_000;
 const MAX_CLUSTER: u64 = 64 << 20;
 
 /// What has changed since the tracking began, or the first part of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Names the moment since when; None: the disk is not tracked, and all of it counts as changed.
     pub uuid: Option<String>,
     /// Why it is not tracked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Disk size in bytes.
     pub size: u64,
@@ -45,7 +42,6 @@ pub struct Changes {
     /// Begin and length in bytes; ascending, none touching the next.
     pub ranges: Vec<Range>,
     /// Where to go on, in bytes; None: these are all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<u64>,
 }
 

@@ -1,17 +1,20 @@
-//! The lines of docs/control.md are what other programs rely on: each is written and read here, so that a field that is
-//! renamed anywhere in the program is seen before they do.
+//! The lines of docs/control.md are what other programs rely on: each is written and read here, made from
+//! the program's types, so that a line that changes is seen before they do.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
 use super::*;
-use crate::image::diff::Side;
-use crate::image::map::{At, MapLevel, Range};
-use crate::tree::{ImageStats, Sandbox};
+use crate::disk::snapshots::SnapshotLine;
+use crate::image::diff::{Diff, Side};
+use crate::image::map::{At, MapLevel, Piece, Range};
+use crate::tree::{Document, ImageStats, Sandbox};
 use crate::vdisk::latency::{BUCKETS, Histogram};
 use crate::vdisk::live::compact::Gain;
 use crate::vdisk::live::order::Pieces;
+use crate::vdisk::live::{Done, Work};
+use crate::vdisk::tracking::Changes;
 
 /// The lines of all blocks of `language` in the page.
 fn lines(language: &str) -> Vec<&'static str> {
@@ -24,7 +27,7 @@ fn lines(language: &str) -> Vec<&'static str> {
 fn requests() -> Vec<Op> {
     let image = || "vm1".to_owned();
     let snapshot = || "monday".to_owned();
-    let work = |work| Op::Work { image: image(), work, rate: None };
+    let work = |work: Work| Op::Work { image: image(), work: work.into(), rate: None };
     vec![
         Op::Hello,
         Op::List,
@@ -51,7 +54,7 @@ fn requests() -> Vec<Op> {
         work(Work::Resize { size: 1 << 40 }),
         work(Work::Track { granularity: None }),
         work(Work::Track { granularity: Some(65536) }),
-        Op::Work { image: image(), work: Work::Untrack, rate: Some(1 << 20) },
+        Op::Work { image: image(), work: Work::Untrack.into(), rate: Some(1 << 20) },
         Op::Stop,
         Op::Wait,
     ]
@@ -148,24 +151,22 @@ fn answers() -> Vec<Answer> {
         next: None,
     };
     let untracked = Changes { reason: Some("is not tracked".into()), size: 1 << 30, ..Changes::default() };
+    let done = |done: Done| Answer { done: Some(done.into()), ..ok() };
     let closed = |error: Option<&str>| Closed { name: "vm1".into(), error: error.map(str::to_owned) };
     vec![
         ok(),
         Answer::failed(&Error::new(Kind::InUse, "vm1: in use")),
         Answer { hello: Some(hello), ..ok() },
         Answer { images: Some(vec![image]), ..ok() },
-        Answer { stats: Some(stats), ..ok() },
-        Answer { snapshots: Some(vec![line.clone()]), ..ok() },
-        Answer { map: Some(map), ..ok() },
-        Answer { diff: Some(diff), ..ok() },
-        Answer { changes: Some(changes), ..ok() },
-        Answer { changes: Some(untracked), ..ok() },
-        Answer { done: Some(Done { name: Some("monday".into()), ..Done::default() }), ..ok() },
-        Answer { done: Some(Done { size: Some(1 << 40), ..Done::default() }), ..ok() },
-        Answer {
-            done: Some(Done { gain: Some(gain), note: Some("a note".into()), ..Done::default() }),
-            ..ok()
-        },
+        Answer { stats: Some(stats.into()), ..ok() },
+        Answer { snapshots: Some(vec![line.clone().into()]), ..ok() },
+        Answer { map: Some(map.into()), ..ok() },
+        Answer { diff: Some(diff.into()), ..ok() },
+        Answer { changes: Some(changes.into()), ..ok() },
+        Answer { changes: Some(untracked.into()), ..ok() },
+        done(Done { name: Some("monday".into()), ..Done::default() }),
+        done(Done { size: Some(1 << 40), ..Done::default() }),
+        done(Done { gain: Some(gain), note: Some("a note".into()), ..Done::default() }),
         Answer { closed: Some(vec![closed(None), closed(Some("cannot sync"))]), ..ok() },
     ]
 }

@@ -17,8 +17,6 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::error::{Error, Kind, Result};
 use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::format::header::HEADER_BYTES;
@@ -46,7 +44,7 @@ const PASSES: u32 = 8;
 const LOOK: Duration = Duration::from_millis(1);
 
 /// What compacting gains, or has gained.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gain {
     /// Bytes of the live disk's own file before.
     pub length: u64,
@@ -61,7 +59,6 @@ pub struct Gain {
     /// Moves of clusters; putting them in order may move one twice.
     pub moved_clusters: u64,
     /// Where they are put in order: what comes of that.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub defrag: Option<Pieces>,
 }
 

@@ -20,11 +20,8 @@ pub use work::{carry_out, carry_out_before_close};
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
 /// What is to be done with an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "work", rename_all = "lowercase")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Freeze what is there as a snapshot; writes go to a new top.
     Snapshot {
@@ -62,7 +59,6 @@ pub enum Work {
         /// Only say what that would gain.
         dry_run: bool,
         /// Put what stays in the order of the disk.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         defrag: bool,
     },
     /// Begin to track which parts of the disk change.
@@ -92,18 +88,14 @@ impl Work {
 }
 
 /// What came of it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Done {
     /// The name of what was made.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// The disk's new size in bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
     /// What was gained, or would be.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gain: Option<compact::Gain>,
     /// What a person should know.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }

@@ -9,8 +9,6 @@
 
 use std::collections::VecDeque;
 
-use serde::{Deserialize, Serialize};
-
 use crate::error::Result;
 use crate::vdisk::alloc::Bits;
 
@@ -21,7 +19,7 @@ const NONE: u32 = u32::MAX;
 const TAKEN: u32 = u32::MAX - 1;
 
 /// What putting the clusters in order gains, or has gained.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pieces {
     /// Pieces before: how often the disk, read from front to back, jumps in the file, and once for the beginning.
     pub pieces: u64,
