@@ -295,14 +295,14 @@ fn a_chain_without_one_of_its_files_is_left_out_and_comes_back_with_it() {
         let row = list["images"].as_array().expect("rows").iter().find(|row| row["name"] == name).cloned();
         row.and_then(|row| row["reason"].as_str().map(str::to_owned)).unwrap_or_default()
     };
-    let told = || {
+    let list_says_why = || {
         assert!(reason("gone").contains("is missing"), "{}", reason("gone"));
         assert!(reason("empty").contains("is empty"), "{}", reason("empty"));
         assert!(reason("garbled").contains("m_Sig"), "{}", reason("garbled"));
     };
-    told();
+    list_says_why();
     let mut mount = Mount::over(folder.0.path(), &[]);
-    told();
+    list_says_why();
     assert!(!mount.flat("gone").exists() && !mount.flat("empty").exists());
     // A damage that only an open finds is the image's, and no wrong name.
     let opened = File::open(mount.flat("garbled")).expect_err("damaged");

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use common::{Guest, HostFs};
 use ploopfs::format::descriptor::Guid;
 use ploopfs::image::clone::clone;
-use ploopfs::image::create::{Plan, create};
+use ploopfs::image::create::{CreatePlan, create};
 use ploopfs::image::layers::{Direct, Layers};
 use ploopfs::image::make_folder::make_folder;
 use ploopfs::image::store::Replaced;
@@ -23,7 +23,7 @@ const MIB: u64 = 1 << 20;
 /// An image with 64 MiB of data in its base and one snapshot, cloned. Returns the links of the clone's base, and the
 /// space that the clone took.
 fn cloned(images: &Path) -> (u64, u64) {
-    let plan = Plan { preallocate: true, ..Plan::thin(64 * MIB) };
+    let plan = CreatePlan { preallocate: true, ..CreatePlan::thin(64 * MIB) };
     create(&images.join("vm"), &plan).expect("created");
     let data = File::options().write(true).open(images.join("vm.hds")).expect("open");
     (1..65).for_each(|n| data.write_all_at(&[n as u8; MIB as usize], n * MIB).expect("write"));

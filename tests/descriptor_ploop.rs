@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::{Mount, Run, memory_dir, ok, punch, text, until};
 use ploopfs::format::descriptor::Guid;
 use ploopfs::format::header::{FLAG_EMPTY, Header};
-use ploopfs::image::create::{Plan, create};
+use ploopfs::image::create::{CreatePlan, create};
 use ploopfs::image::layers::{Direct, Layers, disk_size, header_above};
 use ploopfs::image::level::Level;
 use ploopfs::image::make_folder::make_folder;
@@ -33,7 +33,7 @@ struct Image {
 impl Image {
     fn new(snapshots: usize) -> Image {
         let folder = memory_dir();
-        create(&folder.path().join("vm"), &Plan::thin(DISK)).expect("created");
+        create(&folder.path().join("vm"), &CreatePlan::thin(DISK)).expect("created");
         let images = File::open(folder.path()).expect("open");
         make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref()).expect("a folder");
         let mut image = Image { folder, snapshots: Vec::new() };

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use ploopfs::format::descriptor::Descriptor;
-use ploopfs::image::create::{Plan, create};
+use ploopfs::image::create::{CreatePlan, create};
 use ploopfs::image::kind::{DESCRIPTOR, ImageKind};
 use ploopfs::image::layers::{Direct, Layers};
 use ploopfs::image::make_folder::make_folder;
@@ -83,7 +83,7 @@ struct Disk {
 
 impl Disk {
     fn new(dir: &Path, kind: ImageKind, cluster: Option<u64>, size: u64) -> Disk {
-        let plan = Plan { kind: Some(kind), cluster, ..Plan::thin(size) };
+        let plan = CreatePlan { kind: Some(kind), cluster, ..CreatePlan::thin(size) };
         let made = create(&dir.join("vm"), &plan).expect("created");
         let file = made.path.file_name().expect("a name");
         make_folder(open_folder(dir).as_fd(), dir, file).expect("made");

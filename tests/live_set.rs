@@ -314,11 +314,11 @@ fn the_end_closes_every_image_whoever_has_it_and_opens_nothing_more() {
 #[cfg(feature = "faults")]
 mod with_faults {
     use super::*;
-    use ploopfs::io::fault::{FaultFile, Op, Plan};
+    use ploopfs::io::fault::{FaultFile, FaultPlan, Op};
     use ploopfs::progress::Progress;
     use ploopfs::vdisk::live::Work;
 
-    fn serve_with(temp: &TempDir, plan: &Arc<Plan>) -> Arc<Folder> {
+    fn serve_with(temp: &TempDir, plan: &Arc<FaultPlan>) -> Arc<Folder> {
         let plan = plan.clone();
         let wrap = Arc::new(move |file| Arc::new(FaultFile::new(file, plan.clone())) as _);
         let options = FolderOptions { wrap: Some(wrap), ..FolderOptions::default() };
@@ -354,7 +354,7 @@ mod with_faults {
     fn an_operation_that_a_forced_end_did_not_wait_for_keeps_the_image_locked() {
         let temp = temp();
         let path = make(&temp, "vm1.hds");
-        let plan = Arc::new(Plan::default());
+        let plan = Arc::new(FaultPlan::default());
         let folder = serve_with(&temp, &plan);
         let open = folder.open_image("vm1", true).expect("opens");
         plan.set_delay(Op::Read, 6000);
@@ -376,7 +376,7 @@ mod with_faults {
     fn an_open_waits_for_a_slow_close_and_a_release_waits_for_nothing() {
         let temp = temp();
         make(&temp, "vm1.hds");
-        let plan: Arc<Plan> = Arc::new("delay=sync:1".parse().expect("a plan"));
+        let plan: Arc<FaultPlan> = Arc::new("delay=sync:1".parse().expect("a plan"));
         let folder = serve_with(&temp, &plan);
         let open = folder.open_image("vm1", true).expect("opens");
         open.image().write_at(0, &[1; 4096]).expect("writes");

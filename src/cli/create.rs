@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::cli::{Outcome, out, size, source};
-use crate::image::create::{Plan, create};
+use crate::image::create::{CreatePlan, create};
 use crate::image::kind::ImageKind;
 
 /// Arguments of `create`.
@@ -40,7 +40,12 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         Format::Ploop => ImageKind::Ploop,
         Format::Raw => ImageKind::Raw,
     });
-    let plan = Plan { kind, cluster: args.cluster, preallocate: args.preallocate, ..Plan::thin(args.size) };
+    let plan = CreatePlan {
+        kind,
+        cluster: args.cluster,
+        preallocate: args.preallocate,
+        ..CreatePlan::thin(args.size)
+    };
     let created = create(&args.image, &plan)?;
     source::show(&created.path)?;
     let path = out::printable(&created.path.to_string_lossy());

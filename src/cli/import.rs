@@ -8,7 +8,7 @@ use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, clone, input, out, restore, size, source};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::SECTOR;
-use crate::image::create::{DEFAULT_CLUSTER, Draft, Plan};
+use crate::image::create::{CreatePlan, DEFAULT_CLUSTER, Draft};
 use crate::transfer::disk::{Disk, FlatFile};
 use crate::transfer::foreign::Foreign;
 use crate::transfer::layers::{self, Link};
@@ -129,7 +129,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         return Err(Error::at(Kind::Unsupported, &args.file, "is empty: there is no disk in it").into());
     }
     notes.extend(filled_up(bytes));
-    let plan = Plan { cluster: args.cluster, ..Plan::copy_of(bytes) };
+    let plan = CreatePlan { cluster: args.cluster, ..CreatePlan::copy_of(bytes) };
     let draft = Draft::begin(&to, &plan)?;
     let created = work::watched(&args.file, args.pace, move |progress| {
         match chain.first() {
@@ -162,7 +162,7 @@ fn piped(
         return Err(Error::at(Kind::Unsupported, name, what).into());
     }
     let asked = args.format.is_some();
-    let mut plan = Plan { cluster: args.cluster, ..Plan::copy_of(1) };
+    let mut plan = CreatePlan { cluster: args.cluster, ..CreatePlan::copy_of(1) };
     // Judged before it can be calculated with; a raw image has none.
     let kind = Draft::begin(to, &plan)?.kind();
     plan.size = import::first_size(kind, args.cluster.unwrap_or(DEFAULT_CLUSTER));

@@ -17,7 +17,7 @@ use crate::daemon::wire::Note;
 use crate::daemon::{holders, processes};
 use crate::error::{Error, Kind, Result};
 use crate::fuse::uring;
-use crate::image::create::{Plan, create_or_use};
+use crate::image::create::{CreatePlan, create_or_use};
 use crate::io::mounts::{self, Mount};
 use crate::io::process;
 use crate::io::unmount::unmount_this;
@@ -235,7 +235,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     clear_dead(&mountpoint)?;
     let living = Client::find(&images)?;
     for wanted in &args.create {
-        create_or_use(&images.join(&wanted.name), &Plan::thin(wanted.size))?;
+        create_or_use(&images.join(&wanted.name), &CreatePlan::thin(wanted.size))?;
     }
     if let Some(client) = living {
         return already_served(client, &images, &mountpoint);

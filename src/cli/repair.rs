@@ -26,7 +26,7 @@ const MOST_LINES: usize = 100;
 
 /// What a repair says, beside the check's report.
 #[derive(Default)]
-struct Told {
+struct RepairSummary {
     dry_run: bool,
     steps: Vec<String>,
     lost: Vec<Value>,
@@ -41,7 +41,7 @@ struct Told {
     would_repair: u64,
 }
 
-impl Told {
+impl RepairSummary {
     /// Takes over what was done to one file; `name`: which, where there are several. `below`: what is lost shows what
     /// lies below.
     fn add(&mut self, name: Option<&str>, below: bool, outcome: &repair::Outcome) {
@@ -122,17 +122,17 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
     if !dry_run {
         refuse_level(path)?;
     }
-    let mut told = Told { dry_run, ..Told::default() };
+    let mut summary = RepairSummary { dry_run, ..RepairSummary::default() };
     let (text, value, damaged) = if target::is_layered(path) {
-        let examined = layered_image(path, &mut told)?;
+        let examined = layered_image(path, &mut summary)?;
         (report::layered_text(&examined), report::layered_json(&examined), examined.is_damaged())
     } else {
         let outcome = repair(&Located::of(path)?, None, &Facts::default(), dry_run)?;
-        told.add(None, false, &outcome);
+        summary.add(None, false, &outcome);
         let found = &outcome.report;
         (report::to_text(found), report::to_json(found), found.is_damaged())
     };
-    if told.repaired > 0
+    if summary.repaired > 0
         && let Some(folder) = path.parent()
         && let Some(mut daemon) = served::of_folder(folder)?
     {
@@ -140,11 +140,11 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
         daemon.client.rescan()?;
     }
     if as_json {
-        out::json(&told.into_json(value))?;
+        out::json(&summary.into_json(value))?;
     } else if dry_run {
-        out::text(&format!("{text}{}nothing was changed\n", told.to_text()))?;
+        out::text(&format!("{text}{}nothing was changed\n", summary.to_text()))?;
     } else {
-        out::text(&(told.to_text() + &text))?;
+        out::text(&(summary.to_text() + &text))?;
     }
     Ok(if damaged { Outcome::Damaged } else { Outcome::Done })
 }
@@ -157,8 +157,8 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
 ///    no delta has are removed, the disk's size is the top's, deleted snapshots are merged.
 ///
 /// 4 before 2 would merge clusters that are not where the BAT says.
-fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
-    let store = match told.dry_run {
+fn layered_image(folder: &Path, summary: &mut RepairSummary) -> Result<Examined> {
+    let store = match summary.dry_run {
         // The lock has a file, which may not be there yet.
         true => None,
         false => Some(Store::open(image_folder(folder)?, folder, Use::Writer)?),
@@ -177,25 +177,25 @@ fn layered_image(folder: &Path, told: &mut Told) -> Result<Examined> {
         }
         let at = image.located(delta)?;
         let below = image.descriptor().shot(delta.guid).is_some_and(|shot| shot.parent != Guid::NONE);
-        match repair(&at, Some(kind), &facts(&before, delta.guid), told.dry_run) {
-            Ok(outcome) => told.add(Some(&delta.file), below, &outcome), // 2
+        match repair(&at, Some(kind), &facts(&before, delta.guid), summary.dry_run) {
+            Ok(outcome) => summary.add(Some(&delta.file), below, &outcome), // 2
             // The header: it is in the report of the check, but why it stays as it is is not.
-            Err(e) if e.kind() == Kind::Damaged => told.refused.push(e.to_string()),
+            Err(e) if e.kind() == Kind::Damaged => summary.refused.push(e.to_string()),
             Err(e) => return Err(e),
         }
     }
     if let Some(store) = store {
-        correct_cluster(store, told)?; // 3
+        correct_cluster(store, summary)?; // 3
     }
     let examined = examine(folder)?;
     let left = Interrupted::of(&examined);
-    if told.dry_run {
-        left.tell(told);
+    if summary.dry_run {
+        left.add_to(summary);
     } else if !examined.is_damaged() && left.count() > 0 {
         work::carry_out(folder, &Work::Finish, &Progress::new())?; // 4
         let after = examine(folder)?;
         if Interrupted::of(&after).count() == 0 {
-            left.tell(told);
+            left.add_to(summary);
         }
         return Ok(after);
     }
@@ -215,7 +215,7 @@ fn facts(examined: &Examined, of: Guid) -> Facts {
 }
 
 /// The files are right: their data lies as their headers say.
-fn correct_cluster(mut store: Store, told: &mut Told) -> Result<()> {
+fn correct_cluster(mut store: Store, summary: &mut RepairSummary) -> Result<()> {
     let examined = examine(store.path())?;
     let guids: Vec<Guid> = store.descriptor().deltas.iter().map(|delta| delta.guid).collect();
     let mut sizes: Vec<u32> = guids
@@ -232,7 +232,7 @@ fn correct_cluster(mut store: Store, told: &mut Told) -> Result<()> {
         let mut next = store.descriptor().clone();
         next.cluster_sectors = new;
         store.replace(next).and_then(Replaced::durable)?;
-        told.step(format!("{DESCRIPTOR}: Blocksize {old} becomes {new}, as all deltas have it"), 1);
+        summary.step(format!("{DESCRIPTOR}: Blocksize {old} becomes {new}, as all deltas have it"), 1);
     }
     Ok(())
 }
@@ -259,18 +259,19 @@ impl Interrupted {
         self.merges.len() as u64 + self.files.len() as u64 + u64::from(self.size.is_some())
     }
 
-    fn tell(&self, told: &mut Told) {
+    fn add_to(&self, summary: &mut RepairSummary) {
         if let Some((old, new)) = self.size {
-            told.step(format!("{DESCRIPTOR}: Disk_size of {old} bytes becomes {new}, as the top has it"), 1);
+            summary
+                .step(format!("{DESCRIPTOR}: Disk_size of {old} bytes becomes {new}, as the top has it"), 1);
         }
         for file in &self.files {
-            told.step(
+            summary.step(
                 format!("{file}: left by an operation that did not end, and part of nothing: removed"),
                 1,
             );
         }
         for name in &self.merges {
-            told.step(format!("the snapshot {name}, which was deleted, is merged into the one on it"), 1);
+            summary.step(format!("the snapshot {name}, which was deleted, is merged into the one on it"), 1);
         }
     }
 }

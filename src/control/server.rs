@@ -36,7 +36,7 @@ pub trait Caller {
     /// True when the client hung up.
     fn gone(&self) -> bool;
     /// Tells it how far the work has come. That it does not listen is noticed by [`gone`](Self::gone).
-    fn tell(&self, progress: Amount);
+    fn report(&self, progress: Amount);
 }
 
 impl Caller for &UnixStream {
@@ -44,7 +44,7 @@ impl Caller for &UnixStream {
         hung_up(self)
     }
 
-    fn tell(&self, progress: Amount) {
+    fn report(&self, progress: Amount) {
         let line = serde_json::to_vec(&Interim { v: VERSION, progress });
         // A client that takes nothing in is cut off: half a line would spoil those behind it.
         let sent = line.map_err(io::Error::from).and_then(|mut line| {

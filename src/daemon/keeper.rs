@@ -22,7 +22,7 @@ use super::holders::{self, Holder};
 use super::orders::Orders;
 use super::own_mount::{self, OwnMount};
 use super::settings::Settings;
-use super::standby::{Standby, Told};
+use super::standby::{Standby, StandbyNote};
 use super::wire::{self, Event, Note, Order};
 use super::{events, log, notify, siblings};
 use crate::control::place::ControlPlace;
@@ -207,7 +207,7 @@ impl<'a> Keeper<'a> {
                     reported = true;
                     // Behind the report: killed between the two, we leave a mount that ends, and not one that goes on though
                     // it was reported as failed.
-                    self.tell_standby(&Told::Started);
+                    self.send_standby(&StandbyNote::Started);
                     if !heard {
                         // Nobody waits for this mount any more.
                         self.signal_daemon();
@@ -306,7 +306,7 @@ impl<'a> Keeper<'a> {
             return self.orders.send(Order::Warn("the daemon has asked for its mount already".to_owned()));
         }
         let before = OwnMount::before(self.settings);
-        self.tell_standby(&Told::Mount(before.clone())); // 1
+        self.send_standby(&StandbyNote::Mount(before.clone())); // 1
         self.mount = Some(before);
         let (settings, done) = (self.settings.clone(), self.happenings.0.clone());
         let body = move || drop(done.send(Happening::Mounted(own_mount::make(&settings)))); // 2
@@ -332,14 +332,14 @@ impl<'a> Keeper<'a> {
         let unasked = || Error::at(Kind::Io, self.settings.mountpoint(), "was mounted, and not asked for");
         let mount = self.mount.as_mut().ok_or_else(unasked)?;
         let device = mount.is_made(self.settings)?;
-        let known = Told::Mount(mount.clone());
-        self.tell_standby(&known); // 3
+        let known = StandbyNote::Mount(mount.clone());
+        self.send_standby(&known); // 3
         Ok(device)
     }
 
-    fn tell_standby(&mut self, what: &Told) {
+    fn send_standby(&mut self, what: &StandbyNote) {
         if let Some(standby) = &mut self.standby
-            && let Err(e) = standby.tell(what)
+            && let Err(e) = standby.send(what)
         {
             self.standby = None;
             self.orders.send(Order::Warn(without_standby(&e)));

@@ -66,7 +66,7 @@ pub fn launch(settings: &Settings, say: &mut dyn FnMut(&str)) -> Result<Begun> {
     };
     match said {
         Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
-        Ok(Some(Note::Failed { text, status })) => Err(wire::told(text, status)),
+        Ok(Some(Note::Failed { text, status })) => Err(wire::reported(text, status)),
         other => {
             // It was killed, and its standby is gone, too; what it kept ends without it.
             before.take_dead_away(settings, LAST_MOMENTS);

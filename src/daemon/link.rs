@@ -39,14 +39,14 @@ pub(super) fn from_keeper() -> FromKeeper {
 /// listens to the keeper; who waits too long ends the keeper, and so this.
 pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<(OwnedFd, (u32, u32))> {
     let gone = |why: String| Error::new(Kind::Io, format!("the keeper is gone: {why}"));
-    tell(&Note::Mount).map_err(|e| gone(e.to_string()))?;
+    send(&Note::Mount).map_err(|e| gone(e.to_string()))?;
     loop {
         match wire::get(from_keeper) {
             Ok(Some(Order::Mounted { device })) => {
                 let without = || Error::new(Kind::Io, "the keeper has mounted, and sent no connection");
                 return Ok((from_keeper.get_mut().descriptor().ok_or_else(without)?, device));
             }
-            Ok(Some(Order::NotMounted { text, status })) => return Err(wire::told(text, status)),
+            Ok(Some(Order::NotMounted { text, status })) => return Err(wire::reported(text, status)),
             Ok(Some(order)) => said(order),
             Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),
             Ok(None) => return Err(gone("it has closed the connection".to_owned())),
@@ -96,7 +96,7 @@ impl Link {
         })?;
         let notes = self.notes.1.clone();
         // Without a keeper they are taken and thrown away.
-        spawn("ploopfs/events", move || notes.iter().for_each(|note| drop(tell(&note))))
+        spawn("ploopfs/events", move || notes.iter().for_each(|note| drop(send(&note))))
     }
 
     /// From now on the keeper is asked for what the sandbox forbids: who holds a lock, too.
@@ -175,7 +175,7 @@ fn said(order: Order) {
 }
 
 /// Says something to the keeper; standard output locks itself, so lines stay whole.
-pub(super) fn tell(note: &Note) -> io::Result<()> {
+pub(super) fn send(note: &Note) -> io::Result<()> {
     wire::put(&mut io::stdout().lock(), note)
 }
 

@@ -18,18 +18,18 @@ const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
 /// The mount works.
 pub(super) fn ready(status: &str) {
-    tell(&format!("READY=1\nSTATUS={}", status.replace('\n', " ")));
+    report(&format!("READY=1\nSTATUS={}", status.replace('\n', " ")));
 }
 
 /// The end was asked for, and may take `patience` for the users of images, and a while to close them.
 pub(super) fn stopping(patience: Duration) {
     let patience = (patience + stop::CLOSING).as_micros();
-    tell(&format!("STOPPING=1\nSTATUS=closing images\nEXTEND_TIMEOUT_USEC={patience}"));
+    report(&format!("STOPPING=1\nSTATUS=closing images\nEXTEND_TIMEOUT_USEC={patience}"));
 }
 
 /// The daemon answers.
 pub(super) fn alive() {
-    tell("WATCHDOG=1");
+    report("WATCHDOG=1");
 }
 
 /// How often the service manager is to hear that: twice in the time after which it takes us for dead. None: never.
@@ -40,7 +40,7 @@ pub(super) fn watchdog() -> Option<Duration> {
     Some(Duration::from_micros(time / 2))
 }
 
-fn tell(state: &str) {
+fn report(state: &str) {
     let Some(socket) = std::env::var_os(SOCKET) else { return };
     if let Err(e) = send(&socket, state) {
         // Who waits for the word gives up after a time, and this is why. Nobody may be left to read it.

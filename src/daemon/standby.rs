@@ -32,10 +32,10 @@ use crate::sync::plain::lock;
 /// How long the keeper has for the mount of a daemon that has ended, before it counts as stopped.
 const KEEPERS_TURN: Duration = Duration::from_secs(5);
 
-/// What the keeper tells it; the first line is the settings, and the daemon's pidfd with them.
+/// What the keeper sends it; the first line is the settings, and the daemon's pidfd with them.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Told {
+pub enum StandbyNote {
     /// What is known of the mount.
     Mount(OwnMount),
     /// The start is over, and its outcome was reported.
@@ -71,8 +71,8 @@ impl Standby {
         Ok(standby)
     }
 
-    /// Tells it something.
-    pub fn tell(&mut self, what: &Told) -> io::Result<()> {
+    /// Sends it a note.
+    pub fn send(&mut self, what: &StandbyNote) -> io::Result<()> {
         wire::put(&mut self.line, what)
     }
 
@@ -102,8 +102,8 @@ pub fn main() -> ExitCode {
     let (known, mut started) = (Known::default(), false);
     loop {
         match wire::get(&mut keeper) {
-            Ok(Some(Told::Mount(now))) => *lock(&known) = Some(now),
-            Ok(Some(Told::Started)) => {
+            Ok(Some(StandbyNote::Mount(now))) => *lock(&known) = Some(now),
+            Ok(Some(StandbyNote::Started)) => {
                 started = true;
                 siblings::let_go_of_output();
                 stand_in(&settings, &daemon, &known);

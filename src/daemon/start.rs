@@ -40,7 +40,7 @@ pub fn main() -> ExitCode {
         Ok(never) => match never {},
         Err(e) => {
             // A keeper that is gone has nobody to pass it on to.
-            let _ = link::tell(&wire::failure(&e));
+            let _ = link::send(&wire::failure(&e));
             ExitCode::from(e.kind().exit_status())
         }
     }
@@ -197,7 +197,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     }
     // Behind this no thread is needed that might not be had: what finds none later is done by those there are.
     let serving = session.start()?;
-    let ready = link::tell(&Note::Ready { notes });
+    let ready = link::send(&Note::Ready { notes });
     ready.map_err(|e| Error::new(Kind::Io, format!("the keeper is gone: {e}")))?;
 
     if let Err(e) = serving.wait() {
@@ -222,8 +222,8 @@ fn open_images(images: &Path) -> Result<OwnedFd> {
 /// Files that fail as `--fault SPEC` says.
 #[cfg(feature = "faults")]
 fn faults(spec: &str) -> Result<crate::folder::Wrap> {
-    use crate::io::fault::{FaultFile, Plan};
-    let plan: Plan = spec.parse().map_err(|e| Error::new(Kind::Invalid, format!("--fault: {e}")))?;
+    use crate::io::fault::{FaultFile, FaultPlan};
+    let plan: FaultPlan = spec.parse().map_err(|e| Error::new(Kind::Invalid, format!("--fault: {e}")))?;
     let plan = Arc::new(plan);
     Ok(Arc::new(move |file| Arc::new(FaultFile::new(file, plan.clone()))))
 }

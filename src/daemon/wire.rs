@@ -116,8 +116,8 @@ pub fn failure(e: &Error) -> Note {
     Note::Failed { text: e.to_string(), status: e.kind().exit_status() }
 }
 
-/// A failed start as another process told it.
-pub fn told(text: String, status: u8) -> Error {
+/// A failed start as another process reported it.
+pub fn reported(text: String, status: u8) -> Error {
     let kinds = [Kind::Invalid, Kind::Damaged, Kind::InUse];
     let kind = kinds.into_iter().find(|kind| kind.exit_status() == status).unwrap_or(Kind::Io);
     Error::new(kind, text)

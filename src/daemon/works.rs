@@ -96,7 +96,7 @@ impl Works {
                 Err(RecvTimeoutError::Timeout) if caller.gone() => return None,
                 Err(RecvTimeoutError::Timeout) => {
                     let (done, total) = watched.so_far();
-                    caller.tell(Amount { done, total });
+                    caller.report(Amount { done, total });
                 }
             }
         }
@@ -155,7 +155,7 @@ mod tests {
             !self.stays && self.heard.load(Ordering::Relaxed) > 0
         }
 
-        fn tell(&self, progress: Amount) {
+        fn report(&self, progress: Amount) {
             // 0: on a busy machine the first line may come before the work knows.
             assert!(matches!(progress.total, 0 | 100), "{}", progress.total);
             self.heard.fetch_add(1, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use super::scan::Source;
 use super::set::Folder;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
-use crate::image::create::{Plan, create};
+use crate::image::create::{CreatePlan, create};
 use crate::image::kind::in_text;
 use crate::image::names;
 use crate::progress::Progress;
@@ -61,7 +61,7 @@ impl Folder {
         let (name, _making) = self.begin_making(id)?;
         let file = names::file_of_new(self.path(), &name)?;
         self.check_path(&name)?;
-        create(&self.path().join(&file), &Plan::thin(size))?;
+        create(&self.path().join(&file), &CreatePlan::thin(size))?;
         self.has_come(&name, &file)
     }
 

@@ -235,7 +235,7 @@ impl Folder {
             if let Some(entry) = set.by_id.get(id)
                 && entry.seen(Some(claim))
             {
-                self.tell(|announce| announce.disk(*id));
+                self.with_announce(|announce| announce.disk(*id));
             }
         }
         for id in &verdict.vanished {
@@ -251,8 +251,8 @@ impl Folder {
         for id in &verdict.dropped {
             if let Some(entry) = set.by_id.remove(id) {
                 set.by_name.remove(entry.name());
-                // Told before the lock is let go: who asks meanwhile waits for it, and finds the name gone.
-                self.tell(|announce| announce.name(entry.name()));
+                // Announced before the lock is released: a lookup meanwhile waits for it, and finds the name gone.
+                self.with_announce(|announce| announce.name(entry.name()));
                 log::info!("{}: no longer served", entry.path().display());
             }
         }
@@ -306,8 +306,8 @@ impl Folder {
         let _ = self.announce.set(announce);
     }
 
-    /// Tells, where there is one who hears it.
-    pub(super) fn tell(&self, what: impl FnOnce(&dyn Announce)) {
+    /// Calls `what` where there is one to announce to.
+    pub(super) fn with_announce(&self, what: impl FnOnce(&dyn Announce)) {
         if let Some(announce) = self.announce.get() {
             what(&**announce);
         }

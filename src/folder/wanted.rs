@@ -74,7 +74,7 @@ impl Wanted {
     }
 
     /// Works on the queue until it is empty. Blocks.
-    pub(super) fn work(&self, look: &dyn Fn(HeldLock) -> Option<Holder>, tell: &dyn Fn(&str, &Error)) {
+    pub(super) fn work(&self, look: &dyn Fn(HeldLock) -> Option<Holder>, log: &dyn Fn(&str, &Error)) {
         loop {
             let mut state = locked(&self.state);
             let Some((held, doing, error)) = state.queue.front().cloned() else {
@@ -85,7 +85,7 @@ impl Wanted {
             let holder = self.look(held, look);
             // Out of the queue only now that it is remembered: no second look is noted meanwhile.
             locked(&self.state).queue.pop_front();
-            tell(doing, &holder::named(&error, holder.as_ref()));
+            log(doing, &holder::named(&error, holder.as_ref()));
         }
     }
 }

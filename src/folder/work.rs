@@ -49,7 +49,7 @@ impl Folder {
     /// Tells what `work` has changed, or may have before it failed: when its caller hears of the end, who looks sees it.
     /// `going`: the name of the snapshot that it took away.
     pub(super) fn tell_work(&self, id: u64, work: &Work, going: Option<&OsStr>) {
-        self.tell(|announce| {
+        self.with_announce(|announce| {
             announce.disk(id);
             if let (Work::Delete { .. } | Work::Merge { .. }, Some(name)) = (work, going) {
                 announce.snapshot(id, name);

@@ -9,7 +9,7 @@ use crate::disk::open::Opened;
 use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind, Result};
 use crate::front::target;
-use crate::image::create::{self, Plan};
+use crate::image::create::{self, CreatePlan};
 use crate::io::real::Access;
 use crate::progress::Progress;
 use crate::transfer::{disk as flat, export};
@@ -33,7 +33,7 @@ const PIECE: usize = 1 << 20;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn create(path: impl AsRef<Path>, size: u64) -> Result<PathBuf> {
-    create::create(path.as_ref(), &Plan::thin(size)).map(|made| made.path)
+    create::create(path.as_ref(), &CreatePlan::thin(size)).map(|made| made.path)
 }
 
 /// The disk of an image at rest, or of one of its snapshots, under the locks that keep other programs off: a reader's

@@ -168,11 +168,11 @@ pub(super) enum Seen {
 
 /// Checks an image that is open.
 pub fn check_open(image: &AtRest) -> Result<Report> {
-    check_and_tell(image, &mut |_| ())
+    check_and_note(image, &mut |_| ())
 }
 
-/// The same; tells all of what a report cuts short or only counts.
-pub(super) fn check_and_tell(image: &AtRest, tell: &mut dyn FnMut(Seen)) -> Result<Report> {
+/// The same; notes all of what a report cuts short or only counts.
+pub(super) fn check_and_note(image: &AtRest, note: &mut dyn FnMut(Seen)) -> Result<Report> {
     let mut report = Report::new(&image.path, image.kind());
     match &image.form {
         Form::Raw => {
@@ -182,7 +182,7 @@ pub(super) fn check_and_tell(image: &AtRest, tell: &mut dyn FnMut(Seen)) -> Resu
         }
         Form::Ploop(header) => {
             report.header = Some(*header);
-            check_delta(image, header, &mut report, tell)?;
+            check_delta(image, header, &mut report, note)?;
         }
     }
     Ok(report)
@@ -192,7 +192,7 @@ fn check_delta(
     image: &AtRest,
     header: &Header,
     report: &mut Report,
-    tell: &mut dyn FnMut(Seen),
+    note: &mut dyn FnMut(Seen),
 ) -> Result<()> {
     let geometry = header.geometry();
     report.in_use = header.is_in_use();
@@ -232,7 +232,7 @@ fn check_delta(
                     if !used.mark(file_cluster) {
                         let what = format!("file cluster {file_cluster} is referred to twice");
                         report.error(|| place.finding(Problem::Double, &what));
-                        tell(Seen::Bad { cluster, value: entry, problem: Problem::Double });
+                        note(Seen::Bad { cluster, value: entry, problem: Problem::Double });
                     }
                 }
                 Err((problem, why)) => {
@@ -245,7 +245,7 @@ fn check_delta(
                     }
                     if first_pass {
                         report.error(|| place.finding(problem, &why));
-                        tell(Seen::Bad { cluster, value: entry, problem });
+                        note(Seen::Bad { cluster, value: entry, problem });
                     }
                 }
             }
@@ -253,7 +253,7 @@ fn check_delta(
         for (from, to) in used.gaps(end) {
             let found = image.clusters_with_data(&geometry, from, to)?;
             if found > 0 {
-                tell(Seen::Leak { from, to, leaked: found });
+                note(Seen::Leak { from, to, leaked: found });
             }
             leaked += found;
         }

@@ -38,7 +38,7 @@ pub fn check_cluster(cluster: u64) -> std::result::Result<(), String> {
 
 /// What to create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct CreatePlan {
     /// Disk size in bytes; rounded up to a cluster (ploop) or a sector (raw).
     pub size: u64,
     /// The disk exists already: its size is rounded up to a sector only, and the last cluster may be a part. What stands at
@@ -52,15 +52,15 @@ pub struct Plan {
     pub preallocate: bool,
 }
 
-impl Plan {
+impl CreatePlan {
     /// A thin ploop image with default clusters, as `mount --create NAME=SIZE` makes it. `size` in bytes.
-    pub fn thin(size: u64) -> Plan {
-        Plan { size, exact: false, kind: None, cluster: None, preallocate: false }
+    pub fn thin(size: u64) -> CreatePlan {
+        CreatePlan { size, exact: false, kind: None, cluster: None, preallocate: false }
     }
 
     /// The same for a copy of a disk of `size` bytes.
-    pub fn copy_of(size: u64) -> Plan {
-        Plan { exact: true, ..Plan::thin(size) }
+    pub fn copy_of(size: u64) -> CreatePlan {
+        CreatePlan { exact: true, ..CreatePlan::thin(size) }
     }
 }
 
@@ -76,13 +76,13 @@ pub struct Created {
 }
 
 /// Creates an image. `image` is its path; `.hds` or `.raw` is put behind a name that ends in neither.
-pub fn create(image: &Path, plan: &Plan) -> Result<Created> {
+pub fn create(image: &Path, plan: &CreatePlan) -> Result<Created> {
     Draft::begin(image, plan)?.finish()
 }
 
 /// Creates an image, or uses the one that has this name and size already. Another size is an error and touches
 /// nothing.
-pub fn create_or_use(image: &Path, plan: &Plan) -> Result<Created> {
+pub fn create_or_use(image: &Path, plan: &CreatePlan) -> Result<Created> {
     let place = NewImagePath::of(image, plan.kind)?;
     if place.check_folder().is_ok()
         && let Some(path) = place.taken()?
@@ -125,7 +125,7 @@ pub struct Draft {
 
 impl Draft {
     /// Begins an image, empty. `image` and `plan` as for [`create`].
-    pub fn begin(image: &Path, plan: &Plan) -> Result<Draft> {
+    pub fn begin(image: &Path, plan: &CreatePlan) -> Result<Draft> {
         let place = NewImagePath::of(image, plan.kind)?;
         let shape = Shape::of(plan, place.kind).map_err(|e| invalid(&place.path(), &e))?;
         place.check_folder()?;
@@ -295,7 +295,7 @@ enum Shape {
 }
 
 impl Shape {
-    fn of(plan: &Plan, kind: ImageKind) -> std::result::Result<Shape, String> {
+    fn of(plan: &CreatePlan, kind: ImageKind) -> std::result::Result<Shape, String> {
         if plan.size == 0 {
             return Err("the size must be at least 1 byte".into());
         }
@@ -451,7 +451,9 @@ mod tests {
     fn the_name_gets_a_suffix_unless_it_has_one_and_nothing_else_is_left() {
         let folder = tempfile::tempdir().expect("tmp");
         let make = |name: &str, kind| {
-            create(&folder.path().join(name), &Plan { kind, ..Plan::thin(5 * MIB) }).expect("created").path
+            create(&folder.path().join(name), &CreatePlan { kind, ..CreatePlan::thin(5 * MIB) })
+                .expect("created")
+                .path
         };
         assert_eq!(make("a", None), folder.path().join("a.hds"));
         assert_eq!(make("b.hds", None), folder.path().join("b.hds"));
@@ -465,18 +467,18 @@ mod tests {
     fn a_name_that_is_taken_by_another_source_is_refused() {
         let folder = tempfile::tempdir().expect("tmp");
         let at = |name: &str| folder.path().join(name);
-        create(&at("a.raw"), &Plan::thin(MIB)).expect("created");
+        create(&at("a.raw"), &CreatePlan::thin(MIB)).expect("created");
         std::fs::create_dir(at("b")).expect("mkdir");
         std::fs::write(at("b/DiskDescriptor.xml"), "").expect("write");
         std::fs::write(at("c"), "just a file").expect("write");
         for name in ["a", "a.raw", "b", "b.raw"] {
             assert_eq!(
-                create(&at(name), &Plan::thin(MIB)).expect_err("taken").kind(),
+                create(&at(name), &CreatePlan::thin(MIB)).expect_err("taken").kind(),
                 Kind::Exists,
                 "{name}"
             );
         }
-        create(&at("c"), &Plan::thin(MIB)).expect("a file that is no image takes no name");
+        create(&at("c"), &CreatePlan::thin(MIB)).expect("a file that is no image takes no name");
     }
 
     #[test]
@@ -484,12 +486,15 @@ mod tests {
         let folder = tempfile::tempdir().expect("tmp");
         let at = folder.path().join("vm");
         // Not a multiple of the cluster: the second time it must still count as the same size.
-        let plan = Plan::thin(5 * MIB + 1);
+        let plan = CreatePlan::thin(5 * MIB + 1);
         assert!(!create_or_use(&at, &plan).expect("created").existed);
         let again = create_or_use(&at, &plan).expect("used");
         assert_eq!((again.existed, again.size), (true, 6 * MIB));
         let before = std::fs::read(&again.path).expect("read");
-        assert_eq!(create_or_use(&at, &Plan::thin(7 * MIB)).expect_err("another size").kind(), Kind::Exists);
+        assert_eq!(
+            create_or_use(&at, &CreatePlan::thin(7 * MIB)).expect_err("another size").kind(),
+            Kind::Exists
+        );
         assert_eq!(std::fs::read(&again.path).expect("read"), before);
         assert_eq!(names(folder.path()), ["vm.hds"]);
     }
@@ -497,21 +502,21 @@ mod tests {
     #[test]
     fn bad_arguments_are_usage_errors_and_leave_nothing() {
         let folder = tempfile::tempdir().expect("tmp");
-        let bad = |name: &str, plan: Plan| {
+        let bad = |name: &str, plan: CreatePlan| {
             let error = create(&folder.path().join(name), &plan).expect_err(name);
             assert_eq!(error.kind(), Kind::Invalid, "{error}");
         };
-        bad("zero", Plan::thin(0));
-        bad("huge", Plan::thin(u64::MAX));
-        bad("huge.raw", Plan::thin(u64::MAX));
-        bad(".dot", Plan::thin(MIB));
-        bad("slash/", Plan::thin(MIB));
-        bad("x.{5fbaabe3-6958-40ff-92a7-860e329aab41}.hds/..", Plan::thin(MIB));
+        bad("zero", CreatePlan::thin(0));
+        bad("huge", CreatePlan::thin(u64::MAX));
+        bad("huge.raw", CreatePlan::thin(u64::MAX));
+        bad(".dot", CreatePlan::thin(MIB));
+        bad("slash/", CreatePlan::thin(MIB));
+        bad("x.{5fbaabe3-6958-40ff-92a7-860e329aab41}.hds/..", CreatePlan::thin(MIB));
         for cluster in [16 << 10, 128 << 20, 48 << 10, 0] {
-            bad("cluster", Plan { cluster: Some(cluster), ..Plan::thin(MIB) });
+            bad("cluster", CreatePlan { cluster: Some(cluster), ..CreatePlan::thin(MIB) });
         }
-        bad("c.raw", Plan { cluster: Some(MIB), ..Plan::thin(MIB) });
-        bad("c.raw", Plan { kind: Some(ImageKind::Ploop), ..Plan::thin(MIB) });
+        bad("c.raw", CreatePlan { cluster: Some(MIB), ..CreatePlan::thin(MIB) });
+        bad("c.raw", CreatePlan { kind: Some(ImageKind::Ploop), ..CreatePlan::thin(MIB) });
         assert!(names(folder.path()).is_empty());
     }
 
@@ -519,7 +524,7 @@ mod tests {
     fn a_name_taken_at_the_last_moment_is_not_replaced_and_no_unfinished_file_is_left() {
         let folder = tempfile::tempdir().expect("tmp");
         let path = folder.path().join("vm.hds");
-        let draft = Draft::begin(&path, &Plan::thin(MIB)).expect("begun");
+        let draft = Draft::begin(&path, &CreatePlan::thin(MIB)).expect("begun");
         std::fs::write(&path, "another's").expect("write");
         assert_eq!(draft.finish().expect_err("taken").kind(), Kind::Exists);
         assert_eq!(std::fs::read(&path).expect("read"), b"another's");
@@ -529,7 +534,7 @@ mod tests {
     #[test]
     fn a_preallocated_image_has_its_space_and_a_sequential_bat() {
         let folder = tempfile::tempdir().expect("tmp");
-        let plan = Plan { preallocate: true, cluster: Some(32 << 10), ..Plan::thin(3 * MIB) };
+        let plan = CreatePlan { preallocate: true, cluster: Some(32 << 10), ..CreatePlan::thin(3 * MIB) };
         let image =
             AtRest::open(&create(&folder.path().join("vm"), &plan).expect("created").path).expect("opens");
         let Form::Ploop(header) = image.form else { panic!("ploop") };

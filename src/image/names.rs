@@ -243,12 +243,12 @@ fn strangers(images: BorrowedFd<'_>, file: &OsStr, shown: &Path) -> Result<Vec<O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::create::{Plan, create};
+    use crate::image::create::{CreatePlan, create};
     use std::fs::{self, File};
 
     fn images() -> (tempfile::TempDir, File) {
         let folder = tempfile::tempdir().expect("a folder");
-        create(&folder.path().join("vm1"), &Plan::thin(1 << 20)).expect("an image");
+        create(&folder.path().join("vm1"), &CreatePlan::thin(1 << 20)).expect("an image");
         let dir = File::open(folder.path()).expect("opens");
         (folder, dir)
     }
@@ -257,7 +257,7 @@ mod tests {
     fn a_renamed_file_keeps_its_ending_and_replaces_nothing() {
         let (folder, dir) = images();
         let path = folder.path();
-        create(&path.join("vm2"), &Plan::thin(1 << 20)).expect("another");
+        create(&path.join("vm2"), &CreatePlan::thin(1 << 20)).expect("another");
         let to = |new: &str| rename(dir.as_fd(), path, "vm1.hds".as_ref(), "vm1".as_ref(), new.as_ref());
         assert_eq!(to("vm2").expect_err("taken").kind(), Kind::Exists);
         assert_eq!(to(".x").expect_err("no name").kind(), Kind::Invalid);

@@ -238,7 +238,7 @@ pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_ru
     let was_in_use = plan.header.is_in_use();
     let mut outcome = Outcome::unchanged(plan.report.clone());
     if dry_run {
-        outcome.tell(&mut plan);
+        outcome.take_over(&mut plan);
         if was_in_use {
             outcome.steps.push(Step::Close);
         }
@@ -260,7 +260,7 @@ pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_ru
         }
         as_it_was &= !plan.doubtful && plan.cut == 0 && plan.fields.is_empty();
         act::carry_out(&plan, &target, &mut lost)?;
-        outcome.tell(&mut plan);
+        outcome.take_over(&mut plan);
         let (doubtful, leaks) = (plan.doubtful, plan.report.leaks);
         // The header of the plan, not of the file: that one says in use.
         plan = plan::look(&Candidate::read(path, file.clone())?, header, doubtful)?;
@@ -290,7 +290,7 @@ pub(super) fn proven_header(candidate: &Candidate) -> Result<Header> {
 
 impl Outcome {
     /// Takes over what a plan comes to.
-    fn tell(&mut self, plan: &mut RepairPlan) {
+    fn take_over(&mut self, plan: &mut RepairPlan) {
         self.steps.extend(plan.steps());
         self.lost.append(&mut plan.lost);
     }

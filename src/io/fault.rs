@@ -71,7 +71,7 @@ const ERRNOS: [(&str, i32); 12] = [
 
 /// What is to go wrong, shared by all files it drives.
 #[derive(Debug, Default)]
-pub struct Plan {
+pub struct FaultPlan {
     faults: Vec<Fault>,
     /// Extra time per kind, in milliseconds; 0 is none.
     delays: [AtomicU64; OPS.len()],
@@ -116,7 +116,7 @@ pub struct Counters {
     pub peak: u64,
 }
 
-impl Plan {
+impl FaultPlan {
     /// The operations of one kind so far, over all files of this plan.
     pub fn counters(&self, op: Op) -> Counters {
         let count = &self.counts[op as usize];
@@ -210,11 +210,11 @@ impl Drop for Running<'_> {
     }
 }
 
-impl FromStr for Plan {
+impl FromStr for FaultPlan {
     type Err = String;
 
-    fn from_str(spec: &str) -> Result<Plan, String> {
-        let mut plan = Plan::default();
+    fn from_str(spec: &str) -> Result<FaultPlan, String> {
+        let mut plan = FaultPlan::default();
         for item in spec.split(',').filter(|item| !item.is_empty()) {
             let (name, value) = item.split_once('=').unwrap_or((item, ""));
             let parts: Vec<&str> = value.split(':').collect();
@@ -277,16 +277,16 @@ fn errno_of(item: &str, errno: &str) -> Result<i32, String> {
     number.ok_or_else(|| format!("'{item}': '{errno}' is no known errno; a number does as well"))
 }
 
-/// A host file that a [`Plan`] makes slow, short or broken.
+/// A host file that a [`FaultPlan`] makes slow, short or broken.
 #[derive(Debug)]
 pub struct FaultFile {
     file: Arc<dyn HostFile>,
-    plan: Arc<Plan>,
+    plan: Arc<FaultPlan>,
 }
 
 impl FaultFile {
     /// Puts `plan` between the caller and `file`.
-    pub fn new(file: Arc<dyn HostFile>, plan: Arc<Plan>) -> FaultFile {
+    pub fn new(file: Arc<dyn HostFile>, plan: Arc<FaultPlan>) -> FaultFile {
         FaultFile { file, plan }
     }
 }
@@ -363,8 +363,8 @@ mod tests {
     use crate::io::memory::MemoryFile;
     use std::time::Instant;
 
-    fn faulty(spec: &str) -> (FaultFile, Arc<Plan>) {
-        let plan = Arc::new(spec.parse::<Plan>().expect("spec"));
+    fn faulty(spec: &str) -> (FaultFile, Arc<FaultPlan>) {
+        let plan = Arc::new(spec.parse::<FaultPlan>().expect("spec"));
         (FaultFile::new(Arc::new(MemoryFile::new()), Arc::clone(&plan)), plan)
     }
 
@@ -459,9 +459,9 @@ mod tests {
 
     #[test]
     fn skipped_syncs_report_success_and_reach_nobody() {
-        let below = Arc::new("fail=sync:1:EIO:forever".parse::<Plan>().expect("spec"));
+        let below = Arc::new("fail=sync:1:EIO:forever".parse::<FaultPlan>().expect("spec"));
         let broken = Arc::new(FaultFile::new(Arc::new(MemoryFile::new()), Arc::clone(&below)));
-        let plan = Arc::new("skip-sync".parse::<Plan>().expect("spec"));
+        let plan = Arc::new("skip-sync".parse::<FaultPlan>().expect("spec"));
         let file = FaultFile::new(broken, plan);
         file.sync_data().expect("success is claimed");
         file.sync_all().expect("success is claimed");
@@ -474,7 +474,7 @@ mod tests {
             .into_iter()
             .chain(["short=sync:1", "fail=write:1:EIO:always", "trigger=", "full=1", "skip-sync=yes"])
         {
-            let error = bad.parse::<Plan>().expect_err(bad);
+            let error = bad.parse::<FaultPlan>().expect_err(bad);
             assert!(error.contains(bad), "{error}");
         }
     }

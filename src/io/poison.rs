@@ -87,11 +87,11 @@ impl HostFile for Poison {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::fault::{FaultFile, Plan};
+    use crate::io::fault::{FaultFile, FaultPlan};
     use crate::io::memory::MemoryFile;
 
     fn poison(spec: &str) -> Poison {
-        let plan = Arc::new(spec.parse::<Plan>().expect("spec"));
+        let plan = Arc::new(spec.parse::<FaultPlan>().expect("spec"));
         Poison::new(Arc::new(FaultFile::new(Arc::new(MemoryFile::from_bytes(b"content")), plan)))
     }
 

@@ -118,7 +118,7 @@ fn fill(from: &mut dyn Read, buf: &mut [u8]) -> std::io::Result<usize> {
 mod tests {
     use super::*;
     use crate::image::chain::{AtRest, Form};
-    use crate::image::create::Plan;
+    use crate::image::create::CreatePlan;
 
     #[test]
     fn a_pipe_gives_the_same_image_as_a_file_of_its_length_however_far_it_had_to_grow() {
@@ -142,7 +142,7 @@ mod tests {
                     Ok(n)
                 }
             }
-            let plan = Plan { cluster: Some(cluster), ..Plan::copy_of(step) };
+            let plan = CreatePlan { cluster: Some(cluster), ..CreatePlan::copy_of(step) };
             let path = folder.path().join(format!("vm{len}"));
             let mut draft = Draft::begin(&path, &plan).expect("begun");
             let mut seen = 0;

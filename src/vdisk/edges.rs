@@ -8,7 +8,7 @@ use super::races::{CLUSTER, LONG, PAGE, bench, engine, until};
 use super::{Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::Kind;
 use crate::format::header::{HEADER_BYTES, Header, Version};
-use crate::io::fault::{FaultFile, Op, Plan};
+use crate::io::fault::{FaultFile, FaultPlan, Op};
 use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
 use crate::progress::Progress;
@@ -19,10 +19,10 @@ fn header() -> Header {
 }
 
 /// An empty delta in memory, and a way to it that goes by a plan.
-fn level(spec: &str) -> (Arc<MemoryFile>, Arc<Plan>, Level) {
+fn level(spec: &str) -> (Arc<MemoryFile>, Arc<FaultPlan>, Level) {
     let file = Arc::new(MemoryFile::from_bytes(&header().encode()));
     file.set_len(header().geometry().first).expect("memory grows");
-    let plan = Arc::new(spec.parse::<Plan>().expect("a plan"));
+    let plan = Arc::new(spec.parse::<FaultPlan>().expect("a plan"));
     let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file.clone(), plan.clone()));
     let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header()) };
     (file, plan, level)
@@ -227,7 +227,7 @@ fn what_waits_for_space_is_bounded_in_bytes() {
     let header = Header::new(Version::V2, 256 << 20, MIB as u64).expect("fits the format");
     let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
     file.set_len(header.geometry().first).expect("memory grows");
-    let plan = Arc::new(Plan::default());
+    let plan = Arc::new(FaultPlan::default());
     let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file, plan.clone()));
     let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
     let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");

@@ -482,7 +482,7 @@ impl Image {
             *failure = Some(error.with_kind(Kind::Io));
             self.failed.store(true, Ordering::SeqCst);
         }
-        self.engine.tell(Event::ReadOnly { image: self.name.clone(), reason: error.to_string() });
+        self.engine.emit(Event::ReadOnly { image: self.name.clone(), reason: error.to_string() });
         // Not here: this may be a thread that holds the header or a cluster.
         let (image, error) = (Arc::clone(self), error.clone());
         self.submit(Box::new(move || {

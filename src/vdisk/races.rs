@@ -9,7 +9,7 @@ use super::locks::Mode as LockMode;
 use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::{Kind, Result};
 use crate::format::header::{FLAG_EMPTY, Header, Version};
-use crate::io::fault::{FaultFile, Op, Plan};
+use crate::io::fault::{FaultFile, FaultPlan, Op};
 use crate::io::file::HostFile;
 use crate::io::memory::MemoryFile;
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, lock};
@@ -21,7 +21,7 @@ pub(super) const LONG: Duration = Duration::from_secs(20);
 
 pub(super) struct Bench {
     pub file: Arc<MemoryFile>,
-    pub plan: Arc<Plan>,
+    pub plan: Arc<FaultPlan>,
     pub image: Arc<Image>,
 }
 
@@ -33,7 +33,7 @@ pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
     let header = Header::new(Version::V2, 16 * PAGE, CLUSTER).expect("fits the format");
     let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
     file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
-    let plan = Arc::new(faults.parse::<Plan>().expect("a plan"));
+    let plan = Arc::new(faults.parse::<FaultPlan>().expect("a plan"));
     let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file.clone(), plan.clone()));
     let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
     let image = Image::open(engine, "memory", vec![level]).expect("opens");
@@ -275,7 +275,7 @@ fn a_file_of_eight_exbibytes_takes_no_memory_for_its_length() {
 
 /// A raw image whose first sync fails.
 fn raw_that_cannot_sync() -> Arc<Image> {
-    let plan = Arc::new("fail=sync:1:EIO".parse::<Plan>().expect("a plan"));
+    let plan = Arc::new("fail=sync:1:EIO".parse::<FaultPlan>().expect("a plan"));
     let memory = Arc::new(MemoryFile::from_bytes(&[0; 1 << 20]));
     let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(memory, plan));
     let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Raw };
@@ -301,8 +301,8 @@ fn a_sync_of_a_file_that_the_kernel_may_write_syncs_it_though_nothing_was_writte
     image.flush_now().expect("nothing to sync");
 }
 
-/// An image that syncs only when it is told to.
-fn told(options: Options) -> Bench {
+/// An image that syncs only when it is asked to.
+fn synced_when_asked(options: Options) -> Bench {
     let never = Duration::from_secs(3600);
     bench(&engine(Options { bat_delay: never, ..options }), "")
 }
@@ -326,7 +326,7 @@ fn syncs_of_a_full_round(b: &Bench) -> u64 {
 
 #[test]
 fn first_writes_in_space_that_is_durably_there_take_one_sync() {
-    let b = told(Options::default());
+    let b = synced_when_asked(Options::default());
     assert_eq!(syncs_for(&b, |image| image.write_at(0, &[1; 512])), 2, "the file has just grown");
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[1; 512])), 1);
     assert_eq!(syncs_for(&b, |image| image.write_at(CLUSTER, &[2; 512])), 1, "mapped");
@@ -335,7 +335,7 @@ fn first_writes_in_space_that_is_durably_there_take_one_sync() {
 
 #[test]
 fn entries_behind_the_durable_end_of_the_file_wait_for_a_sync() {
-    let b = told(Options { extend: 4 * CLUSTER, ..Options::default() });
+    let b = synced_when_asked(Options { extend: 4 * CLUSTER, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     let eight = |image: &Arc<Image>| (1..9).try_for_each(|n| image.write_at(n * CLUSTER, &[1; 512]));
     assert_eq!(syncs_for(&b, eight), 2);
@@ -344,7 +344,7 @@ fn entries_behind_the_durable_end_of_the_file_wait_for_a_sync() {
 
 #[test]
 fn a_cluster_that_was_unmapped_and_what_changes_with_it_wait_for_a_sync() {
-    let b = told(Options::default());
+    let b = synced_when_asked(Options::default());
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     let other = |image: &Arc<Image>| {
         image.discard_at(0, CLUSTER)?;
@@ -357,7 +357,7 @@ fn a_cluster_that_was_unmapped_and_what_changes_with_it_wait_for_a_sync() {
 
 #[test]
 fn data_whose_entries_find_no_space_is_synced_all_the_same() {
-    let b = told(Options { on_full: OnFull::Error, ..Options::default() });
+    let b = synced_when_asked(Options { on_full: OnFull::Error, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     b.image.write_at(CLUSTER, &[1; 512]).expect("space");
     assert_eq!(syncs_of_a_full_round(&b), 1);
@@ -366,7 +366,7 @@ fn data_whose_entries_find_no_space_is_synced_all_the_same() {
 
 #[test]
 fn after_a_round_that_failed_what_had_to_wait_for_a_sync_still_does() {
-    let b = told(Options { on_full: OnFull::Error, ..Options::default() });
+    let b = synced_when_asked(Options { on_full: OnFull::Error, ..Options::default() });
     syncs_for(&b, |image| image.write_at(0, &[1; 512]));
     b.image.discard_at(0, CLUSTER).expect("punched");
     assert_eq!(syncs_of_a_full_round(&b), 1, "before the entries, which then find no space");

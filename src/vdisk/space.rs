@@ -127,7 +127,7 @@ impl Image {
         drop(state);
         // Before the answer: who hears of it may ask for the reason.
         if news {
-            engine.tell(Event::Full { image: self.name.clone() });
+            engine.emit(Event::Full { image: self.name.clone() });
         }
         if let Some(pio) = refused {
             // What is not parked does not wait for a tick: the next write itself tries the host again.
@@ -151,7 +151,7 @@ impl Image {
             self.engine.pages_are_clean();
         }
         if news {
-            self.engine.tell(Event::Full { image: self.name.clone() });
+            self.engine.emit(Event::Full { image: self.name.clone() });
             // Allocations that wait for this round would wait inside the gate: they park instead.
             self.engine.no_clean_pages(self.id);
         }
@@ -272,7 +272,7 @@ impl Image {
         drop(state);
         self.wake_parked(usize::MAX);
         if news {
-            self.engine.tell(Event::Space { image: self.name.clone() });
+            self.engine.emit(Event::Space { image: self.name.clone() });
         }
     }
 
@@ -320,7 +320,7 @@ impl Image {
         if free < total * percent {
             if !self.space.low.swap(true, Ordering::SeqCst) {
                 let (free, total) = (space.available, space.total);
-                self.engine.tell(Event::LowWater { image: self.name.clone(), free, total });
+                self.engine.emit(Event::LowWater { image: self.name.clone(), free, total });
             }
         } else if free > total * (percent + 2) {
             self.space.low.store(false, Ordering::SeqCst);

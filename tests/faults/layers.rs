@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ploopfs::Result;
 use ploopfs::format::header::Header;
-use ploopfs::io::fault::{FaultFile, Plan};
+use ploopfs::io::fault::{FaultFile, FaultPlan};
 use ploopfs::io::file::{HostFile, write_full};
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::progress::Progress;
@@ -106,7 +106,7 @@ fn check(image: &Arc<Image>, allowed: &[Vec<u32>]) -> bool {
 
 /// The image's files, base first, as a descriptor has them; all of them fail by one plan.
 struct Chain {
-    plan: Arc<Plan>,
+    plan: Arc<FaultPlan>,
     files: Mutex<Vec<Arc<MemoryFile>>>,
     /// Stands for the descriptor: it is stored by one operation that may fail.
     descriptor: FaultFile,
@@ -114,7 +114,7 @@ struct Chain {
 
 impl Chain {
     fn new(files: Vec<Arc<MemoryFile>>, spec: &str) -> Chain {
-        let plan: Arc<Plan> = Arc::new(spec.parse().expect("a fault"));
+        let plan: Arc<FaultPlan> = Arc::new(spec.parse().expect("a fault"));
         let descriptor = FaultFile::new(Arc::new(MemoryFile::new()), plan.clone());
         Chain { plan, files: Mutex::new(files), descriptor }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ploopfs::Result;
 use ploopfs::format::header::{CLOSED, FLAG_EMPTY, Geometry, Header, Version};
-use ploopfs::io::fault::{FaultFile, Plan};
+use ploopfs::io::fault::{FaultFile, FaultPlan};
 use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::vdisk::{Engine, Event, Image, Layout, Level, OnFull, Options};
@@ -198,7 +198,7 @@ pub fn failing_at_once() -> Options {
 /// An open, writable image and everything around it.
 pub struct Rig {
     pub memory: Arc<MemoryFile>,
-    pub plan: Arc<Plan>,
+    pub plan: Arc<FaultPlan>,
     pub file: Arc<Watched<Ruled>>,
     pub image: Arc<Image>,
     pub geometry: Geometry,
@@ -225,7 +225,7 @@ impl Rig {
         events: Arc<Mutex<Vec<Event>>>,
     ) -> Result<Rig> {
         let memory = Arc::new(memory);
-        let plan: Arc<Plan> = Arc::new(spec.parse().expect("a fault"));
+        let plan: Arc<FaultPlan> = Arc::new(spec.parse().expect("a fault"));
         let faulty = FaultFile::new(memory.clone(), Arc::clone(&plan));
         let watch = Ruled {
             rule: Mutex::new(Arc::new(|_| Ok(()))),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::image::clone::clone;
-use crate::image::create::{Plan, create};
+use crate::image::create::{CreatePlan, create};
 use crate::image::kind::ImageKind;
 use crate::image::make_folder::make_folder;
 use crate::image::switch::switch;
@@ -23,7 +23,7 @@ impl Rig {
     fn new() -> (Rig, Guid) {
         let rig = Rig { folder: tempfile::tempdir().expect("tmp") };
         let images = rig.folder.path();
-        create(&images.join("vm"), &Plan::thin(8 * MIB)).expect("created");
+        create(&images.join("vm"), &CreatePlan::thin(8 * MIB)).expect("created");
         rig.make_folder("vm.hds");
         let guid = rig.snapshot("one");
         (rig, guid)
@@ -95,7 +95,7 @@ fn a_chain_opens_base_first_and_is_locked_until_it_is_dropped() {
 #[test]
 fn a_raw_base_gets_v2_deltas_and_keeps_its_bytes() {
     let rig = Rig { folder: tempfile::tempdir().expect("tmp") };
-    let plan = Plan { kind: Some(ImageKind::Raw), ..Plan::thin(3 * MIB + 65536) };
+    let plan = CreatePlan { kind: Some(ImageKind::Raw), ..CreatePlan::thin(3 * MIB + 65536) };
     create(&rig.path("vm"), &plan).expect("created");
     // The guest may write anything there, the magic too.
     File::options()
@@ -240,7 +240,7 @@ fn a_cancelled_clone_leaves_nothing() {
 #[test]
 fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
     let rig = Rig { folder: tempfile::tempdir().expect("tmp") };
-    create(&rig.path("vm"), &Plan::thin(MIB)).expect("created");
+    create(&rig.path("vm"), &CreatePlan::thin(MIB)).expect("created");
     // What a crash left goes first.
     std::fs::create_dir(rig.path(".vm.new")).expect("mkdir");
     std::fs::write(rig.path(".vm.new/vm.hds"), "old").expect("write");
@@ -251,7 +251,7 @@ fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
     assert!(!layers.is_shared("vm.hds").expect("known"));
     drop((layers, levels));
 
-    create(&rig.path("other"), &Plan::thin(MIB)).expect("created");
+    create(&rig.path("other"), &CreatePlan::thin(MIB)).expect("created");
     std::fs::create_dir_all(rig.path("other/full")).expect("mkdir");
     let images = File::open(rig.folder.path()).expect("open");
     let error = make_folder(images.as_fd(), rig.folder.path(), "other.hds".as_ref()).expect_err("in the way");
@@ -263,7 +263,7 @@ fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
 #[test]
 fn a_folder_that_was_made_of_the_file_but_not_to_the_end_is_gone_on_with() {
     let rig = Rig { folder: tempfile::tempdir().expect("tmp") };
-    create(&rig.path("vm"), &Plan::thin(MIB)).expect("created");
+    create(&rig.path("vm"), &CreatePlan::thin(MIB)).expect("created");
     std::fs::copy(rig.path("vm.hds"), rig.path("before")).expect("copied");
     rig.make_folder("vm.hds");
     std::fs::hard_link(rig.path("vm/vm.hds"), rig.path("vm.hds")).expect("as it was before step 5");

@@ -7,7 +7,7 @@ use super::{Lost, Step};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED_V21, Geometry, Header};
 use crate::image::chain::{AtRest, Candidate, Form};
-use crate::image::check::{Problem, Report, Seen, check_and_tell, trusted_extension};
+use crate::image::check::{Problem, Report, Seen, check_and_note, trusted_extension};
 use crate::io::file::HostFile;
 
 /// Entries and runs of clusters that one plan holds; the rest is found when these are repaired. A BAT full of rubbish
@@ -106,7 +106,7 @@ pub(super) fn look(candidate: &Candidate, header: Header, damaged: bool) -> Resu
     let (mut wrong, mut doubles, mut leaks) = (Vec::new(), Vec::new(), Vec::new());
     let (mut cut, mut cut_end, mut lost) = (0, 0, Vec::new());
     let mut all_leaks = 0;
-    let report = check_and_tell(&image, &mut |seen| match seen {
+    let report = check_and_note(&image, &mut |seen| match seen {
         Seen::Leak { from, to, leaked } => {
             all_leaks += leaked;
             if leaks.len() < MOST {

@@ -128,7 +128,7 @@ mod tests {
 
     use crate::error::Kind;
     use crate::format::header::{Header, Version};
-    use crate::io::fault::{FaultFile, Plan};
+    use crate::io::fault::{FaultFile, FaultPlan};
     use crate::io::file::HostFile;
     use crate::io::memory::MemoryFile;
     use crate::progress::Progress;
@@ -142,7 +142,7 @@ mod tests {
 
     struct Disk {
         file: Arc<MemoryFile>,
-        faults: Arc<Plan>,
+        faults: Arc<FaultPlan>,
         image: Arc<Image>,
         header: Header,
         model: Vec<u8>,
@@ -155,7 +155,7 @@ mod tests {
             let header = Header::new(Version::V2, CLUSTERS * CLUSTER, CLUSTER).expect("fits the format");
             let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
             file.set_len(header.geometry().first).expect("memory grows");
-            let faults = Arc::new("".parse::<Plan>().expect("a plan"));
+            let faults = Arc::new("".parse::<FaultPlan>().expect("a plan"));
             let host: Arc<dyn HostFile> = Arc::new(FaultFile::new(file.clone(), faults.clone()));
             let options =
                 Options { extend: at_a_time * CLUSTER, on_full: OnFull::Error, ..Options::default() };

@@ -9,10 +9,10 @@ use super::freeze::Uncommitted;
 use super::{Done, Work, carry_out};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{Header, Version};
-use crate::image::create::{Plan as New, create};
+use crate::image::create::{CreatePlan, create};
 use crate::image::layers::{Direct, Layers, Opened, Opener};
 use crate::image::make_folder::make_folder;
-use crate::io::fault::{FaultFile, Op, Plan};
+use crate::io::fault::{FaultFile, FaultPlan, Op};
 use crate::io::file::HostFile;
 use crate::io::lock::Use;
 use crate::io::memory::MemoryFile;
@@ -37,7 +37,7 @@ struct Disk {
 impl Disk {
     fn new() -> Disk {
         let folder = tempfile::tempdir().expect("tmp");
-        let plan = New { cluster: Some(CLUSTER), ..New::thin(64 * CLUSTER) };
+        let plan = CreatePlan { cluster: Some(CLUSTER), ..CreatePlan::thin(64 * CLUSTER) };
         create(&folder.path().join("vm"), &plan).expect("created");
         let images = std::fs::File::open(folder.path()).expect("opens");
         make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref()).expect("a folder");
@@ -107,13 +107,13 @@ fn a_merge_below_the_top_that_failed_at_its_end_costs_the_next_merge_nothing() {
 
 /// Two levels in memory, freshly opened; each maps clusters 1 to 3, the lower one 0 as well.
 struct Chain {
-    lower: Arc<Plan>,
+    lower: Arc<FaultPlan>,
     below: Arc<MemoryFile>,
     top: Arc<MemoryFile>,
     image: Arc<Image>,
 }
 
-fn level(file: &Arc<MemoryFile>, plan: &Arc<Plan>) -> Level {
+fn level(file: &Arc<MemoryFile>, plan: &Arc<FaultPlan>) -> Level {
     let mut head = [0; 64];
     file.read_at(&mut head, 0).expect("memory reads");
     let header = Header::parse(&head).expect("a header");
@@ -128,7 +128,7 @@ fn chain(lower_faults: &str, top_faults: &str) -> Chain {
         file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
         file
     };
-    let none = Arc::new(Plan::default());
+    let none = Arc::new(FaultPlan::default());
     let (lower, top) = (new(), new());
     let write = |levels, clusters: std::ops::Range<u64>, byte| {
         let image = Image::open(&engine(), "memory", levels).expect("opens");
@@ -138,7 +138,7 @@ fn chain(lower_faults: &str, top_faults: &str) -> Chain {
     };
     write(vec![level(&lower, &none)], 0..4, 1);
     write(vec![level(&lower, &none), level(&top, &none)], 1..4, 2);
-    let plan = |faults: &str| Arc::new(faults.parse::<Plan>().expect("a plan"));
+    let plan = |faults: &str| Arc::new(faults.parse::<FaultPlan>().expect("a plan"));
     let (lower_plan, top_plan) = (plan(lower_faults), plan(top_faults));
     let levels = vec![level(&lower, &lower_plan), level(&top, &top_plan)];
     let image = Image::open(&engine(), "memory", levels).expect("opens");
@@ -226,7 +226,7 @@ fn a_discard_that_once_found_no_space_asks_the_host_again_the_next_time() {
 }
 
 /// Opens files whose syncs are counted.
-struct Counted(Arc<Plan>);
+struct Counted(Arc<FaultPlan>);
 
 impl Opener for Counted {
     fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
@@ -251,7 +251,7 @@ fn a_snapshot_that_is_looked_at_syncs_no_file_that_may_have_a_writer() {
     bytes[..64].copy_from_slice(&header.encode());
     std::fs::write(&base, bytes).expect("written");
 
-    let plan = Arc::new(Plan::default());
+    let plan = Arc::new(FaultPlan::default());
     let syncs = || plan.counters(Op::Sync).started;
     let dir = OwnedFd::from(std::fs::File::open(&path).expect("opens"));
     let (layers, levels) = Layers::open(dir, &path, Arc::new(Counted(plan.clone())), false).expect("opens");

@@ -283,11 +283,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::image::create::{Plan as New, create};
+    use crate::image::create::{CreatePlan, create};
     use crate::image::kind::ImageKind;
     use crate::image::layers::{Direct, Opened, Opener};
     use crate::image::make_folder::make_folder;
-    use crate::io::fault::{FaultFile, Plan};
+    use crate::io::fault::{FaultFile, FaultPlan};
     use crate::io::lock::Use;
     use crate::io::real::Access;
     use crate::sync::Arc;
@@ -297,7 +297,7 @@ mod tests {
     const CLUSTER: u64 = 32 << 10;
 
     /// Opens files that fail as planned.
-    struct Failing(Arc<Plan>);
+    struct Failing(Arc<FaultPlan>);
 
     impl Opener for Failing {
         fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
@@ -308,7 +308,7 @@ mod tests {
 
     fn layers(folder: &Path, faults: &str) -> Arc<Layers> {
         let dir = OwnedFd::from(std::fs::File::open(folder).expect("opens"));
-        let plan = faults.parse::<Plan>().expect("a plan");
+        let plan = faults.parse::<FaultPlan>().expect("a plan");
         Layers::open(dir, folder, Arc::new(Failing(Arc::new(plan))), false).expect("opens").0
     }
 
@@ -322,8 +322,11 @@ mod tests {
     fn disk() -> (tempfile::TempDir, Vec<u8>) {
         let folder = tempfile::tempdir().expect("tmp");
         let size = 17 * CLUSTER;
-        create(&folder.path().join("vm"), &New { kind: Some(ImageKind::Raw), ..New::copy_of(size) })
-            .expect("created");
+        create(
+            &folder.path().join("vm"),
+            &CreatePlan { kind: Some(ImageKind::Raw), ..CreatePlan::copy_of(size) },
+        )
+        .expect("created");
         let mut bytes = vec![1; size as usize];
         std::fs::write(folder.path().join("vm.raw"), &bytes).expect("written");
         let images = std::fs::File::open(folder.path()).expect("opens");

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use ploopfs::folder::{Folder, FolderOptions};
-use ploopfs::image::create::{Plan, create};
+use ploopfs::image::create::{CreatePlan, create};
 use ploopfs::image::layers::{Direct, Layers};
 use ploopfs::image::leave_folder::leave_folder;
 use ploopfs::image::make_folder::make_folder;
@@ -297,7 +297,7 @@ fn prepared(path: &Path) -> Result<Tree, String> {
     std::fs::create_dir(path).map_err(|e| e.to_string())?;
     let made = || -> ploopfs::Result<()> {
         for name in ["a", "x"] {
-            create(&path.join(name), &Plan { cluster: Some(32 << 10), ..Plan::thin(1 << 20) })?;
+            create(&path.join(name), &CreatePlan { cluster: Some(32 << 10), ..CreatePlan::thin(1 << 20) })?;
         }
         let images = File::open(path).expect("the folder");
         let folder = make_folder(images.as_fd(), path, "a.hds".as_ref())?;
