@@ -34,14 +34,14 @@ pub enum Kind {
     NotPermitted,
     /// The caller may not do this.
     Access,
-    /// Stopped because somebody asked for it.
+    /// Stopped because it was cancelled.
     Cancelled,
     /// A host operation failed.
     Io,
 }
 
 impl Kind {
-    /// The errno the kernel is told.
+    /// The errno that the kernel gets.
     pub fn errno(self) -> i32 {
         match self {
             Kind::NotFound => libc::ENOENT,
@@ -92,7 +92,7 @@ pub struct Error(Arc<Inner>);
 
 struct Inner {
     kind: Kind,
-    /// The host's own errno where there was one, so that the kernel is told exactly it.
+    /// The host's own errno where there was one, so that the kernel gets exactly it.
     errno: Option<i32>,
     file: Option<PathBuf>,
     /// Of a failed host operation: which one, in words.
@@ -153,7 +153,7 @@ impl Error {
         self.0.kind
     }
 
-    /// The errno the kernel is told: the host's own, else the kind's.
+    /// The errno that the kernel gets: the host's own, else the kind's.
     pub fn errno(&self) -> i32 {
         self.0.errno.unwrap_or_else(|| self.0.kind.errno())
     }
@@ -235,7 +235,7 @@ pub fn is_passing(errno: i32) -> bool {
     )
 }
 
-/// The host's error in words alone: "(os error 2)" behind them tells a person nothing.
+/// The host's error in words alone: "(os error 2)" behind them means nothing to a user.
 pub fn words(error: &io::Error) -> String {
     let text = error.to_string();
     match text.rsplit_once(" (os error ") {

@@ -50,7 +50,7 @@ impl Progress {
         self.add_while(bytes, || true);
     }
 
-    /// The same; returns also when `goes_on` says no. For work that somebody may have to wait for.
+    /// The same; returns also when `goes_on` says no. For work that a caller may have to wait for.
     pub fn add_while(&self, bytes: u64, goes_on: impl Fn() -> bool) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
         if self.rate > 0 {
@@ -90,7 +90,7 @@ impl Progress {
 
     /// Asks the worker to stop at the next place where it can.
     pub fn cancel(&self) {
-        // Under the lock, so that nobody looks before it is set and sleeps after it was told.
+        // Under the lock: else a worker could look before it is set, and sleep after the wake-up.
         let _free_at = self.lock();
         self.cancelled.store(true, Ordering::Relaxed);
         self.woken.notify_all();
@@ -133,7 +133,7 @@ mod tests {
         (0..1000).for_each(|_| progress.add(1 << 30));
         assert!(begun.elapsed() < Duration::from_secs(5));
         assert_eq!(progress.so_far(), (1000 << 30, 1 << 40));
-        progress.check().expect("nobody cancelled");
+        progress.check().expect("not cancelled");
     }
 
     #[test]

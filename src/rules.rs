@@ -83,7 +83,7 @@ pub enum Step<'a> {
     FolderSynced(&'a std::path::Path),
 }
 
-/// Tells who watches of a step.
+/// Reports a step to the watcher.
 #[cfg(not(feature = "break-rules"))]
 #[inline(always)]
 pub fn step(step: Step<'_>) {
@@ -133,7 +133,7 @@ mod switch {
 
     thread_local!(static WATCHER: RefCell<Option<Watcher>> = const { RefCell::new(None) });
 
-    /// Tells who watches this thread of a step.
+    /// Reports a step to this thread's watcher.
     pub fn step(step: Step<'_>) {
         WATCHER.with_borrow(|watcher| {
             if let Some(watcher) = watcher {

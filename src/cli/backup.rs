@@ -77,13 +77,13 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     };
     if let Err(e) = result {
-        // Nobody can use it as a base: of this backup there is nothing.
+        // It is no base for another backup: of this one there is nothing.
         if let Err(e) = take_back(&target.path, &name) {
             let _ = writeln!(std::io::stderr(), "the snapshot {name} is left: {e}");
         }
         return Err(e.into());
     }
-    // Not on standard output, which may be the backup. Nobody may be listening.
+    // Not on standard output, which may be the backup. A closed stderr is no failure.
     let _ = writeln!(
         std::io::stderr(),
         "snapshot {0} was taken and is kept: the base for --since; this removes it: ploopfs snapshot delete {1} {0}",

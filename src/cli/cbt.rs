@@ -29,7 +29,7 @@ enum What {
         /// The image
         #[arg(value_name = "IMAGE")]
         image: PathBuf,
-        /// Size of the pieces that are told apart, a power of two from 512 on [default: 64K, more for a large disk]
+        /// Size of the pieces that are tracked, a power of two from 512 on [default: 64K, more for a large disk]
         #[arg(long, value_name = "SIZE", value_parser = size::parse)]
         granularity: Option<u64>,
     },

@@ -29,7 +29,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.image)?;
     let to = new_place(&args.new)?;
-    // Before anything is done; whoever comes in between is refused all the same.
+    // Before anything is done; an opener that comes in between is refused all the same.
     if to.symlink_metadata().is_ok() {
         return Err(Error::at(Kind::Exists, &to, "is there already; choose another name").into());
     }

@@ -8,7 +8,7 @@ use crate::cli::{Outcome, out};
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 
-/// How long the kernel may take to let go. udev looks at every device that changes, for a second at most.
+/// How long the kernel may take to release the device. udev looks at every device that changes, for a second at most.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Arguments of `detach`.

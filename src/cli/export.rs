@@ -114,7 +114,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let target = target::find_any(&args.image)?;
     let named = args.file.extension().is_some_and(|suffix| suffix == "qcow2");
     let format = args.format.unwrap_or(if named { Format::Qcow2 } else { Format::Raw });
-    nobody_writes(&target)?;
+    refuse_written(&target)?;
     let source = Source::open(&target)?;
     let bytes = source.disk().size();
     let mut to = To::open(&args.file, format, bytes)?;
@@ -135,8 +135,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// A live disk that somebody writes has no state that could be copied.
-fn nobody_writes(target: &Target) -> Result<()> {
+/// A live disk that is open for writing has no state that could be copied.
+fn refuse_written(target: &Target) -> Result<()> {
     if target.snapshot.is_some() {
         return Ok(());
     }
@@ -162,7 +162,7 @@ fn stamp(shown: &FlatFile) -> Result<(i64, i64)> {
 }
 
 fn unchanged(target: &Target, shown: Option<&FlatFile>, before: Option<(i64, i64)>) -> Result<()> {
-    nobody_writes(target)?;
+    refuse_written(target)?;
     match shown {
         Some(shown) if Some(stamp(shown)?) != before => {
             let what = "was written while it was read; export a snapshot of it, or try again";

@@ -72,7 +72,7 @@ fn input_ends_within(limit: Duration) -> bool {
             return false;
         }
         let wait = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
-        // Nobody ever writes there: whatever happens to it is the end.
+        // No program writes there: readable means that the other end is gone.
         let mut fds = [PollFd::new(&input, PollFlags::IN)];
         if poll(&mut fds, Some(&wait)).is_ok_and(|ready| ready > 0) {
             return true;

@@ -63,7 +63,7 @@ struct Row {
     served: bool,
     /// Why it is not served; none for a good image.
     reason: Option<String>,
-    /// What it can do now; none where nobody serves it.
+    /// What it can do now; none where no daemon serves it.
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<String>,
     /// The loop devices over it.

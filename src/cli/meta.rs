@@ -159,7 +159,7 @@ fn pack(path: &Path, to: &Path) -> Result<()> {
         }
     }
     for (name, file, kind) in files(path, layered.as_ref())? {
-        // A file that lies elsewhere comes along; the descriptor then tells where it was.
+        // A file that lies elsewhere comes along; the descriptor then says where it was.
         let name = Path::new(&name).file_name().unwrap_or_default().to_owned();
         let to = if layered.is_some() { to.join(name) } else { to.to_owned() };
         match kind {

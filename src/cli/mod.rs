@@ -126,9 +126,9 @@ pub enum Command {
     Clone(clone::Args),
     /// List the ranges that may differ between two snapshots of an image
     ///
-    /// Nothing has to be prepared and no data is read: the maps of the files that are not part of both tell. Whole clusters
-    /// are listed; what is not listed is equal. What only the larger of two disks has counts as different. TO may be left
-    /// out: the live disk, as it is now.
+    /// Nothing has to be prepared and no data is read: the maps of the files that are not part of both have it. Whole
+    /// clusters are listed; what is not listed is equal. What only the larger of two disks has counts as different. TO
+    /// may be left out: the live disk, as it is now.
     Diff(diff::Args),
     /// Write a snapshot as a stream: all of it, or what has changed since an older one
     ///
@@ -145,16 +145,17 @@ pub enum Command {
     /// Make an image from a backup, or bring it up to date with an incremental one
     ///
     /// Of a full backup a new image is made, with the snapshot that was backed up. An incremental one is applied on an image
-    /// whose newest snapshot is its base, whose disk has not been written since, and which nobody has open; its snapshot is
-    /// the newest one then, and the disk stands on it. Any other image is refused. Nothing can be seen of it before the whole
-    /// stream was read and every checksum was right; if it is cut off or damaged (exit status 3), all is as before.
+    /// whose newest snapshot is its base, whose disk has not been written since, and which is not in use; its snapshot
+    /// is the newest one then, and the disk stands on it. Any other image is refused. Nothing can be seen of it before
+    /// the whole stream was read and every checksum was right; if it is cut off or damaged (exit status 3), all is as
+    /// before.
     Restore(restore::Args),
     /// Make an image from a raw file, a block device, a pipe, or a qcow2, VMDK, VHDX, VHD, VDI or QED file
     ///
     /// Holes and zeroes take no space, and the disk keeps its size, to the sector. Formats other than raw are read by the
     /// programs qemu-img and qemu-nbd, which must be installed. What looks like a format that is not read here, or is
     /// compressed, is refused unless --format raw says that it is a disk all the same. A file that names others (an overlay's base, a file with the data) is refused without
-    /// --with-backing or --layers: whoever wrote it chose which files of this machine would be read. The image appears
+    /// --with-backing or --layers: its author would choose which files of this machine are read. The image appears
     /// whole, or not at all; nothing is ever replaced.
     Import(import::Args),
     /// Write an image or a snapshot to a new raw or qcow2 file, into a pipe, or to a block device
@@ -174,17 +175,18 @@ pub enum Command {
     /// read the whole disk. QEMU reads the bitmap, and what QEMU writes ends the tracking. ploop 1.15, which knows no bitmaps,
     /// takes the image for one that was not closed, and its check -f cuts the bitmap off.
     ///
-    /// Of snapshots, ploopfs diff and ploopfs backup tell the changes without any tracking.
+    /// Of snapshots, ploopfs diff and ploopfs backup find the changes without any tracking.
     Cbt(cbt::Args),
     /// Make a disk larger, also while it is in use
     ///
-    /// Loop devices over it are told. A disk is not made smaller: that would cut off what the guest keeps there.
+    /// Loop devices over it get the new size. A disk is not made smaller: that would cut off what the guest keeps
+    /// there.
     Resize(resize::Args),
     /// Check an image for damage and leaks, and repair it
     ///
     /// IMAGE is looked up as given, then with .hds, .hdd and .raw behind it. Without --repair nothing is written. Exit
     /// status 0: nothing worse than leaks or a left-over in-use mark (both are said); 3: damage, and with --repair: damage
-    /// that is left; 4: somebody has the image open.
+    /// that is left; 4: another process has the image open.
     ///
     /// --repair gives leaks back, finishes what a crash interrupted, clears a left-over in-use mark, corrects a header where
     /// the rest of the file proves what it was, and takes BAT entries away that point nowhere: what the disk lost by that is

@@ -54,9 +54,9 @@ pub struct Args {
     /// Let files be made, grown, renamed, removed and cloned through the mount
     ///
     /// `truncate -s 20G new.img` and `fallocate` of a new file make a thin image, `truncate` to a larger size grows a disk
-    /// (a smaller one is refused), `mv` renames an image that nobody uses and never replaces one, `rm` removes one that
-    /// is not in use, `cp vm1.img vm2.img` makes a clone, and `chmod` and `chown` change the image's file. Without this each
-    /// of them is refused (EPERM).
+    /// (a smaller one is refused), `mv` renames an image that is not in use and never replaces one, `rm` removes one
+    /// that is not in use, `cp vm1.img vm2.img` makes a clone, and `chmod` and `chown` change the image's file. Without
+    /// this each of them is refused (EPERM).
     #[arg(long)]
     manage: bool,
     /// Let the kernel read and write raw images in the daemon's place (FUSE passthrough: Linux 6.9, root)
@@ -64,9 +64,9 @@ pub struct Args {
     /// Reads, writes and mappings of an image NAME.raw then go straight to its file on the host and cost what they cost
     /// there; fsync, discards and the like still come to the daemon. All other images are served as ever, and so is a raw
     /// one where the kernel or the host cannot do it (the log says why). While such an image is open, snapshots, clones,
-    /// backups and changes of size of it are refused, since nobody could stop its writes: close it first, or mount without
-    /// this. Not counted by `top` and the metrics, not held back when the host is full (--on-full), and a write behind the
-    /// disk's end makes it longer, as on the host. Not together with --cache direct.
+    /// backups and changes of size of it are refused, because its writes could not be stopped: close it first, or mount
+    /// without this. Not counted by `top` and the metrics, not held back when the host is full (--on-full), and a write
+    /// behind the disk's end makes it longer, as on the host. Not together with --cache direct.
     #[arg(long)]
     passthrough: bool,
     /// Do not confine the daemon
@@ -210,7 +210,7 @@ fn with_options(args: Args, words: impl Iterator<Item = OsString>) -> anyhow::Re
         .map_err(|e| Error::new(Kind::Invalid, format!("in -o: {}", first_line(&e))).into())
 }
 
-/// What is wrong, without the advice for a command line that follows: nobody typed one of these.
+/// What is wrong, without the advice for a command line that follows: mount(8) wrote these options, not a person.
 fn first_line(e: &clap::Error) -> String {
     let text = e.render().to_string();
     let line = text.lines().next().unwrap_or_default();
@@ -221,8 +221,8 @@ fn first_line(e: &clap::Error) -> String {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let args = with_options(args, std::env::args_os())?;
     if args.passthrough && args.cache == Cache::Direct {
-        let why = "with --passthrough whoever opens a raw image decides what the host caches (O_DIRECT), and --cache direct \
-                   cannot hold; leave one of them out";
+        let why = "with --passthrough each opener of a raw image decides what the host caches (O_DIRECT), and --cache \
+                   direct cannot hold; leave one of them out";
         return Err(Error::new(Kind::Invalid, why).into());
     }
     if args.transport == Transport::Uring {
@@ -257,7 +257,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if !begun.notes.is_empty() {
         let notes = begun.notes.iter().map(|note| format!("\n  {}", out::printable(note)));
         let block = format!("mounted, without these (also in the log):{}", notes.collect::<String>());
-        // Nobody is left to hear it where stderr is closed.
+        // Where stderr is closed the notes are in the log alone.
         let _ = writeln!(std::io::stderr(), "ploopfs: {block}");
     }
     Ok(Outcome::Done)

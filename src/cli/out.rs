@@ -40,7 +40,7 @@ impl Stream {
         Stream(Some(BufWriter::new(io::stdout().lock())))
     }
 
-    /// Writes `text`; false: nobody reads any more.
+    /// Writes `text`; false: the reader has gone.
     pub fn write(&mut self, text: &str) -> anyhow::Result<bool> {
         self.step(|stdout| stdout.write_all(text.as_bytes()))
     }

@@ -150,7 +150,7 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
 }
 
 /// Repairs an image of several files, and returns what a check says then:
-/// 1. every delta is looked at, so that nothing is begun while somebody has one open;
+/// 1. every delta is looked at, so that nothing is begun while another process has one open;
 /// 2. every delta is repaired by itself, under the descriptor's lock and its own;
 /// 3. the descriptor's cluster size, where all deltas agree on another one;
 /// 4. where nothing is damaged any more, what a crash interrupted is finished, by the code that does it live: files that

@@ -27,20 +27,20 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let path = target::find(&args.image)?;
     let done = work::carry_out(&path, &Work::Resize { size: args.size }, args.pace)?;
-    let told = tell_loops(&path)?;
+    let devices = update_loops(&path)?;
     snapshot::say(&done)?;
     let size = size::human(done.size.unwrap_or(args.size));
     let mut text = format!("{}: {size}\n", out::printable(&args.image.to_string_lossy()));
-    for device in told {
+    for device in devices {
         text += &format!("{}: {size}\n", device.display());
     }
     out::text(&text)?;
     Ok(Outcome::Done)
 }
 
-/// Tells the loop devices over the image its new size. Here and not in the daemon, which must never call a device that
+/// Gives the loop devices over the image its new size. Here and not in the daemon, which must never call a device that
 /// asks it back.
-fn tell_loops(path: &Path) -> Result<Vec<PathBuf>> {
+fn update_loops(path: &Path) -> Result<Vec<PathBuf>> {
     let Some(live) = served::image(path)? else { return Ok(Vec::new()) };
     let devices = loopdev::over(&live.shown)?;
     if !devices.is_empty() {

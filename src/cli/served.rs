@@ -188,7 +188,7 @@ pub fn serving(path: &Path) -> Result<Option<(Daemon, ImageLine)>> {
 }
 
 /// True when the mount that serves the image at `path` has it open so that `counts`, and not only for a moment more: the
-/// kernel tells a daemon of a close after close(2) has returned, and a command's own close comes with a sync.
+/// kernel sends a daemon the close after close(2) has returned, and a command's own close comes with a sync.
 pub(crate) fn stays_open(path: &Path, counts: impl Fn(&ImageLine) -> bool) -> Result<bool> {
     let deadline = Instant::now() + CLOSING;
     while serving(path)?.is_some_and(|(_, image)| image.openers > 0 && counts(&image)) {

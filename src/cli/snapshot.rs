@@ -64,7 +64,7 @@ enum What {
     },
     /// Go back to a snapshot; what the disk has had since then is lost, unless a snapshot has it
     ///
-    /// Nobody may have the disk open.
+    /// Refused while the disk is open.
     Switch {
         #[command(flatten)]
         which: Named,
@@ -162,7 +162,7 @@ fn create(path: &Path, name: Option<String>, freeze: bool) -> Result<String> {
     let name = done?.name.unwrap_or_default();
     if !in_time {
         let what = format!(
-            "the snapshot {name} was made, but its file system was thawed before (after 10 s, or by somebody else): \
+            "the snapshot {name} was made, but its file system was thawed before (after 10 s, or by another program): \
              it is as after a power cut"
         );
         return Err(Error::at(Kind::Io, path, what));

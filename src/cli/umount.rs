@@ -22,7 +22,7 @@ use crate::io::process;
 use crate::io::unmount::unmount_this;
 use crate::words::quoted;
 
-/// How long the kernel may take to let go of a loop device that nothing uses: udev may be looking at it.
+/// How long the kernel may take to release a loop device that nothing uses: udev may be looking at it.
 const LET_GO: Duration = Duration::from_secs(5);
 /// How long a user that cannot be seen is waited for: a program that looks at other processes' open files (another `umount`,
 /// lsof) holds the mount for as long as one look takes, and so does a file that has just been closed.
@@ -299,7 +299,7 @@ fn busy(mount: &Mount) -> Error {
     )
 }
 
-/// The daemon behind a mount, asked to tell its end.
+/// The daemon behind a mount, which was asked to report its end.
 struct Daemon<'a> {
     mount: &'a Mount,
     /// The folder that it serves, as it is called now.

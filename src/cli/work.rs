@@ -196,7 +196,7 @@ fn watch<T: Send + 'static>(
     }
 }
 
-/// The snapshots of the image at `path`, whoever serves it.
+/// The snapshots of the image at `path`, served or at rest.
 pub fn snapshots(path: &Path) -> Result<Vec<SnapshotLine>> {
     match Executor::of(path)? {
         Executor::Live(mut daemon, name) => daemon.client.snapshots(&name),

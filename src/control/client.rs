@@ -53,7 +53,7 @@ impl Client {
             client.bound(Some(GREETING))?;
             let answer = match client.send(Op::Hello).and_then(|()| client.receive()) {
                 Ok(Some(answer)) => answer,
-                // It was just dying: nobody is behind the socket any more.
+                // It was just dying: no process is behind the socket any more.
                 Ok(None) => continue,
                 Err(e) if matches!(e.errno(), libc::ECONNRESET | libc::EPIPE) => continue,
                 Err(e) => return Err(e),
@@ -149,7 +149,7 @@ impl Client {
         }
     }
 
-    /// Asks to be told how it ended; [`Waiting::end`] then waits for it.
+    /// Asks how it will have ended; [`Waiting::end`] then waits for the answer.
     pub fn wait(mut self) -> Result<Waiting> {
         self.bound(None)?;
         self.send(Op::Wait)?;
@@ -244,7 +244,7 @@ fn connect(place: &ControlPlace) -> io::Result<Option<UnixStream>> {
 /// The process that listens, if it is root's or ours. The kernel names it, as it was when it began to listen.
 fn trust(stream: &UnixStream, socket: &Path) -> Result<u32> {
     let peer = sockopt::socket_peercred(stream)
-        .map_err(|e| Error::io(&e.into(), socket, "cannot tell who answers here"))?;
+        .map_err(|e| Error::io(&e.into(), socket, "cannot find out who answers here"))?;
     let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
     if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
         return Ok(pid);
@@ -257,7 +257,7 @@ fn trust(stream: &UnixStream, socket: &Path) -> Result<u32> {
     Err(Error::at(Kind::Access, socket, what))
 }
 
-/// The kind of a failure that the daemon told; the other way round than [`Answer::failed`].
+/// The kind of a failure that the daemon reported; the other way round than [`Answer::failed`].
 fn kind_of(answer: &Answer) -> Kind {
     match (answer.status, answer.errno) {
         (2, _) => Kind::Invalid,
@@ -270,7 +270,7 @@ fn kind_of(answer: &Answer) -> Kind {
     }
 }
 
-/// A daemon that was asked to tell its end.
+/// A daemon that was asked to report its end.
 #[derive(Debug)]
 pub struct Waiting(Client);
 

@@ -1,6 +1,6 @@
 //! Where the daemon of an images folder keeps its socket and its log: `.ploopfs/` in the folder, or, where the
 //! folder cannot be written or its file system is full, a folder under `/run` named by the device and inode of the images folder, so that
-//! every command finds it without being told.
+//! every command finds it by itself.
 
 use std::fs::DirBuilder;
 use std::io::{ErrorKind, Write};
@@ -88,7 +88,7 @@ impl ControlPlace {
         Ok(ControlPlace { fd, path, inside: true, full: false })
     }
 
-    /// Only where it is ours or root's: the folder around it may be anyone's.
+    /// Only where it is ours or root's: the folder around it may be any user's.
     fn open_outside(path: PathBuf) -> Result<ControlPlace> {
         let fd = foreign::folder_in(&rustix::fs::CWD, &path).map_err(|e| cannot_open(&e, &path))?;
         let owner = rustix::fs::fstat(&fd).map_err(|e| cannot_open(&e.into(), &path))?.st_uid;

@@ -127,8 +127,8 @@ pub struct Hello {
     /// True once the mount has ended and its images are being closed.
     #[serde(default)]
     pub closing: bool,
-    /// The file system's device number, major and minor, in the kernel's table of mounts. It tells this daemon's mount from one
-    /// that another daemon made of a folder that had the same path before.
+    /// The file system's device number, major and minor, in the kernel's table of mounts. It distinguishes this
+    /// daemon's mount from one that another daemon made of a folder that had the same path before.
     #[serde(default)]
     pub device: Option<(u32, u32)>,
 }
@@ -150,7 +150,7 @@ pub struct ImageLine {
     pub served: bool,
     /// Why it is not served, or served read-only.
     pub reason: Option<String>,
-    /// What it can do now: `write`, `full-queue`, `full-error`, `read-only`, or `closed` while nobody has it open.
+    /// What it can do now: `write`, `full-queue`, `full-error`, `read-only`, or `closed` while it is not open.
     pub mode: String,
     /// Number of open handles.
     pub openers: u64,

@@ -19,8 +19,8 @@ use crate::error::{Error, Kind, Result};
 use crate::io::foreign;
 use crate::io::process::{spawn_detached as spawn, spawn_or_run};
 
-/// Clients at a time; each costs a thread. Most commands are short, but `umount` and whoever watches a long piece of
-/// work keep theirs: enough that many images are worked on at once, and one more can be told to cancel.
+/// Clients at a time; each costs a thread. Most commands are short, but `umount` and the client of a long piece of
+/// work keep theirs: enough that many images are worked on at once, and one more client can cancel.
 const MAX_CLIENTS: usize = 64;
 /// How long a client may say nothing, or not take its answer. A command speaks at once.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -35,7 +35,7 @@ pub trait Service: Send + Sync + 'static {
 pub trait Caller {
     /// True when the client hung up.
     fn gone(&self) -> bool;
-    /// Tells it how far the work has come. That it does not listen is noticed by [`gone`](Self::gone).
+    /// Reports how far the work has come. That it does not listen is noticed by [`gone`](Self::gone).
     fn report(&self, progress: Amount);
 }
 
@@ -58,7 +58,7 @@ impl Caller for &UnixStream {
     }
 }
 
-/// A bound socket that nobody is answered on yet. Binding belongs before the first thread, serving behind it.
+/// A bound socket on which no client is answered yet. Binding belongs before the first thread, serving behind it.
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
@@ -139,7 +139,7 @@ fn admit(client: UnixStream, service: &Arc<dyn Service>, clients: &Arc<AtomicUsi
 /// Only our own user and root may give orders; the mode of the socket says so too, but it can be changed.
 fn trust(client: &UnixStream) -> Result<()> {
     let peer = rustix::net::sockopt::socket_peercred(client)
-        .map_err(|e| Error::new(Kind::Access, format!("cannot tell who asks: {e}")))?;
+        .map_err(|e| Error::new(Kind::Access, format!("cannot find out who asks: {e}")))?;
     if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
         return Ok(());
     }
@@ -151,7 +151,7 @@ fn patience(client: &UnixStream) -> Result<()> {
     set.map_err(|e| Error::new(Kind::Io, format!("cannot bound the wait for a client: {e}")))
 }
 
-/// The client may be gone already, and nobody else wants to know.
+/// The client may be gone already; then the refusal is lost, and is no loss.
 fn refuse(mut client: UnixStream, e: &Error) {
     let _ = send(&mut client, &Answer::failed(e));
 }

@@ -18,7 +18,8 @@ use crate::error::Result;
 use crate::io::process::spawn_detached as spawn;
 use crate::vdisk;
 
-/// Events on their way to the program; more are dropped, because a program that hangs must hold up nobody.
+/// Events on their way to the program; more are dropped, because a program that hangs must not hold up a thread of the
+/// daemon.
 const MAX_WAITING: usize = 64;
 /// How long the program may run. It is meant to send a message, not to make room.
 const PATIENCE: Duration = Duration::from_secs(60);

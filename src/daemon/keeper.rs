@@ -39,14 +39,14 @@ const LOOK_AROUND: Duration = Duration::from_secs(5);
 /// A moment, unless the mount point hangs.
 pub(super) const LAST_MOMENTS: Duration = Duration::from_secs(10);
 
-/// The hidden command `keeper`: a keeper in a session of its own, told its settings on standard input.
+/// The hidden command `keeper`: a keeper in a session of its own; its settings come on standard input.
 pub fn main() -> ExitCode {
     process::close_inherited();
     let begun = begin_in_background();
     let settings = match begun {
         Ok(settings) => settings,
         Err(e) => {
-            // The command line may be gone; there is nobody else to tell.
+            // The command line may be gone; no other process waits for the outcome.
             let _ = wire::put(&mut io::stdout(), &wire::failure(&e));
             return ExitCode::from(e.kind().exit_status());
         }
@@ -66,15 +66,15 @@ fn begin_in_background() -> Result<Settings> {
     Ok(settings)
 }
 
-/// Who is told that the mount works.
+/// Where the outcome of the start goes.
 pub trait Report {
-    /// Passes the first note on. False: nobody listens any more.
+    /// Passes the first note on. False: the reader has gone.
     fn first(&mut self, note: &Note) -> bool;
     /// True when messages belong on stderr instead of in the log file.
     fn in_front(&self) -> bool;
 }
 
-/// Reports over standard output, then lets go of the command line's pipes.
+/// Reports over standard output, then closes the command line's pipes.
 struct Background;
 
 impl Report for Background {
@@ -209,7 +209,7 @@ impl<'a> Keeper<'a> {
                     // it was reported as failed.
                     self.send_standby(&StandbyNote::Started);
                     if !heard {
-                        // Nobody waits for this mount any more.
+                        // The command that asked for this mount is gone.
                         self.signal_daemon();
                     }
                 }
@@ -400,7 +400,7 @@ impl<'a> Keeper<'a> {
     }
 
     /// After the daemon's end: every look at the mount point gets ENOTCONN, so it goes away, and what still has files open
-    /// there is named, because nothing else will tell.
+    /// there is named, because no other process names it.
     fn clean_up(&self, how: &str, in_front: bool) {
         let left = self.mount.as_ref().map(|mount| mount.left(self.settings)).unwrap_or_default();
         let hanging: Vec<Holder> = left.first().map(holders::of).unwrap_or_default();
@@ -454,7 +454,7 @@ fn listen(mut from: impl BufRead, to: &Sender<Happening>) {
             return;
         }
     }
-    // The keeper ends when nobody receives any more.
+    // The keeper ends when the receiver is gone.
     let _ = to.send(Happening::Silent);
 }
 

@@ -19,7 +19,7 @@ use crate::io::unmount::unmount_this;
 use crate::sync::plain::lock;
 use crate::words::quoted;
 
-/// Notes on their way to the keeper; more events are dropped, because no thread waits for a person to be told.
+/// Notes on their way to the keeper; more events are dropped, because no thread waits until a person has read one.
 const MAX_NOTES: usize = 256;
 /// How long the keeper may take; an unmount is the longest that it is asked for.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -76,7 +76,7 @@ impl Link {
         Link { notes: bounded(MAX_NOTES), answers: bounded(4), asking: Mutex::new(()), confined, gone }
     }
 
-    /// What the engine calls with its events; blocks nobody.
+    /// What the engine calls with its events; never blocks.
     pub(super) fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
         let notes = self.notes.0.clone();
         Box::new(move |event| {
@@ -130,7 +130,7 @@ impl Link {
         }
     }
 
-    /// Who holds files of the mount open, in words; empty when nobody can tell.
+    /// Who holds files of the mount open, in words; empty where the keeper does not answer.
     pub(super) fn holders(&self) -> Vec<String> {
         match self.ask(Note::Holders) {
             Some(Order::Holders(who)) => who,

@@ -165,7 +165,7 @@ pub(super) fn open(place: Option<&ControlPlace>) -> Result<()> {
     let pipe = Pipe { sink: slot.clone(), way: way.clone() };
     let started = env_logger::Builder::new()
         .filter_level(log::LevelFilter::Info)
-        // fuser tells of every request at debug, and warns of what our own messages say better.
+        // fuser logs every request at debug, and warns of what our own messages say better.
         .filter_module("fuser", log::LevelFilter::Error)
         .parse_env("PLOOPFS_LOG")
         .target(env_logger::Target::Pipe(Box::new(pipe)))

@@ -1,4 +1,4 @@
-//! What a service manager is told: sd_notify(3), a datagram to the socket that it names in the environment.
+//! Reports to a service manager: sd_notify(3), a datagram to the socket that it names in the environment.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Write};
@@ -43,7 +43,7 @@ pub(super) fn watchdog() -> Option<Duration> {
 fn report(state: &str) {
     let Some(socket) = std::env::var_os(SOCKET) else { return };
     if let Err(e) = send(&socket, state) {
-        // Who waits for the word gives up after a time, and this is why. Nobody may be left to read it.
+        // The service manager gives up after a time, and this is why. A closed stderr loses it.
         let _ = writeln!(io::stderr(), "ploopfs: {SOCKET}={}: {e}", socket.display());
     }
 }

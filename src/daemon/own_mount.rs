@@ -122,14 +122,14 @@ impl OwnMount {
     /// After the daemon's end: takes away all that is left. What something else lies over cannot be reached, nor be in
     /// the way, until that is gone: then it would be a dead mount, so it is waited for, and `say` is called once.
     pub fn bury(&self, settings: &Settings, mut say: impl FnMut(&str)) {
-        let mut told = false;
+        let mut said = false;
         while let Some(covered) = self.take_away(settings, &mut say) {
-            if !told {
+            if !said {
                 let point = covered.point.display();
                 say(&format!(
                     "{point}: something was mounted over the dead mount, which goes when that is gone"
                 ));
-                told = true;
+                said = true;
             }
             sleep(LOOK);
         }

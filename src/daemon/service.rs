@@ -17,7 +17,7 @@ use crate::image::kind::in_text;
 use crate::tree::{Document, MountInfo, Sandbox, document};
 use crate::vdisk::live::Work;
 
-/// What tells this daemon and its mount from others.
+/// What distinguishes this daemon and its mount from others.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Identity {
     /// Process id of the keeper: our parent when we started.
@@ -138,7 +138,7 @@ impl Service for Desk {
                     Some(result) => {
                         self.answer(result, |done| Answer { done: Some(done.into()), ..Answer::done() })
                     }
-                    // Nobody hears it.
+                    // The client is gone.
                     None => Answer::done(),
                 }
             }

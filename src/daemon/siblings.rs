@@ -14,15 +14,15 @@ pub(super) fn command(what: &str, settings: &Settings) -> Command {
     command
 }
 
-/// Lets go of the pipe to the command line. Should it fail, the pipe stays open, which only a shell that collects our output
-/// notices.
+/// Closes the pipe to the command line. Should it fail, the pipe stays open, which only a shell that collects our
+/// output notices.
 pub(super) fn let_go_of_output() {
     if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
         let _ = rustix::stdio::dup2_stdout(&null);
     }
 }
 
-/// Lets go of the pipe from the command line, which has said all.
+/// Closes the pipe from the command line, which has said all.
 pub(super) fn let_go_of_input() {
     if let Ok(null) = std::fs::File::open("/dev/null") {
         let _ = rustix::stdio::dup2_stdin(&null);

@@ -49,7 +49,7 @@ pub struct Standby {
 }
 
 impl Standby {
-    /// Starts it for a daemon that has not been told its settings.
+    /// Starts it for a daemon that has not got its settings yet.
     pub fn start(settings: &Settings, daemon: &Child) -> Result<Standby> {
         let failed = |e: io::Error| Error::new(Kind::Io, format!("cannot start the standby: {e}"));
         let pid = i32::try_from(daemon.id()).ok().and_then(Pid::from_raw);

@@ -32,14 +32,14 @@ use crate::vdisk::Engine;
 /// Descriptors that a mount should be able to have: two for each of some ten thousand images in use.
 const DESCRIPTORS: u64 = 32_768;
 
-/// The hidden command `daemon`: serves one folder, told its settings on standard input.
+/// The hidden command `daemon`: serves one folder; its settings come on standard input.
 pub fn main() -> ExitCode {
     process::close_inherited();
     let mut keeper_says = link::from_keeper();
     match begin(&mut keeper_says).and_then(|settings| serve(settings, keeper_says)) {
         Ok(never) => match never {},
         Err(e) => {
-            // A keeper that is gone has nobody to pass it on to.
+            // A keeper that is gone passes nothing on.
             let _ = link::send(&wire::failure(&e));
             ExitCode::from(e.kind().exit_status())
         }
@@ -57,7 +57,7 @@ fn begin(keeper_says: &mut FromKeeper) -> Result<Settings> {
     })?;
     // A name for `ps`; without it we are called "exe".
     let _ = process::name_this_thread("ploopfs");
-    // What we make (log, socket, lock) is nobody else's business.
+    // What we make (log, socket, lock) is for this user alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     Ok(settings)
 }
@@ -76,7 +76,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     log::open((!settings.foreground).then_some(&place))?;
 
     let link = Arc::new(Link::new());
-    // An open that finds a lock is answered before anybody looks for whose it is.
+    // An open that finds a lock is answered before the holder is looked for.
     holder::name_later();
     let mut options = settings.engine();
     if transport == Transport::Uring {
@@ -163,7 +163,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     } else {
         Sandbox::default()
     };
-    // Set by nobody else.
+    // Set here alone.
     let _ = confined.set(active);
 
     let keeper = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());

@@ -1,6 +1,6 @@
 //! The end of a mount, however it comes (docs/design.md#ends).
 //!
-//! - The connection ended (anyone's umount, and the last file closed): every image is closed, the daemon ends.
+//! - The connection ended (an umount by any user, and the last file closed): every image is closed, the daemon ends.
 //! - SIGTERM, SIGINT or `stop` on the control socket: everything is synced. With no file open the mount is taken
 //!   away and the first case follows. Else the daemon goes on, opens nothing new, says who holds on, and ends with
 //!   the last close.
@@ -28,7 +28,7 @@ use crate::sync::plain::{lock, wait_timeout};
 const LOOK: Duration = Duration::from_millis(100);
 /// How long the connection may take to end after an unmount that succeeded.
 const LAST_MOMENTS: Duration = Duration::from_secs(2);
-/// How long clients that were told the end may take to hear it.
+/// How long clients may take to read that the end has come.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How long closing may take once the end is forced: all that is unsynced goes to the disk, at most 256 MiB an image.
 /// Service managers give us as long ([`notify::stopping`](super::notify::stopping)).

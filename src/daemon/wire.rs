@@ -136,8 +136,8 @@ pub fn put(out: &mut impl Write, what: &impl Serialize) -> io::Result<()> {
     out.flush()
 }
 
-/// Reads one line; None at the end. [`is_odd`] tells a line that was no such object, or too long, from a broken connection:
-/// it is read to its end, and the next call reads the next.
+/// Reads one line; None at the end. [`is_odd`] separates a line that was no such object, or too long, from a broken
+/// connection: it is read to its end, and the next call reads the next.
 pub fn get<T: DeserializeOwned>(from: &mut impl BufRead) -> io::Result<Option<T>> {
     let mut line = Vec::new();
     from.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)?;

@@ -17,7 +17,7 @@ use crate::sync::plain::lock;
 use crate::vdisk::live::{Done, Work};
 
 /// How often a client hears how far the work is: five times a second looks smooth to a person.
-const TELL: Duration = Duration::from_millis(200);
+const REPORT_EVERY: Duration = Duration::from_millis(200);
 
 /// What is under way, by image. A leaf.
 type Table = Arc<Mutex<HashMap<String, Arc<Progress>>>>;
@@ -57,7 +57,7 @@ impl Works {
         }))
     }
 
-    /// Begins `work` with the image `name`, and tells `caller` how it goes. None: the caller went away; the work
+    /// Begins `work` with the image `name`, and reports to `caller` how it goes. None: the caller went away; the work
     /// goes on. `rate` in bytes per second.
     pub(super) fn carry_out(
         &self,
@@ -88,7 +88,7 @@ impl Works {
             return Some(Err(e));
         }
         loop {
-            match receive.recv_timeout(TELL) {
+            match receive.recv_timeout(REPORT_EVERY) {
                 Ok(result) => return Some(result),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Some(Err(Error::new(Kind::Io, "the work was abandoned (see the log)")));

@@ -105,7 +105,7 @@ impl Layered {
         Ok(Some(bytes))
     }
 
-    /// Why a mount would not serve it, or what a look tells of damage.
+    /// Why a mount would not serve it, or what a look finds of damage.
     pub fn glance(&self) -> Result<()> {
         glance::layers(self.dir.as_fd(), &self.folder, &self.descriptor, &self.labels, false)
     }

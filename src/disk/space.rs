@@ -44,7 +44,7 @@ impl Order {
     /// Of all places where one cluster follows another, how many in a hundred are jumps.
     pub fn fragmentation(&self) -> f64 {
         let places = self.mapped.saturating_sub(1).max(1);
-        // A tenth is as fine as anybody reads.
+        // A tenth is fine enough to read.
         (self.pieces.saturating_sub(1) as f64 / places as f64 * 1000.0).round() / 10.0
     }
 }
@@ -67,7 +67,7 @@ pub struct Freed {
     pub name: String,
     /// Space that its own file takes on the host, in bytes.
     pub exclusive: u64,
-    /// Bytes that only it needs: nobody above sees them.
+    /// Bytes that only it needs: the level above hides them.
     pub reclaimable: u64,
     /// Why nothing of it comes back.
     pub why_not: Option<String>,

@@ -25,7 +25,7 @@ pub(super) struct Bell {
     asked: AtomicU64,
     /// Protects up to which asking it has heard everything. A leaf.
     heard: Mutex<u64>,
-    told: Condvar,
+    answered: Condvar,
 }
 
 impl Bell {
@@ -35,7 +35,7 @@ impl Bell {
             ending: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             heard: Mutex::new(0),
-            told: Condvar::new(),
+            answered: Condvar::new(),
         })
     }
 
@@ -55,7 +55,7 @@ impl Bell {
         let asked = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
         self.ring();
         let heard = locked(&self.heard);
-        let waited = self.told.wait_timeout_while(heard, PATIENCE, |heard| *heard < asked);
+        let waited = self.answered.wait_timeout_while(heard, PATIENCE, |heard| *heard < asked);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -81,7 +81,7 @@ impl Bell {
         let mut heard = locked(&self.heard);
         *heard = (*heard).max(asked);
         drop(heard);
-        self.told.notify_all();
+        self.answered.notify_all();
     }
 }
 
@@ -99,7 +99,7 @@ impl Watcher {
     /// Ends the thread and waits for it.
     pub(super) fn stop(self) {
         self.bell.end();
-        // The last one to let go of a folder may be the thread itself.
+        // The last holder of a folder may be the thread itself.
         if self.thread.thread().id() != thread::current().id() && self.thread.join().is_err() {
             log::error!("the watching thread has panicked");
         }

@@ -1,5 +1,5 @@
-//! What the folder tells the tree that shows it: names that went, disks that are not what they were. The kernel keeps names
-//! and attributes for a second, and only this takes them back before.
+//! What the folder announces to the tree that shows it: names that went, disks that are not what they were. The kernel
+//! keeps names and attributes for a second, and only this takes them back before.
 
 use std::ffi::OsStr;
 

@@ -16,11 +16,11 @@ pub(super) struct Incumbent {
     pub file: OsString,
     /// Its file.
     pub identity: Identity,
-    /// Somebody has it open, or is about to: it stays served whatever happens in the folder.
+    /// An opener has it, or is about to: it stays served whatever happens in the folder.
     pub open: bool,
 }
 
-/// What becomes of everybody.
+/// What becomes of all of them.
 #[derive(Debug, Default)]
 pub(super) struct Verdict {
     /// Goes on being served, from this claim.

@@ -1,5 +1,5 @@
-//! Uses that are just ending: the kernel tells of a close after close(2) has returned, and the image is synced then. What
-//! needs an image, or a snapshot, that nobody has open waits a little before it refuses: `losetup -d` and the command
+//! Uses that are just ending: the kernel sends a close after close(2) has returned, and the image is synced then. What
+//! needs an image, or a snapshot, that is not open waits a little before it refuses: `losetup -d` and the command
 //! behind it in a script are not to meet.
 
 use std::time::{Duration, Instant};

@@ -16,7 +16,7 @@ pub(super) trait Stage {
     fn make_writable(&self, live: &Self::Live) -> Result<()>;
     /// Refuses writing opens of an image that has become read-only since.
     fn check_writable(&self, live: &Self::Live) -> Result<()>;
-    /// After the last opener: drains, syncs, clears the mark, lets go of locks and files.
+    /// After the last opener: drains, syncs, clears the mark, releases locks and files.
     fn close(&self, live: Self::Live) -> Result<()>;
 }
 
@@ -91,7 +91,7 @@ impl<L: Clone> Counted<L> {
         if self.openers == 0 { self.close(stage) } else { None }
     }
 
-    /// Closes whoever has it open; their tickets count for nothing from now on. None when it was closed.
+    /// Closes it under its openers; their tickets count for nothing from now on. None when it was closed.
     pub(super) fn close<S: Stage<Live = L>>(&mut self, stage: &S) -> Option<Result<()>> {
         let live = self.live.take()?;
         self.openers = 0;
@@ -109,7 +109,7 @@ impl<L: Clone> Counted<L> {
         matches!(self.writable, Some(Ok(())))
     }
 
-    /// Why it cannot be written although somebody asked.
+    /// Why it cannot be written although an opener asked for that.
     pub(super) fn damage(&self) -> Option<&Error> {
         self.writable.as_ref()?.as_ref().err()
     }

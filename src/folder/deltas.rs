@@ -33,10 +33,10 @@ pub(super) struct Deltas {
 }
 
 /// The place of one file. Protects that it is opened once for all its users. Held across that open, its locks, and the end of
-/// a use of ours that has begun (which takes no lock). Behind the table, which is let go of by then.
+/// a use of ours that has begun (which takes no lock). Behind the table, which is released by then.
 type FilePlace = Mutex<Leased<HeldDelta>>;
 
-/// One file as long as anybody here uses it. Dropping it gives the lock back at once, also while somebody still looks
+/// One file as long as it has a user here. Dropping it gives the lock back at once, also while a reader still looks
 /// at the file: our own next open would take a lock that lingers for a stranger's.
 struct HeldDelta {
     file: Arc<dyn HostFile>,
@@ -200,7 +200,7 @@ mod tests {
         assert!(Arc::ptr_eq(&a.file, &b.file));
         let others = Deltas::new(false, false, None);
         assert!(open(&others, &dir, "b").is_err(), "another user is kept out");
-        // Somebody still looks at the file; the lock goes with the last user all the same.
+        // A reader still looks at the file; the lock goes with the last user all the same.
         let looker = Arc::clone(&a.file);
         drop((a, b));
         open(&others, &dir, "a").expect("free again");

@@ -28,7 +28,8 @@ use crate::vdisk::{Image, Mode, Stats};
 /// Behind the path of a file that is gone.
 const GONE: &str = " (deleted)";
 /// What is said of an image that was writable and no longer is.
-pub(super) const FAILED: &str = "can no longer be written (the log says why) until everybody has closed it";
+pub(super) const FAILED: &str =
+    "can no longer be written (the log says why) until its last user has closed it";
 
 /// Answer of an open, from a thread of the engine.
 pub(super) type OpenDone = Box<dyn FnOnce(Result<OpenImage>) + Send>;
@@ -48,9 +49,9 @@ pub struct Entry {
     pub(super) questions: Arc<Strand>,
     /// A look at all images has asked about it, and has no answer yet.
     pub(super) asked: AtomicBool,
-    /// Protects the count; only jobs of the strand lock it, so nobody ever waits. Before every other lock.
+    /// Protects the count; only jobs of the strand lock it, so none ever waits. Before every other lock.
     pub(super) count: Mutex<Counted<Arc<Live>>>,
-    /// Protects "somebody has it open, or is about to" against "it goes". A leaf.
+    /// Protects "an opener has it, or is about to" against "it goes". A leaf.
     hold: Mutex<Hold>,
     /// The open image, for those who only look.
     pub(super) live: ArcSwapOption<Live>,
@@ -64,7 +65,7 @@ pub struct Entry {
     renamed: AtomicBool,
     /// Protects the last word of the host about the file, and why the image cannot be written or closed. A leaf.
     pub(super) last: Mutex<Last>,
-    /// Protects that its layers are opened once, whoever uses them: the live disk, its snapshots, an operation. Held
+    /// Protects that its layers are opened once for all users: the live disk, its snapshots, an operation. Held
     /// across that open. Before the registry's lock.
     pub(super) layers: Mutex<Leased<Layers>>,
     /// Protects which snapshots are looked at, and which are about to go. A leaf.
@@ -94,7 +95,7 @@ pub(super) struct Last {
     /// When the host was asked for it; None: never.
     pub(super) asked: Option<Instant>,
     pub(super) trouble: Option<String>,
-    /// What the last look at the file told of damage.
+    /// What the last look at the file found of damage.
     damage: Option<String>,
 }
 
@@ -262,7 +263,7 @@ impl Entry {
     pub fn known_attributes(&self) -> Attributes {
         let (live, host) = (self.live.load(), locked(&self.last).status);
         let (size, written) = match &*live {
-            // Whoever writes past us makes it longer, too.
+            // A writer past us makes it longer, too.
             Some(live) if live.image.may_be_passed() => (live.image.size().max(host.len), None),
             Some(live) => (live.image.size(), live.image.last_write()),
             None => (self.size.load(Ordering::Acquire), None),
@@ -274,7 +275,7 @@ impl Entry {
         self.origin().identity
     }
 
-    /// True while somebody has it open, or is about to.
+    /// True while an opener has it, or is about to.
     pub(super) fn is_held(&self) -> bool {
         locked(&self.hold).count > 0
     }
@@ -415,7 +416,7 @@ impl Entry {
         Some(receive)
     }
 
-    /// Closes it whoever has it open; the answer comes through the channel, None when it was closed.
+    /// Closes it under its openers; the answer comes through the channel, None when it was closed.
     pub(super) fn close_by_force(self: &Arc<Self>) -> mpsc::Receiver<Option<Result<()>>> {
         let (send, receive) = mpsc::channel();
         let entry = self.clone();
@@ -430,7 +431,7 @@ impl Entry {
             if let Some(result) = &result {
                 entry.closed(result);
             }
-            // Nobody may be waiting any more (the stop timeout): the image is closed all the same.
+            // The receiver may be gone (the stop timeout): the image is closed all the same.
             let _ = send.send(result);
         }));
         receive
@@ -466,9 +467,9 @@ impl OpenImage {
         &self.entry
     }
 
-    /// The host file that the kernel may read and write in our place: the same for everybody for whom the kernel has the
-    /// image open. None: the image is not raw, passthrough is not wanted or not to be had, or somebody else (an operation)
-    /// had it open first.
+    /// The host file that the kernel may read and write in our place: the same for all handles for which the kernel has
+    /// the image open. None: the image is not raw, passthrough is not wanted or not to be had, or another user (an
+    /// operation) had it open first.
     pub fn backing(&self) -> Option<&Arc<Backing>> {
         self.backing.as_ref()
     }
@@ -483,7 +484,7 @@ impl OpenImage {
         self.never_blocks
     }
 
-    /// True when it is open for writing by anybody, so that there may be something to sync; and when it failed: a close
+    /// True when it is open for writing, so that there may be something to sync; and when it failed: a close
     /// under its users may have lost something, and no sync says otherwise (R7).
     pub fn may_change(&self) -> bool {
         self.entry.writable.load(Ordering::Acquire) || self.image().failure().is_some()

@@ -1,7 +1,7 @@
 //! What is opened once for all who use it, and opened again only when its last use has wholly ended.
 //!
-//! A `Weak` alone is empty from the moment the last user lets go; what is then still being dropped has its locks yet, and
-//! an open at that moment would take them for a stranger's.
+//! A `Weak` alone is empty from the moment the last user is gone; what is then still being dropped has its locks yet,
+//! and an open at that moment would take them for a stranger's.
 
 use std::convert::Infallible;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -24,12 +24,12 @@ impl<T> Default for Leased<T> {
 }
 
 impl<T> Leased<T> {
-    /// The thing, if anybody uses it.
+    /// The thing, if it is in use.
     pub(super) fn get(&self) -> Option<Arc<T>> {
         self.last.as_ref()?.0.upgrade()
     }
 
-    /// The thing, opened unless somebody uses it. Waits while a last use ends, on whatever thread that happens: its drop
+    /// The thing, opened unless it is in use. Waits while a last use ends, on whatever thread that happens: its drop
     /// must take no lock that is held here.
     pub(super) fn get_or_open(&mut self, open: impl FnOnce(Lease) -> Result<Arc<T>>) -> Result<Arc<T>> {
         if let Some(used) = self.get() {
@@ -45,7 +45,7 @@ impl<T> Leased<T> {
         Ok(opened)
     }
 
-    /// True when nobody uses it and nothing of it is left.
+    /// True when it is not in use and nothing of it is left.
     pub(super) fn is_over(&self) -> bool {
         self.last.as_ref().is_none_or(|(_, over)| over.try_recv() == Err(TryRecvError::Disconnected))
     }
@@ -105,7 +105,7 @@ mod tests {
         for _ in 0..100 {
             let first = open(&mut leased, &locked, &dropping).expect("opens");
             let ending = thread::spawn(move || drop(first));
-            dropping.wait(); // The last user has let go; the lock is still there.
+            dropping.wait(); // The last user is gone; the lock is still there.
             let again = open(&mut leased, &locked, &dropping).expect("not in use");
             ending.join().expect("dropped");
             let ending = thread::spawn(move || drop(again));

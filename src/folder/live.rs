@@ -14,7 +14,7 @@ pub(super) struct Live {
     pub(super) never_blocks: bool,
     /// Its descriptor and files; None for a single file.
     pub(super) layers: ArcSwapOption<Layers>,
-    /// Protects the end of a single file's lock: it is given back at the close itself and not when the last one who
-    /// looks lets go. A leaf.
+    /// Protects the end of a single file's lock: it is given back at the close itself and not when the last
+    /// reader is gone. A leaf.
     pub(super) hold: Mutex<Option<Opened>>,
 }

@@ -140,7 +140,7 @@ impl Folder {
         self.has_come(to, to)
     }
 
-    /// Removes an image, or a file without a size. Only while nobody uses it or a snapshot of it.
+    /// Removes an image, or a file without a size. Only while neither it nor a snapshot of it is in use.
     pub fn remove_image(&self, name: &OsStr) -> Result<()> {
         self.check_writable(name)?;
         let Some(entry) = self.find(name) else {
@@ -154,7 +154,7 @@ impl Folder {
     }
 
     /// Carries `act` out on an image that is out of service and locked against every other program:
-    /// 1. nobody opens it or a snapshot of it any more; who has just closed it is waited for;
+    /// 1. it and its snapshots are opened no more; a close that is under way is waited for;
     /// 2. no other image stands on its files (R9);
     /// 3. its files are locked; 4. `act`. Where 2 to 4 fail it is in service again.
     ///

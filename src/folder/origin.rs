@@ -111,7 +111,7 @@ mod tests {
     use crate::image::kind::DESCRIPTOR;
     use std::fs::{self, File};
 
-    /// stat of the image in the mount told owner, mode, length and times of whatever file its descriptor named.
+    /// stat of the image in the mount showed owner, mode, length and times of whatever file its descriptor named.
     #[test]
     fn a_descriptor_that_names_a_file_outside_shows_nothing_of_it() {
         let temp = tempfile::tempdir().expect("a folder");

@@ -43,8 +43,8 @@ impl Entry {
         }
         let file = locked(&live.hold).as_ref().map(|opened| opened.file.clone());
         if let Some(file) = file {
-            let told = self.shared.passthrough_told.clone();
-            live.image.pass_through(Arc::new(Backing::new(file, self.path(), told)));
+            let said = self.shared.passthrough_said.clone();
+            live.image.pass_through(Arc::new(Backing::new(file, self.path(), said)));
         }
     }
 
@@ -67,7 +67,7 @@ impl Entry {
             Work::Snapshot { .. } => "a snapshot",
             Work::Clone { snapshot: None, .. } => "a clone of the live disk",
             Work::Resize { .. } => "a change of size",
-            // Refused by a raw file whoever has it open, and never begun.
+            // Refused by a raw file in any case, and never begun.
             Work::Compact { .. } | Work::Track { .. } | Work::Untrack => return Ok(()),
             // Of snapshots, which a raw file has none of.
             Work::Clone { .. }

@@ -30,7 +30,7 @@ pub(super) type Identity = (u64, u64);
 /// is not read further.
 const DESCRIPTOR_BYTES: usize = 1 << 20;
 
-/// Tells one state of a file from another without opening it.
+/// Distinguishes one state of a file from another without opening it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     /// Which file.
@@ -105,7 +105,7 @@ pub(super) enum Look {
     Same(Box<Seen>),
     /// Look at it.
     Inspect,
-    /// Not yet (somebody still writes it).
+    /// Not yet (a program still writes it).
     Skip,
 }
 
@@ -300,7 +300,7 @@ fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
 }
 
 fn claim_of(name: &OsStr, stamp: Stamp, read: Result<Candidate, String>) -> Option<Claim> {
-    // A file that cannot be read is an image if its name says so, and its trouble is told.
+    // A file that cannot be read is an image if its name says so, and its trouble is shown.
     let class = read.as_ref().map_or_else(|_| kind::classify(name, true, &[]), Candidate::class);
     let Class::Image { name: image, kind } = class else { return None };
     let form = |file: &Candidate| file.form(kind).map_err(|field| format!("damaged: {field}"));

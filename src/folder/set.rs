@@ -34,7 +34,7 @@ use crate::vdisk::Engine;
 pub struct FolderOptions {
     /// Nothing is written: images are opened read-only.
     pub read_only: bool,
-    /// The mount point, told to whoever finds the folder locked.
+    /// The mount point, named to a mount that finds the folder locked.
     pub note: String,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
@@ -116,7 +116,7 @@ impl Folder {
             allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
-            passthrough_told: Arc::default(),
+            passthrough_said: Arc::default(),
             snapshots: KnownSnapshots::default(),
         });
         let folder = Arc::new_cyclic(|own| Folder {
@@ -171,7 +171,7 @@ impl Folder {
         let mut judge = |file: &OsStr, stamp: &Stamp| {
             let old = known.get(file).filter(|old| old.stamp.identity == stamp.identity);
             match old {
-                // An open image changes all the time, and nobody but its own descriptor should touch it.
+                // An open image changes all the time, and only its own descriptor should touch it.
                 Some(old) if !old.unsure && old.stamp == *stamp || held.contains(&stamp.identity) => {
                     Look::Same(Box::new(old.clone()))
                 }
@@ -202,7 +202,7 @@ impl Folder {
         Ok(sure)
     }
 
-    /// Decides, and makes sure that whatever is dropped is opened by nobody meanwhile: who is held after all
+    /// Decides, and makes sure that what is dropped is not opened meanwhile: an entry that is held after all
     /// stays, and then the decision is made anew.
     fn settle(&self, claims: Vec<Claim>) -> Verdict {
         let entries: BTreeMap<u64, Arc<Entry>> = read(&self.set).by_id.clone();
@@ -445,7 +445,7 @@ impl Folder {
         self.shared.refusing.store(true, Ordering::Release);
     }
 
-    /// Names of the images that somebody has open.
+    /// Names of the images that are open.
     pub fn busy(&self) -> Vec<String> {
         let entries = self.entries();
         let busy = entries.iter().filter(|e| e.openers() > 0);
@@ -465,7 +465,7 @@ impl Folder {
         synced.collect()
     }
 
-    /// The end: refuses opens, then drains, syncs and closes every open image, whoever has it, at the same
+    /// The end: refuses opens, then drains, syncs and closes every open image under its openers, all at the same
     /// time; waits for all, also for closes under way. What fails is for the caller to log. Not for threads of the engine.
     pub fn close_all(&self) -> Vec<(String, Result<()>)> {
         self.refuse_new_opens();

@@ -26,7 +26,7 @@ pub(super) struct Shared {
     /// The kernel may read and write raw images in our place.
     pub(super) passthrough: AtomicBool,
     /// It was said that it does not.
-    pub(super) passthrough_told: Arc<AtomicBool>,
+    pub(super) passthrough_said: Arc<AtomicBool>,
     pub(super) snapshots: KnownSnapshots,
 }
 

@@ -24,7 +24,7 @@ use crate::io::file::HostFile;
 use crate::io::lock::Use;
 use crate::vdisk::{Image, Layout, Level, Mode};
 
-/// Opens the files of one image out of those of the folder; kept by its layers, and tells when they are gone.
+/// Opens the files of one image out of those of the folder; kept by its layers, and reports when they are gone.
 struct Leasing {
     deltas: Arc<Deltas>,
     _lease: Lease,

@@ -54,7 +54,7 @@ impl Drop for OpenSnapshot {
     fn drop(&mut self) {
         let Some((image, reader)) = self.held.take() else { return };
         let (entry, guid) = (self.entry.clone(), self.guid);
-        // A close waits for what runs, and the last one to let go of the files gives their locks back: nothing for the
+        // A close waits for what runs, and the last user of the files gives their locks back: nothing for the
         // thread of a transport.
         (self.entry.spawn)(Box::new(move || {
             if let Err(e) = image.close() {
@@ -215,8 +215,8 @@ impl Entry {
         Error::at(Kind::Busy, self.path(), why)
     }
 
-    /// Keeps everybody from opening a snapshot that is to go; refused while somebody looks at it (R9). Blocks: who has
-    /// just closed it is waited for.
+    /// Closes a snapshot that is to go to new openers; refused while one has it open (R9). Blocks: a close that
+    /// is under way is waited for.
     pub(super) fn begin_going(&self, guid: Guid, name: &str) -> Result<Going<'_>> {
         closing::wait(|| !locked(&self.views).open.contains_key(&guid));
         let mut views = locked(&self.views);
@@ -229,7 +229,7 @@ impl Entry {
         Ok(Going { entry: self, guid })
     }
 
-    /// Lets nobody open a snapshot of it any more, or says that somebody has one open (R9).
+    /// Closes all its snapshots to new openers, or says that one is open (R9).
     pub(super) fn close_views(&self) -> Result<()> {
         let mut views = locked(&self.views);
         if !views.open.is_empty() {

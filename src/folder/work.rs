@@ -46,7 +46,7 @@ impl Folder {
         done
     }
 
-    /// Tells what `work` has changed, or may have before it failed: when its caller hears of the end, who looks sees it.
+    /// Announces what `work` has changed, or may have before it failed: a look after the caller's answer sees it.
     /// `going`: the name of the snapshot that it took away.
     pub(super) fn tell_work(&self, id: u64, work: &Work, going: Option<&OsStr>) {
         self.with_announce(|announce| {
@@ -183,8 +183,8 @@ impl Entry {
         Some(OsString::from(shown.name))
     }
 
-    /// Goes back to a snapshot. Only while nobody has the live disk open, and who has just closed it is waited for; nobody
-    /// opens it meanwhile.
+    /// Goes back to a snapshot. Only while the live disk is not open (a close that is under way is waited for), and it
+    /// is not opened meanwhile.
     fn switch(self: &Arc<Self>, snapshot: &str) -> Result<Done> {
         closing::wait(|| self.openers() == 0);
         let (send, receive) = mpsc::channel();
@@ -194,8 +194,7 @@ impl Entry {
             let result = match count.openers() {
                 0 => entry.switch_closed(&snapshot),
                 n => {
-                    let why =
-                        format!("the disk is open ({n} times); a switch needs a disk that nobody has open");
+                    let why = format!("the disk is open ({n} times); a switch needs a disk that is not open");
                     Err(Error::at(Kind::Busy, entry.path(), why))
                 }
             };

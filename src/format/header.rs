@@ -13,7 +13,7 @@ pub const SECTOR: u64 = 512;
 pub const IN_USE: u32 = 0x746F_6E59;
 /// "Closed cleanly by 2.1 software": the format extension may be trusted.
 pub const CLOSED_V21: u32 = 0x312e_3276;
-/// Closed cleanly by everyone else; what we write.
+/// Closed cleanly by all other writers; what we write.
 pub const CLOSED: u32 = 0;
 /// Flag: empty, nothing written. Never trusted (docs/format.md#flags).
 pub const FLAG_EMPTY: u32 = 1;
@@ -296,7 +296,7 @@ impl Header {
     }
 
     /// The fields as they stand, whatever they say; None where there are no 64 bytes. In front, what only a legal magic
-    /// tells (else the header counts as v2), and the type.
+    /// says (else the header counts as v2), and the type.
     pub(crate) fn unchecked(bytes: &[u8]) -> Option<(Option<Version>, u32, Header)> {
         let (raw, _) = Raw::ref_from_prefix(bytes).ok()?;
         let version = match &raw.magic {

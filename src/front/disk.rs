@@ -203,7 +203,7 @@ impl Disk {
         export::raw(&self.image, out, &self.path, progress)
     }
 
-    /// Makes durable what was written, and lets go of the image. A drop does so too, but has no way to report a failure.
+    /// Makes durable what was written, and closes the image. A drop does so too, but has no way to report a failure.
     ///
     /// # Errors
     /// [`Kind::Io`], as [`flush`](Disk::flush).

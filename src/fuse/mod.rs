@@ -23,7 +23,7 @@ const TTL: Duration = Duration::from_secs(1);
 /// Largest WRITE in bytes: 256 pages, the kernel's own limit, and the same as for reads.
 const MAX_WRITE: u32 = 1 << 20;
 
-/// Longest name, as statfs tells it.
+/// Longest name, as statfs answers it.
 const NAME_MAX: u32 = 255;
 
 /// Three quarters of `max_background`, at least 1: where the kernel's own default has it. Only read-ahead and background

@@ -1,4 +1,4 @@
-//! What the kernel is told on its own account: forget a name, forget an inode's attributes and pages.
+//! Notifications to the kernel, which it did not ask for: forget a name, forget an inode's attributes and pages.
 //!
 //! Sending such a message may wait for locks in the kernel that only our own answers release (a folder being looked
 //! up, a page being read). So callers only queue, and one thread that holds no lock sends.

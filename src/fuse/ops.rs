@@ -15,7 +15,7 @@ use bytes::Bytes;
 use crate::io::backing::Backing;
 use crate::io::planned::Planned;
 
-/// An errno of the host, as the kernel is told. Never 0.
+/// An errno of the host, as the kernel gets it. Never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Errno(pub i32);
 
@@ -109,7 +109,7 @@ impl OpenFlags {
     }
 }
 
-/// What a transport tells the kernel about an opened file.
+/// What a transport answers the kernel about an opened file.
 #[derive(Clone, Debug)]
 pub struct Opened {
     /// The handle for later operations.
@@ -229,7 +229,7 @@ pub trait FileSystem: Send + Sync + 'static {
     }
     /// Opens a file; may scan an image, so it answers later.
     fn open(&self, caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>);
-    /// The last reference to a handle is gone. Nobody waits for it.
+    /// The last reference to a handle is gone. No thread waits for it.
     fn release(&self, handle: Handle);
     /// Reads on the transport thread. `Done(Ok(n))`: `buf[..n]` holds the answer.
     fn read_now(&self, handle: Handle, offset: u64, buf: &mut [u8]) -> Now<usize>;

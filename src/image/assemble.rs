@@ -113,7 +113,7 @@ impl Assembly {
 impl Drop for Assembly {
     fn drop(&mut self) {
         if !self.done {
-            // Best effort; nobody takes a dot-folder for an image.
+            // Best effort; a dot-folder is never taken for an image.
             let _ = remove_folder(self.around.as_fd(), &self.building);
         }
     }

@@ -131,7 +131,7 @@ impl Report {
 /// Checks the image at `path`, under its lock. Err: it cannot be read at all (missing, not an image, in use by another
 /// process, I/O); damage is in the report.
 pub fn check(path: &Path) -> Result<Report> {
-    // What somebody else changes meanwhile would look like damage.
+    // What another process changes meanwhile would look like damage.
     let (candidate, _lock) = Candidate::open_locked(path)?;
     let kind = candidate.kind()?;
     check_candidate(path, candidate, kind)
@@ -342,7 +342,7 @@ fn note_padding(image: &AtRest, header: &Header, geometry: &Geometry, report: &m
     Ok(())
 }
 
-/// True when the header's format extension is there and tells the truth.
+/// True when the header's format extension is there and is true.
 pub(super) fn trusted_extension(image: &AtRest, header: &Header) -> Result<bool> {
     let mut unsaid = Report::new(&image.path, image.kind());
     Ok(!extension_clusters(image, header, &header.geometry(), &mut unsaid)?.is_empty())

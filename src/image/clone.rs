@@ -104,7 +104,7 @@ pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Prog
             })
         });
     if let Err(error) = finished {
-        // Best effort; nobody takes a dot-folder for an image.
+        // Best effort; a dot-folder is never taken for an image.
         let _ = remove_folder(around.as_fd(), building.as_ref());
         return Err(error);
     }

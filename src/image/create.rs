@@ -116,7 +116,7 @@ fn size_and_cluster(path: &Path) -> Result<(u64, u64)> {
     Ok((there.size(), cluster))
 }
 
-/// A single-file image on its way: it has no name, and nobody else sees it. Dropped, it goes.
+/// A single-file image on its way: it has no name, and no other process sees it. Dropped, it goes.
 pub struct Draft {
     place: NewImagePath,
     shape: Shape,

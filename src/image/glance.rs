@@ -1,6 +1,6 @@
-//! What a look at an image at rest tells of damage, without a check: for lists, and for the folder before it serves an image.
-//! A layered image is judged by its files, too, and not by its descriptor alone. Nothing is locked: a file may be written
-//! meanwhile.
+//! What a look at an image at rest finds of damage, without a check: for lists, and for the folder before it serves an
+//! image. A layered image is judged by its files, too, and not by its descriptor alone. Nothing is locked: a file may
+//! be written meanwhile.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::sync::Arc;
 const SHORT_MAP: u64 = 128 << 10;
 
 impl AtRest {
-    /// Refuses a file that ends before what its map names does (an interrupted copy), as far as a look tells.
+    /// Refuses a file that ends before what its map names does (an interrupted copy), as far as a look finds that.
     pub fn glance(&self) -> Result<()> {
         let Form::Ploop(header) = &self.form else { return Ok(()) };
         let geometry = header.geometry();

@@ -22,7 +22,7 @@ pub struct Labels {
     /// When each snapshot was taken, in seconds since 1970: no file of it keeps that through copies, merges and writes.
     times: BTreeMap<Guid, i64>,
     /// How long each snapshot's raw file was when it was taken, in bytes. It only grows from there; a shorter one was cut off,
-    /// and no map tells what is missing of it.
+    /// and no map says what is missing of it.
     lengths: BTreeMap<Guid, u64>,
     /// What deleted snapshots were called whose data is not merged yet. The names are free; who deletes one once more means
     /// what is left of it.

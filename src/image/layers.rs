@@ -20,7 +20,7 @@ use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, loc
 use crate::words::quoted;
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
-/// Dropped by [`Layers`] after every lock of the image, so that its end can be told.
+/// Dropped by [`Layers`] after every lock of the image, so that its end can be noticed.
 pub trait Opener: Send + Sync {
     /// Opens the regular file `file` of the folder `dir`, not following a link, and locks it for `used` (never for
     /// more than a reader where [`used`](Opener::used) says so); `shown` is for messages.
@@ -101,7 +101,7 @@ pub struct Layers {
     readers: AtomicU32,
 }
 
-/// Somebody reads a snapshot, perhaps from files that the descriptor names no more.
+/// A snapshot is being read, perhaps from files that the descriptor names no more.
 #[derive(Debug)]
 pub struct Reader(Arc<Layers>);
 
@@ -146,7 +146,7 @@ impl Layers {
             layers.begin_settling(top)?;
             let mut store = lock(&layers.store);
             store.make_durable()?;
-            // What is corrected here can wait, for space above all: no reason to keep anybody from the disk.
+            // What is corrected here can wait, for space above all: no reason to keep an opener from the disk.
             let later = |e| log::warn!("{e}; the next open tries again");
             store.clean_up().unwrap_or_else(later);
             if let Some(Layout::Ploop(header)) = levels.last().map(|level| &level.layout)
@@ -289,8 +289,8 @@ impl Layers {
     }
 
     /// Closes a file that the descriptor does not name any more, and removes its name. A file with other names (hard
-    /// links) lives on under those; while a snapshot is being read, it keeps ours, too: without it nothing would tell
-    /// a clone that somebody else depends on the file (R9). It is noted, and goes at the next open.
+    /// links) lives on under those; while a snapshot is being read, it keeps ours, too: without it nothing would show
+    /// a clone that another reader depends on the file (R9). It is noted, and goes at the next open.
     pub fn remove(&self, file: &str) -> Result<()> {
         if self.readers.load(Ordering::SeqCst) > 0 && self.is_shared(file).unwrap_or(false) {
             return Ok(());

@@ -43,12 +43,13 @@ impl Level {
     }
 
     /// A delta found in use was not closed cleanly: what the page cache has of it may never have reached the disk. It is
-    /// dropped before anything is trusted (R7), and the header read again. Only while nobody else here writes the file.
+    /// dropped before anything is trusted (R7), and the header read again. Only while no other user here writes the
+    /// file.
     pub fn distrust(&mut self) -> Result<()> {
         let Layout::Ploop(header) = &mut self.layout else { return Ok(()) };
         if header.is_in_use() {
             let io = |e: std::io::Error, what: &str| Error::io(&e, &self.path, what);
-            // Only clean pages can be dropped. A failure is an old one that nobody was told of: what is read from now
+            // Only clean pages can be dropped. A failure is an old one that was never reported: what is read from now
             // on is what the disk has.
             if let Err(e) = self.file.sync_data() {
                 log::warn!("{}: an earlier write never reached the disk: {e}", self.path.display());

@@ -121,7 +121,7 @@ fn describe(file: &Candidate, file_name: &OsStr) -> Result<(OsString, Vec<u8>)> 
     Ok((name, xml))
 }
 
-/// A new, empty folder; what a crash left under that dot-name goes first. The folder's `flock` says that somebody
+/// A new, empty folder; what a crash left under that dot-name goes first. The folder's `flock` says that a process
 /// builds in it: another process must neither empty it nor take it for its own.
 pub(super) fn new_folder(parent: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> Result<OwnedFd> {
     let cannot = |e: std::io::Error| Error::io(&e, shown, "cannot make the folder");
@@ -145,8 +145,8 @@ pub(super) fn new_folder(parent: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> 
     }
 }
 
-/// Removes the folder `.NAME.new` of an image that was being made, where its maker is gone; false: somebody builds in it,
-/// or it has files that no such folder has.
+/// Removes the folder `.NAME.new` of an image that was being made, where its maker is gone; false: a process builds in
+/// it, or it has files that no such folder has.
 pub(super) fn remove_abandoned(
     parent: BorrowedFd<'_>,
     building: &OsStr,

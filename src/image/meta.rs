@@ -409,7 +409,7 @@ mod tests {
         let after = std::fs::read(&path).expect("read");
         let bat_end = HEADER_BYTES as usize + 4 * 3000;
         assert!(after[..bat_end] == before[..bat_end]);
-        // What lies behind the BAT is nobody's, and not touched.
+        // What lies behind the BAT belongs to no entry, and is not touched.
         assert!(after[bat_end..20_000].iter().all(|byte| *byte == 0xA5));
     }
 

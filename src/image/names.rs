@@ -26,7 +26,7 @@ const BEING_MADE: &[u8] = b".new";
 /// Endings that say what a file is: a new name must not change that.
 const TELLING: [&[u8]; 3] = [b".hds", b".raw", b".hdd"];
 
-/// The file that a thin image `name` is created in; refuses names that no image can have, or that somebody has.
+/// The file that a thin image `name` is created in; refuses names that no image can have, or that are taken.
 pub fn file_of_new(images: &Path, name: &OsStr) -> Result<OsString> {
     let mut file = name.to_owned();
     file.push(".hds");
@@ -47,7 +47,7 @@ pub fn file_of_new(images: &Path, name: &OsStr) -> Result<OsString> {
 }
 
 /// Gives the image `name`, which lies in the file or folder `file` of `images` (`path`, for messages), the name `new`,
-/// which nobody has. The caller holds its locks.
+/// which is free. The caller holds its locks.
 ///
 /// 1. renamed without replacing anything; 2. the images folder synced. A crash leaves the old name or the new one.
 pub fn rename(images: BorrowedFd<'_>, path: &Path, file: &OsStr, name: &OsStr, new: &OsStr) -> Result<()> {
@@ -300,7 +300,7 @@ mod tests {
         rustix::fs::flock(&maker, rustix::fs::FlockOperation::LockExclusive).expect("locked");
         sweep(dir.as_fd(), folder.path());
         assert!(!left.exists() && folder.path().join("vm1.hds").exists());
-        assert!(building.join("vm8.hds").exists(), "somebody builds in it");
+        assert!(building.join("vm8.hds").exists(), "a process builds in it");
         assert!(strangers.iter().all(|folder| folder.exists()) && folder.path().join(".vm6.new").exists());
         drop(maker);
         sweep(dir.as_fd(), folder.path());

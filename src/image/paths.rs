@@ -23,8 +23,8 @@ pub fn image_folder(path: &Path) -> Result<OwnedFd> {
         .map_err(|e| Error::io(&e.into(), path, "cannot open the image's folder"))
 }
 
-/// Where a file lies: a folder that is open, and a name in it. What was judged of the way to it stays true, whoever owns the
-/// folders on that way and renames them meanwhile.
+/// Where a file lies: a folder that is open, and a name in it. What was judged of the way to it stays true, though the
+/// owner of the folders on that way may rename them meanwhile.
 #[derive(Debug)]
 pub struct Located {
     folder: OwnedFd,
@@ -80,7 +80,7 @@ pub fn resolve(
     };
     let folder = file.parent().unwrap_or(Path::new(""));
     let opened = if allow_outside {
-        // Whoever allows it trusts the descriptor; links on the way are then as good as anything else.
+        // The user who allows it trusts the descriptor; links on the way are then as good as anything else.
         let folder = if folder == Path::new("") { Path::new(".") } else { folder };
         open_folder(dir, folder.as_os_str(), OFlags::empty())
     } else {
@@ -138,7 +138,7 @@ fn inside(dir: BorrowedFd<'_>, folder: &Path, shown: &Path) -> Result<std::resul
     for part in folder.components() {
         let (part, next) = match (part, depth) {
             (Component::CurDir | Component::RootDir | Component::Prefix(_), _) => continue,
-            // Before the border an absolute path has no business going up; at it, nobody has.
+            // Before the border an absolute path has no business going up; at it, no path has.
             (Component::ParentDir, None | Some(0)) => return Err(leaves()),
             (Component::ParentDir, Some(n)) => (OsStr::new(".."), Some(n - 1)),
             (Component::Normal(part), depth) => (part, depth.map(|n| n + 1)),

@@ -1,5 +1,5 @@
 //! Repairing one file of an image at rest: found by the same walk as a check, put right in an order that a power cut at
-//! any moment leaves no worse, and told in full.
+//! any moment leaves no worse, and reported in full.
 //!
 //! What is wrong is put right in place; what is lost is said, as ranges of the disk. No data goes that may be the only
 //! copy: clusters that no entry refers to are, beside damage, kept in a file `NAME.lost` before their place is given back;
@@ -190,8 +190,8 @@ impl Outcome {
 }
 
 /// Repairs the file `at` under its lock, or says what it would do. `kind`: how it is stored, where a descriptor says
-/// so. Err(InUse): somebody has it. Err(Damaged): the header cannot be what it is, and nothing proves what it was;
-/// nothing is changed.
+/// so. Err(InUse): another process has it. Err(Damaged): the header cannot be what it is, and nothing proves what it
+/// was; nothing is changed.
 ///
 /// The order, in rounds until there is nothing left to put right:
 /// 1. the header, corrected, says in use, durably (R1);
@@ -205,8 +205,8 @@ impl Outcome {
 /// 8. the header says closed, durably.
 ///
 /// 2 comes before 1, but for giving back, where the header is corrected. 3 before 2: after a power cut what is kept would look like a mere leak, and go. 4 or 5 before 3: an entry past the end
-/// could come to name a copy of somebody else's data. 6 before 5: an entry past the end, or naming half a copy. 8 is last:
-/// until then the next check looks again. A crash anywhere leaves what the next repair finds and goes on with.
+/// could come to name a copy of another cluster's data. 6 before 5: an entry past the end, or naming half a copy. 8 is
+/// last: until then the next check looks again. A crash anywhere leaves what the next repair finds and goes on with.
 pub fn repair(at: &Located, kind: Option<ImageKind>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
     let access = if dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let (candidate, lock) = Candidate::open_locked_at(at, access)?;
@@ -226,7 +226,7 @@ pub fn repair(at: &Located, kind: Option<ImageKind>, facts: &Facts, dry_run: boo
 pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
     let (path, kind) = (&*at.shown, ImageKind::Ploop);
     // What a crash left in the page cache may never have reached the disk (R7). Only clean pages can be dropped, and a
-    // sync that fails tells of an old failure: what is read from now on is what the disk has.
+    // sync that fails reports an old failure: what is read from now on is what the disk has.
     if !dry_run && let Err(e) = file.sync_data() {
         log::warn!("{}: an earlier write never reached the disk: {e}", path.display());
     }

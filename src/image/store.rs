@@ -139,7 +139,7 @@ impl Store {
 
     /// Makes `next` the descriptor.
     ///
-    /// 1. the files that `next` does not name any more are noted, durably: after 2 and a crash nobody else would know
+    /// 1. the files that `next` does not name any more are noted, durably: after 2 and a crash nothing else would know
     ///    of them; 2. `next` is written beside and synced; 3. renamed over the old one: the point of no return; 4. the
     ///    folder is synced. Removing a file is the caller's, after 4: before it, a power cut could bring back a
     ///    descriptor that names the file. Err: the old descriptor is in place.
@@ -270,7 +270,7 @@ impl Store {
         }
         if !is_plain_name(file) {
             let why =
-                "lies outside the image's folder and is left there; remove it by hand if nobody needs it";
+                "lies outside the image's folder and is left there; remove it by hand if it is not needed";
             log::warn!("{}: {why}", path.display());
             return Ok(());
         }
@@ -279,7 +279,7 @@ impl Store {
         if !self.labels.passing.contains(file) {
             return Ok(());
         }
-        // The note goes too, after the file: a note that stayed would cost whoever puts a file of this name here.
+        // The note goes too, after the file: a note that stayed would remove a later file of this name.
         sync_folder(self.dir(), &self.path)?;
         let mut labels = self.labels.clone();
         labels.passing.remove(file);
@@ -349,7 +349,7 @@ pub fn create_delta(
         // 3.
         .and_then(|()| sync_folder(dir, path));
     if let Err(error) = filled {
-        // Best effort; it was noted before, or has a name that nobody looks for.
+        // Best effort; it was noted before, or has a name that is never looked for.
         let _ = unlink(dir, OsStr::new(name));
         return Err(error);
     }
@@ -388,7 +388,7 @@ pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: 
     let shown = path.join(name);
     let beside = format!(".{name}.new");
     let written = with_reserve(dir, || {
-        // Left by a crash; we hold the descriptor's lock, so it is nobody's.
+        // Left by a crash; we hold the descriptor's lock, so it has no user.
         unlink(dir, OsStr::new(&beside))?;
         let mut file = make(dir, &beside, 0o600)?;
         file.write_all(bytes)?;

@@ -6,7 +6,7 @@ use crate::image::kind::DESCRIPTOR;
 use crate::image::layers::{Layers, disk_size, header_above};
 use crate::image::store::Replaced;
 
-/// Makes the live disk what the snapshot `to` is; the disk keeps its size. Nobody may have the image open: what was
+/// Makes the live disk what the snapshot `to` is; the disk keeps its size. The image must not be open: what was
 /// written since the last snapshot is lost. The image is to be opened anew afterwards.
 ///
 /// 1. the new top, noted and durable; 2. the descriptor, durable: the point of no return; 3. the old top removed, last:

@@ -1,9 +1,9 @@
-//! FUSE passthrough (Linux 6.9): the kernel reads and writes a host file in the daemon's place, for everybody who has one
+//! FUSE passthrough (Linux 6.9): the kernel reads and writes a host file in the daemon's place, for each handle of one
 //! file of a mount open.
 //!
 //! What the kernel asks for (fs/fuse/{backing,passthrough,iomode}.c of Linux 6.18):
-//! - the host file is registered over the mount's own connection, by somebody with CAP_SYS_ADMIN, and is a regular file
-//!   on a file system that is not stacked higher than the handshake allowed;
+//! - the host file is registered over the mount's own connection, by a process with CAP_SYS_ADMIN, and is a regular
+//!   file on a file system that is not stacked higher than the handshake allowed;
 //! - all who have one inode open have it open through the same registration, or none of them has: so whether it is passed
 //!   through is decided once, by the first open, and holds until the last close;
 //! - an open file goes on being read and written when the registration, or the daemon, is gone. It keeps the registered
@@ -55,7 +55,7 @@ pub struct Backing {
     file: Arc<dyn HostFile>,
     path: PathBuf,
     /// It was said that this mount does not pass through; shared by all images.
-    told: Arc<AtomicBool>,
+    said: Arc<AtomicBool>,
     /// Protects that one decision is made. Held across the system calls of the registration. A leaf.
     state: Mutex<State>,
 }
@@ -76,9 +76,9 @@ impl std::fmt::Debug for Backing {
 }
 
 impl Backing {
-    /// Undecided. `path` is for messages; `told` is set when one of the images that share it was refused.
-    pub fn new(file: Arc<dyn HostFile>, path: PathBuf, told: Arc<AtomicBool>) -> Backing {
-        Backing { file, path, told, state: Mutex::new(State::Undecided) }
+    /// Undecided. `path` is for messages; `said` is set when one of the images that share it was refused.
+    pub fn new(file: Arc<dyn HostFile>, path: PathBuf, said: Arc<AtomicBool>) -> Backing {
+        Backing { file, path, said, state: Mutex::new(State::Undecided) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -86,13 +86,13 @@ impl Backing {
     }
 
     /// False once it is known that the daemon serves all reads and writes itself. True before the first open was
-    /// answered, too: nobody may rely on the one or the other then.
+    /// answered, too: neither the one nor the other may be relied on then.
     pub fn may_pass(&self) -> bool {
         !matches!(*self.state(), State::Refused)
     }
 
     /// The registration; the first call makes it, `with` the transport. None: the kernel refused, which the log says, and
-    /// the image is served as others are until everybody has closed it.
+    /// the image is served as others are until its last user has closed it.
     pub fn register(
         &self,
         with: impl FnOnce(BorrowedFd<'_>) -> io::Result<Registration>,
@@ -116,7 +116,7 @@ impl Backing {
                 *state = State::Refused;
                 let line = format!("{}: served without passthrough: {why}", self.path.display());
                 // Once for a mount: the reason lies in the host, and the next image would have it too.
-                if self.told.swap(true, Ordering::Relaxed) {
+                if self.said.swap(true, Ordering::Relaxed) {
                     log::info!("{line}")
                 } else {
                     log::warn!("{line}")
@@ -126,7 +126,7 @@ impl Backing {
         }
     }
 
-    /// After the last close: the kernel lets go of the file as soon as nobody has it open any more. True: it was passed
+    /// After the last close: the kernel releases the file with the last handle of it. True: it was passed
     /// through.
     pub fn end(&self) -> bool {
         matches!(std::mem::replace(&mut *self.state(), State::Ended), State::Passed(_))
@@ -154,16 +154,16 @@ fn reason(e: &io::Error) -> String {
     }
 }
 
-/// Direct I/O of whoever opens a file that is passed through is the host's. A loop device with `--direct-io=on` and
+/// Direct I/O on a file that is passed through is the host's. A loop device with `--direct-io=on` and
 /// sectors of 512 bytes, and a guest with cache=none, work where the daemon serves, and have no way to ask FUSE for more:
 /// a host that could not do that much would fail their requests.
 fn check_direct(file: BorrowedFd<'_>) -> Result<(), String> {
-    let told = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
-    if let Ok(told) = told
-        && told.stx_mask & StatxFlags::DIOALIGN.bits() != 0
-        && told.stx_dio_offset_align > SECTOR
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    if let Ok(stat) = stat
+        && stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0
+        && stat.stx_dio_offset_align > SECTOR
     {
-        let align = told.stx_dio_offset_align;
+        let align = stat.stx_dio_offset_align;
         return Err(format!(
             "direct I/O of the host is in blocks of {align} bytes, and loop devices ask for {SECTOR}"
         ));
@@ -225,11 +225,11 @@ mod tests {
     fn the_end_lets_the_registration_go() {
         let folder = tempfile::tempdir().expect("a folder");
         let backing = backing(&folder);
-        let told = Arc::new(());
-        drop(backing.register(|_| Ok(told.clone())));
-        assert_eq!(Arc::strong_count(&told), 2);
+        let id = Arc::new(());
+        drop(backing.register(|_| Ok(id.clone())));
+        assert_eq!(Arc::strong_count(&id), 2);
         assert!(backing.end());
-        assert_eq!(Arc::strong_count(&told), 1);
+        assert_eq!(Arc::strong_count(&id), 1);
     }
 
     #[test]

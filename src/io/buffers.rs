@@ -189,8 +189,8 @@ mod tests {
         let mut held: Vec<Bytes> = (0..LIMIT / LARGE).map(|_| buffers.copy(&data)).collect();
         let small = buffers.copy(&data[..SMALL]);
         drop(small);
-        let (tell, taken) = mpsc::channel();
-        std::thread::spawn(move || tell.send(buffers.copy(&vec![2; LARGE])));
+        let (send, taken) = mpsc::channel();
+        std::thread::spawn(move || send.send(buffers.copy(&vec![2; LARGE])));
         assert!(taken.recv_timeout(Duration::from_millis(100)).is_err(), "it waits");
         held.pop();
         assert_eq!(taken.recv_timeout(Duration::from_secs(20)).expect("it goes on")[0], 2);

@@ -13,7 +13,7 @@ use super::holder::{self, HeldLock};
 use super::lock::Use;
 use crate::{Error, Result};
 
-/// ploop's name for it. The file stays, as with ploop: removing it could take it from under somebody who waits.
+/// ploop's name for it. The file stays, as with ploop: removing it could take it from under a process that waits.
 pub const LOCK_NAME: &str = "DiskDescriptor.xml.lck";
 
 /// The hold on one descriptor, given back when dropped. First in the order of an image's locks: it is taken before
@@ -34,7 +34,7 @@ impl DescriptorLock {
             retry_on_intr(|| rustix::fs::openat(dir, LOCK_NAME, flags, Mode::from_raw_mode(0o600)))
         };
         let opened = match open(OFlags::RDWR | OFlags::CREATE) {
-            // Nobody can change a descriptor there, or we may not; a lock that others may have is still heeded.
+            // No process can change a descriptor there, or we may not; a lock that others may have is still heeded.
             Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => open(OFlags::RDONLY),
             result => result,
         };

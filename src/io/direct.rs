@@ -24,7 +24,7 @@ use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
 use super::pages::{PAGE, Page, grow};
 use super::real::RealFile;
 
-/// Alignment where the host does not tell: the largest that disks have.
+/// Alignment where the host does not say: the largest that disks have.
 const ALIGN: usize = PAGE;
 /// Most that is copied at once: a request's own limit (docs/kernel.md#init), and a block on either side.
 const BOUNCE: usize = (1 << 20) + 2 * ALIGN;
@@ -127,10 +127,10 @@ impl DirectFile {
 /// The second descriptor, and the alignments of offsets and of memory. Through /proc: the name may be another file's by
 /// now.
 fn open(file: &RealFile) -> rustix::io::Result<(File, u64, usize)> {
-    let told = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
     let (mut block, mut memory) = (ALIGN as u32, ALIGN as u32);
-    if told.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
-        (block, memory) = (told.stx_dio_offset_align, told.stx_dio_mem_align.max(1));
+    if stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
+        (block, memory) = (stat.stx_dio_offset_align, stat.stx_dio_mem_align.max(1));
     }
     let fits = |align: u32| align.is_power_of_two() && align as usize <= ALIGN;
     if !fits(block) || !fits(memory) {

@@ -133,7 +133,7 @@ pub struct HostSpace {
     pub total: u64,
     /// Free for root.
     pub free: u64,
-    /// Free for everyone else.
+    /// Free for all others.
     pub available: u64,
     /// Inodes in all.
     pub files: u64,

@@ -39,7 +39,7 @@ pub fn folder_in(dir: &impl AsFd, name: impl AsRef<Path>) -> io::Result<OwnedFd>
 }
 
 /// The kernel's number of the mount that `fd` lies on. Its file system is asked for nothing, so a dead mount does not hold
-/// it up; nor is /proc, which a confined process may not read, where the kernel tells it (Linux 5.8).
+/// it up; nor is /proc, which a confined process may not read, where the kernel returns it (Linux 5.8).
 pub fn mount_id(fd: &impl AsFd) -> io::Result<u64> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
     match rustix::fs::statx(fd, "", flags, StatxFlags::MNT_ID) {
@@ -48,7 +48,7 @@ pub fn mount_id(fd: &impl AsFd) -> io::Result<u64> {
     }
 }
 
-/// The same, for kernels that tell it in /proc only.
+/// The same, for kernels that have it in /proc only.
 fn listed_mount_id(fd: &impl AsFd) -> io::Result<u64> {
     let info = std::fs::read(format!("/proc/self/fdinfo/{}", fd.as_fd().as_raw_fd()))?;
     mount_id_in(&info).ok_or_else(|| io::Error::other("the kernel names no mount in /proc/self/fdinfo"))

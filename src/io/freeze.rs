@@ -54,7 +54,7 @@ impl FileSystem {
         let number = root.metadata().map_err(failed)?.dev();
         let number = (rustix::fs::major(number), rustix::fs::minor(number));
         // The number of the mount says that it is the one from the table, and the device which file system that is.
-        // btrfs and the like tell a number without a device; of them the table knows the device.
+        // btrfs and the like return a number without a device; of them the table knows the device.
         let same_mount = foreign::mount_id(&root).map_err(failed)? == mount.id;
         if !same_mount || !(devices.contains(&number) || number.0 == 0) {
             return Err(covered());
@@ -81,7 +81,7 @@ impl FileSystem {
 
     /// Writes out what is dirty, then stops every write. Busy: it is frozen already.
     pub fn freeze(&self) -> Result<()> {
-        // Most of the work before anybody has to wait; what it cannot write the freeze will complain of.
+        // Most of the work before any writer has to wait; what it cannot write the freeze will complain of.
         let _ = rustix::fs::syncfs(&self.root);
         fs_ioctl(self.root.as_fd(), FIFREEZE).map_err(|e| match e.raw_os_error() {
             Some(libc::EBUSY) => {

@@ -1,4 +1,4 @@
-//! Who has a lock, as /proc shows it. A message then names a process, and not just "somebody".
+//! Who has a lock, as /proc shows it. A message then names a process, and does not only say that there is one.
 //!
 //! A confined daemon may not look around in /proc; it asks its keeper ([`ask_instead`]).
 
@@ -62,7 +62,7 @@ impl fmt::Display for Holder {
     }
 }
 
-/// A lock that somebody has, named by the file it is on.
+/// A lock that a process has, named by the file it is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HeldLock {
@@ -132,8 +132,8 @@ impl std::error::Error for Unnamed {}
 static LATER: AtomicBool = AtomicBool::new(false);
 
 /// From now on an error is made without a look for the holder: that takes as long as /proc is large or the keeper slow, and
-/// a thread that tried a lock holds others up meanwhile. The error then leads to the lock ([`unnamed`]), and can be told
-/// again with a name ([`named`]).
+/// a thread that tried a lock holds others up meanwhile. The error then leads to the lock ([`unnamed`]), and can be
+/// made again with a name ([`named`]).
 pub fn name_later() {
     LATER.store(true, Ordering::Relaxed);
 }

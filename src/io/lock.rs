@@ -1,7 +1,7 @@
 //! Who may use a delta.
 //!
 //! Byte-range locks that the ploop tool and QEMU heed as well (docs/format.md#locks). There are readers and one
-//! writer ([`Use`]). A writer's read lock on bytes 200 to 204 is ploop's "in use"; the same bytes tell QEMU that no
+//! writer ([`Use`]). A writer's read lock on bytes 200 to 204 is ploop's "in use"; the same bytes say to QEMU that no
 //! permission of its own is shared, so that it refuses to open the file, for reading too. A reader leaves byte 200
 //! ("reading is not shared") free: other readers and `qemu -r` pass, a writer of any of the three programs does not.
 //! 300 to 304 is ploop's mark of a long operation.

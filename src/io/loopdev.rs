@@ -2,7 +2,7 @@
 //!
 //! For command-line clients. Some ioctls of a loop device ask the file behind it (its length, its inode), so the
 //! daemon that serves that file must never call them: it would wait for itself. [`list`] reads sysfs only, which
-//! asks nobody, and is safe everywhere.
+//! asks no device, and is safe everywhere.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -248,7 +248,7 @@ pub fn update_size(dev: &Path) -> Result<()> {
         retry(|| unsafe { libc::ioctl(file.as_raw_fd(), LOOP_SET_CAPACITY) })?;
         Ok(())
     };
-    set().map_err(|e| Error::io(&e, dev, "cannot tell this loop device its new size; try: losetup -c"))
+    set().map_err(|e| Error::io(&e, dev, "cannot give this loop device its new size; try: losetup -c"))
 }
 
 /// The file systems on a loop device and its partitions that are mounted: of each all its mounts.
@@ -294,7 +294,7 @@ pub fn numbers(number: u32) -> Vec<(u32, u32)> {
 
 /// Takes the file away from a loop device and returns when it is really gone, at most `wait` later.
 ///
-/// The kernel lets go only when the last opener closes the device, so: (1) what holds it for long (a mount,
+/// The kernel detaches it only when the last opener closes the device, so: (1) what holds it for long (a mount,
 /// swap, a device stacked on it) is looked for first, and then nothing is done: a device marked to go would
 /// vanish at the later umount, unasked; (2) clear; (3) wait for the kernel. [`Kind::Busy`] says who holds it.
 pub fn detach(dev: &Path, wait: Duration) -> Result<()> {
@@ -316,7 +316,7 @@ pub fn detach(dev: &Path, wait: Duration) -> Result<()> {
         Ok(())
     };
     match clear() {
-        // Somebody else detached it just now.
+        // Another process detached it just now.
         Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {}
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
             let held = openers(number);
@@ -421,7 +421,7 @@ fn parse<N: std::str::FromStr>(text: &[u8]) -> Option<N> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-/// The file behind a device and the kernel's count of its attachments: somebody else may attach the same number
+/// The file behind a device and the kernel's count of its attachments: another process may attach the same number
 /// again while we wait for it to go.
 fn attached_as(number: u32) -> Option<(PathBuf, Vec<u8>)> {
     let device = describe(number)?;

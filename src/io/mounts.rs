@@ -30,7 +30,7 @@ pub struct Mount {
     /// Number of the mount it lies on.
     pub parent: u64,
     /// The file system's device number, major and minor. All mounts of one file system have the same; it may be another
-    /// one than `stat` tells (btrfs).
+    /// one than `stat` returns (btrfs).
     pub device: (u32, u32),
     /// What of the file system is mounted: `/`, or the folder or file that was bound.
     pub root: PathBuf,
@@ -57,7 +57,7 @@ impl Mount {
     }
 
     /// True when both are of one file system. Its device number is given to another as soon as it has ended, which may just have
-    /// happened: that one is told by its source, if it is not the same folder's.
+    /// happened: that one is known by its source, if it is not the same folder's.
     pub fn is_of_file_system(&self, other: &Mount) -> bool {
         self.device == other.device && self.kind == other.kind && self.source == other.source
     }

@@ -290,10 +290,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("tmp");
         let path = folder.path().join("new");
         let file = NewFile::begin(&path).expect("begun");
-        std::fs::write(&path, "somebody else's").expect("write");
+        std::fs::write(&path, "another's").expect("write");
         assert_eq!(file.commit().expect_err("taken").kind(), Kind::Exists);
         assert_eq!(NewFile::begin(&path).expect_err("taken").kind(), Kind::Exists);
-        assert_eq!(std::fs::read(&path).expect("there"), b"somebody else's");
+        assert_eq!(std::fs::read(&path).expect("there"), b"another's");
         assert_eq!(names(folder.path()), ["new"]);
     }
 

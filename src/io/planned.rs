@@ -1,5 +1,5 @@
-//! A read whose bytes were found, and which somebody else carries out: the collecting thread of [`reads`](super::reads), or
-//! a transport on a ring of its own.
+//! A read whose bytes were found, and which another thread carries out: the collecting thread of
+//! [`reads`](super::reads), or a transport on a ring of its own.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;

@@ -19,7 +19,7 @@ pub struct Poison {
     file: Arc<dyn HostFile>,
     /// A sync has failed. Set under `syncing`, read anywhere.
     failed: AtomicBool,
-    /// Protects the pair "sync, then remember its failure": the kernel tells only one of two overlapping syncs,
+    /// Protects the pair "sync, then remember its failure": the kernel reports it to only one of two overlapping syncs,
     /// and the other must not report success in between. A leaf: nothing else is locked under it.
     syncing: Mutex<()>,
 }

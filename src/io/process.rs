@@ -125,7 +125,8 @@ pub fn may_lock_all() -> bool {
     rustix::process::getrlimit(Resource::Memlock).current.is_none()
 }
 
-/// Starts a thread, which may run on any CPU, whoever starts it. The name is at most [`MAX_THREAD_NAME`] bytes; what is longer is cut by the kernel.
+/// Starts a thread, which may run on any CPU, also where its starter may not. The name is at most [`MAX_THREAD_NAME`]
+/// bytes; what is longer is cut by the kernel.
 pub fn spawn_thread<T: Send + 'static>(
     name: &str,
     body: impl FnOnce() -> T + Send + 'static,
@@ -163,7 +164,7 @@ const SOON: u64 = 100_000;
 
 /// Asks that the calling thread, and those that it starts from now on, be run soon after they are woken, for less time at
 /// once; their share of the CPU stays what it was. It needs no power. A kernel before Linux 6.12 does as before, and a
-/// scheduling policy that somebody chose for the process is left as it is.
+/// scheduling policy that was chosen for the process is left as it is.
 pub fn run_soon() -> io::Result<()> {
     let mut now = scheduling()?;
     if now.sched_policy == libc::SCHED_OTHER as u32 {

@@ -360,26 +360,26 @@ mod tests {
         let (Some(reads), (_dir, file)) = (queue(), file(16 * 4096)) else { return };
         let reads = Arc::new(reads);
         let (release, held) = mpsc::channel::<()>();
-        let (tell, told) = mpsc::channel();
-        let hold = tell.clone();
+        let (send, heard) = mpsc::channel();
+        let hold = send.clone();
         let done = Box::new(move |_: Option<Bytes>| {
             hold.send(0).expect("the test waits");
             let _ = held.recv();
         });
         reads.submit(read(&file, 0, 4096, done));
-        told.recv_timeout(LONG).expect("it holds");
+        heard.recv_timeout(LONG).expect("it holds");
         // These are cached, and so complete together.
         for n in 0..6 {
-            let (tell, its_file, queue) = (tell.clone(), file.clone(), reads.clone());
+            let (send, its_file, queue) = (send.clone(), file.clone(), reads.clone());
             let done = Box::new(move |_: Option<Bytes>| match n {
                 0 => queue.submit(read(&its_file, 4096, 4096, Box::new(|_| ()))),
-                5 => tell.send(queue.shared.lock().waiting.len()).expect("the test waits"),
+                5 => send.send(queue.shared.lock().waiting.len()).expect("the test waits"),
                 _ => {}
             });
             reads.submit(read(&file, 4096, 4096, done));
         }
         drop(release);
-        assert_eq!(told.recv_timeout(LONG).expect("an answer"), 0, "waiting while others are answered");
+        assert_eq!(heard.recv_timeout(LONG).expect("an answer"), 0, "waiting while others are answered");
     }
 
     #[test]

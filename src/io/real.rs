@@ -28,7 +28,7 @@ pub enum Access {
     ReadOnly,
     /// Reading and writing, or an error.
     ReadWrite,
-    /// Reading and writing where the host allows it, else reading; [`RealFile::writable`] tells which.
+    /// Reading and writing where the host allows it, else reading; [`RealFile::writable`] says which.
     Widest,
 }
 

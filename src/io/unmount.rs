@@ -1,4 +1,4 @@
-//! Taking a mount away: by whoever decided to end it, once; as an ordinary user through libfuse's helper.
+//! Taking a mount away: by the process that decided to end it, once; as an ordinary user through libfuse's helper.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

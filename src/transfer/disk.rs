@@ -31,7 +31,7 @@ pub struct FlatFile {
     file: File,
     path: PathBuf,
     size: u64,
-    /// The host tells where holes are.
+    /// The host knows where holes are.
     finds_holes: bool,
 }
 
@@ -58,7 +58,7 @@ impl FlatFile {
     }
 
     /// Keeps writers off a plain file while it is read, or says who has it; a device has no such locks. For a raw image, as
-    /// everybody uses them who opens one: a copy made meanwhile would be mixed from two moments.
+    /// every opener of one uses them: a copy made meanwhile would be mixed from two moments.
     pub fn lock(&self) -> Result<Option<DeltaLock>> {
         let cannot = |e: std::io::Error| Error::io(&e, &self.path, "cannot lock");
         if !self.file.metadata().map_err(cannot)?.is_file() {

@@ -1,4 +1,4 @@
-//! A disk in a file of another program's format, to be read: QEMU's programs know the format, and tell where data is.
+//! A disk in a file of another program's format, to be read: QEMU's programs know the format, and report where data is.
 
 use std::path::Path;
 

@@ -1,5 +1,6 @@
-//! Disks in and out of images: backup and restore, export and import. What is read is a [`disk::Disk`], whoever serves
-//! it; what is written is a live image without a transport, in files that nobody sees before they are complete.
+//! Disks in and out of images: backup and restore, export and import. What is read is a [`disk::Disk`], served
+//! or at rest; what is written is a live image without a transport, in files that get their names when they are
+//! complete.
 
 pub mod backup;
 pub mod device;
@@ -21,8 +22,8 @@ use crate::error::Result;
 use crate::image::level::Level;
 use crate::vdisk::{Engine, Image, OnFull, Options};
 
-/// Opens `levels` for writing into the top, which nobody else sees yet. Where the host is full, writes fail at once:
-/// somebody waits for this command.
+/// Opens `levels` for writing into the top, which has no other user yet. Where the host is full, writes fail at once:
+/// a person or a script waits for this command.
 fn writer(name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
     let mut options = Options { on_full: OnFull::Error, ..Options::default() };
     if let Some(geometry) = levels.last().and_then(Level::geometry) {

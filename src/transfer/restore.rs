@@ -1,5 +1,5 @@
-//! A stream (`format::stream`) as an image, or as one more snapshot of one. What is written is seen by nobody before the
-//! stream's last record has been read and every checksum was right.
+//! A stream (`format::stream`) as an image, or as one more snapshot of one. What is written is visible to no opener
+//! before the stream's last record has been read and every checksum was right.
 
 use std::io::{self, Read};
 use std::path::Path;
@@ -156,8 +156,8 @@ impl Stream {
         self.apply_on(&layers, &chain, progress)
     }
 
-    /// Applies it on an image that nobody else has open, `chain` being its live chain. Its newest snapshot must be the
-    /// stream's base, and its disk must not have changed since. Returns what a person should know.
+    /// Applies it on an image that no other process has open, `chain` being its live chain. Its newest snapshot must be
+    /// the stream's base, and its disk must not have changed since. Returns what a person should know.
     ///
     /// 1. a new delta above the base, noted, filled; 2. the stream's end is read; 3. that delta durable; 4. an empty top,
     ///    noted, durable; 5. the label; 6. the descriptor, in which the new delta is a snapshot on the base and the new top
@@ -278,7 +278,7 @@ impl Stream {
     }
 }
 
-/// When its snapshot was taken, as far as a stream tells: it was there when the stream was made.
+/// When its snapshot was taken, as far as a stream says: it was there when the stream was made.
 fn taken(head: &Head) -> Option<i64> {
     i64::try_from(head.made).ok()
 }

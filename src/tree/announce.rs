@@ -12,10 +12,10 @@ use crate::fuse::notify::Notifier;
 /// of ours; then what it keeps is old for a second at most.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Tells the kernel.
+/// Notifies the kernel.
 struct Announcer(Notifier);
 
-/// What tells the kernel through `notifier`.
+/// What notifies the kernel through `notifier`.
 pub fn announcer(notifier: Notifier) -> Arc<dyn Announce> {
     Arc::new(Announcer(notifier))
 }

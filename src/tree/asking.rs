@@ -53,7 +53,7 @@ impl<T: Clone + Send + 'static> Question<T> {
     }
 
     fn find(&self, holds: Duration, find: impl Fn() -> T) {
-        // Should it panic, those who wait are let go, and the next one to ask tries again.
+        // Should it panic, the waiters are released, and the next requester tries again.
         let guard = Abandon(self);
         loop {
             let mut state = lock(&self.state);
@@ -148,23 +148,23 @@ mod tests {
     fn a_question_that_panics_lets_its_askers_go_and_can_be_asked_again() {
         let question = Question::<u32>::new();
         let (send, receive) = channel();
-        let told = send.clone();
+        let answer = send.clone();
         question.ask(
             Duration::ZERO,
             spawn,
             || panic!("on purpose"),
             move |n| {
-                let _ = told.send(n);
+                let _ = answer.send(n);
             },
         );
         while receive.try_recv().is_err() {
-            let told = send.clone();
+            let answer = send.clone();
             question.ask(
                 Duration::ZERO,
                 spawn,
                 || 7,
                 move |n| {
-                    let _ = told.send(n);
+                    let _ = answer.send(n);
                 },
             );
             thread::yield_now();

@@ -42,7 +42,7 @@ pub(super) fn snapshot(node: Node, attributes: &Attributes) -> Attr {
     Attr { mode: attr.mode & 0o555, ..attr }
 }
 
-/// Who owns the mount's own folders and files: whoever runs it.
+/// The owner of the mount's own folders and files: the user who runs it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Owner {
     /// User.

@@ -204,7 +204,7 @@ impl OpenFile {
         self.open_image().is_some_and(|open| !open.never_blocks())
     }
 
-    /// Everything acknowledged before is durable. On an image that nobody could have changed that is so already.
+    /// Everything acknowledged before is durable. On an image that no opener could have changed that is so already.
     pub(super) fn fsync(&self, trouble: &Arc<Trouble>, done: Done<()>) {
         match self.open_image() {
             Some(open) if open.may_change() => {

@@ -169,14 +169,14 @@ mod tests {
     #[test]
     fn what_is_looked_at_outlives_its_handle() {
         let handles = Handles::default();
-        let told = Arc::new(());
-        let handle = handles.insert(told.clone()).expect("room");
+        let object = Arc::new(());
+        let handle = handles.insert(object.clone()).expect("room");
         let looking = handles.get(handle).expect("open");
         assert!(handles.remove(handle));
-        assert_eq!(Arc::strong_count(&told), 2);
+        assert_eq!(Arc::strong_count(&object), 2);
         assert!(looking.get().is_some());
         drop(looking);
-        assert_eq!(Arc::strong_count(&told), 1);
+        assert_eq!(Arc::strong_count(&object), 1);
     }
 
     #[test]

@@ -77,7 +77,7 @@ impl Tree {
             Err(errno) => return done(Err(errno)),
         };
         if let Some(id) = self.folder.find_id(&image) {
-            // Made by somebody else since the kernel looked.
+            // Made by another opener since the kernel looked.
             if flags.raw & libc::O_EXCL != 0 {
                 return done(Err(Errno(libc::EEXIST)));
             }
@@ -173,7 +173,7 @@ impl Tree {
             let Some(size) = change.size else { return tree.image_attr(id).ok_or_else(gone) };
             // A size in bytes: makes it, or makes it larger.
             match tree.folder.get(id) {
-                // Whoever copies a file in sets its length at the end, and disks end with a cluster.
+                // A program that copies a file in sets its length at the end, and disks end with a cluster.
                 Some(entry) if size < now && tree.is_rounded(&entry, size)? => {}
                 Some(entry) if size < now => {
                     let why = format!(
@@ -311,8 +311,8 @@ impl Tree {
         Some(((entry.id(), snapshot), image.size()))
     }
 
-    /// `cp`: the first call, from 0 to 0 into a file that this very handle has made and nobody has written, clones the
-    /// disk; the calls that follow find everything there. Whatever else: the kernel reads and writes.
+    /// `cp`: the first call, from 0 to 0 into a file that this very handle has made and that was never written, clones
+    /// the disk; the calls that follow find everything there. Whatever else: the kernel reads and writes.
     pub(super) fn copy(&self, from: (Handle, u64), to: (Handle, u64), len: u64, done: Done<u64>) {
         let (Some((disk, size)), Some(unborn)) = (self.disk(from.0), self.unborn_of(to.0)) else {
             return done(Err(COPY_YOURSELF));
@@ -350,7 +350,7 @@ impl Tree {
             other => other?,
         }
         *lock(&unborn.cloned) = Some(disk);
-        // Held open from here on, so that a write to it by anybody is seen by the next call.
+        // Held open from here on, so that any write to it is seen by the next call.
         let (send, receive) = std::sync::mpsc::channel();
         let done: Done<()> = Box::new(move |_| {
             let _ = send.send(());
@@ -363,7 +363,7 @@ impl Tree {
     }
 }
 
-/// The range is the clone's already, and nobody has written to it.
+/// The range is the clone's already, and was not written since.
 fn is_there(unborn: &Unborn, disk: &Disk, from: u64, to: u64) -> bool {
     let cloned = lock(&unborn.cloned);
     let untouched = unborn.image().is_some_and(|open| {

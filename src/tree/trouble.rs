@@ -1,4 +1,4 @@
-//! What the kernel is told when something fails, and what the log is told.
+//! What the kernel gets when something fails, and what the log gets.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};

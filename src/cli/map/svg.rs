@@ -13,9 +13,9 @@ const LEFT: usize = 90;
 const WIDTH: usize = LEFT + COLUMNS * EDGE + 20;
 /// Height of a line of text.
 const LINE: usize = 20;
-/// Levels whose files are drawn: what more there is would make a picture that nobody looks through.
+/// Levels whose files are drawn: more would make a picture that shows nothing.
 const FILES: usize = 40;
-/// Colours that people with any kind of colour vision tell apart (Okabe and Ito); further levels begin anew, darker.
+/// Colours that differ for every kind of colour vision (Okabe and Ito); further levels begin anew, darker.
 const COLOURS: [[u8; 3]; 7] = [
     [0, 114, 178],
     [230, 159, 0],

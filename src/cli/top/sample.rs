@@ -143,7 +143,7 @@ impl Watch {
         Ok(folders)
     }
 
-    /// Looks, and tells what happened since the last look.
+    /// Looks, and returns what happened since the last look.
     pub(super) fn look(&mut self) -> Found {
         let mut found = Found::default();
         let folders = self.folders().unwrap_or_else(|e| {
@@ -170,7 +170,7 @@ impl Watch {
         found
     }
 
-    /// Looks every `interval` on a thread of its own, until nobody listens.
+    /// Looks every `interval` on a thread of its own, until the receiver is dropped.
     pub(super) fn start(mut self, interval: Duration) -> Result<Receiver<Found>> {
         let (send, receive) = bounded(1);
         spawn_detached("ploopfs/top", move || {

@@ -157,7 +157,7 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        // Where the terminal is gone there is nobody to give it back to.
+        // Where the terminal is gone there is nothing to give back.
         let _ = queue!(self.out, cursor::Show, terminal::LeaveAlternateScreen);
         let _ = self.out.flush();
         let _ = terminal::disable_raw_mode();

@@ -69,7 +69,7 @@ pub(super) struct View {
     pub found: Option<Found>,
     sort: Sort,
     reverse: bool,
-    /// Without those that nobody has open.
+    /// Without those that no opener has.
     open_only: bool,
     /// Rows above the first one that is shown.
     skip: usize,

@@ -1,11 +1,11 @@
 //! The system calls that a confined daemon may make.
 //!
 //! What is not here is answered with ENOSYS, as by a kernel that does not have it: libraries then fall back to what
-//! they used before (clone3 to clone, for one, whose flags can be looked at). Nothing is killed: a call that somebody
-//! forgot must not take the disks of running guests away.
+//! they used before (clone3 to clone, for one, whose flags can be looked at). Nothing is killed: a call that the list
+//! forgets must not take the disks of running guests away.
 //!
 //! That the list is whole: it was made from traces of the tests, then filled up by sort, so that a libc that prefers
-//! another call of the same sort finds it. Whoever may read, write, map and wait does not gain power by doing it with
+//! another call of the same sort finds it. A process that may read, write, map and wait gains no power by doing it with
 //! another call. Calls that take a path and look at nothing that Landlock restricts (chmod, chown, xattr, utime) are
 //! left out, and so is making an io_uring, which would go around this list. The rings that were made before may be entered,
 //! and switched on by their threads; what they carry out is bound when they are made (see io/reads and fuse/uring/ring).
@@ -64,7 +64,7 @@ const FREE: &[c_long] = &[
     libc::SYS_flock,
     libc::SYS_dup,
     libc::SYS_dup3,
-    // Waiting, and being told.
+    // Waiting, and wake-ups.
     libc::SYS_ppoll,
     libc::SYS_pselect6,
     libc::SYS_epoll_create1,

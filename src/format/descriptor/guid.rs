@@ -41,7 +41,7 @@ impl Guid {
         Guid(bytes)
     }
 
-    /// A new one that nobody else has (RFC 9562 version 4).
+    /// A new one that is no other's (RFC 9562 version 4).
     pub fn random() -> Guid {
         let mut bytes = [0; 16];
         let mut filled = 0;

@@ -152,7 +152,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
     Ok(document.children)
 }
 
-/// An element as it begins. What the reader lets pass and nobody could read again once it is written (no name, a stray
+/// An element as it begins. What the reader accepts and no reader would accept once it is written (no name, a stray
 /// `/` behind the attributes) is refused: the next change of the descriptor would make it unreadable.
 fn begun(start: &BytesStart<'_>) -> Result<Element, String> {
     let name = start.name().as_ref().to_owned();

@@ -246,7 +246,7 @@ impl fuser::Filesystem for Bridge {
                     }
                 }
             });
-            // Refused here, or larger than the buffer (the kernel was told not to).
+            // Refused here, or larger than the buffer (the handshake forbids it).
             if let Some(reply) = reply {
                 let done: Done<Bytes> = Box::new(move |answer| match answer {
                     Ok(data) => reply.data(&data),
@@ -432,7 +432,8 @@ impl fuser::Filesystem for Bridge {
     ) {
         self.serve("copy_file_range", || {
             let done: Done<u64> = Box::new(move |answer| match answer {
-                // The answer has 32 bits, and whoever copies asks again for the rest. A whole page, as the kernel cuts it.
+                // The answer has 32 bits, and the copying program asks again for the rest. A whole page, as the kernel
+                // cuts it.
                 Ok(n) => reply.written(u32::try_from(n).unwrap_or(!4095)),
                 Err(e) => reply.error(errno(e)),
             });

@@ -89,7 +89,7 @@ pub(super) struct Threads {
 pub(super) fn start(sessions: Vec<Made>) -> Result<Threads> {
     let count = sessions.len();
     let (say, said) = bounded(3 * count);
-    let (tell, go) = bounded(count);
+    let (start, go) = bounded(count);
     for (number, made) in sessions.into_iter().enumerate() {
         let Made { fuser, door, slot, connection } = made;
         let entrance = Entrance { number, slot, connection, say: say.clone(), go: go.clone() };
@@ -112,7 +112,7 @@ pub(super) fn start(sessions: Vec<Made>) -> Result<Threads> {
     } // 1
     for _ in 0..count {
         // Room for all; and each of them waits.
-        let _ = tell.send(());
+        let _ = start.send(());
     } // 2
     let mut ended = Vec::new();
     let mut serving = 0;

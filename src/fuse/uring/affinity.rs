@@ -12,8 +12,8 @@ use rustix::thread::CpuSet;
 const LOOK: u32 = 128;
 /// Every so many batches it is looked at the other queues, which on a large machine are many.
 const SAMPLE: u32 = 8;
-/// From so many requests in a batch, on average, many are under way, and a bound thread is let go; a free one is bound again
-/// below half of that, so that it does not go back and forth.
+/// From so many requests in a batch, on average, many are under way, and a bound thread is freed; a free one is bound
+/// again below half of that, so that it does not go back and forth.
 const DEEP: u32 = 4;
 
 /// The rule, and what it has seen since it last decided.

@@ -1,4 +1,4 @@
-//! What the kernel is told, in its own structures (uapi/linux/fuse.h).
+//! Answers to the kernel, in its own structures (uapi/linux/fuse.h).
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -201,7 +201,7 @@ pub(super) struct XattrOut {
     padding: u32,
 }
 
-/// The answer of GETXATTR and LISTXATTR to whoever asks how long it is.
+/// The answer of GETXATTR and LISTXATTR to a caller that asks how long it is.
 pub(super) fn length(bytes: usize) -> XattrOut {
     XattrOut { size: u32::try_from(bytes).unwrap_or(u32::MAX), padding: 0 }
 }

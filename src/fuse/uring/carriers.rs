@@ -1,10 +1,11 @@
 //! Threads for large requests, each with a ring of its own.
 //!
-//! A request is copied twice: from file to payload by whoever serves it, and between payload and user by the kernel, in
-//! the context of the thread that submits. For large ones these copies are all there is to do, and one thread for each
-//! of the kernel's queues does them one after the other. So they are spread: a carrier serves the request and answers
-//! through its own ring, both copies on one CPU, with warm caches. The entry stays with the carrier's ring, where the
-//! next request comes out that the kernel gives it; it goes home with the answer of a small one.
+//! A request is copied twice: from file to payload by the thread that serves it, and between payload and user by the
+//! kernel, in the context of the thread that submits. For large ones these copies are all there is to do, and one
+//! thread for each of the kernel's queues does them one after the other. So they are spread: a carrier serves the
+//! request and answers through its own ring, both copies on one CPU, with warm caches. The entry stays with the
+//! carrier's ring, where the next request comes out that the kernel gives it; it goes home with the answer of a small
+//! one.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -27,8 +28,8 @@ pub(super) const LARGE: u32 = 256 << 10;
 
 /// What waits for a carrier, and which of them are free.
 pub(super) struct Load {
-    /// Protects both, so that no request waits beside a free carrier. A leaf: nothing else is locked under it, and nobody is
-    /// called.
+    /// Protects both, so that no request waits beside a free carrier. A leaf: nothing else is locked under it, and no
+    /// carrier is called.
     state: Mutex<State>,
     /// By which a carrier is called.
     carriers: Vec<Arc<Entries>>,
@@ -38,7 +39,7 @@ pub(super) struct Load {
 
 struct State {
     requests: VecDeque<HeldEntry>,
-    /// By carrier: it waits, and nobody has called it since.
+    /// By carrier: it waits, and was not called since.
     free: Vec<bool>,
 }
 
@@ -126,7 +127,7 @@ pub(super) struct Carrier {
 }
 
 impl Carrier {
-    /// Starts the thread of carrier `number` of the [`Load`]. Nobody waits for its end, as for a queue's thread.
+    /// Starts the thread of carrier `number` of the [`Load`]. No thread waits for its end, as for a queue's.
     pub(super) fn start(self, number: usize) -> Result<()> {
         let name = format!("ploopfs/c{number}");
         spawn_thread(&name, move || self.run(number)).map(drop).map_err(no_thread(&name))
@@ -180,7 +181,7 @@ fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: HeldE
     if bytes < LARGE {
         return server.serve(held, Thread::Sifted);
     }
-    // With its payload in this CPU's caches it is better kept, unless somebody has nothing to do.
+    // With its payload in this CPU's caches it is better kept, unless a carrier has nothing to do.
     if more && load.has_free() {
         return load.put(held);
     }

@@ -1,5 +1,5 @@
 //! /dev/fuse beside the rings: the handshake, what the kernel sends there only (forgotten look-ups, interrupts), and
-//! what we tell it on our own account.
+//! what we notify it of on our own account.
 
 use std::ffi::OsStr;
 use std::io::{self, IoSlice};

@@ -45,7 +45,7 @@ const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
 /// MADV_COLLAPSE (uapi/asm-generic/mman-common.h, Linux 6.1), for which no crate has a name.
 const COLLAPSE: i32 = 25;
-/// So often is tried to put a payload into huge pages while somebody copies it, which keeps it from being moved.
+/// So often is tried to put a payload into huge pages while a thread copies it, which keeps it from being moved.
 const TRIES: u8 = 4;
 
 /// Names an entry of a session.
@@ -91,8 +91,8 @@ pub(super) fn to_fill() -> usize {
 #[derive(Clone, Copy, Debug)]
 #[repr(u8)]
 enum Owner {
-    /// Nobody yet, or nobody any more: its queue has ended.
-    Nobody,
+    /// None yet, or none any more: its queue has ended.
+    None,
     /// The kernel, until it completes.
     Kernel,
     /// We, until we answer.
@@ -188,8 +188,7 @@ pub(super) fn answering_here(serve: impl FnOnce()) {
 impl Block {
     /// Memory for entries that the tallies of these numbers count; taken from the system as far as it is used.
     fn new(tallies: impl Iterator<Item = usize>) -> io::Result<Block> {
-        let entry =
-            |tally| Entry { tally, owner: AtomicU8::new(Owner::Nobody as u8), tries: AtomicU8::new(0) };
+        let entry = |tally| Entry { tally, owner: AtomicU8::new(Owner::None as u8), tries: AtomicU8::new(0) };
         let entries: Vec<_> = tallies.map(entry).collect();
         // Linux begins a mapping at a huge page when it is as long as some.
         let unit = if entries.is_empty() { PAGE } else { HUGE };
@@ -315,7 +314,7 @@ impl Entries {
 
     /// The kernel is given an entry for the first time.
     pub(super) fn begins(&self, index: u32) {
-        if self.pass(index, Owner::Nobody, Owner::Kernel) {
+        if self.pass(index, Owner::None, Owner::Kernel) {
             self.live.fetch_add(1, Ordering::AcqRel);
             self.tally(index).map(|tally| tally.all.fetch_add(1, Ordering::Relaxed));
         }
@@ -352,12 +351,12 @@ impl Entries {
 
     /// The kernel does not want an entry any more. False: it did not have it.
     pub(super) fn ends(&self, index: u32) -> bool {
-        let ended = self.pass(index, Owner::Kernel, Owner::Nobody);
+        let ended = self.pass(index, Owner::Kernel, Owner::None);
         if ended {
             self.tally(index).map(|tally| tally.all.fetch_sub(1, Ordering::Relaxed));
         }
         if ended && self.live.fetch_sub(1, Ordering::AcqRel) == 1 {
-            // Whoever saw it may be another ring's thread.
+            // The thread that saw it may be another ring's.
             self.call();
         }
         ended
@@ -374,7 +373,7 @@ impl Entries {
         &self.wake
     }
 
-    /// Where the kernel may put the 8 bytes of [`wake`](Entries::wake); nobody else looks at them.
+    /// Where the kernel may put the 8 bytes of [`wake`](Entries::wake); they are never read.
     pub(super) fn wake_place(&self) -> *mut u8 {
         self.first.header(self.first.entries.len())
     }
@@ -398,8 +397,8 @@ impl Entries {
     }
 
     /// Puts the payload of an entry, and what shares a huge page with it, into huge pages: a large request has taken most of
-    /// that memory already. For a thread that may lose a millisecond, once for each entry; whoever uses the memory meanwhile
-    /// sees no change. Measured, 1 MiB reads at QD8: 1.07 of what small pages give, writes 1.02.
+    /// that memory already. For a thread that may lose a millisecond, once for each entry; a user of the memory
+    /// meanwhile sees no change. Measured, 1 MiB reads at QD8: 1.07 of what small pages give, writes 1.02.
     pub(super) fn make_huge(&self, index: u32) {
         let Some((block, at)) = self.find(index) else { return };
         let Some(Entry { tries, .. }) = block.entries.get(at) else { return };
@@ -454,7 +453,7 @@ impl Entries {
             answered.push(answer);
             answered.len() == 1
         };
-        // Else whoever was first has called, and the ring's thread has not come yet.
+        // Else the first one has called, and the ring's thread has not come yet.
         if first {
             self.call();
         }

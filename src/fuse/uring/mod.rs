@@ -203,7 +203,7 @@ impl Session {
 }
 
 impl Serving {
-    /// Serves what comes over /dev/fuse until the connection has ended, then tells the file system.
+    /// Serves what comes over /dev/fuse until the connection has ended, then reports that to the file system.
     ///
     /// The end: (1) /dev/fuse says so; (2) the server closes: what comes still is answered with EIO; (3) the rings'
     /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system

@@ -40,7 +40,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread of ring `number`. Nobody waits for its end: after that of the session it only takes back
+    /// Starts the thread of ring `number`. No thread waits for its end: after that of the session it only takes back
     /// answers that are still owed, and the process need not live for that.
     pub(super) fn start(self, number: usize) -> Result<()> {
         let name = format!("ploopfs/q{number}");

@@ -67,8 +67,8 @@ pub(super) struct Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // Only after a panic. The kernel may still write to what it has: that memory is never freed, and nobody looks at
-        // it. The clusters are let go, or a freeze would wait for ever.
+        // Only after a panic. The kernel may still write to what it has: that memory is never freed, and never looked
+        // at again. The clusters are released, or a freeze would wait for ever.
         for Filling { held, planned } in self.filling.iter_mut().filter_map(Option::take) {
             std::mem::forget((planned.file(), held));
             planned.end(false);
@@ -212,7 +212,8 @@ impl Ring {
         passing(self.ring.submit())
     }
 
-    /// Hands over what was answered now, because somebody waits. What fails stays; the next wait tries it again, and says so.
+    /// Hands over what was answered now, because a requester waits. What fails stays; the next wait tries it again, and
+    /// says so.
     pub(super) fn prompt(&mut self) {
         if let Err(e) = self.flush() {
             log::debug!("cannot hand an answer over: {e}");
@@ -421,10 +422,10 @@ mod tests {
         }
 
         fn plan(&self, page: usize) -> (Planned, mpsc::Receiver<bool>) {
-            let (tell, ended) = mpsc::channel();
+            let (end, ended) = mpsc::channel();
             let at = (page * PAGE) as u64;
             let plan =
-                Planned::new(self.file.clone(), at, PAGE, move |whole| tell.send(whole).expect("awaited"));
+                Planned::new(self.file.clone(), at, PAGE, move |whole| end.send(whole).expect("awaited"));
             (plan.expect("a file on a disk"), ended)
         }
 

@@ -39,7 +39,7 @@ pub(super) trait Exchange: Send + Sized + 'static {
     fn forget(self);
 }
 
-/// An answer that is owed: dropped, it is EIO, so that nobody waits for ever.
+/// An answer that is owed: dropped, it is EIO, so that no requester waits for ever.
 struct Reply<E: Exchange>(Option<E>);
 
 impl<E: Exchange> Reply<E> {
@@ -189,7 +189,7 @@ impl Server {
         self.closed.load(Ordering::SeqCst)
     }
 
-    /// Tells the file system that nothing follows.
+    /// Reports to the file system that nothing follows.
     pub(super) fn ended(&self) {
         self.fs.ended();
     }
@@ -372,7 +372,7 @@ mod tests {
     use std::sync::Mutex;
     use std::time::SystemTime;
 
-    /// Answers everything, some of it later, and panics where it is told to.
+    /// Answers everything, some of it later, and panics where a test wants it.
     struct Anything;
 
     fn attr(ino: Ino) -> Attr {
@@ -420,7 +420,7 @@ mod tests {
             done(Ok(data.len()));
         }
         fn fsync(&self, _: Handle, done: Done<()>) {
-            // Lost, as by a bug: whoever waits hears of it.
+            // Lost, as by a bug: the requester gets an error.
             drop(done);
         }
         fn fallocate(&self, _: Handle, _: u64, _: u64, _: i32, done: Done<()>) {

@@ -295,7 +295,7 @@ fn an_image_opens_where_its_notes_and_its_size_cannot_be_written() {
     assert!(text.contains("<Disk_size>16384<"), "{text}");
 }
 
-/// Without it the clone would be the file's only owner, and change it under whoever reads.
+/// Without it the clone would be the file's only owner, and change it under its readers.
 #[test]
 fn a_file_that_a_clone_has_too_keeps_its_name_while_a_snapshot_is_read() {
     let (rig, guid) = Rig::new();
@@ -305,7 +305,7 @@ fn a_file_that_a_clone_has_too_keeps_its_name_while_a_snapshot_is_read() {
     std::fs::hard_link(&old, rig.path("of-a-clone")).expect("linked");
     let reader = layers.begin_reading();
     switch(&layers, guid).expect("switched");
-    assert!(old.exists(), "somebody may read from it");
+    assert!(old.exists(), "a reader may still use it");
     drop((reader, layers));
     rig.open();
     assert!(!old.exists(), "it goes at the next open");

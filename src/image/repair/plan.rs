@@ -56,7 +56,7 @@ pub(super) struct RepairPlan {
     pub end: u64,
     /// What nothing refers to may be what a damaged entry stood for: it is kept in a file beside the image.
     pub doubtful: bool,
-    /// It is kept before the header is corrected: after that, and a power cut, nothing would tell that it is doubtful.
+    /// It is kept before the header is corrected: after that, and a power cut, nothing would show that it is doubtful.
     pub keep_first: bool,
     /// What the guest has lost.
     pub lost: Vec<Lost>,

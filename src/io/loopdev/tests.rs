@@ -147,7 +147,7 @@ fn a_device_over_a_file_that_grew_is_as_large_as_it_once_it_is_told() {
     };
     OpenOptions::new().write(true).open(&a.path).and_then(|f| f.set_len(32 << 20)).expect("grow");
     assert_eq!(sectors() * 512, 16 << 20);
-    update_size(&a.device.dev).expect("told");
+    update_size(&a.device.dev).expect("updated");
     assert_eq!(sectors() * 512, 32 << 20);
 }
 
