@@ -426,3 +426,103 @@ fn two_names_that_are_no_text_are_two_names() {
     assert_eq!(names, ["a\\xfe", "a\\xff"]);
     assert!(images.iter().all(|row| row["reason"].is_null()), "{listing}");
 }
+
+/// Runs ploopfs in a shell with `redirected` behind its words.
+fn redirected(folder: &Folder, redirected: &str, args: &[&str]) -> Output {
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("exec \"$0\" \"$@\" {redirected}")).arg(env!("CARGO_BIN_EXE_ploopfs"));
+    command.args(args).current_dir(folder.0.path()).env_remove("RUST_LOG").output().expect("sh starts")
+}
+
+/// `export IMAGE - >&-` said 0 and wrote nowhere, and so did every answer: the runtime opens /dev/null where standard
+/// output was closed, and takes EBADF for success.
+#[test]
+fn a_closed_standard_output_is_an_error_before_anything_is_done_and_a_full_one_is_none_of_success() {
+    let folder = Folder::new();
+    folder.ok(&["create", "vm", "--size", "4M"]);
+    folder.ok(&["create", "s", "--size", "4M"]);
+    folder.ok(&["snapshot", "create", "s", "one"]);
+    folder.ok(&["backup", "s@one", "-o", "b.ploopfs"]);
+    let looking: [&[&str]; 22] = [
+        &["--help"],
+        &["list", "--help"],
+        &["--version"],
+        &["list"],
+        &["list", "--json"],
+        &["info", "vm"],
+        &["info", "vm", "--json"],
+        &["map", "vm"],
+        &["map", "vm", "--json"],
+        &["snapshot", "list", "s"],
+        &["check", "s"],
+        &["check", "vm", "--json"],
+        &["diff", "s", "one"],
+        &["diff", "s", "one", "--json"],
+        &["backup", "s@one"],
+        &["backup", "s@one", "-o", "-"],
+        &["export", "s@one", "-"],
+        &["export", "vm", "/dev/stdout"],
+        &["meta", "dump", "vm"],
+        &["restore", "--check", "b.ploopfs"],
+        &["compact", "vm", "--dry-run", "--json"],
+        &["completions", "bash"],
+    ];
+    let changing: [&[&str]; 6] = [
+        &["create", "new", "--size", "1M"],
+        &["snapshot", "create", "vm", "two"],
+        &["clone", "vm", "copy"],
+        &["export", "vm", "vm.img"],
+        &["resize", "vm", "8M"],
+        &["cbt", "start", "vm"],
+    ];
+    let names = || {
+        let mut names: Vec<_> =
+            fs::read_dir(folder.0.path()).expect("read").flatten().map(|e| e.file_name()).collect();
+        names.sort();
+        (names, fs::read(folder.path("vm.hds")).expect("one file as before"))
+    };
+    let before = names();
+    for args in looking.iter().chain(&changing) {
+        for to in [">&-", "1</dev/null"] {
+            let output = redirected(&folder, to, args);
+            let said = String::from_utf8_lossy(&output.stderr);
+            let good = status(&output) == 1 && said.contains("standard output is closed");
+            assert!(good, "{args:?} {to}: {} {said}", status(&output));
+        }
+    }
+    assert!(names() == before, "something was done");
+    for args in looking {
+        assert_eq!(status(&redirected(&folder, ">/dev/full", args)), 1, "{args:?} >/dev/full");
+        for to in [">/dev/null", "1<>/dev/null", ">&- 2>/dev/null >/dev/null"] {
+            assert_eq!(status(&redirected(&folder, to, args)), 0, "{args:?} {to}");
+        }
+    }
+    // What is done all the same, and not said, stands in the message.
+    let said = redirected(&folder, ">/dev/full", &["snapshot", "create", "vm", "two"]);
+    assert_eq!(status(&said), 1);
+    let text = String::from_utf8_lossy(&said.stderr);
+    assert!(text.contains("done, but") && text.contains("two"), "{text}");
+    // It never had anything to answer.
+    let to = folder.path("pages");
+    fs::create_dir(&to).expect("mkdir");
+    assert_eq!(status(&redirected(&folder, ">&-", &["man", to.to_str().expect("UTF-8")])), 0);
+}
+
+#[test]
+fn a_closed_standard_input_is_no_empty_disk_and_no_backup_that_was_cut_off() {
+    let folder = Folder::new();
+    for (args, from) in [
+        (["import", "-", "vm"], "<&-"),
+        (["import", "-", "vm"], "0>/dev/null"),
+        (["restore", "-", "vm"], "<&-"),
+        (["restore", "-", "vm"], "0>/dev/null"),
+    ] {
+        let output = redirected(&folder, from, &args);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            status(&output) == 1 && said.contains("standard input: is closed"),
+            "{args:?} {from}: {said}"
+        );
+    }
+    assert_eq!(fs::read_dir(folder.0.path()).expect("read").count(), 0);
+}

@@ -1,6 +1,7 @@
 //! `ploopfs attach`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::cli::{Outcome, out, served, target};
 use crate::disk::find;
@@ -11,6 +12,9 @@ use crate::words::quoted;
 
 /// Where a mount shows snapshots.
 const SNAPSHOTS: &str = ".snapshots";
+
+/// How long the kernel may take to let go of a device whose name could not be said.
+const UNHEARD: Duration = Duration::from_secs(5);
 
 /// Arguments of `attach`.
 #[derive(Debug, clap::Args)]
@@ -42,7 +46,12 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
             ),
             _ => e,
         })?;
-    out::text(&format!("{}\n", device.dev.display()))?;
+    let said = out::text(&format!("{}\n", device.dev.display()));
+    if said.is_err() {
+        // A caller that does not learn its name would leave it over the image.
+        loopdev::detach(&device.dev, UNHEARD)?;
+    }
+    said?;
     Ok(Outcome::Done)
 }
 

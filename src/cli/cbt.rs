@@ -52,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         What::Start { image, granularity } => {
             let path = target::find(&image)?;
             let done = work::carry_out(&path, &Work::Track { granularity }, pace)?;
-            out::text(&format!("{}\n", done.name.unwrap_or_default()))?;
+            out::done(&format!("{}\n", done.name.unwrap_or_default()))?;
         }
         What::Stop { image } => {
             work::carry_out(&target::find(&image)?, &Work::Untrack, pace)?;

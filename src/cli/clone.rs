@@ -37,7 +37,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let done = work::carry_out(&target.path, &work, args.pace)?;
     source::show(&to)?;
     snapshot::say(&done)?;
-    out::text(&format!("created {}\n", out::printable(&to.to_string_lossy())))?;
+    out::done(&format!("created {}\n", out::printable(&to.to_string_lossy())))?;
     Ok(Outcome::Done)
 }
 

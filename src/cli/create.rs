@@ -49,6 +49,6 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let created = create(&args.image, &plan)?;
     source::show(&created.path)?;
     let path = out::printable(&created.path.to_string_lossy());
-    out::text(&format!("created {path}, {}\n", size::human(created.size)))?;
+    out::done(&format!("created {path}, {}\n", size::human(created.size)))?;
     Ok(Outcome::Done)
 }

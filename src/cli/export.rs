@@ -130,7 +130,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     })?;
     drop(source);
     if let Some(said) = said {
-        out::text(&said)?;
+        out::done(&said)?;
     }
     Ok(Outcome::Done)
 }

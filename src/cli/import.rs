@@ -228,7 +228,7 @@ fn say(path: &Path, bytes: u64, notes: Vec<String>) -> anyhow::Result<Outcome> {
         text += &out::printable(line);
         text.push('\n');
     }
-    out::text(&text)?;
+    out::done(&text)?;
     Ok(Outcome::Done)
 }
 

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use crate::cli::work::is_interrupted;
 use crate::error::{Error, Kind, Result};
+use crate::io::standard;
 use crate::transfer::disk::FlatFile;
 
 /// How often a wait for a pipe asks whether it is still wanted.
@@ -55,6 +56,10 @@ pub(super) fn stdin_to_end(what: &str) -> Result<(Box<dyn Read + Send>, String)>
 }
 
 fn own_stdin(what: &str) -> Result<File> {
+    let closed = |e| {
+        Error::io(&e, NAME, format!("is closed, or not open for reading, and {what} was to come from there"))
+    };
+    standard::input().map_err(closed)?;
     let stdin = io::stdin();
     refuse_terminal(&stdin, what)?;
     let own = stdin.as_fd().try_clone_to_owned();

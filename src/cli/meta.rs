@@ -63,7 +63,13 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     match args.what {
         What::Dump { image } => dump(&target::find(&image)?)?,
         What::Restore { file, image } => restore(&file, &target::find(&image)?)?,
-        What::Pack { image, file } => pack(&target::find(&image)?, &file)?,
+        What::Pack { image, file } => {
+            let bytes = size::human(pack(&target::find(&image)?, &file)?);
+            out::done(&format!(
+                "{}: {bytes} of metadata, no data\n",
+                out::printable(&file.to_string_lossy())
+            ))?;
+        }
     }
     Ok(Outcome::Done)
 }
@@ -143,7 +149,8 @@ fn restore(dump: &Path, path: &Path) -> Result<()> {
     prepared.into_iter().try_for_each(Restore::carry_out)
 }
 
-fn pack(path: &Path, to: &Path) -> Result<()> {
+/// Returns the bytes packed.
+fn pack(path: &Path, to: &Path) -> Result<u64> {
     let layered = layered(path)?;
     let mut bytes = 0;
     if let Some(image) = &layered {
@@ -168,7 +175,5 @@ fn pack(path: &Path, to: &Path) -> Result<()> {
             ImageKind::Ploop => bytes += meta::pack(&file, &to)?,
         }
     }
-    let said =
-        format!("{}: {} of metadata, no data\n", out::printable(&to.to_string_lossy()), size::human(bytes));
-    out::text(&said).map_err(|e| Error::at(Kind::Io, to, e.to_string()))
+    Ok(bytes)
 }

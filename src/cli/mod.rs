@@ -234,6 +234,16 @@ pub enum Command {
 }
 
 impl Command {
+    /// True where it may have something to say on standard output, by which its caller goes on: an answer, or a name.
+    fn answers(&self) -> bool {
+        match self {
+            Command::Mount(_) | Command::Umount(_) | Command::Detach(_) | Command::Man(_) => false,
+            // Their output is the business of the process that started them.
+            Command::ThawGuard(_) | Command::Keeper(_) | Command::Standby(_) | Command::Daemon(_) => false,
+            _ => true,
+        }
+    }
+
     fn run(self) -> anyhow::Result<Outcome> {
         match self {
             Command::Mount(args) => mount::run(args),
@@ -276,22 +286,30 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(usage) => {
-            // Help and version go to stdout with status 0. A reader that went away is no failure.
-            let _ = usage.print();
-            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+            // Help and version go to stdout with status 0.
+            let status = ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+            return match out::usage(&usage) {
+                Ok(()) => status,
+                Err(e) => failed(&e),
+            };
         }
     };
-    match cli.command.run() {
+    // Before anything is read or changed.
+    let usable = if cli.command.answers() { out::usable() } else { Ok(()) };
+    match usable.map_err(Into::into).and_then(|()| cli.command.run()) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Status(status)) => status,
         Ok(Outcome::Damaged) => ExitCode::from(Kind::Damaged.exit_status()),
-        Err(error) => {
-            // eprintln! would panic where stderr is closed.
-            let text = format!("{error:#}");
-            let lines: Vec<String> = text.lines().map(out::printable).collect();
-            let _ = writeln!(std::io::stderr(), "ploopfs: {}", lines.join("\n"));
-            let kind = error.downcast_ref::<Error>().map(Error::kind);
-            ExitCode::from(kind.map_or(1, Kind::exit_status))
-        }
+        Err(error) => failed(&error),
     }
+}
+
+/// Says on stderr what went wrong; the exit status.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    // eprintln! would panic where stderr is closed.
+    let text = format!("{error:#}");
+    let lines: Vec<String> = text.lines().map(out::printable).collect();
+    let _ = writeln!(std::io::stderr(), "ploopfs: {}", lines.join("\n"));
+    let kind = error.downcast_ref::<Error>().map(Error::kind);
+    ExitCode::from(kind.map_or(1, Kind::exit_status))
 }

@@ -348,7 +348,7 @@ fn is_at(client: &Client, mountpoint: &Path) -> Result<bool> {
 fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
     if is_at(&client, mountpoint)? {
         client.rescan()?;
-        out::text(&format!("{}: already mounted\n", mountpoint.display()))?;
+        out::remark(&format!("{}: already mounted\n", mountpoint.display()));
         return Ok(Outcome::Done);
     }
     let hello = client.hello();

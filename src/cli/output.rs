@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{OFlags, SeekFrom};
 
+use crate::cli::out;
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
 use crate::transfer::disk::Disk;
@@ -29,6 +30,7 @@ pub(super) struct Pipe {
 /// Standard output, past its buffer, which looks for ends of lines; `what` is not for a terminal, and `instead` says what
 /// to do.
 pub(super) fn stdout(what: &str, instead: &str) -> Result<File> {
+    out::usable()?;
     let stdout = io::stdout();
     if stdout.is_terminal() {
         return Err(Error::new(Kind::Invalid, format!("{what} is not for a terminal; {instead}")));

@@ -34,7 +34,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     for device in devices {
         text += &format!("{}: {size}\n", device.display());
     }
-    out::text(&text)?;
+    out::done(&text)?;
     Ok(Outcome::Done)
 }
 

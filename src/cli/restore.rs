@@ -62,14 +62,14 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     })?;
     source::show(&path)?;
     if let Some(note) = note {
-        out::text(&format!("{}\n", out::printable(&note)))?;
+        out::done(&format!("{}\n", out::printable(&note)))?;
     }
     let shown = out::printable(&path.to_string_lossy());
     let text = match head.is_incremental() {
         true => format!("{shown}: is at the snapshot {} now\n", out::printable(&head.name)),
         false => format!("created {shown}, {}\n", size::human(head.size)),
     };
-    out::text(&text)?;
+    out::done(&text)?;
     Ok(Outcome::Done)
 }
 

@@ -87,7 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     match args.what {
         What::Create { image, name, freeze } => {
             let name = create(&target::find(&image)?, name, freeze)?;
-            out::text(&format!("{}\n", out::printable(&name)))?;
+            out::done(&format!("{}\n", out::printable(&name)))?;
         }
         What::List { which } => {
             let lines = work::snapshots(&target::find(&which.image)?)?;

@@ -29,4 +29,5 @@ pub mod real;
 pub mod rename;
 pub mod ring;
 pub mod share;
+pub mod standard;
 pub mod unmount;
