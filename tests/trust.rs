@@ -437,3 +437,75 @@ fn a_set_uid_program_of_another_user_is_not_taken_for_a_daemon() {
     child.kill().and_then(|()| child.wait()).expect("our own child");
     assert!(disguised && done.success() && done.output().contains("not mounted"), "{done}");
 }
+
+/// A mount of our type by another user, to whom root may look, and who never answers.
+struct Silent {
+    folder: tempfile::TempDir,
+    point: PathBuf,
+    connection: Option<std::os::fd::OwnedFd>,
+}
+
+impl Silent {
+    fn new() -> Silent {
+        use rustix::mount::{MountFlags, mount};
+        let folder = common::temp_dir();
+        let (point, source) = (folder.path().join("point"), folder.path().join("source"));
+        [&point, &source].into_iter().for_each(|dir| fs::create_dir(dir).expect("a folder"));
+        let connection = fs::File::options().read(true).write(true).open("/dev/fuse").expect("/dev/fuse");
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&connection);
+        let data = format!("fd={fd},rootmode=40000,user_id={NOBODY},group_id={NOBODY},allow_other");
+        let data = std::ffi::CString::new(data).expect("no NUL");
+        mount(&source, &point, "fuse.ploopfs", MountFlags::NOSUID | MountFlags::NODEV, data.as_c_str())
+            .expect("mounted");
+        Silent { folder, point, connection: Some(connection.into()) }
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        // Whoever waits for an answer hears that there is none.
+        drop(self.connection.take());
+        let _ = rustix::mount::unmount(&self.point, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// `umount` asked the mount of another user whether it is dead, by a call that has no end, and whose caller cannot even be
+/// killed once the request was read.
+#[test]
+fn a_mount_of_another_user_that_never_answers_holds_up_no_command_of_root() {
+    require!("fuse");
+    if !is_root() {
+        return;
+    }
+    let silent = Silent::new();
+    let (folder, point) = (silent.folder.path(), &silent.point);
+    let (images, flat, new) = (folder.join("images"), point.join("vm.img"), point.join("../point/new"));
+    let to_flat = format!("--output={}", text(&flat));
+    fs::create_dir(&images).expect("a folder");
+    let commands: [&[&str]; 14] = [
+        &["umount", text(point)],
+        &["mount", text(&images), text(point)],
+        &["mount", text(point), text(&images)],
+        &["mount", text(&flat), text(&images)],
+        &["list", text(point)],
+        &["info", text(&flat)],
+        &["attach", text(&flat)],
+        &["detach", text(&flat)],
+        &["export", text(&flat), "-"],
+        &["create", text(&new), "--size", "1M"],
+        &["import", text(&flat), text(&images)],
+        &["backup", text(&images), &to_flat],
+        &["snapshot", "list", text(&flat)],
+        &["top", "--once", text(point)],
+    ];
+    for args in commands {
+        let done = Run::ploopfs().args(args).limit(20).run();
+        assert!(done.code().is_some_and(|code| code != 0), "{done}");
+        assert!(done.stderr.contains(&format!("mount of user {NOBODY}")), "{done}");
+    }
+    let listed = Run::ploopfs().args(["list", "--all", text(folder)]).limit(20).ok();
+    assert!(listed.contains("point: is a mount of user"), "{listed}");
+    Run::ploopfs().arg("list").in_folder(&images).limit(20).ok();
+    let done = Run::ploopfs().args(["umount", "--detach", text(point)]).limit(20).run();
+    assert!(done.status.is_some() && !is_mounted(point), "{done}");
+}

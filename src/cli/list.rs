@@ -146,7 +146,9 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     let mut folders = HashSet::new();
     // A second place of a mount (a bind mount) has the same file system.
     let mut devices = HashSet::new();
-    let ours = mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours());
+    // What another user mounted is no business of ours, and its source may lead where nothing answers.
+    let ours =
+        mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours() && mount.clone().trusted().is_ok());
     let ours: Vec<_> = ours.filter(|mount| devices.insert(mount.device)).collect();
     // All at once: one whose daemon was stopped must not keep the others waiting.
     let asked: Vec<_> = ours.iter().map(|mount| shown_by(mount.clone())).collect();
@@ -163,7 +165,7 @@ fn of_all(all: bool) -> Result<Listing, Error> {
                     Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")),
                 )
             }
-            // Another user's.
+            // Another user answers there.
             Ok(Err(e)) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
             Ok(Err(e)) => (mount.source.clone(), Vec::new(), Some(e.to_string())),
         };
@@ -267,8 +269,13 @@ fn look(folder: &Path, all: bool, served: bool) -> Result<Listing, Error> {
     names.sort();
     let descriptor = read_descriptor(&folder.join(DESCRIPTOR));
     let (mut images, mut others) = (Vec::new(), Vec::new());
+    let strange = mounts::of_others(folder);
     for name in &names {
         let path = if folder == Path::new(".") { name.into() } else { folder.join(name) };
+        if let Some(mount) = strange.iter().find(|mount| mount.point.file_name() == Some(name)) {
+            others.push(Other { path: in_text(path.as_os_str()), reason: mount.not_ours() });
+            continue;
+        }
         match entry(&path, name, &descriptor, served) {
             Ok(row) => images.push(row),
             Err(reason) => others.push(Other { path: in_text(path.as_os_str()), reason }),

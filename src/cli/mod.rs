@@ -2,14 +2,17 @@
 //! Beside them what several need: `target`, `served`, `source`, `work` (who carries it out), `out`, `output`, `input`,
 //! `report`, `size`, `utc`. What must hold of images is below.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, Subcommand};
 
 use crate::error::{Error, Kind};
+use crate::io::mounts;
 
 pub mod attach;
 pub mod backup;
@@ -283,7 +286,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     // A limit of a file's size (`ulimit -f`) is an errno of the write, EFBIG, and not the end of the process. A handler that
     // only notes it, and not SIG_IGN, which the programs that we run would inherit. Without it: as before.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(usage) => {
             // Help and version go to stdout with status 0.
@@ -296,12 +300,22 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     // Before anything is read or changed.
     let usable = if cli.command.answers() { out::usable() } else { Ok(()) };
+    let usable = usable.and_then(|()| mounts::refuse_others(paths(&args), false));
     match usable.map_err(Into::into).and_then(|()| cli.command.run()) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Status(status)) => status,
         Ok(Outcome::Damaged) => ExitCode::from(Kind::Damaged.exit_status()),
         Err(error) => failed(&error),
     }
+}
+
+/// The words of a command line that may be paths: each, and what stands behind a =.
+fn paths(args: &[OsString]) -> impl Iterator<Item = PathBuf> {
+    let value = |word: &OsString| {
+        let at = word.as_bytes().iter().position(|byte| *byte == b'=')?;
+        Some(OsStr::from_bytes(&word.as_bytes()[at + 1..]).into())
+    };
+    args.iter().skip(1).flat_map(move |word| [Some(PathBuf::from(word)), value(word)].into_iter().flatten())
 }
 
 /// Says on stderr what went wrong; the exit status.

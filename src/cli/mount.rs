@@ -229,6 +229,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         // The daemon asks again; here before anything is made.
         uring::available()?;
     }
+    mounts::refuse_others([args.images.clone()], true)?;
     let images = folder(&args.images, "cannot make the images folder")?;
     let mountpoint = mounts::resolve(&args.mountpoint)?;
     check_places(&images, &mountpoint)?;
@@ -300,6 +301,13 @@ fn check_places(images: &Path, mountpoint: &Path) -> Result<()> {
 /// Takes away mounts whose daemon died, and names what still hangs on them.
 fn clear_dead(mountpoint: &Path) -> Result<()> {
     while let Some(mount) = mounts::at(mountpoint)? {
+        if mount.is_ours()
+            && let Err(e) = mount.clone().trusted()
+        {
+            // Whatever else is asked of it may never be answered.
+            let what = format!("{e}; to take it away: ploopfs umount --detach {}", quoted(mountpoint));
+            return Err(Error::new(e.kind(), what));
+        }
         if !served::has_died(&mount)? {
             break;
         }

@@ -62,9 +62,10 @@ impl Daemon {
 
 /// True when `mount` is one of ours whose daemon died. Without a daemon on the socket its last threads may still be
 /// about to end, so that is waited for. The socket is asked first: its answer is bounded in time, while a look at the
-/// mount of a daemon that was stopped has no end.
+/// mount of a daemon that was stopped has no end. So a mount of another user is never looked at: it may answer never, and
+/// its source may lead anywhere.
 pub fn has_died(mount: &Mount) -> Result<bool> {
-    if !mount.is_ours() {
+    if !mount.is_ours() || mount.clone().trusted().is_err() {
         return Ok(false);
     }
     let deadline = Instant::now() + LAST_THREADS;

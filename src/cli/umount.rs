@@ -62,6 +62,14 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if !mount.is_ours() {
         return Err(not_ours(&mount)?.into());
     }
+    let strange = mount.clone().trusted().err();
+    if let Some(e) = &strange {
+        if !args.detach {
+            let what = format!("{e}; to take it away: ploopfs umount --detach {}", quoted(&point));
+            return Err(Error::new(e.kind(), what).into());
+        }
+        out::say(&e.to_string());
+    }
     let pair = processes::behind(&mount.source, &mount.point);
     if let Some((who, pid)) = pair.as_ref().and_then(Pair::stopped) {
         if !args.detach {
@@ -78,6 +86,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     }
     // Before the unmount: afterwards the socket may be gone.
     let daemon = match served::has_died(&mount) {
+        // What another user says there is of no use, nor is what he does not say waited for.
+        Ok(_) if strange.is_some() => None,
         Ok(true) => return take_dead_away(&mount),
         Ok(false) => served::of_mount(&mount)
             .ok()

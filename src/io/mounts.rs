@@ -12,7 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -60,6 +60,19 @@ impl Mount {
     /// happened: that one is known by its source, if it is not the same folder's.
     pub fn is_of_file_system(&self, other: &Mount) -> bool {
         self.device == other.device && self.kind == other.kind && self.source == other.source
+    }
+
+    /// True for a FUSE mount that another user made: what is asked there he answers as he likes, and may not answer at all. The
+    /// wait for that has no end, and a process that waits cannot even be killed.
+    pub fn is_of_another(&self) -> bool {
+        self.kind.as_bytes().starts_with(b"fuse")
+            && self.owner.is_some_and(|owner| owner != 0 && owner != rustix::process::geteuid().as_raw())
+    }
+
+    /// Why nothing is asked there.
+    pub fn not_ours(&self) -> String {
+        let owner = self.owner.map(|owner| format!(" {owner}")).unwrap_or_default();
+        format!("is a mount of user{owner}, and not looked at")
     }
 
     /// The mount itself, unless another user made it, who may have named any folder as its source, and shows in it what
@@ -156,6 +169,44 @@ pub fn at(point: &Path) -> Result<Option<Mount>> {
     // By what lies on what: the order of the table is that of mounting, which is another one once a mount was moved.
     let below: HashSet<u64> = here.iter().map(|mount| mount.parent).collect();
     Ok(here.into_iter().rev().find(|mount| !below.contains(&mount.id)))
+}
+
+/// The mounts of other users that lie in `folder` itself.
+pub fn of_others(folder: &Path) -> Vec<Mount> {
+    let mut found = all().unwrap_or_default();
+    found.retain(Mount::is_of_another);
+    if found.is_empty() {
+        return found;
+    }
+    let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    found.retain(|mount| mount.point.parent() == Some(&folder));
+    found
+}
+
+/// Refuses a path into a ploopfs mount of another user, without a look at what lies there: that may never be answered.
+/// `point`: the mount point, too; for most commands the table of mounts tells what is needed of that.
+pub fn refuse_others(paths: impl IntoIterator<Item = PathBuf>, point: bool) -> Result<()> {
+    let table = all().unwrap_or_default();
+    if !table.iter().any(|mount| mount.is_ours() && mount.is_of_another()) {
+        return Ok(());
+    }
+    for path in paths {
+        let Ok(absolute) = std::path::absolute(&path) else { continue };
+        let mut plain = PathBuf::new();
+        for part in absolute.components() {
+            match part {
+                Component::ParentDir => _ = plain.pop(),
+                part => plain.push(part),
+            }
+        }
+        match covering_in(&table, &plain) {
+            Some(mount) if mount.is_ours() && mount.is_of_another() && (point || mount.point != plain) => {
+                mount.clone().trusted()?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The mount with this number, wherever it is now; None where it is gone.
