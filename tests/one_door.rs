@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -185,6 +185,33 @@ fn a_file_that_a_descriptor_of_another_folder_names_is_a_level_of_that_image() {
     folder.ok(&["check", "vm"]);
 }
 
+/// A second name of a level, in a folder that neither is around the image nor in one that is.
+#[test]
+fn a_level_with_a_name_far_away_is_refused_where_its_image_is_served_and_named_elsewhere() {
+    require!("fuse");
+    let folder = Folder::new();
+    let images = folder.0.path().join("here/images");
+    let far = folder.0.path().join("far/away/of/it");
+    [&images, &far].into_iter().for_each(|dir| fs::create_dir_all(dir).expect("folders"));
+    fs::rename(folder.0.path().join("vm"), images.join("vm")).expect("moved");
+    let far = far.join("x.hds");
+    fs::hard_link(images.join("vm/vm.hds"), &far).expect("linked");
+    let before = look(&images);
+    let dry = Run::ploopfs().args(["check", "--repair", "--dry-run", text(&far)]).run();
+    assert!(dry.success() && !dry.stderr.contains("hard links"), "{dry}");
+    let warned = Run::ploopfs().args(["check", "--repair", text(&far)]).run();
+    assert!(warned.stderr.contains("has 2 names") && warned.stderr.contains("-samefile"), "{warned}");
+    let mount = Mount::over(&images, &[]);
+    for args in [&["resize", "16M"][..], &["compact"], &["check", "--repair"], &["snapshot", "create"]] {
+        let (first, rest) = args.split_at(if args[0] == "resize" { 1 } else { args.len() });
+        let done = Run::ploopfs().args(first).arg(text(&far)).args(rest).run();
+        assert_eq!(done.code(), Some(2), "{done}");
+        assert!(done.stderr.contains(text(&images.join("vm"))), "{done}");
+    }
+    drop(mount);
+    assert!(look(&images) == before && far.exists(), "changed");
+}
+
 #[test]
 fn reading_commands_go_on_with_a_level() {
     let folder = Folder::new();
@@ -267,6 +294,91 @@ fn a_refused_first_snapshot_leaves_the_single_file() {
         assert_eq!(fs::read_dir(other.path()).expect("a folder").count(), 0);
         folder.ok(&["clone", "a", text(&other.path().join("b")), "--copy"]);
     }
+}
+
+/// A file that may not become longer than this is a host that has space for a folder, and none for a new top.
+const LIMITED: &str = "--fsize=262144:";
+
+fn single(names: &[&str]) -> TempDir {
+    let folder = temp_dir();
+    for name in names {
+        // The map of 4 TiB takes 16 MiB.
+        let file = folder.path().join(name);
+        match name.strip_suffix(".raw") {
+            Some(_) => fs::File::create(&file).and_then(|file| file.set_len(4 << 40)).expect("a raw file"),
+            None => drop(Run::ploopfs().args(["create", text(&file), "--size", "4T"]).ok()),
+        }
+    }
+    folder
+}
+
+/// The names in `folder` that are no dot files.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder").flatten();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| !name.starts_with('.'));
+    names.sort();
+    names
+}
+
+#[test]
+fn a_first_snapshot_or_clone_that_finds_no_space_leaves_no_folder() {
+    let folder = single(&["a.hds", "b.raw"]);
+    for image in ["a.hds", "b.raw"] {
+        let path = folder.path().join(image);
+        let inode = path.metadata().expect("there").ino();
+        let copy = folder.path().join("copy");
+        for what in [&["snapshot", "create", text(&path)][..], &["clone", text(&path), text(&copy)]] {
+            let done = Run::new("prlimit").args([LIMITED, env!("CARGO_BIN_EXE_ploopfs")]).args(what).run();
+            assert_eq!(done.code(), Some(1), "{done}");
+            assert_eq!(names(folder.path()), ["a.hds", "b.raw"], "{done}");
+            assert_eq!(path.metadata().expect("there").ino(), inode);
+        }
+    }
+    let path = folder.path().join("a.hds");
+    Run::ploopfs().args(["snapshot", "create", text(&path), "s1"]).ok();
+    Run::ploopfs().args(["check", text(&folder.path().join("a"))]).ok();
+}
+
+#[test]
+fn a_first_snapshot_that_finds_no_space_leaves_no_folder_under_a_disk_in_use() {
+    require!("fuse");
+    let folder = single(&["a.hds", "b.raw"]);
+    let mount = Mount::over(folder.path(), &["--on-full", "error"]);
+    let pid = mount.pid().to_string();
+    let limit = |limit: &str| drop(Run::new("prlimit").args(["--pid", &pid, limit]).ok());
+    for image in ["a", "b"] {
+        let open = mount.open(image);
+        open.write_all_at(b"before", 0).expect("written");
+        open.sync_all().expect("synced");
+        limit(LIMITED);
+        for name in ["s1", "s2"] {
+            let done =
+                Run::ploopfs().args(["snapshot", "create", text(&folder.path().join(image)), name]).run();
+            assert_eq!(done.code(), Some(1), "{done}");
+            assert_eq!(names(folder.path()), ["a.hds", "b.raw"], "{done}");
+        }
+        limit("--fsize=unlimited:");
+        open.write_all_at(b"behind", 4096).expect("written");
+        open.sync_all().expect("synced");
+        // Nothing else may have it: the lock is what it was.
+        let file = folder.path().join(if image == "a" { "a.hds" } else { "b.raw" });
+        let other = Run::ploopfs().args(["check", text(&file)]).run();
+        assert_eq!(other.code(), Some(4), "{other}");
+        drop(open);
+        let mut read = [0; 6];
+        mount.open(image).read_exact_at(&mut read, 4096).expect("read");
+        assert_eq!(&read, b"behind");
+    }
+    let open = mount.open("a");
+    Run::ploopfs().args(["snapshot", "create", text(&folder.path().join("a.hds")), "s3"]).ok();
+    open.write_all_at(b"later!", 0).expect("written");
+    let mut read = [0; 6];
+    fs::File::open(mount.flat(".snapshots/a/s3")).expect("opens").read_exact_at(&mut read, 0).expect("read");
+    assert_eq!(&read, b"before");
+    drop((open, mount));
+    Run::ploopfs().args(["check", text(&folder.path().join("a"))]).ok();
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cli::{Outcome, out, size, target};
 use crate::disk::layered::Layered;
-use crate::disk::owner::refuse_level;
+use crate::disk::owner::{other_names, refuse_level, refuse_opened};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Delta;
 use crate::image::chain::Candidate;
@@ -144,8 +144,19 @@ fn restore(dump: &Path, path: &Path) -> Result<()> {
         }
     };
     // All of them first, each under its lock: half of a layered image's map is none.
-    let prepare = |meta| Restore::prepare(meta, find(meta)?);
+    let prepare = |meta| {
+        let at = find(meta)?;
+        let prepared = Restore::prepare(meta, at)?;
+        // A file of a layered image is a level, of that one.
+        if layered.is_none() {
+            refuse_opened(at, prepared.file())?;
+        }
+        Ok(prepared)
+    };
     let prepared: Vec<Restore<'_>> = all.iter().map(prepare).collect::<Result<_>>()?;
+    if let Some(names) = other_names(path) {
+        out::say(&names);
+    }
     prepared.into_iter().try_for_each(Restore::carry_out)
 }
 

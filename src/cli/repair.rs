@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::{Outcome, out, report, served, target};
 use crate::disk::examine::{Examined, examine};
 use crate::disk::layered::Layered;
-use crate::disk::owner::refuse_level;
+use crate::disk::owner::{other_names, refuse_level, refuse_opened};
 use crate::disk::work;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
@@ -17,6 +17,7 @@ use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::paths::{Located, image_folder};
 use crate::image::repair::{self, Facts, repair};
 use crate::image::store::{Replaced, Store};
+use crate::io::file::HostStatus;
 use crate::io::lock::Use;
 use crate::progress::Progress;
 use crate::vdisk::live::Work;
@@ -127,7 +128,12 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
         let examined = layered_image(path, &mut summary)?;
         (report::layered_text(&examined), report::layered_json(&examined), examined.is_damaged())
     } else {
-        let outcome = repair(&Located::of(path)?, None, &Facts::default(), dry_run)?;
+        if !dry_run && let Some(names) = other_names(path) {
+            out::say(&names);
+        }
+        let at = Located::of(path)?;
+        let refuse = |file: &HostStatus| refuse_opened(&at, file);
+        let outcome = repair(&at, None, &Facts::default(), dry_run, &refuse)?;
         summary.add(None, false, &outcome);
         let found = &outcome.report;
         (report::to_text(found), report::to_json(found), found.is_damaged())
@@ -177,7 +183,7 @@ fn layered_image(folder: &Path, summary: &mut RepairSummary) -> Result<Examined>
         }
         let at = image.located(delta)?;
         let below = image.descriptor().shot(delta.guid).is_some_and(|shot| shot.parent != Guid::NONE);
-        match repair(&at, Some(kind), &facts(&before, delta.guid), summary.dry_run) {
+        match repair(&at, Some(kind), &facts(&before, delta.guid), summary.dry_run, &|_| Ok(())) {
             Ok(outcome) => summary.add(Some(&delta.file), below, &outcome), // 2
             // The header: it is in the report of the check, but why it stays as it is is not.
             Err(e) if e.kind() == Kind::Damaged => summary.refused.push(e.to_string()),

@@ -11,10 +11,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::cli::served::{self, Daemon};
-use crate::cli::size;
+use crate::cli::{out, size};
 use crate::control::client::Client;
 use crate::control::protocol::Amount;
-use crate::disk::owner::refuse_level;
+use crate::disk::owner::{other_names, refuse_level};
 use crate::disk::snapshots::{self, SnapshotLine};
 use crate::disk::work as at_rest;
 use crate::error::{Error, Kind, Result};
@@ -64,6 +64,9 @@ fn attempt(path: &Path, work: &Work, pace: Pace, interrupted: &AtomicBool) -> Re
     // Before anything else: a daemon may serve the file under a name of its own.
     if !work.only_looks() {
         refuse_level(path)?;
+        if let Some(names) = other_names(path) {
+            out::say(&names);
+        }
     }
     let mut place = Executor::of(path)?;
     let bar = Bar::new();

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::disk::find::is_layered;
+use crate::disk::owner::refuse_opened;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::layers::{Direct, Layers};
-use crate::image::paths::image_folder;
+use crate::image::paths::{Located, image_folder};
 use crate::io::lock::DeltaLock;
 use crate::io::real::Access;
 use crate::vdisk::{Engine, Image, Options};
@@ -19,13 +20,14 @@ pub struct Opened {
     pub image: Arc<Image>,
     /// Its descriptor and files; None for a single file. Behind `image`: the locks are dropped last.
     pub layers: Option<Arc<Layers>>,
-    /// Of a single file.
-    lock: Option<DeltaLock>,
+    /// Of a single file; and where that was found.
+    lock: Option<(DeltaLock, Located)>,
 }
 
 impl Opened {
     /// Opens the image at `path`, or a snapshot of it (label or GUID), under its locks. Order: (1) what it is, since a
-    /// folder or a link has no lock; (2) the locks; (3) everything is read anew, so that nothing that is known is old.
+    /// folder or a link has no lock; (2) the locks; (3) of a file that is to be changed, whether it is a level of another image;
+    /// (4) everything is read anew, so that nothing that is known is old. 3 before 2, and another file could be there by then.
     pub fn open(path: &Path, snapshot: Option<&str>, access: Access, options: Options) -> Result<Opened> {
         let engine = Engine::new(options, Box::new(|event| log::warn!("{event}")));
         let name = path.to_string_lossy();
@@ -43,14 +45,23 @@ impl Opened {
             let image = Image::open(&engine, &name, levels)?;
             return Ok(Opened { image, layers: Some(layers), lock: None });
         }
-        Candidate::open(path)?.kind()?; // 1
+        let at = Located::of(path)?;
+        Candidate::open_at(&at)?.kind()?; // 1
         if let Some(snapshot) = snapshot {
             return Err(no_snapshot(path, snapshot));
         }
-        let (candidate, lock) = Candidate::open_locked_as(path, access)?; // 2
-        let kind = candidate.kind()?; // 3
+        let (candidate, lock) = Candidate::open_locked_at(&at, access)?; // 2
+        if access != Access::ReadOnly {
+            refuse_opened(&at, candidate.status())?; // 3
+        }
+        let kind = candidate.kind()?; // 4
         let image = Image::open(&engine, &name, vec![candidate.open_as(kind)?.into_level()])?;
-        Ok(Opened { image, layers: None, lock: Some(lock) })
+        Ok(Opened { image, layers: None, lock: Some((lock, at)) })
+    }
+
+    /// Of a single file, where that was found.
+    pub(super) fn place(&self) -> Option<&Located> {
+        self.lock.as_ref().map(|(_, at)| at)
     }
 
     /// Closes it: what was written is durable and the mark cleared, before the locks end.

@@ -11,7 +11,10 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 use crate::disk::find::is_layered;
 use crate::disk::layered::Layered;
 use crate::error::{Error, Kind, Result};
+use crate::image::paths::Located;
+use crate::io::file::HostStatus;
 use crate::io::mounts;
+use crate::words::quoted;
 
 /// Device and inode.
 type Identity = (u64, u64);
@@ -22,13 +25,26 @@ type Identity = (u64, u64);
 /// in one of those above the file. Those on other file systems are passed over: what is mounted there may not answer.
 pub fn owner(path: &Path) -> Result<Option<PathBuf>> {
     // The open says what is missing, or no file.
-    let Some(wanted) = identity(path) else { return Ok(None) };
+    let Some((wanted, links)) = identity(path) else { return Ok(None) };
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let own = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;
-    let file = own.join(path.file_name().unwrap_or_default());
-    let mut ways = other_ways(&file, wanted);
-    ways.insert(0, file);
-    Ok(ways.iter().find_map(|way| above(way, wanted)))
+    Ok(owner_of(&own.join(path.file_name().unwrap_or_default()), wanted, links))
+}
+
+/// The same of what is called `file`, absolute and without links.
+fn owner_of(file: &Path, wanted: Identity, links: u64) -> Option<PathBuf> {
+    let mut ways = other_ways(file, wanted);
+    ways.insert(0, file.to_owned());
+    let near = || ways.iter().find_map(|way| above(way, wanted));
+    // A file with one name has none in another folder.
+    near().or_else(|| if links > 1 { in_served_folders(wanted) } else { None })
+}
+
+/// Looks where hard links lead, mostly: in every folder that a mount of ours shows here.
+fn in_served_folders(wanted: Identity) -> Option<PathBuf> {
+    let mut table = mounts::all().unwrap_or_default();
+    table.retain(|mount| mount.is_ours() && mount.clone().trusted().is_ok());
+    table.into_iter().find_map(|mount| above(&mount.source.join("name"), wanted))
 }
 
 /// Looks in every folder above `file`, and in those that lie in one of them.
@@ -63,19 +79,44 @@ fn other_ways(file: &Path, wanted: Identity) -> Vec<PathBuf> {
     let Some(inside) = here.inside(file) else { return Vec::new() };
     let others = table.iter().filter(|mount| mount.device == here.device && mount.id != here.id);
     let seen = others.filter_map(|mount| Some(mount.point.join(inside.strip_prefix(&mount.root).ok()?)));
-    seen.filter(|way| identity(way) == Some(wanted)).collect()
+    seen.filter(|way| identity(way).is_some_and(|(file, _)| file == wanted)).collect()
 }
 
-/// What a regular file is, whatever it is called.
-fn identity(path: &Path) -> Option<Identity> {
+/// What a regular file is, whatever it is called, and how many names it has.
+fn identity(path: &Path) -> Option<(Identity, u64)> {
     let meta = path.symlink_metadata().ok().filter(fs::Metadata::is_file)?;
-    Some((meta.dev(), meta.ino()))
+    Some(((meta.dev(), meta.ino()), meta.nlink()))
 }
 
 /// Refuses to change the file at `path` where it is a level of a layered image. What the image is called is part of the
 /// message: it is what was meant, mostly.
+///
+/// For what is said before a daemon is asked, or an image opened. What decides is [`refuse_opened`]: a path may lead to
+/// another file a moment later.
 pub fn refuse_level(path: &Path) -> Result<()> {
-    let Some(folder) = owner(path)? else { return Ok(()) };
+    refuse(path, owner(path)?)
+}
+
+/// The same of a file that was opened where `at` says, and is locked: by what it is, and by where that folder is now.
+pub fn refuse_opened(at: &Located, file: &HostStatus) -> Result<()> {
+    let folder = at.folder_now()?;
+    refuse(&at.shown, owner_of(&folder.join(at.name()), (file.dev, file.ino), file.links))
+}
+
+/// What a person should know before the image in the single file `path` is changed: it has other names, and where those
+/// are is not known. Nothing in a file says whose level it is.
+pub fn other_names(path: &Path) -> Option<String> {
+    let (_, links) = identity(path).filter(|(_, links)| *links > 1)?;
+    Some(format!(
+        "{}: has {links} names (hard links), and all of them change with it; where another one is a level of an image in a \
+         folder that is not around this one, that image is destroyed: find FOLDER -samefile {}",
+        path.display(),
+        quoted(path)
+    ))
+}
+
+fn refuse(path: &Path, owner: Option<PathBuf>) -> Result<()> {
+    let Some(folder) = owner else { return Ok(()) };
     let why = format!(
         "is a level of the layered image {0}, which would not survive a change of this file alone; name the image \
          itself: {0}",
@@ -94,4 +135,50 @@ fn device(folder: &Path) -> Option<u64> {
 /// True when a descriptor in `folder` names the file. A descriptor that cannot be read names none: nothing stands on it.
 fn names(folder: &Path, wanted: Identity) -> bool {
     is_layered(folder) && Layered::read(folder).is_ok_and(|image| image.files().any(|file| file == wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::open::Opened;
+    use crate::disk::work::carry_out;
+    use crate::image::create::{Plan, create};
+    use crate::io::real::Access;
+    use crate::progress::Progress;
+    use crate::vdisk::Options;
+    use crate::vdisk::live::Work;
+    use std::os::unix::fs::symlink;
+
+    /// The layered image `vm`, and a link to its folder that leads to one with a single file of the same name as its base.
+    fn swapped() -> (tempfile::TempDir, PathBuf) {
+        let temp = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| temp.path().join(name);
+        fs::create_dir(at("other")).expect("a folder");
+        for image in ["vm", "other/vm"] {
+            create(&at(image), &Plan::thin(8 << 20)).expect("created");
+        }
+        carry_out(&at("vm.hds"), &Work::Snapshot { label: None }, &Progress::new()).expect("a snapshot");
+        symlink(at("other"), at("link")).expect("a link");
+        (temp, PathBuf::from("link/vm.hds"))
+    }
+
+    /// A path was judged, and then opened: a link on the way that was changed in between led to a level.
+    #[test]
+    fn a_level_is_known_by_the_file_that_was_opened_and_not_by_its_path() {
+        let (temp, named) = swapped();
+        let path = temp.path().join(named);
+        refuse_level(&path).expect("not yet");
+        fs::remove_file(temp.path().join("link")).expect("removed");
+        symlink("vm", temp.path().join("link")).expect("a link");
+        let open = |access| Opened::open(&path, None, access, Options::default());
+        let refused = open(Access::ReadWrite).map(drop).expect_err("a level");
+        assert_eq!(refused.kind(), Kind::Invalid, "{refused}");
+        open(Access::ReadOnly).expect("may be read").close().expect("closes");
+        // The other way round: what was opened is no level, whatever its path leads to now.
+        let at = Located::of(&temp.path().join("other/vm.hds")).expect("a folder");
+        let file = rustix::fs::stat(temp.path().join("other/vm.hds")).expect("there").into();
+        refuse_opened(&at, &file).expect("no level");
+        fs::rename(temp.path().join("other"), temp.path().join("vm/moved")).expect("moved");
+        refuse_opened(&at, &file).expect("no level there either");
+    }
 }

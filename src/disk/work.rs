@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 
 use crate::disk::find::is_layered;
 use crate::disk::open::{Opened, no_snapshot};
-use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::image::layers::{Direct, Layers};
-use crate::image::leave_folder::{leave_folder, take_back};
-use crate::image::make_folder::make_folder;
+use crate::image::leave_folder::{leave_folder, take_back, unmake_folder};
+use crate::image::make_folder::make_folder_of;
 use crate::image::paths::image_folder;
 use crate::image::switch::switch;
 use crate::io::real::Access;
@@ -24,13 +23,17 @@ use crate::vdisk::live::{Done, Work, carry_out_before_close, judge, lower};
 
 /// Does `work` with the image at `path`.
 pub fn carry_out(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
-    if !work.only_looks() {
-        refuse_level(path)?;
-    }
     match work {
         _ if is_layered(path) => layered(path, work, progress),
         Work::Snapshot { .. } | Work::Clone { snapshot: None, .. } => {
-            layered(&to_folder(path, work)?, work, progress)
+            let folder = to_folder(path, work)?;
+            let done = layered(&folder, work, progress);
+            if done.is_err()
+                && let Err(e) = to_file(&folder, path.file_name().unwrap_or_default())
+            {
+                log::debug!("{e}; the image stays a folder");
+            }
+            done
         }
         Work::Clone { snapshot: Some(name), .. }
         | Work::Delete { snapshot: name }
@@ -109,6 +112,15 @@ fn in_its_place(folder: &Path, act: impl FnOnce(BorrowedFd<'_>, &Path, &OsStr) -
     act(images.as_fd(), parent, name)
 }
 
+/// Makes the image in `folder` the single file `file` again, for which nothing was done after all.
+fn to_file(folder: &Path, file: &OsStr) -> Result<()> {
+    let opener = Arc::new(Direct(Access::ReadWrite));
+    let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
+    drop(chain);
+    let _alone = layers.begin_operation()?;
+    in_its_place(folder, |images, parent, name| unmake_folder(images, parent, name, &layers, file).map(drop))
+}
+
 /// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: who is first afterwards
 /// takes the folder's, and everything is read anew.
 ///
@@ -122,13 +134,16 @@ fn to_folder(path: &Path, work: &Work) -> Result<PathBuf> {
     let file = path.file_name().ok_or_else(|| Error::at(Kind::Invalid, path, "ends in no name"))?;
     let opened = Opened::open(path, None, Access::ReadWrite, Options::default())?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let resolved = parent.canonicalize().map_err(|e| Error::io(&e, parent, "cannot resolve the path"))?;
-    let folder = image_folder(&resolved)?;
+    // The folder where it was found, and not where its path leads by now.
+    let at =
+        opened.place().ok_or_else(|| Error::at(Kind::Busy, path, "became a folder meanwhile; try again"))?;
+    let (folder, held) = (at.around()?, opened.image.host_status());
+    let held = held.map_err(|e| Error::io(&e, path, "cannot look at it"))?;
     let made = opened
         .image
         .make_writable() // 1
         .and_then(|()| judge(&opened.image, None, work)) // 2
-        .and_then(|()| make_folder(folder.as_fd(), parent, file)); // 3
+        .and_then(|()| make_folder_of(folder.as_fd(), parent, file, Some((held.dev, held.ino)))); // 3
     opened.close()?;
     made.map(|_| path.with_file_name(name))
 }

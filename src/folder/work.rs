@@ -5,16 +5,17 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 
 use super::entry::{Entry, OpenImage};
+use super::lease::Leased;
 use super::origin::Origin;
-use super::scan::Source;
+use super::scan::{self, Source};
 use super::set::Folder;
 use super::shared::Around;
 use super::{closing, locked};
 use crate::error::{Error, Kind, Result};
 use crate::image::kind::in_text;
 use crate::image::layers::Layers;
-use crate::image::leave_folder::may_leave;
-use crate::image::make_folder::make_folder;
+use crate::image::leave_folder::{may_leave, unmake_folder};
+use crate::image::make_folder::make_folder_of;
 use crate::image::store::Store;
 use crate::image::switch::switch;
 use crate::progress::Progress;
@@ -60,10 +61,22 @@ impl Folder {
 
     fn work_on(&self, open: OpenImage, work: &Work, progress: &Progress) -> Result<Done> {
         let entry = &open.entry().clone();
+        let before = entry.origin();
         let layers = match entry.live_layers() {
             None if work.needs_folder() => {
                 judge(open.image(), None, work)?;
-                Some(self.make_layered(entry)?)
+                let layers = self.make_layered(entry)?;
+                // A clone's snapshot is best taken back while the disk is closed.
+                if !matches!(work, Work::Snapshot { .. }) && entry.openers() == 1 {
+                    return self.work_alone(open, entry, layers, work, progress);
+                }
+                let done = carry_out(open.image(), Some(&layers), work, progress);
+                if done.is_err()
+                    && let Err(e) = self.unmake_layered(entry, &layers, before)
+                {
+                    log::warn!("{e}; the image stays a folder");
+                }
+                return done;
             }
             layers => layers,
         };
@@ -129,7 +142,8 @@ impl Folder {
         let place = &self.shared.place;
         // It is one already where an earlier attempt could not open it.
         if !matches!(entry.origin().source, Source::Layers) {
-            let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file())?;
+            let dir =
+                make_folder_of(place.fd().as_fd(), place.path(), &entry.file(), Some(entry.identity()))?;
             let stat = rustix::fs::fstat(&dir)
                 .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
             let name = entry.origin().name;
@@ -151,6 +165,39 @@ impl Folder {
         }
         log::info!("{}: is a folder from now on, for its snapshots", entry.path().display());
         Ok(layers)
+    }
+}
+
+impl Folder {
+    /// Takes back [`make_layered`](Self::make_layered) under the open image, for work that failed: it is the single file that
+    /// it was `before`, unless something came of the work.
+    ///
+    /// 1. no other operation begins; 2. the image's own lock writes again: 3 ends the one of the layers; 3. the folder is
+    ///    left; 4. what is known of it.
+    fn unmake_layered(&self, entry: &Arc<Entry>, layers: &Arc<Layers>, before: Origin) -> Result<()> {
+        let Source::File(_) = before.source else { return Ok(()) };
+        let Some(live) = entry.live.load_full() else { return Ok(()) };
+        let _alone = layers.begin_operation()?; // 1
+        // No look at the folder may come between its new name and our knowing of it.
+        let mut known = locked(&self.known);
+        let (origin, place) = (entry.origin(), &self.shared.place);
+        let hold = locked(&live.hold).as_ref().map(|opened| opened.hold.clone());
+        let Some(hold) = hold else { return Ok(()) };
+        hold.begin_writing()?; // 2
+        let (images, path) = (place.fd().as_fd(), place.path());
+        if !unmake_folder(images, path, &origin.file, layers, &before.file)? {
+            hold.end_writing();
+            return Ok(());
+        } // 3
+        known.remove(&origin.file);
+        if let Some(seen) = scan::file_again(place.fd(), &before.file) {
+            known.insert(before.file.clone(), seen);
+        }
+        entry.set_origin(before); // 4
+        layers.retire();
+        live.layers.store(None);
+        *locked(&entry.layers) = Leased::default();
+        Ok(())
     }
 }
 

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::disk::open::Opened;
-use crate::disk::owner::refuse_level;
 use crate::error::{Error, Kind, Result};
 use crate::front::target;
 use crate::image::create::{self, CreatePlan};
@@ -109,7 +108,6 @@ impl Disk {
             let what = format!("a snapshot is never written; make an image of it: {copy}");
             return Err(Error::at(Kind::ReadOnly, path.as_ref(), what));
         }
-        refuse_level(&target.path)?;
         let opened = Opened::open(&target.path, None, Access::ReadWrite, Options::default())?;
         let disk = Disk::of(target.path, opened);
         disk.image.make_writable()?;

@@ -211,6 +211,11 @@ impl Candidate {
         Ok(AtRest { path: self.path, form, len: self.status.len, allocated, file: self.file })
     }
 
+    /// What the host said of it.
+    pub fn status(&self) -> &HostStatus {
+        &self.status
+    }
+
     /// Length in bytes and space taken on the host in bytes.
     pub fn extent(&self) -> (u64, u64) {
         (self.status.len, self.status.blocks * 512)

@@ -16,7 +16,7 @@ use crate::image::store::{self, Replaced, Store};
 use crate::io::file::HostFile;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
-use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
+use crate::sync::{Arc, AtomicBool, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
 use crate::words::quoted;
 
 /// Opens and locks delta files: once in the whole process, since a second descriptor of ours would look foreign.
@@ -97,6 +97,8 @@ pub struct Layers {
     allow_outside: bool,
     /// One operation at a time. Before every other lock; held as long as it takes.
     operation: Mutex<()>,
+    /// The image is a single file again, and this folder is none. Set and asked while `operation` is held.
+    retired: AtomicBool,
     /// Snapshots that are being read.
     readers: AtomicU32,
 }
@@ -138,6 +140,7 @@ impl Layers {
             opener,
             allow_outside,
             operation: Mutex::default(),
+            retired: AtomicBool::new(false),
             readers: AtomicU32::new(0),
         });
         let top = lock(&layers.store).descriptor().top;
@@ -167,14 +170,27 @@ impl Layers {
 
     /// Begins an operation, or says that one is running: who asked should know, and not wait for it.
     pub fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
-        match self.operation.try_lock() {
+        let begun = match self.operation.try_lock() {
             Ok(guard) => Ok(guard),
             Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => {
                 let why = "another operation on this image is running; try again when it has ended";
                 Err(Error::at(Kind::Busy, self.store().path(), why))
             }
+        };
+        if begun.is_ok() && self.retired.load(Ordering::SeqCst) {
+            return Err(Error::at(
+                Kind::Busy,
+                self.store().path(),
+                "became a single file just now; try again",
+            ));
         }
+        begun
+    }
+
+    /// No operation begins any more, since the folder is the image's no longer. The caller has begun one.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::SeqCst);
     }
 
     /// The live chain, base first, headers as they are now.

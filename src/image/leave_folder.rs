@@ -36,11 +36,44 @@ pub fn leave_folder(
     folder: &OsStr,
     layers: &Layers,
 ) -> Result<Option<OsString>> {
+    let store = layers.store();
+    let Some((inner, file)) = raw_file(store.dir(), folder, store.descriptor())? else { return Ok(None) };
+    drop(store);
+    leave(images, path, folder, layers, (inner, file))
+}
+
+/// Takes back what `make_folder` did with `file` for work that then failed, by the same steps: where nothing came of it, the
+/// image is that file again, and not a folder that a full host was left with. False: it has another form by now. The caller
+/// holds the image's locks, and keeps other operations off.
+pub fn unmake_folder(
+    images: BorrowedFd<'_>,
+    path: &Path,
+    folder: &OsStr,
+    layers: &Layers,
+    file: &OsStr,
+) -> Result<bool> {
+    let is_raw = matches!(kind::classify(file, true, b""), Class::Image { kind: ImageKind::Raw, .. });
+    let store = layers.store();
+    let inner = store.descriptor().lone_file(is_raw).filter(|inner| is_plain_name(inner)).map(OsString::from);
+    let Some(inner) = inner.filter(|inner| holds_only(store.dir(), folder, inner).unwrap_or(false)) else {
+        return Ok(false);
+    };
+    drop(store);
+    leave(images, path, folder, layers, (inner, file.to_owned())).map(|left| left.is_some())
+}
+
+/// The steps of [`leave_folder`], of the file `inner` in the folder, which is to be `file` beside it.
+fn leave(
+    images: BorrowedFd<'_>,
+    path: &Path,
+    folder: &OsStr,
+    layers: &Layers,
+    (inner, file): (OsString, OsString),
+) -> Result<Option<OsString>> {
     // The file is known by what it is: its name in a folder may be another's by now.
     let Some(level) = layers.live_chain()?.pop() else { return Ok(None) };
     let held = level.file.status().map_err(|e| Error::io(&e, &level.path, "cannot look at it"))?;
     let store = layers.store();
-    let Some((inner, file)) = raw_file(store.dir(), folder, store.descriptor())? else { return Ok(None) };
     let stays = |why: &str| {
         log::warn!("{}: stays a folder: {why}", path.join(folder).display());
         Ok(None)
@@ -82,7 +115,7 @@ pub fn leave_folder(
             |()| stays(&format!("{} was taken away meanwhile", file.display())),
         );
     }
-    log::info!("{}: is a raw file again; it has no snapshots", path.join(&file).display());
+    log::info!("{}: is one file again; it has no snapshots", path.join(&file).display());
     // The image is the file from here on. What fails leaves a folder that is no image.
     let finish = || {
         sync_folder(images, path)?; // 4
@@ -146,6 +179,12 @@ fn raw_file(
     if !named || statat(dir, LABELS_NAME, AtFlags::SYMLINK_NOFOLLOW).is_err() {
         return Ok(None);
     }
+    let alone = holds_only(dir, folder, inner.as_ref())?;
+    Ok(alone.then(|| (inner.into(), file)))
+}
+
+/// True where the image's folder `dir` (`folder`, for messages) has no file but `inner` and our own.
+fn holds_only(dir: BorrowedFd<'_>, folder: &OsStr, inner: &OsStr) -> Result<bool> {
     let cannot = |e: Errno| Error::io(&e.into(), Path::new(folder), "cannot read the image's folder");
     for entry in Dir::read_from(dir).map_err(cannot)? {
         let entry = entry.map_err(cannot)?;
@@ -154,14 +193,14 @@ fn raw_file(
         let ours = |of: &str| name.strip_prefix(b".").unwrap_or(name).starts_with(of.as_bytes());
         if name != b"."
             && name != b".."
-            && name != inner.as_bytes()
+            && name != inner.as_encoded_bytes()
             && !ours(DESCRIPTOR)
             && !ours(LABELS_NAME)
         {
-            return Ok(None);
+            return Ok(false);
         }
     }
-    Ok(Some((inner.into(), file)))
+    Ok(true)
 }
 
 /// `name` is a name of the file that is held.

@@ -33,9 +33,25 @@ use crate::sync::Arc;
 /// 5 before 4: a power cut could keep the removal and lose the folder. An attempt that failed in 4 or 5 left the folder
 /// with the file in it; the next one goes on with 4.
 pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
+    make_folder_of(images, path, file_name, None)
+}
+
+/// The same, if the file has this identity (device and inode): the one that the caller has locked.
+pub fn make_folder_of(
+    images: BorrowedFd<'_>,
+    path: &Path,
+    file_name: &OsStr,
+    held: Option<(u64, u64)>,
+) -> Result<OwnedFd> {
     let shown = path.join(file_name);
     let file = RealFile::open_as(&images, file_name, &shown, Access::ReadOnly)?;
-    let (name, xml) = describe(&Candidate::read(&shown, Arc::new(file))?, file_name)?;
+    let candidate = Candidate::read(&shown, Arc::new(file))?;
+    let found = (candidate.status().dev, candidate.status().ino);
+    let another = || Error::at(Kind::Busy, &shown, "is another file by now; nothing was done, try again");
+    if held.is_some_and(|held| held != found) {
+        return Err(another());
+    }
+    let (name, xml) = describe(&candidate, file_name)?;
     let mut building = OsString::from(".");
     building.push(&name);
     building.push(".new");
@@ -52,6 +68,9 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
             ),
             e => Error::io(&e.into(), &shown, "cannot link into the image's new folder"),
         })?;
+        if stat_identity(folder.as_fd(), file_name) != Some(found) {
+            return Err(another());
+        }
         // 2. The descriptor is synced as it is written.
         write_beside(folder.as_fd(), &built, DESCRIPTOR, &xml)?;
         sync_folder(folder.as_fd(), &built)?;
@@ -84,12 +103,15 @@ pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Re
 /// The folder `name`, if it is one that an earlier attempt made of this very file.
 fn half_made(images: BorrowedFd<'_>, name: &OsStr, file_name: &OsStr) -> Option<OwnedFd> {
     let folder = open_folder(images, name).ok()?;
-    let stat = |dir: BorrowedFd<'_>, name: &OsStr| {
-        rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok().map(|stat| (stat.st_dev, stat.st_ino))
-    };
-    let ours = stat(images, file_name)? == stat(folder.as_fd(), file_name)?
-        && stat(folder.as_fd(), DESCRIPTOR.as_ref()).is_some();
+    let ours = stat_identity(images, file_name)? == stat_identity(folder.as_fd(), file_name)?
+        && stat_identity(folder.as_fd(), DESCRIPTOR.as_ref()).is_some();
     ours.then(|| folder.into())
+}
+
+/// Device and inode of what `name` is in `dir`.
+fn stat_identity(dir: BorrowedFd<'_>, name: &OsStr) -> Option<(u64, u64)> {
+    let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+    Some((stat.st_dev, stat.st_ino))
 }
 
 /// The image's name, and the descriptor's text of a disk with this file alone.

@@ -25,7 +25,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, Geometry, HEADER_BYTES, Header, IN_USE};
 use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::paths::Located;
-use crate::io::file::write_full;
+use crate::io::file::{HostStatus, write_full};
 use crate::io::lock::DeltaLock;
 use crate::io::new_file::NewFile;
 use crate::io::real::Access;
@@ -291,6 +291,11 @@ impl<'a> Restore<'a> {
             return refuse(format!("its entries reach to byte {end}, but the file ends at byte {len}"));
         }
         Ok(Restore { meta, header, candidate, _lock: lock })
+    }
+
+    /// The file, as it was opened.
+    pub fn file(&self) -> &HostStatus {
+        self.candidate.status()
     }
 
     /// Puts the metadata back. Data is not touched, and the file never becomes shorter.

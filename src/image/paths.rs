@@ -5,7 +5,7 @@
 //! content it may not read.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
@@ -48,6 +48,15 @@ impl Located {
         let shown = shown(path, file);
         let (folder, name) = resolve(dir, Path::new(file), &shown, allow_outside)?;
         Ok(Located { folder, name, shown })
+    }
+
+    /// The path of its folder, as that is called now; where /proc does not tell, as it was named.
+    pub fn folder_now(&self) -> Result<PathBuf> {
+        let link = format!("/proc/self/fd/{}", self.folder.as_raw_fd());
+        let parent = self.shown.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        let found = std::fs::read_link(link).or_else(|_| parent.canonicalize());
+        found.map_err(|e| Error::io(&e, parent, "cannot resolve the path"))
     }
 
     /// Its name.

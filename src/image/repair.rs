@@ -20,7 +20,7 @@ use crate::image::chain::Candidate;
 use crate::image::check::{Problem, Report, check_candidate};
 use crate::image::kind::ImageKind;
 use crate::image::paths::Located;
-use crate::io::file::HostFile;
+use crate::io::file::{HostFile, HostStatus};
 use crate::io::real::Access;
 use act::Target;
 pub use header::{Facts, Field};
@@ -190,7 +190,7 @@ impl Outcome {
 }
 
 /// Repairs the file `at` under its lock, or says what it would do. `kind`: how it is stored, where a descriptor says
-/// so. Err(InUse): another process has it. Err(Damaged): the header cannot be what it is, and nothing proves what it
+/// so. `refuse` looks at the file that was opened. Err(InUse): another process has it. Err(Damaged): the header cannot be what it is, and nothing proves what it
 /// was; nothing is changed.
 ///
 /// The order, in rounds until there is nothing left to put right:
@@ -207,9 +207,18 @@ impl Outcome {
 /// 2 comes before 1, but for giving back, where the header is corrected. 3 before 2: after a power cut what is kept would look like a mere leak, and go. 4 or 5 before 3: an entry past the end
 /// could come to name a copy of another cluster's data. 6 before 5: an entry past the end, or naming half a copy. 8 is
 /// last: until then the next check looks again. A crash anywhere leaves what the next repair finds and goes on with.
-pub fn repair(at: &Located, kind: Option<ImageKind>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
+pub fn repair(
+    at: &Located,
+    kind: Option<ImageKind>,
+    facts: &Facts,
+    dry_run: bool,
+    refuse: &dyn Fn(&HostStatus) -> Result<()>,
+) -> Result<Outcome> {
     let access = if dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let (candidate, lock) = Candidate::open_locked_at(at, access)?;
+    if !dry_run {
+        refuse(candidate.status())?;
+    }
     let kind = match kind {
         Some(kind) => kind,
         None => candidate.kind()?,

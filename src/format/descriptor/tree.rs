@@ -177,8 +177,13 @@ impl Descriptor {
     /// The one raw file that this describes, where it says no more of it than the file does: such an image can be the file
     /// alone. What another program has put in here would be lost with it.
     pub fn lone_raw_file(&self) -> Option<&str> {
+        self.lone_file(true)
+    }
+
+    /// The same of a file that is stored so.
+    pub fn lone_file(&self, raw: bool) -> Option<&str> {
         let [delta] = &self.deltas[..] else { return None };
-        let alone = Descriptor::new(self.disk_sectors, self.cluster_sectors, &delta.file, true);
+        let alone = Descriptor::new(self.disk_sectors, self.cluster_sectors, &delta.file, raw);
         (self.to_xml() == alone.to_xml()).then_some(&*delta.file)
     }
 
