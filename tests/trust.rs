@@ -463,7 +463,7 @@ impl Silent {
 
 impl Drop for Silent {
     fn drop(&mut self) {
-        // Whoever waits for an answer hears that there is none.
+        // The end of the connection answers what waits.
         drop(self.connection.take());
         let _ = rustix::mount::unmount(&self.point, rustix::mount::UnmountFlags::DETACH);
     }

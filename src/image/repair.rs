@@ -190,8 +190,8 @@ impl Outcome {
 }
 
 /// Repairs the file `at` under its lock, or says what it would do. `kind`: how it is stored, where a descriptor says
-/// so. `refuse` looks at the file that was opened. Err(InUse): another process has it. Err(Damaged): the header cannot be what it is, and nothing proves what it
-/// was; nothing is changed.
+/// so. `refuse` looks at the file that was opened. Err(InUse): another process has it. Err(Damaged): the header cannot be
+/// what it is, and nothing proves what it was; nothing is changed.
 ///
 /// The order, in rounds until there is nothing left to put right:
 /// 1. the header, corrected, says in use, durably (R1);
