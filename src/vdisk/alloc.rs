@@ -53,7 +53,7 @@ pub enum Scrubbing {
     Nothing,
     /// The caller scrubs a batch.
     Ours,
-    /// Somebody else does.
+    /// Another thread does.
     Theirs,
 }
 
@@ -315,7 +315,7 @@ impl Allocator {
         Some(lowest)
     }
 
-    /// Claims a scrub that nobody waits for.
+    /// Claims a scrub that no pio waits for.
     pub fn begin_scrub(&self) -> Scrubbing {
         let mut s = self.state();
         if s.scrubbing {
@@ -367,7 +367,7 @@ impl Allocator {
         s.end = s.end.max(s.next);
     }
 
-    /// The same space, counted from a first data block that has moved up by `reserved` clusters. Nobody waits here.
+    /// The same space, counted from a first data block that has moved up by `reserved` clusters. No pio waits here.
     pub fn moved_up(&self, reserved: u64, limit: u64) -> Allocator {
         let s = self.state();
         let state = State {

@@ -31,9 +31,9 @@ impl Image {
 
 /// Turns a call with a reply into one that waits.
 pub(super) fn wait_for<T: Send + 'static>(start: impl FnOnce(Reply<T>)) -> Result<T> {
-    let (tell, answer) = mpsc::channel();
+    let (reply, answer) = mpsc::channel();
     start(Box::new(move |result| {
-        let _ = tell.send(result);
+        let _ = reply.send(result);
     }));
     answer.recv().unwrap_or_else(|_| Err(Error::new(Kind::Io, "internal error: the request was dropped")))
 }

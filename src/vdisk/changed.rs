@@ -71,7 +71,7 @@ impl Changed {
     }
 
     /// Takes in the bits `bytes` (lowest bit of a byte first), of which the first is bit `8 * at`. Bits behind the end of
-    /// the disk are nobody's.
+    /// the disk have no meaning.
     pub(super) fn load(&self, at: u64, bytes: &[u8]) {
         for (i, byte) in bytes.iter().enumerate().filter(|(_, byte)| **byte != 0) {
             for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {

@@ -43,8 +43,8 @@ impl Image {
         self.gate.inside() > 0 || matches!(self.operation.try_lock(), Err(TryLockError::WouldBlock))
     }
 
-    /// Keeps the locks of a closed image until its last user lets go: what is under way in it may still write, and a new
-    /// holder of those locks would have its files changed.
+    /// Keeps the locks of a closed image until its last user is gone: what is under way in it may still write, and a
+    /// new holder of those locks would have its files changed.
     pub fn keep(&self, locks: impl Any + Send + Sync) {
         // Once is enough: an image is closed once.
         let _ = self.kept.set(Box::new(locks));
@@ -77,9 +77,9 @@ impl Image {
     /// Its mark stays, and its files stay open, and locked ([`keep`](Self::keep)), for as long as the operation has them. 2
     /// before 1 would fail that last sync. The gate is not waited for: the operation may be inside.
     fn close_beside_an_operation(self: &Arc<Self>) -> Result<()> {
-        let (tell, synced) = mpsc::channel();
+        let (reply, synced) = mpsc::channel();
         self.flush(Box::new(move |result| {
-            let _ = tell.send(result);
+            let _ = reply.send(result);
         })); // 1
         let e = match synced.recv_timeout(LAST_SYNC) {
             Ok(Err(e)) => e,

@@ -84,7 +84,7 @@ impl Image {
         Ok(Copied::Rest)
     }
 
-    /// A failed copy as the error of whoever does not wait for space.
+    /// A failed copy as the error of a caller that does not wait for space.
     pub(super) fn copy_failed(&self, stack: &Stack, e: CopyError) -> Error {
         match e {
             CopyError::Read(e) => e,

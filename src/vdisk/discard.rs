@@ -1,7 +1,7 @@
 //! Discard and write-zeroes: the range reads as zero afterwards, and host space comes back.
 //!
 //! Whole clusters are unmapped and freed; a ragged end is punched in place. A long range goes in batches of
-//! neighbours, one BAT page at most, and queues again behind other pios after each, so that it starves nobody.
+//! neighbours, one BAT page at most, and queues again behind other pios after each, so that it starves none of them.
 //!
 //! Where a lower level maps the cluster, unmapping would bring its data back: the top keeps (or gets) a mapped cluster
 //! that is a hole in the file. A ragged end of a cluster that only a lower level maps is copied up without it.
@@ -14,7 +14,7 @@
 //!
 //! The clusters are reused only after that copy is durable (R4), so a crash between 2 and 3, or before the copy
 //! is written, leaves an entry that names a hole: it reads as zero. 3 before 2 would let a failed punch leave
-//! clusters that nobody names and nobody scrubs. Punching after 4 would hit a cluster that is in use again.
+//! clusters that no entry names and no scrub finds. Punching after 4 would hit a cluster that is in use again.
 //! A zero cluster over lower data is an allocation, in the order of `write`, without data.
 
 use super::alloc::Alloc;
@@ -110,7 +110,7 @@ impl Discard {
         let image = Arc::clone(&self.image);
         let stack = image.stack();
         let first = self.held.0;
-        // Only what is neither punched alone nor nothing dirties a page; which it is, the page tells.
+        // Only what is neither punched alone nor nothing dirties a page; which it is, the page knows.
         if stack.bat.as_ref().is_some_and(|bat| bat.crowded()) {
             return self.wait_for_clean_pages();
         }
@@ -153,7 +153,7 @@ impl Discard {
         match image.take_cluster(stack, places, self, |discard| Box::new(move || discard.run())) {
             Alloc::Wait => {}
             Alloc::Full(discard) => {
-                // Nobody is parked, and nothing ticks: the next one must ask the host again.
+                // No pio is parked, and nothing ticks: the next one must ask the host again.
                 image.try_space_again();
                 discard.finish(Err(image.no_space()));
             }
@@ -255,7 +255,7 @@ impl Discard {
                 image.bat_is_dirty(); // 3
             }
             if image.space.is_full() {
-                image.start_round(); // Somebody may be parked for these clusters.
+                image.start_round(); // A pio may be parked for these clusters.
             }
         }
         Ok(())

@@ -35,8 +35,8 @@ fn a_bat_page_that_is_read_while_its_file_grows_is_not_damaged() {
     let geometry = header().geometry();
     let image = Image::open(&engine(Options::default()), "memory", vec![level]).expect("opens");
     plan.set_delay(Op::Read, 500);
-    let (tell, answer) = mpsc::channel();
-    image.read(0, 512, Box::new(move |r| drop(tell.send(r))));
+    let (reply, answer) = mpsc::channel();
+    image.read(0, 512, Box::new(move |r| drop(reply.send(r))));
     until(|| plan.counters(Op::Read).running > 0);
     file.set_len(geometry.first + CLUSTER).expect("memory grows");
     file.write_at(&[7; 512], geometry.first).expect("written");
@@ -120,10 +120,10 @@ fn a_disk_that_becomes_larger_moves_the_time_of_the_last_change() {
 fn a_freeze_does_not_wait_for_the_end_of_a_long_seek() {
     let b = bench(&engine(Options::default()), "");
     b.plan.set_delay(Op::Read, 200);
-    let (tell, answer) = mpsc::channel();
+    let (reply, answer) = mpsc::channel();
     let walker = b.image.clone();
     // 16 pages of the map: 3.2 seconds.
-    std::thread::spawn(move || tell.send(walker.seek_data(0)));
+    std::thread::spawn(move || reply.send(walker.seek_data(0)));
     until(|| b.plan.counters(Op::Read).running > 0);
     b.image.freeze();
     assert!(answer.try_recv().is_err(), "the walk waits outside with what is left");
@@ -138,9 +138,9 @@ fn a_freeze_does_not_wait_for_the_end_of_a_long_seek() {
 fn a_freeze_does_not_wait_for_the_end_of_a_piece_of_the_map() {
     let b = bench(&engine(Options::default()), "");
     b.plan.set_delay(Op::Read, 200);
-    let (tell, answer) = mpsc::channel();
+    let (reply, answer) = mpsc::channel();
     let walker = b.image.clone();
-    std::thread::spawn(move || tell.send(walker.map_piece(0)));
+    std::thread::spawn(move || reply.send(walker.map_piece(0)));
     until(|| b.plan.counters(Op::Read).running > 0);
     b.image.freeze();
     b.plan.set_delay(Op::Read, 0);
@@ -157,9 +157,9 @@ fn a_seek_waits_for_a_cluster_that_is_being_moved() {
     let b = bench(&engine(Options::default()), "");
     b.image.write_at(0, &[1; 512]).expect("space");
     assert!(b.image.locks.try_lock(0, super::locks::Mode::Exclusive));
-    let (tell, answer) = mpsc::channel();
+    let (reply, answer) = mpsc::channel();
     let walker = b.image.clone();
-    std::thread::spawn(move || tell.send(walker.seek_data(0)));
+    std::thread::spawn(move || reply.send(walker.seek_data(0)));
     assert!(answer.recv_timeout(std::time::Duration::from_millis(200)).is_err(), "it waits");
     b.image.unlock(0, super::locks::Mode::Exclusive);
     assert_eq!(answer.recv_timeout(LONG).expect("answered").expect("found"), Some(0));
@@ -235,15 +235,15 @@ fn what_waits_for_space_is_bounded_in_bytes() {
     image.write_at(0, &[1; 512]).expect("marked");
     plan.set_full(true);
     let data = bytes::Bytes::from(vec![1; MIB]);
-    let (tell, refused) = mpsc::channel();
+    let (reply, refused) = mpsc::channel();
     for n in 1..=140 {
-        let tell = tell.clone();
+        let reply = reply.clone();
         image.write(
             n * MIB as u64,
             data.clone(),
             false,
             Box::new(move |r| {
-                let _ = tell.send(r.is_err());
+                let _ = reply.send(r.is_err());
             }),
         );
     }

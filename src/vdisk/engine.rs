@@ -192,7 +192,7 @@ impl Engine {
 
     /// Queues `waiter` of image `lane` until a round of any image has made pages clean. True when it was queued;
     /// else it looks again at once (it is not `crowded` by now), or hears that its image is `closing`: both are looked
-    /// at under the lock, so that nobody comes too late for the last wake-up.
+    /// at under the lock, so that no waiter comes too late for the last wake-up.
     pub(super) fn wait_for_clean_pages(
         &self,
         lane: u64,

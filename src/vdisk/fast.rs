@@ -141,7 +141,7 @@ impl Image {
     }
 
     /// The first write to a cluster that no level maps, where everything it needs is at hand. The order is that of
-    /// `write`; what is missing, or being worked on by somebody, sends it there.
+    /// `write`; what is missing, or being worked on, sends it there.
     fn write_first(self: &Arc<Self>, stack: &Stack, offset: u64, data: &[u8]) -> Option<Result<()>> {
         let cluster = offset / self.cluster;
         let bat = stack.bat.as_ref()?;
@@ -313,9 +313,9 @@ struct Alone<'a> {
 }
 
 impl<'a> Alone<'a> {
-    /// None: somebody is at work on it.
+    /// None: a pio is at work on it.
     fn lock(image: &'a Arc<Image>, cluster: u64) -> Option<Alone<'a>> {
-        // Not then_some: what that made for nothing would give back somebody else's lock.
+        // Not then_some: what that made for nothing would give back another holder's lock.
         image.locks.try_lock(cluster, Mode::Exclusive).then(|| Alone { image, cluster })
     }
 }

@@ -55,7 +55,7 @@ pub(super) struct Flusher {
     ended: Condvar,
     /// Writes that wait for unsynced data to shrink. A leaf.
     throttled: Mutex<Vec<Job>>,
-    /// While somebody watches: the BAT pages that rounds have copied since. A leaf.
+    /// While an operation watches: the BAT pages that rounds have copied since. A leaf.
     pub(super) watched: Mutex<Option<BTreeSet<u64>>>,
 }
 
@@ -79,7 +79,7 @@ impl Drop for PageWatch<'_> {
 struct State {
     running: bool,
     waiting: Vec<Reply<()>>,
-    /// Somebody wants a round without waiting for it.
+    /// A round is wanted, and no requester waits for it.
     wanted: bool,
     /// Closed: no round begins any more.
     stopped: bool,
@@ -116,9 +116,9 @@ impl Flusher {
 
     /// Keeps `job(token)` until the end of a round, or gives the token back when the bound holds by now.
     ///
-    /// No one is left behind: crossing `BACKGROUND` has asked for a round that swaps `unsynced` to 0 after that;
-    /// whoever still sees it over the bound, under the mutex, is drained at that round's end. Once the image has
-    /// `failed`, rounds end before that swap and nobody asks for another: nobody may wait for one.
+    /// No pio is left behind: crossing `BACKGROUND` has asked for a round that swaps `unsynced` to 0 after that;
+    /// a pio that still sees it over the bound, under the mutex, is drained at that round's end. Once the image has
+    /// `failed`, rounds end before that swap and no other is asked for: no pio may wait for one.
     pub(super) fn throttle(
         &self,
         pio: Pio,
@@ -178,7 +178,7 @@ impl Image {
             return reply(Err(e));
         }
         if self.may_be_passed() {
-            // What the kernel wrote in our place nobody counts.
+            // What the kernel wrote in our place is not counted.
             self.flusher.unsynced.fetch_add(1, Ordering::SeqCst);
         }
         let mut state = lock(&self.flusher.state);
@@ -197,7 +197,7 @@ impl Image {
     }
 
     /// The end of a close, whatever came of it: waits for the running round and lets none begin. A later one
-    /// would write the old pages of a failed close into a file that is unlocked, and perhaps somebody else's.
+    /// would write the old pages of a failed close into a file that is unlocked, and perhaps another process's.
     pub(super) fn stop_rounds(&self) {
         let mut state = lock(&self.flusher.state);
         state.stopped = true;
@@ -228,19 +228,19 @@ impl Image {
         }
     }
 
-    /// Runs rounds until nobody wants one.
+    /// Runs rounds until none is wanted.
     fn rounds(self: &Arc<Self>) {
         loop {
             let mut waiting = {
                 let mut state = lock(&self.flusher.state);
-                // Who waits is answered also when it stops; a round for nobody is left out.
+                // Waiters are answered also when it stops; a round without one is left out then.
                 if state.waiting.is_empty() && (!state.wanted || state.stopped) {
                     state.running = false;
                     self.flusher.ended.notify_all();
                     return;
                 }
                 state.wanted = false;
-                // Whoever arrives from here on waits for the next round.
+                // A requester that arrives from here on waits for the next round.
                 std::mem::take(&mut state.waiting)
             };
             let result = match self.round() {

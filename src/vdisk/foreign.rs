@@ -14,8 +14,8 @@ use crate::rules::{Rule, broken};
 use crate::sync::{Arc, lock};
 
 impl Image {
-    /// The top's file is as we left it, as far as a look tells that costs no disk; else the image fails. Before each round
-    /// writes or says that something is durable, before the mark is set, and before it is cleared.
+    /// The top's file is as we left it, as far as a look that costs no disk finds; else the image fails. Before each
+    /// round writes or says that something is durable, before the mark is set, and before it is cleared.
     pub(super) fn still_ours(self: &Arc<Self>, stack: &Stack) -> Result<()> {
         let top = stack.top();
         if let Some((len, least)) = self.too_short(stack) {
@@ -46,7 +46,7 @@ impl Image {
             // Asked on both sides: an extension counts when it is there, a cut before it is. Both in one look is what the
             // second look is for.
             let before = least();
-            // One that fails says nothing: whether the data is safe the sync tells.
+            // One that fails says nothing: whether the data is safe the sync says.
             let len = stack.top().file.len().ok()?;
             let least = before.min(least());
             (len < least).then_some((len, least))

@@ -73,7 +73,7 @@ impl Gate {
         Inside { shard: other.shard, count: 1 }
     }
 
-    /// True while it is closed, or about to be: who can leave in the middle of long work does, so that nobody stands
+    /// True while it is closed, or about to be: work that can leave in its middle does, so that no pio stands
     /// still for all of it.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::SeqCst)

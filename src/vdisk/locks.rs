@@ -1,7 +1,7 @@
 //! Cluster locks: shared for reads and writes in place, exclusive for allocation, COW and discard.
 //!
-//! Nobody waits on a thread: what cannot have its lock is queued on it, first come first served, and is handed to
-//! a runner together with the lock. There is no upgrade (two upgraders would wait for each other): let go, queue
+//! No waiter holds a thread: what cannot have its lock is queued on it, first come first served, and is handed to
+//! a runner together with the lock. There is no upgrade (two upgraders would wait for each other): release, queue
 //! for exclusive, look up again.
 //!
 //! Locks are stripes: cluster `c` uses stripe `c % STRIPES`, without hashing, so that neighbours never share one.
@@ -40,7 +40,7 @@ struct Waiter {
 struct Stripe {
     /// Holders and the two flags above.
     word: AtomicU32,
-    /// Who waits, in order. Taken only when someone waits or has to. A leaf.
+    /// The waiters, in order. Taken only when one waits or has to. A leaf.
     queue: Mutex<VecDeque<Waiter>>,
 }
 
@@ -60,7 +60,7 @@ impl ClusterLocks {
         &self.stripes[(cluster % STRIPES) as usize]
     }
 
-    /// Takes the lock if nobody is in the way.
+    /// Takes the lock if no holder or waiter is in the way.
     pub fn try_lock(&self, cluster: u64, mode: Mode) -> bool {
         self.stripe(cluster).try_lock(mode, WAITERS)
     }
@@ -80,7 +80,7 @@ impl ClusterLocks {
         }
         let mut queue = lock(&stripe.queue);
         // From here on every unlock sees the flag and comes for the mutex; one that came just before it has
-        // changed the word, which the second try sees. Either way nobody sleeps for ever.
+        // changed the word, which the second try sees. Either way no waiter sleeps for ever.
         stripe.word.fetch_or(WAITERS, Ordering::SeqCst);
         if queue.is_empty() && !planted(Bug::NoSecondTry) && stripe.try_lock(mode, 0) {
             stripe.word.fetch_and(!WAITERS, Ordering::SeqCst);

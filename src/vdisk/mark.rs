@@ -20,7 +20,7 @@ use crate::vdisk::runner::Job;
 /// Who waits until the mark is durable.
 #[derive(Default)]
 pub(super) struct Marker {
-    /// None = nobody marks yet. A leaf.
+    /// None = no thread marks yet. A leaf.
     waiting: Mutex<Option<Vec<Job>>>,
 }
 
@@ -41,7 +41,7 @@ impl Image {
         }
     }
 
-    /// Runs `then(token)` once the image is marked in use, marking it here if nobody else does; `fail(token)` on
+    /// Runs `then(token)` once the image is marked in use, marking it here if no other thread does; `fail(token)` on
     /// failure. For runners.
     pub(super) fn mark_first<T: Send + 'static>(
         self: &Arc<Self>,

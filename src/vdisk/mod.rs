@@ -192,7 +192,7 @@ impl Image {
         Image::open_whole_or_part(engine, name, levels, false)
     }
 
-    /// The same to read from files that somebody else in this process may be writing. They are taken as they are: who
+    /// The same to read from files that another user in this process may be writing. They are taken as they are: what
     /// opened them has looked, and a sync here could hear of a failed write in the writer's place (R7).
     pub fn open_beside(engine: &Arc<Engine>, name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
         Image::open_whole_or_part(engine, name, levels, false)
@@ -255,7 +255,7 @@ impl Image {
     /// Makes the image writable: scans the BAT for ranges and doubles. Blocks. No byte of the top changes before the first
     /// write. Damage: `Kind::Damaged`, and the image stays readable.
     pub fn make_writable(self: &Arc<Self>) -> Result<()> {
-        // Looked at first, so that nobody waits here for a long operation: that has made the image writable itself.
+        // Looked at first, so that no opener waits here for a long operation: that has made the image writable itself.
         if self.stage() != Stage::ReadOnly {
             return Ok(());
         }
@@ -307,8 +307,8 @@ impl Image {
         queued::read(self, offset, len, reply);
     }
 
-    /// A read for whoever carries it out without a thread of ours (see [`Planned`]); `end` hears of its end. None: use
-    /// [`read`](Self::read). Clipped at the disk's end.
+    /// A read for a transport that carries it out without a thread of ours (see [`Planned`]); `end` hears of its end.
+    /// None: use [`read`](Self::read). Clipped at the disk's end.
     pub fn plan_read(
         self: &Arc<Self>,
         offset: u64,
@@ -337,7 +337,7 @@ impl Image {
         discard::submit(self, offset, len, reply);
     }
 
-    /// How long requests took; whoever answers them notes it.
+    /// How long requests took; what answers them notes it.
     pub fn latencies(&self) -> &latency::Latencies {
         &self.latencies
     }
@@ -492,7 +492,7 @@ impl Image {
         }));
     }
 
-    /// Dirty pages that will never be written keep nobody waiting.
+    /// Dirty pages that will never be written keep no pio waiting.
     fn give_up_pages(&self) {
         if let Some(bat) = &self.stack().bat {
             bat.give_up();

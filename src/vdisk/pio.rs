@@ -195,7 +195,7 @@ impl Pio {
         }
     }
 
-    /// Lets the lock go and starts over once the BAT page is loaded; loads it here when nobody else does.
+    /// Releases the lock and starts over once the BAT page is loaded; loads it here when no other pio does.
     pub(super) fn run_with_page(mut self) {
         self.unlock();
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
@@ -231,7 +231,7 @@ impl Pio {
         }
     }
 
-    /// The end: lets go of everything and, as the last pio, answers the request.
+    /// The end: releases everything and, as the last pio, answers the request.
     pub(super) fn finish(mut self, result: Result<()>) {
         self.end(result);
     }

@@ -1,8 +1,8 @@
 //! Small reads that wait for the disk: they hold the gate and their clusters, and no thread. A transport with a ring of its
 //! own carries them out itself ([`plan`]); for others there is the engine's ([`read`]).
 //!
-//! The order is that of a read pio: (1) inside the gate, (2) the clusters locked shared, (3) look-up, (4) the read, (5) let go
-//! of both, (6) the answer. 5 before 4 would let a copy on write, a discard or a freeze change what is being read.
+//! The order is that of a read pio: (1) inside the gate, (2) the clusters locked shared, (3) look-up, (4) the read, (5)
+//! release both, (6) the answer. 5 before 4 would let a copy on write, a discard or a freeze change what is being read.
 //! Whatever does not fit (a missing BAT page, a locked cluster, holes, several places) is a runner's, and so is what failed.
 
 use bytes::Bytes;
@@ -35,8 +35,8 @@ pub(super) fn read(image: &Arc<Image>, offset: u64, len: usize, reply: Reply<Byt
     reads.submit(Read { planned, done: Box::new(done) }); // 4
 }
 
-/// Where the bytes of a read are, the range as for [`read`]; `end` is called when the clusters were let go, with true when
-/// all of them were read. None: it is a runner's. For any thread; never waits.
+/// Where the bytes of a read are, the range as for [`read`]; `end` is called when the clusters were released, with true
+/// when all of them were read. None: it is a runner's. For any thread; never waits.
 pub(super) fn plan(
     image: &Arc<Image>,
     offset: u64,
@@ -133,17 +133,17 @@ mod tests {
 
     impl Bench {
         fn later(&self, offset: u64, len: usize) -> mpsc::Receiver<Bytes> {
-            let (tell, answer) = mpsc::channel();
-            read(&self.image, offset, len, Box::new(move |r| tell.send(r.expect("read")).expect("awaited")));
+            let (reply, answer) = mpsc::channel();
+            read(&self.image, offset, len, Box::new(move |r| reply.send(r.expect("read")).expect("awaited")));
             answer
         }
 
         /// Nothing that is queued comes back until the sender is used or dropped.
         fn hold(&self) -> mpsc::Sender<()> {
             let (release, held) = mpsc::channel();
-            let (tell, holding) = mpsc::channel();
+            let (reply, holding) = mpsc::channel();
             let done = Box::new(move |_: Option<Bytes>| {
-                tell.send(()).expect("awaited");
+                reply.send(()).expect("awaited");
                 let _ = held.recv();
             });
             let reads = self.engine.reads().expect("it has them");
@@ -159,13 +159,13 @@ mod tests {
         let Some(b) = bench() else { return };
         let release = b.hold();
         let answer = b.later(5 * PAGE as u64, PAGE);
-        assert!(!b.image.locks.try_lock(0, Mode::Exclusive), "nobody changes what is being read");
+        assert!(!b.image.locks.try_lock(0, Mode::Exclusive), "no writer changes what is being read");
         assert!(b.image.locks.try_lock(0, Mode::Shared), "others may read it");
         b.image.unlock(0, Mode::Shared);
         assert_eq!(b.image.gate.inside(), 1, "a freeze waits for it");
         drop(release);
         assert!(answer.recv_timeout(LONG).expect("an answer").iter().all(|byte| *byte == 5));
-        assert!(b.image.locks.try_lock(0, Mode::Exclusive), "it is let go before the answer");
+        assert!(b.image.locks.try_lock(0, Mode::Exclusive), "it is released before the answer");
         b.image.unlock(0, Mode::Exclusive);
         assert_eq!(b.image.gate.inside(), 0);
         b.image.close().expect("closes");

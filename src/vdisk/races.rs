@@ -42,8 +42,8 @@ pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
 }
 
 pub(super) fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
-    let (tell, answer) = mpsc::channel();
-    image.write(offset, vec![1; 512].into(), false, Box::new(move |r| drop(tell.send(r))));
+    let (reply, answer) = mpsc::channel();
+    image.write(offset, vec![1; 512].into(), false, Box::new(move |r| drop(reply.send(r))));
     answer
 }
 
@@ -155,8 +155,8 @@ fn an_allocation_waits_for_the_dirty_pages_of_another_image_without_spinning() {
 #[test]
 fn a_discard_waits_for_clean_pages_too() {
     let (a, b) = crowded("");
-    let (tell, answer) = mpsc::channel();
-    b.image.discard(0, CLUSTER, Box::new(move |r| drop(tell.send(r))));
+    let (reply, answer) = mpsc::channel();
+    b.image.discard(0, CLUSTER, Box::new(move |r| drop(reply.send(r))));
     // The first change of an image marks it in use; the discard itself waits.
     nothing_comes(&answer);
     a.image.flush_now().expect("durable");
@@ -168,12 +168,12 @@ fn freeze_and_close_do_not_wait_for_dirty_pages_of_another_image() {
     let (_a, b) = crowded("");
     let answer = later(&b.image, 0);
     nothing_comes(&answer);
-    let (tell, closed) = mpsc::channel();
+    let (reply, closed) = mpsc::channel();
     let image = b.image.clone();
     std::thread::spawn(move || {
         image.freeze();
         image.thaw();
-        let _ = tell.send(image.close());
+        let _ = reply.send(image.close());
     });
     closed.recv_timeout(LONG).expect("the close ends").expect("closes");
     assert!(answer.recv_timeout(LONG).expect("answered").is_err());
@@ -195,8 +195,8 @@ fn a_freeze_does_not_wait_for_the_end_of_a_long_discard() {
     let clusters = 1024;
     (0..clusters).for_each(|c| b.image.write_at(c * CLUSTER, &[7; 512]).expect("space"));
     b.plan.set_delay(crate::io::fault::Op::Punch, 300);
-    let (tell, answer) = mpsc::channel();
-    b.image.discard(0, clusters * CLUSTER, Box::new(move |r| drop(tell.send(r))));
+    let (reply, answer) = mpsc::channel();
+    b.image.discard(0, clusters * CLUSTER, Box::new(move |r| drop(reply.send(r))));
     until(|| b.plan.counters(crate::io::fault::Op::Punch).running > 0);
     b.image.freeze();
     assert!(answer.try_recv().is_err(), "it waits outside with what is left");
@@ -223,12 +223,12 @@ fn a_round_under_way_ends_before_a_snapshot_swaps_the_top() {
     b.image.write_at(0, &[7; 512]).expect("space");
     let round_may_end = Arc::new(AtomicBool::new(false));
     let commit = || {
-        // Everything is durable; a round that somebody wanted before comes now, and stands still in its middle.
-        let (tell, held) = mpsc::channel();
+        // Everything is durable; a round that was wanted before comes now, and stands still in its middle.
+        let (reply, held) = mpsc::channel();
         let (image, may_end) = (b.image.clone(), round_may_end.clone());
         std::thread::spawn(move || {
             let in_its_way = lock(&image.flusher.watched);
-            tell.send(()).expect("the test waits");
+            reply.send(()).expect("the test waits");
             std::thread::sleep(Duration::from_millis(100));
             may_end.store(true, Ordering::SeqCst);
             drop(in_its_way);
@@ -380,9 +380,9 @@ fn a_close_does_not_wait_for_an_operation_that_never_ends() {
     let b = bench(&engine(Options::default()), "");
     b.image.write_at(0, &[1; 512]).expect("space");
     let hangs = lock(&b.image.operation);
-    let (tell, closed) = mpsc::channel();
+    let (reply, closed) = mpsc::channel();
     let image = b.image.clone();
-    std::thread::spawn(move || tell.send(image.close()));
+    std::thread::spawn(move || reply.send(image.close()));
     let e = closed.recv_timeout(LONG).expect("the close ends").expect_err("its mark stays");
     assert!(e.to_string().contains("in-use mark"), "{e}");
     drop(hangs);
@@ -415,8 +415,8 @@ fn a_freeze_does_not_wait_for_writes_that_wait_for_a_sync() {
 fn the_dirty_pages_of_an_image_whose_host_is_full_keep_no_other_image_waiting() {
     let (a, b) = crowded("");
     a.plan.set_full(true);
-    let (tell, flushed) = mpsc::channel();
-    a.image.flush(Box::new(move |r| drop(tell.send(r))));
+    let (reply, flushed) = mpsc::channel();
+    a.image.flush(Box::new(move |r| drop(reply.send(r))));
     until(|| a.image.mode() == Mode::FullQueue);
     later(&b.image, 0).recv_timeout(LONG).expect("it does not wait").expect("written");
     a.plan.set_full(false);
@@ -439,8 +439,8 @@ fn rounds_that_wait_for_space_keep_no_thread_from_other_images() {
     let other = bench(&engine, "");
     // It needs the threads for its extension, too.
     later(&other.image, 0).recv_timeout(LONG).expect("it does not wait for them").expect("space");
-    let (tell, answer) = mpsc::channel();
-    other.image.flush(Box::new(move |r| drop(tell.send(r))));
+    let (reply, answer) = mpsc::channel();
+    other.image.flush(Box::new(move |r| drop(reply.send(r))));
     answer.recv_timeout(LONG).expect("it does not wait for them").expect("durable");
     for b in &full {
         b.plan.set_full(false);

@@ -14,8 +14,8 @@ const CLUSTERS: u64 = 16 * 1024;
 const RANGES: usize = 1024;
 
 impl Image {
-    /// The map from byte `offset` (of the disk) on: at most some thousand ranges. Damaged entries are told, not refused.
-    /// Blocks: not for runners or transport threads.
+    /// The map from byte `offset` (of the disk) on: at most some thousand ranges. Damaged entries are shown, not
+    /// refused. Blocks: not for runners or transport threads.
     pub fn map_piece(self: &Arc<Self>, offset: u64) -> Result<Piece> {
         let _inside = self.enter_and_wait()?;
         let stack = self.stack();

@@ -137,9 +137,9 @@ impl Image {
             if self.is_closed() {
                 return Err(self.closed_error());
             }
-            let (tell, open) = mpsc::channel();
+            let (reply, open) = mpsc::channel();
             self.outside(Box::new(move || {
-                let _ = tell.send(());
+                let _ = reply.send(());
             }));
             let _ = open.recv();
         }

@@ -109,7 +109,7 @@ impl Image {
             engine.parked_bytes.fetch_add(bytes, Ordering::SeqCst);
             state.bytes += bytes;
             match pio.parked {
-                // Tried again in vain: back to its place. Many may come back at once, in any order, and whoever
+                // Tried again in vain: back to its place. Many may come back at once, in any order, and the pio that
                 // has waited longest must stay at the head: the timeout looks there.
                 Some(since) => {
                     let place = state.parked.partition_point(|p| p.parked.is_some_and(|at| at <= since));

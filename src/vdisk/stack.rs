@@ -1,5 +1,5 @@
 //! The delta files under an image at one moment. A live operation makes a new stack and swaps it in while the gate is
-//! closed and everything inside has left; so whoever is inside the gate sees one stack from beginning to end.
+//! closed and everything inside has left; so what is inside the gate sees one stack from beginning to end.
 //!
 //! A cached place names its level by its index in `table`, which never changes while the level is part of the image:
 //! a snapshot adds one, a merge takes one out, and nothing is renumbered.
@@ -134,7 +134,7 @@ impl Stack {
         Parts { is_part: self.is_part, ..parts }.build()
     }
 
-    /// The same top over other lower levels (base first), which were merged by somebody else: read anew.
+    /// The same top over other lower levels (base first), which another operation merged: read anew.
     pub(super) fn over(&self, lower: Vec<Level>, budget: &Arc<Budget>) -> Result<Stack> {
         for (i, level) in lower.iter().enumerate() {
             check_level(level, i, &self.geometry)?;

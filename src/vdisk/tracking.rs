@@ -183,7 +183,7 @@ impl Image {
         }
     }
 
-    /// Reads the bitmap of an image that nobody has changed since it was closed, if it has one. Err: why it cannot be
+    /// Reads the bitmap of an image that was not changed since it was closed, if it has one. Err: why it cannot be
     /// used. Under `operation`, before the first change.
     pub(super) fn load_tracking(&self, stack: &Stack) -> std::result::Result<(), String> {
         let Some(header) = *lock(&stack.state.header) else { return Ok(()) };

@@ -63,7 +63,7 @@ fn in_place(mut pio: Pio) {
             pio.finish(Ok(()));
         }
         Lookup::Found(Place::None | Place::At { .. }) => {
-            // No upgrade: let go, queue for exclusive, look up again.
+            // No upgrade: release, queue for exclusive, look up again.
             pio.unlock();
             pio.with_lock(Mode::Exclusive, allocate);
         }
@@ -115,7 +115,7 @@ fn allocate(pio: Pio) {
     let top = stack.top_index();
     let below = match bat.lookup_to_allocate(pio.cluster, top) {
         Lookup::Miss => return pio.run_with_page(),
-        // Somebody else allocated it while we queued.
+        // Another pio allocated it while we queued.
         Lookup::Found(Place::At { level, position }) if level == top => {
             return write_mapped(pio, &stack, position);
         }
@@ -220,7 +220,7 @@ impl Image {
         let crowded = || self.stack().bat.as_ref().is_some_and(|bat| bat.crowded());
         let queued = self.engine.wait_for_clean_pages(self.id, closing, crowded, waiter);
         // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own
-        // a round would end at once, and wake everybody for nothing, again and again.
+        // a round would end at once, and wake all waiters for nothing, again and again.
         if queued && self.dirty_pages() > 0 {
             self.start_round();
         }

@@ -43,7 +43,7 @@ fn a_failed_extension_is_tried_again_with_one_cluster() {
     assert_eq!(alloc.extension(), (0, 1));
     let (again, waiting) = alloc.extension_failed();
     assert!(!again && waiting.len() == 1);
-    assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()), "nobody tries again for ever");
+    assert_eq!(alloc.take((), job, |_| ()), Alloc::Full(()), "no retry goes on for ever");
     alloc.retry();
     assert_eq!(alloc.take((), job, |_| ()), Alloc::Wait);
 }

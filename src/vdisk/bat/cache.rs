@@ -134,7 +134,7 @@ pub enum Loading<T> {
     Loaded(T),
     /// The caller loads it: `BatCache::load`.
     Mine(T),
-    /// Somebody else does; the token waits.
+    /// Another thread does; the token waits.
     Queued,
 }
 
@@ -461,7 +461,7 @@ impl BatCache {
         }
     }
 
-    /// Evicts a page if nobody needs it; true when it is gone.
+    /// Evicts a page if it is not needed; true when it is gone.
     fn drop_page(&self, number: u32) -> bool {
         let (slot, mut state) = self.loaded(number.into());
         match &*state {

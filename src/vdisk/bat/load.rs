@@ -1,4 +1,4 @@
-//! Loading a BAT page on behalf of whoever missed it: one loads, the others go on when it is there.
+//! Loading a BAT page on behalf of the pios that missed it: one loads, the others go on when it is there.
 
 use super::cache::Loading;
 use super::page::Page;
@@ -12,7 +12,7 @@ use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;
 
 impl Image {
-    /// Runs `then(token)` once the page of `cluster` is loaded; loads it here when nobody else does, and calls
+    /// Runs `then(token)` once the page of `cluster` is loaded; loads it here when no other thread does, and calls
     /// `fail(token)` when that fails. The token holds no cluster lock. For runners.
     pub(in crate::vdisk) fn with_page<T: Send + 'static>(
         self: &Arc<Self>,
@@ -40,13 +40,13 @@ impl Image {
     /// Loads the page of `cluster`, or waits for who does. Inside the gate; not for runners.
     pub(in crate::vdisk) fn load_and_wait(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<()> {
         let Some(bat) = &stack.bat else { return Ok(()) };
-        let (tell, loaded) = mpsc::channel();
-        let job = |tell: mpsc::Sender<()>| -> Job {
+        let (reply, loaded) = mpsc::channel();
+        let job = |reply: mpsc::Sender<()>| -> Job {
             Box::new(move || {
-                let _ = tell.send(());
+                let _ = reply.send(());
             })
         };
-        match bat.load_or_queue(cluster, tell, job) {
+        match bat.load_or_queue(cluster, reply, job) {
             Loading::Loaded(_) => Ok(()),
             Loading::Mine(_) => {
                 let (waiting, result) = bat.load(cluster, |page| read_page(page, stack));

@@ -19,7 +19,7 @@ use crate::vdisk::stack::Stack;
 /// How long a failed BAT write is tried again before the image goes read-only: long enough for a path that comes
 /// back, short enough that a guest's own timeout (30 s and more) has not fired.
 const RETRY_FOR: Duration = Duration::from_secs(5);
-/// Least time from a failed round to the next that nobody waits for; as often as parked writes are tried again.
+/// Least time from a failed round to the next that no requester waits for; as often as parked writes are tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
 impl Image {
@@ -40,7 +40,7 @@ impl Image {
             let job = move || {
                 if let Some(image) = image.upgrade() {
                     image.bat_timer.store(false, Ordering::SeqCst);
-                    // A close runs the last round itself; after it, the file may be somebody else's.
+                    // A close runs the last round itself; after it, the file may be another process's.
                     if !image.closing.load(Ordering::SeqCst) {
                         image.start_round();
                     }
@@ -140,7 +140,7 @@ impl Image {
         if copy.page != 0 {
             return write_full(file, &copy.bytes[..len], start);
         }
-        // R5: the header as it is now, and nobody else writes it until this write has ended.
+        // R5: the header as it is now, and no other thread writes it until this write has ended.
         let header = lock(&stack.state.header);
         let mut bytes = copy.bytes.clone();
         if let Some(header) = &*header {

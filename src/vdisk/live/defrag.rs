@@ -79,8 +79,8 @@ impl Image {
         }
     }
 
-    /// Moves `cluster`, where to `step` says, and tells the plan what came of it; true when it has moved. Behind `end` no
-    /// place belongs to anybody.
+    /// Moves `cluster`, where to `step` says, and notes in the plan what came of it; true when it has moved. Behind
+    /// `end` no place is taken.
     fn take_step(
         self: &Arc<Self>,
         stack: &Stack,

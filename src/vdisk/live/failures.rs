@@ -210,7 +210,7 @@ fn no_operation_begins_on_a_closed_image() {
     chain.image.write_at(0, &[3; 512]).expect("space");
     chain.image.close().expect("closes");
     let closed = chain.top.to_bytes();
-    let snapshot = chain.image.put_on_top(|_| unreachable!("the files may be somebody else's"), || Ok(()));
+    let snapshot = chain.image.put_on_top(|_| unreachable!("the files may be another process's"), || Ok(()));
     snapshot.expect_err("closed");
     chain.image.grow(4096 * CLUSTER, &Progress::new()).expect_err("closed");
     assert!(chain.top.to_bytes() == closed);
@@ -235,7 +235,7 @@ impl Opener for Counted {
     }
 }
 
-/// The kernel tells of a failed write once: whoever syncs to have a look hears of it in the writer's place.
+/// The kernel reports a failed write once: a sync by an observer hears of it in the writer's place.
 #[test]
 fn a_snapshot_that_is_looked_at_syncs_no_file_that_may_have_a_writer() {
     let mut disk = Disk::new();

@@ -1,4 +1,4 @@
-//! The short moment in which an image stands still: everything durable, nobody inside, the stack may be swapped.
+//! The short moment in which an image stands still: everything durable, no pio inside, the stack may be swapped.
 
 use std::time::Instant;
 
@@ -43,8 +43,8 @@ impl Drop for Frozen<'_> {
 }
 
 impl Image {
-    /// One live operation at a time; the second is refused rather than queued: who asked should know. A close waits
-    /// for one that has begun; none begins after it, when the file may be somebody else's.
+    /// One live operation at a time; the second is refused rather than queued: its requester should know. A close waits
+    /// for one that has begun; none begins after it, when the file may be another process's.
     pub(in crate::vdisk) fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
         let guard = match self.operation.try_lock() {
             Ok(guard) => guard,

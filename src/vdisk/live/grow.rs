@@ -16,8 +16,8 @@ const PIECE: u64 = 1 << 20;
 
 impl Image {
     /// Grows the disk to `size` bytes, rounded up to a cluster (raw: to a sector). Returns the new size:
-    /// 1. the file clusters that the longer BAT needs are taken out of circulation, and whoever had got one of them
-    ///    has finished;
+    /// 1. the file clusters that the longer BAT needs are taken out of circulation, and each pio that had got one of
+    ///    them has finished;
     /// 2. each of them that is in use is copied elsewhere under its guest cluster's lock, and its entry changed;
     /// 3. the changed entries are durable;
     /// 4. the new BAT area is zeroed, all of it, and the old last cluster behind the old end of the disk; durable;
@@ -106,8 +106,8 @@ impl Image {
         Ok(size)
     }
 
-    /// A write behind the end of a raw disk that the kernel passes through makes the file longer, and nobody is asked: the
-    /// disk is as long as that from now on. Blocks; not for runners or transport threads.
+    /// A write behind the end of a raw disk that the kernel passes through makes the file longer without a request to
+    /// us: the disk is as long as that from now on. Blocks; not for runners or transport threads.
     pub fn follow_file(self: &Arc<Self>) -> Result<()> {
         let _alone = lock(&self.operation);
         if self.closing.load(Ordering::SeqCst) {

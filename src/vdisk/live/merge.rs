@@ -9,7 +9,7 @@
 //!   P  A B . D        T  a . c .
 //! ```
 //!
-//! P's entries for what T maps are hidden, so taking them away changes nothing that anybody reads; then the two map
+//! P's entries for what T maps are hidden, so taking them away changes nothing that any reader sees; then the two map
 //! different clusters, and either order reads the same. ploop does the same and calls it a reverse merge
 //! (docs/format.md#what-ploop-does). The snapshot that P was is marked Temporary before all this: it is not read alone
 //! any more.

@@ -12,10 +12,10 @@ use std::collections::VecDeque;
 use crate::error::Result;
 use crate::vdisk::alloc::Bits;
 
-/// Nobody lies at this place, or nobody knows where this rank lies. The format has fewer clusters, and one fewer
+/// No cluster lies at this place, or it is not known where this rank lies. The format has fewer clusters, and one fewer
 /// than [`TAKEN`].
 const NONE: u32 = u32::MAX;
-/// Somebody lies at this place who is not part of the plan, and stays.
+/// A cluster lies at this place that is not part of the plan, and stays.
 const TAKEN: u32 = u32::MAX - 1;
 
 /// What putting the clusters in order gains, or has gained.
@@ -49,7 +49,7 @@ pub(super) struct Order {
 pub(super) struct Step {
     /// Which cluster.
     pub rank: usize,
-    /// To this free place; None: to any behind the last that belongs to somebody.
+    /// To this free place; None: to any behind the last that is taken.
     pub to: Option<u64>,
 }
 
@@ -59,7 +59,7 @@ pub(super) struct Moves {
     places: Vec<u32>,
     /// By place: which rank lies there.
     at: Vec<u32>,
-    /// Places to fill: nobody lies there, and whose it is lies elsewhere.
+    /// Places to fill: no cluster lies there, and the one that belongs there lies elsewhere.
     free: VecDeque<u32>,
     /// Places where chains begin, as [`walk`](Moves::walk) found them; another chain may have come there since.
     starts: std::vec::IntoIter<u32>,
@@ -224,7 +224,7 @@ impl Moves {
         self.left(from);
     }
 
-    /// The place `to` cannot be had: somebody else has it.
+    /// The place `to` cannot be had: another cluster has it.
     pub(super) fn taken(&mut self, to: u64) {
         self.at[to as usize] = TAKEN;
     }

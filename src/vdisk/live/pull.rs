@@ -17,7 +17,7 @@ use crate::vdisk::{Image, wait_for};
 enum Attempt {
     /// Copied: so many bytes.
     Copied(u64),
-    /// The top has it, or nobody has.
+    /// The top has it, or no level has.
     Nothing,
     /// Something had to be waited for; it is there now.
     Again,
@@ -77,13 +77,13 @@ impl Image {
 
     /// Takes a cluster's lock exclusively and waits for it; the caller is inside the gate and holds no other.
     pub(in crate::vdisk) fn lock_and_wait(&self, cluster: u64) {
-        let (tell, locked) = mpsc::channel();
-        let job = |tell: mpsc::Sender<()>| -> Job {
+        let (reply, locked) = mpsc::channel();
+        let job = |reply: mpsc::Sender<()>| -> Job {
             Box::new(move || {
-                let _ = tell.send(());
+                let _ = reply.send(());
             })
         };
-        if self.locks.lock_or_queue(cluster, Mode::Exclusive, tell, job).is_none() {
+        if self.locks.lock_or_queue(cluster, Mode::Exclusive, reply, job).is_none() {
             let _ = locked.recv();
         }
     }

@@ -29,9 +29,9 @@ use crate::vdisk::Image;
 use crate::vdisk::tracking::uuid_text;
 
 /// Carries `work` out on the live disk `image`, whose descriptor and files are `layers`; None: it is a single file, which
-/// work that [needs a folder](Work::needs_folder) must have become before. This is the one place that tells the kinds of
-/// work apart. Blocks, for as long as it takes; not for runners or transport threads. Switching needs a closed image: see
-/// `image::switch`.
+/// work that [needs a folder](Work::needs_folder) must have become before. This is the one place that dispatches by the
+/// kind of work. Blocks, for as long as it takes; not for runners or transport threads. Switching needs a closed
+/// image: see `image::switch`.
 pub fn carry_out(
     image: &Arc<Image>,
     layers: Option<&Arc<Layers>>,
@@ -289,7 +289,7 @@ impl LiveWork<'_> {
         self.layers.remove(&file)
     }
 
-    /// From here on the snapshot is gone for everybody, and its name is free.
+    /// From here on the snapshot is gone for all, and its name is free.
     fn mark_deleted(&self, guid: Guid) -> Result<()> {
         self.settle(self.change(|next| next.set_marker(guid, Some(Marker::Temporary))))?;
         self.layers.store().set_deleted(guid)

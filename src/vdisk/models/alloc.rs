@@ -1,4 +1,4 @@
-//! The allocator: no cluster twice, none outside the file, none with old content, and nobody waits for ever.
+//! The allocator: no cluster twice, none outside the file, none with old content, and no pio waits for ever.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -22,7 +22,7 @@ struct Truth {
     used: HashSet<u64>,
     /// Not known to be zero.
     stale: HashSet<u64>,
-    /// Handed to nobody from now on: below this one.
+    /// Not handed out from now on: below this one.
     reserved: u64,
 }
 
@@ -80,11 +80,11 @@ impl Rig {
     /// A cluster, after as many waits as it takes; None when there are no more.
     fn take(self: &Arc<Self>) -> Option<u64> {
         loop {
-            let (tell, told) = channel();
-            let later = |tell: Sender<()>| -> Job { Box::new(move || tell.send(()).expect("it waits")) };
+            let (reply, heard) = channel();
+            let later = |reply: Sender<()>| -> Job { Box::new(move || reply.send(()).expect("it waits")) };
             let reserved = self.truth().reserved;
             let mut due = Vec::new();
-            let taken = self.alloc.take(tell, later, |what| due.push(what));
+            let taken = self.alloc.take(reply, later, |what| due.push(what));
             if let Alloc::Got(n, _) = taken {
                 let mut truth = self.truth();
                 assert!(truth.used.insert(n), "cluster {n} is handed out twice");
@@ -100,7 +100,7 @@ impl Rig {
             match taken {
                 Alloc::Got(n, _) => return Some(n),
                 Alloc::Full(_) => return None,
-                Alloc::Wait => told.recv().expect("whoever waits is woken"),
+                Alloc::Wait => heard.recv().expect("a waiter is woken"),
             }
         }
     }

@@ -50,11 +50,11 @@ impl Rig {
     }
 
     fn load(&self, cluster: u64) {
-        let (tell, told) = channel();
-        let later = |tell: Sender<()>| -> Job { Box::new(move || tell.send(()).expect("it waits")) };
-        match self.bat().load_or_queue(cluster, tell, later) {
+        let (reply, heard) = channel();
+        let later = |reply: Sender<()>| -> Job { Box::new(move || reply.send(()).expect("it waits")) };
+        match self.bat().load_or_queue(cluster, reply, later) {
             Loading::Loaded(_) => {}
-            Loading::Queued => told.recv().expect("the loader tells"),
+            Loading::Queued => heard.recv().expect("the loader reports"),
             Loading::Mine(_) => {
                 let (waiting, loaded) = self.bat().load(cluster, |page| read_page(page, &self.stack));
                 waiting.into_iter().for_each(|job| drop(thread::spawn(job)));
@@ -63,7 +63,7 @@ impl Rig {
         }
     }
 
-    /// Enters `position` for a cluster that nobody else touches.
+    /// Enters `position` for a cluster that no other thread touches.
     fn allocate(&self, cluster: u64, position: u64) {
         loop {
             match self.bat().lookup_to_allocate(cluster, 0) {

@@ -1,4 +1,4 @@
-//! The gate: closed means empty, and everyone who came is let in or told.
+//! The gate: closed means empty, and each visitor is let in or refused.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
@@ -13,7 +13,7 @@ struct Rig {
     gate: Gate,
     inside: AtomicI64,
     frozen: AtomicBool,
-    /// Closed for good; nobody waits outside any more.
+    /// Closed for good; no visitor waits outside any more.
     closed: AtomicBool,
 }
 
@@ -29,14 +29,14 @@ impl Rig {
     }
 
     /// A request of two pios, one of which starts work of its own. Outside it waits, as `Image::outside` has it.
-    fn visit(self: &Arc<Self>, tell: Sender<bool>) {
+    fn visit(self: &Arc<Self>, reply: Sender<bool>) {
         let Some(mut inside) = self.gate.enter(2) else {
             if self.is_closed() {
-                let _ = tell.send(false);
+                let _ = reply.send(false);
                 return;
             }
             let again = self.clone();
-            if let Some(job) = self.gate.wait(Box::new(move || again.visit(tell))) {
+            if let Some(job) = self.gate.wait(Box::new(move || again.visit(reply))) {
                 thread::spawn(job);
             }
             if self.is_closed() {
@@ -54,7 +54,7 @@ impl Rig {
             rig.leave(companion, 1);
         });
         self.leave(inside, 1);
-        let _ = tell.send(true);
+        let _ = reply.send(true);
     }
 
     fn freeze(&self) {
@@ -62,7 +62,7 @@ impl Rig {
         self.frozen.store(true, Ordering::SeqCst);
         assert_eq!(self.inside.load(Ordering::SeqCst), 0, "closed, and not empty");
         thread::yield_now();
-        assert_eq!(self.inside.load(Ordering::SeqCst), 0, "somebody came in");
+        assert_eq!(self.inside.load(Ordering::SeqCst), 0, "a visitor came in");
     }
 
     fn thaw(&self) {
@@ -71,28 +71,28 @@ impl Rig {
     }
 }
 
-fn visitors(rig: &Arc<Rig>, count: usize, tell: &Sender<bool>) {
+fn visitors(rig: &Arc<Rig>, count: usize, reply: &Sender<bool>) {
     for _ in 0..count {
-        let (rig, tell) = (rig.clone(), tell.clone());
-        thread::spawn(move || rig.visit(tell));
+        let (rig, reply) = (rig.clone(), reply.clone());
+        thread::spawn(move || rig.visit(reply));
     }
 }
 
 fn freeze_and_thaw() {
     let rig = Arc::new(Rig::default());
-    let (tell, told) = channel();
-    visitors(&rig, 3, &tell);
+    let (reply, heard) = channel();
+    visitors(&rig, 3, &reply);
     for _ in 0..2 {
         rig.freeze();
         rig.thaw();
     }
-    (0..3).for_each(|_| assert!(told.recv().expect("let in"), "nobody closed it for good"));
+    (0..3).for_each(|_| assert!(heard.recv().expect("let in"), "it was not closed for good"));
 }
 
 fn freeze_against_shut() {
     let rig = Arc::new(Rig::default());
-    let (tell, told) = channel();
-    visitors(&rig, 2, &tell);
+    let (reply, heard) = channel();
+    visitors(&rig, 2, &reply);
     let other = rig.clone();
     let frozen = thread::spawn(move || {
         other.gate.close();
@@ -103,7 +103,7 @@ fn freeze_against_shut() {
     rig.closed.store(true, Ordering::SeqCst);
     rig.gate.take_outside().into_iter().for_each(|job| drop(thread::spawn(job)));
     for _ in 0..2 {
-        told.recv().expect("let in or told");
+        heard.recv().expect("let in or refused");
     }
     frozen.join().expect("no panic");
     assert!(rig.gate.enter(1).is_none(), "a thaw opened what is shut");

@@ -107,7 +107,7 @@ fn discard_in_between() {
     assert_eq!(stamp_in(&host.durable(), 0), 2);
 }
 
-/// A close while somebody writes: what was acknowledged is there, and nothing comes after it.
+/// A close under a writer: what was acknowledged is there, and nothing comes after it.
 fn close_under_load() {
     let host = empty(false);
     let image = open(&host);
@@ -140,7 +140,7 @@ fn put_on_top(image: &Arc<Image>, commit: impl FnOnce()) -> Arc<Host> {
     lock(&top).take().expect("made")
 }
 
-/// A snapshot while somebody writes and somebody reads.
+/// A snapshot under a writer and a reader.
 fn snapshot_under_load() {
     let host = empty(false);
     let image = open(&host);
@@ -163,7 +163,7 @@ fn snapshot_under_load() {
     assert_eq!(stamp_in(&top.durable(), 0), last, "what came later is in the new top");
 }
 
-/// The two levels become one, in whichever of them it is, while somebody writes and somebody reads.
+/// The two levels become one, in whichever of them it is, under a writer and a reader.
 fn merge_under_load(flip: bool) {
     let host = empty(false);
     let image = open(&host);

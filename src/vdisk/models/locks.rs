@@ -1,4 +1,4 @@
-//! Cluster locks: alone or together, in order, and nobody is forgotten.
+//! Cluster locks: alone or together, in order, and no waiter is forgotten.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -47,36 +47,36 @@ impl Rig {
         self.locks.unlock(CLUSTER, mode, |job| drop(thread::spawn(job)));
     }
 
-    /// Takes the lock, now or later; `tell` hears of the end.
-    fn ask(self: &Arc<Self>, mode: Mode, tell: Sender<()>) {
-        let later = |(rig, tell): (Arc<Rig>, Sender<()>)| -> Job {
+    /// Takes the lock, now or later; `reply` hears of the end.
+    fn ask(self: &Arc<Self>, mode: Mode, reply: Sender<()>) {
+        let later = |(rig, reply): (Arc<Rig>, Sender<()>)| -> Job {
             let mut queued = rig.queued();
             let ticket = queued.len();
             queued.push((mode, false));
             drop(queued);
             Box::new(move || {
                 rig.section(mode, Some(ticket));
-                let _ = tell.send(());
+                let _ = reply.send(());
             })
         };
-        if let Some((rig, tell)) = self.locks.lock_or_queue(CLUSTER, mode, (self.clone(), tell), later) {
+        if let Some((rig, reply)) = self.locks.lock_or_queue(CLUSTER, mode, (self.clone(), reply), later) {
             rig.section(mode, None);
-            let _ = tell.send(());
+            let _ = reply.send(());
         }
     }
 }
 
 fn run(threads: &[&'static [Mode]]) {
     let rig = Arc::new(Rig::default());
-    let (tell, told) = channel();
+    let (reply, heard) = channel();
     for &modes in threads {
-        let (rig, tell) = (rig.clone(), tell.clone());
-        thread::spawn(move || modes.iter().for_each(|mode| rig.ask(*mode, tell.clone())));
+        let (rig, reply) = (rig.clone(), reply.clone());
+        thread::spawn(move || modes.iter().for_each(|mode| rig.ask(*mode, reply.clone())));
     }
     let count: usize = threads.iter().map(|modes| modes.len()).sum();
     // One that is forgotten would be waited for here for ever, which shuttle calls a deadlock.
-    (0..count).for_each(|_| told.recv().expect("everyone ends"));
-    assert!(rig.locks.try_lock(CLUSTER, Mode::Exclusive), "nobody holds it in the end");
+    (0..count).for_each(|_| heard.recv().expect("each ends"));
+    assert!(rig.locks.try_lock(CLUSTER, Mode::Exclusive), "free in the end");
 }
 
 const E: Mode = Mode::Exclusive;
@@ -93,12 +93,12 @@ fn writers() {
 /// Readers come all the time; one writer waits.
 fn a_stream_of_readers() {
     let rig = Arc::new(Rig::default());
-    let (tell, told) = channel();
+    let (reply, heard) = channel();
     for _ in 0..2 {
-        let (rig, tell) = (rig.clone(), tell.clone());
-        thread::spawn(move || (0..3).for_each(|_| rig.ask(S, tell.clone())));
+        let (rig, reply) = (rig.clone(), reply.clone());
+        thread::spawn(move || (0..3).for_each(|_| rig.ask(S, reply.clone())));
     }
-    rig.ask(E, tell);
+    rig.ask(E, reply);
     let waits = rig.queued().iter().any(|(mode, done)| *mode == E && !done);
     // Alone among readers, it can only be in their way while it waits or holds the lock.
     let overtook = rig.locks.try_lock(CLUSTER, S);
@@ -107,7 +107,7 @@ fn a_stream_of_readers() {
         assert!(!waits || done, "a newcomer overtook the writer");
         rig.locks.unlock(CLUSTER, S, |job| drop(thread::spawn(job)));
     }
-    (0..7).for_each(|_| told.recv().expect("everyone ends"));
+    (0..7).for_each(|_| heard.recv().expect("each ends"));
 }
 
 #[test]
