@@ -565,3 +565,40 @@ fn a_backup_to_a_minus_goes_to_the_pipe() {
     assert!(said.contains("whole and undamaged"), "{said}");
     assert_eq!(folder.names(), names);
 }
+
+/// What was taken for a backup that failed, and is in use by then, was only said to be left.
+#[test]
+fn a_failed_backup_names_the_snapshot_that_it_has_to_leave_and_what_removes_it() {
+    require!("fuse");
+    let mount = Mount::new(&["--create", "vm=64M"]);
+    mount.open("vm").write_all_at(&vec![7; 32 << 20], 0).expect("written");
+    let image = mount.images().join("vm");
+    // Nothing reads its pipe: it waits, with its snapshot.
+    let mut backup = Command::new(env!("CARGO_BIN_EXE_ploopfs"));
+    backup.args(["backup", text(&image)]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut backup = backup.spawn().expect("ploopfs starts");
+    let taken = || {
+        let list = Run::ploopfs().args(["snapshot", "list", text(&image), "--json"]).run();
+        let value: Value = serde_json::from_str(&list.stdout).ok()?;
+        value["snapshots"][0]["name"].as_str().filter(|name| !name.is_empty()).map(str::to_owned)
+    };
+    assert!(until(Duration::from_secs(30), || taken().is_some()));
+    let name = taken().expect("a snapshot");
+    let user = File::open(mount.flat(&format!(".snapshots/vm/{name}"))).expect("opens");
+    // It fails: the pipe has no reader any more.
+    drop(backup.stdout.take());
+    let mut said = String::new();
+    backup.stderr.take().expect("a pipe").read_to_string(&mut said).expect("words");
+    assert_eq!(backup.wait().expect("ended").code(), Some(1), "{said}");
+    let remedy = format!("ploopfs snapshot delete {} {name}", text(&mount.images().join("vm")));
+    assert!(said.contains(&remedy), "{said}");
+    drop(user);
+    let removes = || {
+        Run::new("sh")
+            .args(["-c", &remedy.replacen("ploopfs", env!("CARGO_BIN_EXE_ploopfs"), 1)])
+            .run()
+            .success()
+    };
+    assert!(until(Duration::from_secs(20), removes), "it is what removes it");
+    assert_eq!(taken(), None);
+}

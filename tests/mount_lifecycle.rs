@@ -631,3 +631,36 @@ fn a_missing_proc_or_sys_is_named() {
     let mount = run("/proc", &format!("mount {} {}", text(&images), text(&point)));
     assert!(!mount.success() && mount.stderr.contains("/proc: is not mounted"), "{mount}");
 }
+
+/// All three killed at once: nothing is left that could take the mount away.
+#[test]
+fn a_dead_mount_is_named_with_what_is_on_it_and_the_command_that_clears_it() {
+    require!("fuse", "loop");
+    let mount = Mount::new(&["--create", "vm1=64M"]);
+    let device = Loop::attach(&mount.flat("vm1"), false);
+    let pattern = format!("ploopfs (daemon|keeper|standby) {} ", text(mount.images()));
+    let pids = Run::new("pgrep").args(["-f", &pattern]).ok();
+    let pids: Vec<&str> = pids.split_whitespace().collect();
+    assert_eq!(pids.len(), 3, "{pids:?}");
+    Run::new("kill").arg("-9").args(&pids).ok();
+    let clears = format!("ploopfs umount {}", text(mount.point()));
+    let detaches = format!("ploopfs detach {}", text(device.device()));
+    let (images, point, flat) = (mount.images(), mount.point(), mount.flat("vm1"));
+    let asks: [(&[&str], i32); 6] = [
+        (&["list"], 0),
+        (&["list", text(images)], 0),
+        (&["list", text(point)], 0),
+        (&["info", text(&flat)], 1),
+        (&["attach", text(&flat)], 1),
+        (&["top", "--once", text(point)], 1),
+    ];
+    for (args, status) in asks {
+        let done = Run::ploopfs().args(args).limit(60).run();
+        assert_eq!(done.code(), Some(status), "{done}");
+        let said = done.output();
+        assert!(said.contains("its daemon has died") && said.contains(&clears), "{done}");
+        assert!(said.contains(&detaches), "{done}");
+    }
+    Run::new("sh").args(["-c", &clears.replacen("ploopfs", env!("CARGO_BIN_EXE_ploopfs"), 1)]).ok();
+    assert!(!mount.is_mounted());
+}

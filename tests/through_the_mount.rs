@@ -443,3 +443,33 @@ fn list_names_a_loop_device_without_direct_io_and_the_line_that_switches_it_on()
     assert!(said.contains(text(device.device())) && said.contains("losetup --direct-io=on"), "{list}");
     device.detach();
 }
+
+/// A copy that goes by size and time (`rsync --modify-window=-1`, borg, restic) must see each change, also those of one
+/// second. rsync by itself compares whole seconds: what changes within the second of its last look it does not see, on any
+/// file system.
+#[test]
+fn every_change_within_one_second_has_a_time_of_its_own_that_is_seen_at_once() {
+    require!("fuse");
+    let mount = mount_with_text();
+    let file = mount.open("vm1");
+    file.write_all_at(&[7; 1 << 20], 0).expect("written");
+    let time = || {
+        let status = fs::metadata(mount.flat("vm1")).expect("stat");
+        (status.mtime(), status.mtime_nsec(), status.ctime(), status.ctime_nsec())
+    };
+    let mut before = time();
+    for round in 0..40 {
+        let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        match round % 2 {
+            0 => rustix::fs::fallocate(&file, flags, round * 4096, 4096).expect("punched"),
+            _ => file.write_all_at(&[round as u8; 512], round * 4096).expect("written"),
+        }
+        let after = time();
+        assert!(
+            after.0 > before.0 || after.0 == before.0 && after.1 > before.1,
+            "{round}: {before:?} {after:?}"
+        );
+        assert!((after.2, after.3) > (before.2, before.3), "{round}: {before:?} {after:?}");
+        before = after;
+    }
+}

@@ -79,7 +79,13 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if let Err(e) = result {
         // It is no base for another backup: of this one there is nothing.
         if let Err(e) = take_back(&target.path, &name) {
-            let _ = writeln!(std::io::stderr(), "the snapshot {name} is left: {e}");
+            let _ = writeln!(
+                std::io::stderr(),
+                "ploopfs: the snapshot {0} is left, of which there is no backup ({e}); this removes it: ploopfs snapshot delete \
+                 {1} {0}",
+                quoted(&name),
+                quoted(&target.path)
+            );
         }
         return Err(e.into());
     }

@@ -134,6 +134,12 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 fn of(named: &Path, all: bool) -> Result<(PathBuf, Listing), Error> {
     let (folder, mut daemon) = served::behind(named)?;
     let mut listing = look(&folder, all, daemon.is_some())?;
+    if daemon.is_none() {
+        // Not on standard output, which is the list.
+        served::dead_of(&folder)
+            .into_iter()
+            .for_each(|(point, what)| out::say(&format!("{}: {what}", point.display())));
+    }
     if let Some(daemon) = &mut daemon {
         add_live(&mut listing.images, daemon)?;
     }
@@ -194,7 +200,10 @@ fn shown_by(mount: Mount) -> Result<Receiver<Shown>, Error> {
     spawn_detached("ploopfs/list", move || {
         let images = served::of_mount(&mount).and_then(|daemon| match daemon {
             Some((folder, _)) => of(&folder, false).map(|(folder, listing)| Some((folder, listing.images))),
-            None => Ok(None),
+            None => match served::of_dead(&mount) {
+                Some(what) => Err(Error::new(Kind::Io, what)),
+                None => Ok(None),
+            },
         });
         // Too late: then it was said that it does not answer.
         drop(send.send(images));

@@ -139,7 +139,7 @@ pub enum Command {
     /// was lost or damaged on the way. Only data is in it, uncompressed: ploopfs backup vm1@monday | zstd > monday.zst
     ///
     /// Without @SNAPSHOT, a backup takes a snapshot of the disk as it is now, named by the time, and keeps it (the name is
-    /// said on standard error): the next backup can be made --since it. If the backup fails, the snapshot goes again. Delete
+    /// said on standard error): the next backup can be made --since it. If the backup fails, the snapshot goes again; one that was killed leaves it. Delete
     /// old ones with ploopfs snapshot delete; only the one that the next backup is to be made --since has to stay. The disk
     /// may be in use all the time.
     ///

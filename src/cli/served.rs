@@ -15,6 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::mounts::{self, Mount};
 use crate::transfer::disk::FlatFile;
+use crate::words::quoted;
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
 const LAST_THREADS: Duration = Duration::from_secs(2);
@@ -82,6 +83,27 @@ pub fn has_died(mount: &Mount) -> Result<bool> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// What is said of a mount whose daemon has died, with all that died with it and its ends; None: it lives, or cannot be asked.
+pub fn of_dead(mount: &Mount) -> Option<String> {
+    if !has_died(mount).is_ok_and(|died| died) {
+        return None;
+    }
+    let mut what = format!("its daemon has died; to clear it: ploopfs umount {}", quoted(&mount.point));
+    for holder in holders::of(mount) {
+        // Writing into a String cannot fail.
+        let _ = write!(what, "; still on it: {holder}; end that with: {}", holder.remedy());
+    }
+    Some(what)
+}
+
+/// The dead mounts of the folder `images`, each with what is said of it. A folder that is served has none.
+pub fn dead_of(images: &Path) -> Vec<(PathBuf, String)> {
+    let Ok(images) = images.canonicalize() else { return Vec::new() };
+    let mut table = mounts::all().unwrap_or_default();
+    table.retain(|mount| mount.is_ours() && mount.source == images);
+    table.into_iter().filter_map(|mount| of_dead(&mount).map(|what| (mount.point, what))).collect()
 }
 
 /// The daemon of the folder `images`, if one serves it.
@@ -156,7 +178,16 @@ pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
 
 /// The image behind a flat file that a mount of ours shows, and which snapshot of it; None where `shown` is none.
 pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
-    let Ok(found) = shown.canonicalize() else { return Ok(None) };
+    let found = match shown.canonicalize() {
+        Ok(found) => found,
+        Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+            let absolute = std::path::absolute(shown).unwrap_or_else(|_| shown.to_owned());
+            let mount = mounts::covering(&absolute)?;
+            let dead = mount.and_then(|mount| of_dead(&mount).map(|what| (mount.point, what)));
+            return dead.map_or(Ok(None), |(point, what)| Err(Error::at(Kind::Io, point, what)));
+        }
+        Err(_) => return Ok(None),
+    };
     let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
     let mount = mount.trusted()?;
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");

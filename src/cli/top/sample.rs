@@ -109,7 +109,10 @@ impl Watch {
         let folder = match mountpoint {
             Some(point) => match served::behind(point)? {
                 (folder, Some(_)) => Some(folder),
-                (_, None) => {
+                (folder, None) => {
+                    if let Some((point, what)) = served::dead_of(&folder).pop() {
+                        return Err(Error::at(Kind::Io, point, what));
+                    }
                     let why = "nothing is mounted here; mount it first: ploopfs mount IMAGES MOUNTPOINT";
                     return Err(Error::at(Kind::NotFound, point, why));
                 }
