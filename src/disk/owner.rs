@@ -142,7 +142,7 @@ mod tests {
     use super::*;
     use crate::disk::open::Opened;
     use crate::disk::work::carry_out;
-    use crate::image::create::{Plan, create};
+    use crate::image::create::{CreatePlan, create};
     use crate::io::real::Access;
     use crate::progress::Progress;
     use crate::vdisk::Options;
@@ -155,7 +155,7 @@ mod tests {
         let at = |name: &str| temp.path().join(name);
         fs::create_dir(at("other")).expect("a folder");
         for image in ["vm", "other/vm"] {
-            create(&at(image), &Plan::thin(8 << 20)).expect("created");
+            create(&at(image), &CreatePlan::thin(8 << 20)).expect("created");
         }
         carry_out(&at("vm.hds"), &Work::Snapshot { label: None }, &Progress::new()).expect("a snapshot");
         symlink(at("other"), at("link")).expect("a link");

@@ -1,11 +1,15 @@
-//! The kernel's first message, which every transport reads itself: it comes once.
+//! The kernel's first message, which every transport reads itself: it comes once. And what every transport has when it is
+//! answered.
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use rustix::io::Errno;
 
 use super::uring::wire;
+use crate::error::Error;
+use crate::fuse::notify::Sink;
 
 /// The major version of the protocol that we speak.
 const MAJOR: u32 = 7;
@@ -16,6 +20,29 @@ const INIT_OUT: usize = 64;
 
 /// Room for the message: more than FUSE_MIN_READ_BUFFER (8 KiB), below which the kernel refuses to be read.
 const ROOM: usize = 16 << 10;
+
+/// A transport whose handshake is done; `session` is its own part.
+pub(super) struct Begun<S> {
+    /// Starts its threads.
+    pub session: S,
+    /// The way of notifications.
+    pub kernel: Box<dyn Sink>,
+    /// Passthrough was asked for, and the kernel has it.
+    pub passes_through: bool,
+}
+
+impl<S> Begun<S> {
+    /// The same with its own part as `of` makes it.
+    pub(super) fn map<T>(self, of: impl FnOnce(S) -> T) -> Begun<T> {
+        let Begun { session, kernel, passes_through } = self;
+        Begun { session: of(session), kernel, passes_through }
+    }
+}
+
+/// A handshake that failed, on the mount at `mountpoint`.
+pub(super) fn failed(e: &io::Error, mountpoint: &Path) -> Error {
+    Error::io(e, mountpoint, "the handshake with the kernel failed")
+}
 
 /// Reads the INIT whose major version is ours, or an older one's; it is not answered. A newer kernel hears our version,
 /// and asks again with it.

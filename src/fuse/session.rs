@@ -2,12 +2,13 @@
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::{Error, Kind, Result};
+use crate::fuse::handshake::Begun;
 use crate::fuse::mount;
-use crate::fuse::notify::Notifier;
+use crate::fuse::notify::{self, Notifier};
 use crate::fuse::ops::FileSystem;
 pub use crate::fuse::settings::Settings;
 use crate::fuse::{classic, uring};
@@ -42,7 +43,13 @@ impl Transport {
 
 /// A mounted folder whose handshake is done. Dropping it without [`start`](Session::start) closes the connection and
 /// leaves a dead mount point: [`unmount`](crate::io::unmount::unmount) it.
-pub struct Session(Of);
+pub struct Session {
+    of: Of,
+    notifier: Notifier,
+    notifications: notify::Pending,
+    mountpoint: PathBuf,
+    passes_through: bool,
+}
 
 enum Of {
     Fuse(classic::Session),
@@ -50,7 +57,10 @@ enum Of {
 }
 
 /// A mounted folder that is served.
-pub struct Serving(Served);
+pub struct Serving {
+    of: Served,
+    mountpoint: PathBuf,
+}
 
 enum Served {
     Fuse(classic::Serving),
@@ -61,10 +71,11 @@ impl Serving {
     /// Returns when the connection has ended (ENODEV: unmounted, and the last file closed; or aborted), and the file
     /// system knows.
     pub fn wait(self) -> Result<()> {
-        match self.0 {
+        let ended = match self.of {
             Served::Fuse(serving) => serving.wait(),
             Served::Uring(serving) => serving.wait(),
-        }
+        };
+        ended.map_err(|e| Error::io(&e, &self.mountpoint, "the connection to the kernel failed"))
     }
 }
 
@@ -114,20 +125,26 @@ pub fn over(
             "a mount needs at least one thread and one background request",
         ));
     }
-    Ok(Session(match transport {
-        Transport::Fuse => Of::Fuse(classic::begin(fs, mountpoint, settings, connect)?),
-        Transport::Uring => Of::Uring(uring::begin(fs, mountpoint, settings, connect)?),
-    }))
+    let begun = match transport {
+        Transport::Fuse => classic::begin(fs, mountpoint, settings, connect)?.map(Of::Fuse),
+        Transport::Uring => uring::begin(fs, mountpoint, settings, connect)?.map(Of::Uring),
+    };
+    let Begun { session: of, kernel, passes_through } = begun;
+    let (notifier, notifications) = notify::queue(kernel);
+    Ok(Session { of, notifier, notifications, mountpoint: mountpoint.to_owned(), passes_through })
 }
 
 impl Session {
     /// Starts the session's threads. When it returns all of them exist and serve; an error is a thread that could not be
     /// had, and ends the session.
     pub fn start(self) -> Result<Serving> {
-        Ok(Serving(match self.0 {
-            Of::Fuse(session) => Served::Fuse(session.start()?),
-            Of::Uring(session) => Served::Uring(session.start()?),
-        }))
+        // The first of them: a transport's own begin to serve at once, and may notify.
+        let sending = self.notifications.start()?;
+        let of = match self.of {
+            Of::Fuse(session) => Served::Fuse(session.start(sending)?),
+            Of::Uring(session) => Served::Uring(session.start(sending)?),
+        };
+        Ok(Serving { of, mountpoint: self.mountpoint })
     }
 
     /// [`start`](Session::start) and [`wait`](Serving::wait) in one.
@@ -137,26 +154,17 @@ impl Session {
 
     /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
     pub fn notifier(&self) -> Notifier {
-        match &self.0 {
-            Of::Fuse(session) => session.notifier(),
-            Of::Uring(session) => session.notifier(),
-        }
+        self.notifier.clone()
     }
 
     /// True when passthrough was asked for and the kernel has it: answers to OPEN may then name a host file
     /// ([`Opened::backing`](crate::fuse::ops::Opened::backing)).
     pub fn passes_through(&self) -> bool {
-        match &self.0 {
-            Of::Fuse(session) => session.passes_through(),
-            Of::Uring(session) => session.passes_through(),
-        }
+        self.passes_through
     }
 
     /// The absolute path of the mount point, as it was before the mount.
     pub fn mountpoint(&self) -> &Path {
-        match &self.0 {
-            Of::Fuse(session) => session.mountpoint(),
-            Of::Uring(session) => session.mountpoint(),
-        }
+        &self.mountpoint
     }
 }

@@ -99,6 +99,17 @@ impl Traced {
         let said = std::fs::read_to_string(self.folder.path().join("said")).unwrap_or_default();
         (self.child.try_wait().ok().flatten().and_then(|status| status.code()), said)
     }
+
+    /// Waits for a start that fails: when the command says so, nothing is mounted any more, and soon no process is left.
+    /// Returns what it said.
+    #[track_caller]
+    pub fn fails(&mut self) -> String {
+        let (status, said) = self.end();
+        assert_eq!(status, Some(1), "{said}");
+        assert!(!self.is_mounted(), "reported before it was taken away: {said}");
+        assert!(until(SOON, || self.processes().is_empty()), "processes are left: {said}");
+        said
+    }
 }
 
 impl Drop for Traced {

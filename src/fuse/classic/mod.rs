@@ -10,7 +10,7 @@ mod sessions;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,10 +19,10 @@ use fuser::{INodeNo, SessionACL};
 use self::bridge::Bridge;
 use self::door::Door;
 use self::sessions::{Made, Threads};
-use crate::error::{Error, Result};
-use crate::fuse::handshake;
+use crate::error::Result;
+use crate::fuse::handshake::{self, Begun};
 use crate::fuse::lanes::Lanes;
-use crate::fuse::notify::{self, Notifier};
+use crate::fuse::notify;
 use crate::fuse::ops::{FileSystem, Ino};
 use crate::fuse::settings::Settings;
 use crate::io::{connection, process};
@@ -31,10 +31,6 @@ use crate::io::{connection, process};
 pub(super) struct Session {
     sessions: Vec<Made>,
     fs: Arc<dyn FileSystem>,
-    notifier: Notifier,
-    notifications: notify::Pending,
-    mountpoint: PathBuf,
-    passes_through: bool,
 }
 
 /// One that serves.
@@ -42,7 +38,6 @@ pub(super) struct Serving {
     threads: Threads,
     fs: Arc<dyn FileSystem>,
     sending: notify::Running,
-    mountpoint: PathBuf,
 }
 
 /// Mounts, by `connect`, and answers the kernel's INIT. Opens all that the session needs, because a sandbox would not let
@@ -52,11 +47,10 @@ pub(super) fn begin(
     mountpoint: &Path,
     settings: &Settings,
     connect: impl FnOnce() -> Result<OwnedFd>,
-) -> Result<Session> {
+) -> Result<Begun<Session>> {
     let connection = connect()?;
     // Each session has a buffer of 16 MiB, of which a request takes 1 MiB at most.
     process::give_memory_back();
-    let mountpoint = mountpoint.to_owned();
     let passthrough = settings.passthrough.then(Arc::<AtomicBool>::default);
     let bridge = Bridge {
         fs: fs.clone(),
@@ -66,13 +60,12 @@ pub(super) fn begin(
         max_background: settings.max_background,
         passthrough: passthrough.clone(),
     };
-    let sessions = shake_hands(connection, &bridge, settings)
-        .map_err(|e| Error::io(&e, &mountpoint, "the handshake with the kernel failed"))?;
+    let sessions =
+        shake_hands(connection, &bridge, settings).map_err(|e| handshake::failed(&e, mountpoint))?;
     // There is at least one.
     let kernel = Kernel(sessions[0].notifier());
-    let (notifier, notifications) = notify::queue(Box::new(kernel));
     let passes_through = passthrough.is_some_and(|agreed| agreed.load(Ordering::Acquire));
-    Ok(Session { sessions, fs, notifier, notifications, mountpoint, passes_through })
+    Ok(Begun { session: Session { sessions, fs }, kernel: Box::new(kernel), passes_through })
 }
 
 /// Makes a session for each thread, and answers INIT in the name of all.
@@ -120,39 +113,22 @@ fn descriptors(connection: OwnedFd, count: usize) -> io::Result<Vec<OwnedFd>> {
 
 impl Session {
     /// Starts the session's threads; all there are, and requests are served, when it returns.
-    pub(super) fn start(self) -> Result<Serving> {
-        let Session { sessions, fs, notifier: _, notifications, mountpoint, passes_through: _ } = self;
-        let sending = notifications.start()?;
-        let threads = sessions::start(sessions)?;
-        Ok(Serving { threads, fs, sending, mountpoint })
-    }
-
-    /// Announces changes to the kernel, from any thread, under any lock; also after the session has ended.
-    pub(super) fn notifier(&self) -> Notifier {
-        self.notifier.clone()
-    }
-
-    /// See [`fuse::session::Session::passes_through`](crate::fuse::session::Session::passes_through).
-    pub(super) fn passes_through(&self) -> bool {
-        self.passes_through
-    }
-
-    /// The absolute path of the mount point, as it was before the mount.
-    pub(super) fn mountpoint(&self) -> &Path {
-        &self.mountpoint
+    pub(super) fn start(self, sending: notify::Running) -> Result<Serving> {
+        let threads = sessions::start(self.sessions)?;
+        Ok(Serving { threads, fs: self.fs, sending })
     }
 }
 
 impl Serving {
     /// Returns when the connection has ended, and the file system knows.
-    pub(super) fn wait(self) -> Result<()> {
-        let Serving { threads, fs, sending, mountpoint } = self;
+    pub(super) fn wait(self) -> io::Result<()> {
+        let Serving { threads, fs, sending } = self;
         let served = threads.wait();
         // The sink holds a descriptor of the connection: it goes first, so that a failure leaves a dead mount and not
         // one that hangs.
         drop(sending);
         fs.ended();
-        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
+        served
     }
 }
 

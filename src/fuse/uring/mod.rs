@@ -25,7 +25,7 @@ pub mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, bounded};
@@ -39,8 +39,9 @@ use self::queue::Worker;
 use self::ring::Ring;
 use self::serve::Server;
 use crate::error::{Error, Kind, Result};
+use crate::fuse::handshake::{self, Begun};
 use crate::fuse::mount::DEVICE;
-use crate::fuse::notify::{self, Notifier};
+use crate::fuse::notify;
 use crate::fuse::ops::FileSystem;
 use crate::fuse::settings::Settings;
 use crate::io::process;
@@ -62,10 +63,6 @@ pub(super) struct Session {
     carriers: Vec<Ring>,
     server: Arc<Server>,
     helpers: usize,
-    notifier: Notifier,
-    notifications: notify::Pending,
-    mountpoint: PathBuf,
-    passes_through: bool,
 }
 
 /// One that serves.
@@ -78,7 +75,6 @@ pub(super) struct Serving {
     entries: Vec<Arc<Entries>>,
     load: Arc<Load>,
     over: Receiver<()>,
-    mountpoint: PathBuf,
 }
 
 /// Whether this transport can be had here; if not, why, and what would help.
@@ -129,7 +125,7 @@ pub(super) fn begin(
     mountpoint: &Path,
     settings: &Settings,
     connect: impl FnOnce() -> Result<OwnedFd>,
-) -> Result<Session> {
+) -> Result<Begun<Session>> {
     available()?;
     soon();
     let cpus = process::note_cpus();
@@ -139,33 +135,21 @@ pub(super) fn begin(
         ring::make(&queues, settings.threads + SPARE_CARRIERS).map_err(|e| no_ring(&e))?;
     let rings = plans.iter().map(|plan| plan.cpu).zip(rings).collect();
     let device = Arc::new(Device::new(connect()?));
-    let mountpoint = mountpoint.to_owned();
     let passes_through = device
         .handshake(settings.max_background, settings.passthrough)
-        .map_err(|e| Error::io(&e, &mountpoint, "the handshake with the kernel failed"))?;
-    let (notifier, notifications) = notify::queue(Box::new(Kernel(device.clone())));
+        .map_err(|e| handshake::failed(&e, mountpoint))?;
     let helpers = settings.threads;
     let server = Arc::new(Server::new(fs, helpers, Some(device.clone())));
-    Ok(Session {
-        device,
-        rings,
-        cpus,
-        carriers,
-        server,
-        helpers,
-        notifier,
-        notifications,
-        mountpoint,
-        passes_through,
-    })
+    let kernel = Box::new(Kernel(device.clone()));
+    let session = Session { device, rings, cpus, carriers, server, helpers };
+    Ok(Begun { session, kernel, passes_through })
 }
 
 impl Session {
     /// Starts the session's threads; all there are when it returns, and requests are served. The order: helpers and
     /// carriers before the rings' threads, because the kernel sends requests as soon as each of its queues has an entry.
-    pub(super) fn start(self) -> Result<Serving> {
-        let Session { device, rings, cpus, carriers, server, helpers, notifications, mountpoint, .. } = self;
-        let sending = notifications.start()?;
+    pub(super) fn start(self, sending: notify::Running) -> Result<Serving> {
+        let Session { device, rings, cpus, carriers, server, helpers } = self;
         let helpers = Helpers::start(&server, helpers)?;
         // Nothing is sent through it: it is over when every thread has dropped its end.
         let (at_work, over) = bounded::<()>(0);
@@ -183,22 +167,7 @@ impl Session {
             Worker { ring, server, device, bench, load, cpu, cpus, at_work: at_work.clone() }
                 .start(number)?;
         }
-        Ok(Serving { device, server, sending, helpers, entries, load, over, mountpoint })
-    }
-
-    /// See [`fuse::session::Session::notifier`](crate::fuse::session::Session::notifier).
-    pub(super) fn notifier(&self) -> Notifier {
-        self.notifier.clone()
-    }
-
-    /// See [`fuse::session::Session::passes_through`](crate::fuse::session::Session::passes_through).
-    pub(super) fn passes_through(&self) -> bool {
-        self.passes_through
-    }
-
-    /// The absolute path of the mount point, as it was before the mount.
-    pub(super) fn mountpoint(&self) -> &Path {
-        &self.mountpoint
+        Ok(Serving { device, server, sending, helpers, entries, load, over })
     }
 }
 
@@ -208,8 +177,8 @@ impl Serving {
     /// The end: (1) /dev/fuse says so; (2) the server closes: what comes still is answered with EIO; (3) the rings'
     /// threads are called, and waited for until each has seen it; (4) the helpers finish. Only then (5) the file system
     /// hears of it, because no operation may follow.
-    pub(super) fn wait(self) -> Result<()> {
-        let Serving { device, server, sending, helpers, entries, load, over, mountpoint } = self;
+    pub(super) fn wait(self) -> io::Result<()> {
+        let Serving { device, server, sending, helpers, entries, load, over } = self;
         let served = messages::serve(&device, &server); // 1
         drop(sending);
         server.close(); // 2
@@ -218,6 +187,6 @@ impl Serving {
         let _ = over.recv(); // 3
         helpers.join(); // 4
         server.ended(); // 5
-        served.map_err(|e| Error::io(&e, &mountpoint, "the connection to the kernel failed"))
+        served
     }
 }
