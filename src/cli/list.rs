@@ -51,7 +51,7 @@ pub struct Args {
 }
 
 /// One image; the fields of `--json`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Row {
     name: String,
     path: String,
@@ -331,10 +331,8 @@ fn entry(path: &Path, name: &OsStr, descriptor: &[u8], served: bool) -> Result<R
         kind: kind.as_str().into(),
         size,
         allocated,
-        served: false,
         reason,
-        mode: None,
-        loops: Vec::new(),
+        ..Row::default()
     })
 }
 
@@ -359,10 +357,8 @@ fn layered_row(path: &Path, served: bool) -> Row {
         kind: LAYERED.into(),
         size,
         allocated,
-        served: false,
         reason,
-        mode: None,
-        loops: Vec::new(),
+        ..Row::default()
     }
 }
 

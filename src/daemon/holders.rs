@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use crate::io::foreign;
 use crate::io::loopdev::{self, LoopDevice};
-use crate::io::mounts::{self, Everywhere, Mount};
+use crate::io::mounts::{self, Mount};
+use crate::io::namespaces::Everywhere;
 use crate::words::quoted;
 
 /// One thing that keeps a mount busy.

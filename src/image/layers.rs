@@ -11,8 +11,9 @@ use crate::format::header::{Header, SECTOR, Version};
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{Labels, is_plain_name};
 use crate::image::level::{Layout, Level, read_header};
+use crate::image::new_delta::{create_delta, new_delta_name};
 use crate::image::paths;
-use crate::image::store::{self, Replaced, Store};
+use crate::image::store::{Replaced, Store};
 use crate::io::file::HostFile;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
@@ -290,10 +291,10 @@ impl Layers {
     /// it yet; after a crash it is removed. Returns its text for the descriptor.
     pub fn add_delta(&self, header: &Header) -> Result<(String, Level)> {
         let mut store = lock(&self.store);
-        let name = store::new_delta_name(store.descriptor());
+        let name = new_delta_name(store.descriptor());
         let like = self.top_status(&store)?;
         store.note(&[&name])?;
-        drop(store::create_delta(store.dir(), store.path(), &name, header, &like)?);
+        drop(create_delta(store.dir(), store.path(), &name, header, &like)?);
         let level = self.level(&store, &name, false)?;
         Ok((name, level))
     }

@@ -9,12 +9,12 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::format::descriptor::Descriptor;
+use crate::image::folder_files::{sync_folder, unlink};
 use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
 use crate::image::labels::{LABELS_NAME, is_plain_name};
 use crate::image::layers::Layers;
 use crate::image::make_folder::remove_folder;
 use crate::image::names;
-use crate::image::store::{sync_folder, unlink};
 use crate::io::file::HostStatus;
 use crate::io::rename::{link, rename_new_folder};
 use crate::rules::{Rule, Step, broken, step};

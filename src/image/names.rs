@@ -10,11 +10,12 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result};
 use crate::image::create;
+use crate::image::folder_files::{sync_folder, unlink};
 use crate::image::kind::{self, Class, DESCRIPTOR};
 use crate::image::labels::LABELS_NAME;
 use crate::image::make_folder::{remove_abandoned, remove_folder};
 use crate::image::paths;
-use crate::image::store::{Store, sync_folder, unlink};
+use crate::image::store::Store;
 use crate::io::new_file;
 use crate::io::rename::{rename_new_file, rename_new_folder, rename_over};
 use crate::rules::{Rule, Step, broken, step};

@@ -8,27 +8,22 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{BadXml, Descriptor, Guid, MAX_BYTES};
-use crate::format::header::Header;
-use crate::image::create;
+use crate::image::folder_files::{sync_folder, unlink, write_beside};
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels, is_plain_name};
-use crate::image::reserve::{self, is_full, with_reserve};
+use crate::image::reserve;
 use crate::io::descriptor_lock::DescriptorLock;
-use crate::io::file::HostStatus;
 use crate::io::lock::Use;
-use crate::io::real::RealFile;
-use crate::io::rename::rename_over;
-use crate::rules::{Rule, Step, broken, step};
+use crate::rules::{Rule, broken};
 
 /// What came of [`Store::replace`], where the new descriptor is in place.
 #[must_use]
@@ -295,144 +290,6 @@ impl Store {
     }
 }
 
-/// A name for the next delta of this image (docs/format.md#files-and-names): that of the base, a dot, a random GUID.
-pub fn new_delta_name(descriptor: &Descriptor) -> String {
-    let base = descriptor.chain(descriptor.top).ok().and_then(|chain| descriptor.delta(*chain.first()?));
-    let file = base.map_or("root.hds", |delta| &delta.file);
-    let name = file.rsplit('/').next().unwrap_or(file);
-    let stem = match name.rsplit_once('.') {
-        Some((stem, guid)) if guid.starts_with('{') && Guid::parse(guid).is_some() => stem,
-        _ => name,
-    };
-    // 255 bytes are a name's limit; the dot and the GUID take 39.
-    let mut end = stem.len().min(200);
-    while !stem.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}.{}", &stem[..end], Guid::random())
-}
-
-/// Makes a new empty delta with this header in the folder `dir`, with the owner and mode of `like`.
-///
-/// 1. made exclusively and filled; 2. synced; 3. the folder synced: only then a descriptor may name it.
-///
-/// A file that could not be finished is removed. On a full host its BAT takes no space before it is written: a switch, which
-/// frees more than that, goes on.
-pub fn create_delta(
-    dir: BorrowedFd<'_>,
-    path: &Path,
-    name: &str,
-    header: &Header,
-    like: &HostStatus,
-) -> Result<RealFile> {
-    let shown = path.join(name);
-    let cannot =
-        |e: &io::Error, doing: &str| Error::io(e, &shown, format!("cannot create the delta: {doing}"));
-    // 1.
-    let file = make(dir, name, like.mode).map_err(|e| cannot(&e, "making the file"))?;
-    let write = || match create::write_empty(&file, header) {
-        Err(e) if is_full(&e) => with_reserve(dir, || write_thin(&file, header)),
-        other => other,
-    };
-    let filled = write()
-        .map_err(|e| cannot(&e, "writing it"))
-        .and_then(|()| own(&file, like).map_err(|e| cannot(&e, "giving it its owner")))
-        // 2.
-        .and_then(|()| {
-            if broken(Rule::R8) {
-                return Ok(());
-            }
-            file.sync_all().map_err(|e| cannot(&e, "syncing it"))?;
-            step(Step::FileSynced(&shown));
-            Ok(())
-        })
-        // 3.
-        .and_then(|()| sync_folder(dir, path));
-    if let Err(error) = filled {
-        // Best effort; it was noted before, or has a name that is never looked for.
-        let _ = unlink(dir, OsStr::new(name));
-        return Err(error);
-    }
-    RealFile::from_file(file, shown)
-}
-
-/// The header of an empty delta, whose BAT takes space when it is written.
-fn write_thin(file: &File, header: &Header) -> io::Result<()> {
-    file.set_len(0)?;
-    file.set_len(header.geometry().first)?;
-    file.write_all_at(&header.encode(), 0)
-}
-
-/// Makes a file for reading and writing that was not there.
-pub(super) fn make(dir: BorrowedFd<'_>, name: &str, mode: u32) -> io::Result<File> {
-    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    // Never wider than the owner's until its owner is right.
-    let mode = Mode::from_raw_mode(mode & 0o600);
-    let file = File::from(retry_on_intr(|| rustix::fs::openat(dir, name, flags, mode))?);
-    step(Step::Names);
-    Ok(file)
-}
-
-/// Gives `file` the owner and mode of `like`. Only root can give files away; for others it is their own.
-pub(super) fn own(file: &File, like: &HostStatus) -> io::Result<()> {
-    let (uid, gid) = (rustix::fs::Uid::from_raw(like.uid), rustix::fs::Gid::from_raw(like.gid));
-    match rustix::fs::fchown(file, Some(uid), Some(gid)) {
-        Ok(()) | Err(Errno::PERM) => {}
-        Err(e) => return Err(e.into()),
-    }
-    Ok(rustix::fs::fchmod(file, Mode::from_raw_mode(like.mode & 0o777))?)
-}
-
-/// Writes `bytes` beside the file `name` and renames it over it. The folder is not synced. Err: the old one is there.
-pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let shown = path.join(name);
-    let beside = format!(".{name}.new");
-    let written = with_reserve(dir, || {
-        // Left by a crash; we hold the descriptor's lock, so it has no user.
-        unlink(dir, OsStr::new(&beside))?;
-        let mut file = make(dir, &beside, 0o600)?;
-        file.write_all(bytes)?;
-        // A first file of its sort gets the folder's owner, and is readable like a descriptor of ploop's.
-        let (old, mask) = match retry_on_intr(|| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)) {
-            Ok(old) => (old, 0o777),
-            Err(_) => (rustix::fs::fstat(dir)?, 0o644),
-        };
-        let mode = old.st_mode & mask;
-        let like = HostStatus { mode, uid: old.st_uid, gid: old.st_gid, ..HostStatus::default() };
-        own(&file, &like)?;
-        // Before the rename: else a power cut could leave the name on an empty file.
-        file.sync_all()?;
-        step(Step::FileSynced(&path.join(&beside)));
-        rename_over(dir, beside.as_ref(), name.as_ref())?;
-        step(Step::Names);
-        Ok(())
-    });
-    written.map_err(|e| {
-        let _ = unlink(dir, OsStr::new(&beside));
-        Error::io(&e, shown, "cannot write")
-    })
-}
-
-/// Makes names in the folder durable.
-pub(super) fn sync_folder(dir: BorrowedFd<'_>, path: &Path) -> Result<()> {
-    retry_on_intr(|| rustix::fs::fsync(dir))
-        .map_err(|e| Error::io(&e.into(), path, "cannot sync the folder"))?;
-    step(Step::FolderSynced(path));
-    Ok(())
-}
-
-/// Removes a name; false if it was not there.
-pub(super) fn unlink(dir: BorrowedFd<'_>, name: &OsStr) -> io::Result<bool> {
-    match retry_on_intr(|| rustix::fs::unlinkat(dir, name, AtFlags::empty())) {
-        Ok(()) => {
-            step(Step::Names);
-            Ok(true)
-        }
-        Err(Errno::NOENT) => Ok(false),
-        Err(e) => Err(e.into()),
-    }
-}
-
 /// The whole of a small regular file; None if it is missing.
 fn read_small(dir: BorrowedFd<'_>, name: &str, shown: &Path) -> Result<Option<Vec<u8>>> {
     let cannot = |e: io::Error| Error::io(&e, shown, "cannot read");
@@ -455,7 +312,6 @@ fn read_small(dir: BorrowedFd<'_>, name: &str, shown: &Path) -> Result<Option<Ve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::header::Version;
 
     struct Rig {
         folder: tempfile::TempDir,
@@ -552,29 +408,6 @@ mod tests {
         store.replace(bad).expect_err("no such top");
         drop(store);
         rig.open();
-    }
-
-    #[test]
-    fn a_new_delta_is_named_after_the_base_and_made_once() {
-        let mut descriptor =
-            Descriptor::new(8, 8, "sub/vm.hds.{5fbaabe3-6958-40ff-92a7-860e329aab41}", false);
-        let name = new_delta_name(&descriptor);
-        let (stem, guid) = name.split_at(7);
-        assert_eq!(stem, "vm.hds.");
-        assert!(Guid::parse(guid).is_some());
-        descriptor.add_snapshot(Guid::random(), &name).expect("fresh");
-        assert!(new_delta_name(&descriptor).starts_with("vm.hds.{"));
-
-        let rig = Rig::new();
-        let dir = File::open(rig.folder.path()).expect("open");
-        let header = Header::new(Version::V2, 1 << 30, 1 << 20).expect("a header");
-        let like = HostStatus { mode: 0o640, ..HostStatus::default() };
-        let create = || create_delta(dir.as_fd(), rig.folder.path(), &name, &header, &like);
-        drop(create().expect("made"));
-        assert_eq!(create().expect_err("there").kind(), Kind::Exists);
-        let made = std::fs::read(rig.folder.path().join(&name)).expect("read");
-        assert_eq!(made.len(), 1 << 20);
-        assert_eq!(Header::parse(&made), Ok(header));
     }
 
     #[test]

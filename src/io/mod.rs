@@ -19,6 +19,7 @@ pub mod loopdev;
 #[cfg(any(test, feature = "internals"))]
 pub mod memory;
 pub mod mounts;
+pub mod namespaces;
 pub mod new_file;
 mod pages;
 pub mod planned;

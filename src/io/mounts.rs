@@ -5,7 +5,7 @@
 //! so what was found is asked for by number again before it is touched ([`Mount::is_reached`]).
 //!
 //! One file system may be mounted several times: bound to a second place, or copied into another mount namespace
-//! (containers, services with private mounts). It lives until the last of them is gone ([`Everywhere`]).
+//! (containers, services with private mounts). It lives until the last of them is gone: `namespaces`.
 
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
@@ -37,9 +37,9 @@ pub struct Mount {
     /// Where it is mounted.
     pub point: PathBuf,
     /// The group of mounts that what is mounted below it goes to, too.
-    shared: Option<u64>,
+    pub(super) shared: Option<u64>,
     /// The groups from which it receives what is mounted below them.
-    masters: Vec<u64>,
+    pub(super) masters: Vec<u64>,
     /// File system type.
     pub kind: OsString,
     /// What is mounted; for ours the images folder.
@@ -158,7 +158,7 @@ pub fn all() -> Result<Vec<Mount>> {
     Ok(table(&text))
 }
 
-fn table(text: &[u8]) -> Vec<Mount> {
+pub(super) fn table(text: &[u8]) -> Vec<Mount> {
     text.split(|b| *b == b'\n').filter_map(parse).collect()
 }
 
@@ -242,118 +242,8 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The mounts of one other namespace, as one of its processes sees them.
-#[derive(Clone, Debug)]
-pub struct Namespace {
-    /// A process in it.
-    pub pid: u32,
-    /// Its mounts.
-    pub mounts: Vec<Mount>,
-}
-
-/// The tables of every mount namespace that has a process which we may look at.
-#[derive(Clone, Debug)]
-pub struct Everywhere {
-    /// Of our own namespace.
-    pub here: Vec<Mount>,
-    /// Of the others.
-    pub others: Vec<Namespace>,
-}
-
-impl Everywhere {
-    /// Looks at all processes.
-    pub fn look() -> Result<Everywhere> {
-        let here = all()?;
-        let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
-        let own = namespace("self");
-        let (mut seen, mut others) = (HashSet::new(), Vec::new());
-        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-                continue;
-            };
-            // Processes of others cannot be looked at; those that just ended are no matter.
-            let Some(theirs) = namespace(&pid.to_string()) else { continue };
-            // A process in a chroot sees what lies below it only.
-            let root = fs::read_link(entry.path().join("root")).unwrap_or_default();
-            if Some(&theirs) == own.as_ref() || !seen.insert((theirs, root)) {
-                continue;
-            }
-            if let Ok(text) = fs::read(entry.path().join("mountinfo")) {
-                others.push(Namespace { pid, mounts: table(&text) });
-            }
-        }
-        Ok(Everywhere { here, others })
-    }
-
-    /// All mounts of all namespaces, each with a process of its namespace; None: ours.
-    pub fn all(&self) -> impl Iterator<Item = (Option<u32>, &Mount)> {
-        let here = self.here.iter().map(|mount| (None, mount));
-        here.chain(self.others.iter().flat_map(|ns| ns.mounts.iter().map(|mount| (Some(ns.pid), mount))))
-    }
-
-    /// The other mounts of `mount`'s file system that stay when it is unmounted: those of our namespace, and those of others
-    /// that go along with none of them.
-    pub fn staying(&self, mount: &Mount) -> Vec<(Option<u32>, Mount)> {
-        let same = |one: &&Mount| one.is_of_file_system(mount) && one.id != mount.id;
-        let bases: Vec<Base> = std::iter::once(mount)
-            .chain(self.here.iter().filter(same))
-            .filter_map(|base| Base::of(base, self))
-            .collect();
-        let own = bases.first().filter(|_| place(mount, &self.here).is_some());
-        let here =
-            self.here.iter().filter(same).filter(|one| !own.is_some_and(|own| own.takes(one, &self.here)));
-        let mut found: Vec<(Option<u32>, Mount)> = here.map(|one| (None, one.clone())).collect();
-        for ns in &self.others {
-            let stays = |one: &&Mount| !bases.iter().any(|base| base.takes(one, &ns.mounts));
-            found.extend(ns.mounts.iter().filter(same).filter(stays).map(|one| (Some(ns.pid), one.clone())));
-        }
-        found
-    }
-}
-
-/// Where a mount is: the mount below it, and the path of its mount point in that file system.
-fn place<'a>(one: &Mount, table: &'a [Mount]) -> Option<(&'a Mount, PathBuf)> {
-    let parent = table.iter().find(|other| other.id == one.parent)?;
-    Some((parent, parent.inside(&one.point)?))
-}
-
-/// A mount of our namespace, and what an umount of it takes along.
-///
-/// A copy goes along where it came along: where the mount that it lies on receives what happens on the one below
-/// (directly, or handed on), in the same place.
-struct Base {
-    /// Of its mount point.
-    place: PathBuf,
-    /// The groups that hear of it.
-    reached: HashSet<u64>,
-}
-
-impl Base {
-    fn of(mount: &Mount, tables: &Everywhere) -> Option<Base> {
-        let (parent, place) = place(mount, &tables.here)?;
-        let mut reached: HashSet<u64> = parent.shared.into_iter().collect();
-        loop {
-            let known = reached.len();
-            let hear = |one: &Mount| one.masters.iter().any(|group| reached.contains(group));
-            let next: Vec<u64> =
-                tables.all().filter(|(_, one)| hear(one)).filter_map(|(_, one)| one.shared).collect();
-            reached.extend(next);
-            if reached.len() == known {
-                return Some(Base { place, reached });
-            }
-        }
-    }
-
-    fn takes(&self, one: &Mount, table: &[Mount]) -> bool {
-        place(one, table).is_some_and(|(parent, place)| {
-            let hears = parent.shared.iter().chain(&parent.masters).any(|group| self.reached.contains(group));
-            place == self.place && hears
-        })
-    }
-}
-
 /// One line: `36 35 98:0 /root /point options optional... - type source superoptions`.
-fn parse(line: &[u8]) -> Option<Mount> {
+pub(super) fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
     let id = number(fields.next()?)?;
     let parent = number(fields.next()?)?;
@@ -425,39 +315,6 @@ mod tests {
         let mount = parse(&line).expect("a whole line");
         assert_eq!(mount.point.as_os_str().as_bytes(), b"/mnt/caf\xe9");
         assert_eq!(mount.source, Path::new("/dev/loop3"));
-    }
-
-    fn of(lines: &[&str]) -> Vec<Mount> {
-        lines.iter().map(|line| parse(line.as_bytes()).expect("a whole line")).collect()
-    }
-
-    #[test]
-    fn a_copy_in_a_namespace_that_follows_ours_goes_along_and_a_private_one_stays() {
-        let here = of(&[
-            "1 0 8:1 / / rw shared:1 - ext4 /dev/sda1 rw",
-            "50 1 0:57 / /mnt/v rw shared:9 - fuse.ploopfs /srv rw",
-            "51 1 0:57 / /bound rw shared:9 - fuse.ploopfs /srv rw",
-        ]);
-        let bound_follows = of(&[
-            "400 0 8:1 / / rw master:1 - ext4 /dev/sda1 rw",
-            "401 400 0:57 / /bound rw master:9 - fuse.ploopfs /srv rw",
-        ]);
-        let follows = of(&[
-            "100 0 8:1 / / rw shared:2 master:1 - ext4 /dev/sda1 rw",
-            "101 100 0:57 / /mnt/v rw master:9 - fuse.ploopfs /srv rw",
-        ]);
-        let second_hand = of(&[
-            "200 0 8:1 / / rw master:2 - ext4 /dev/sda1 rw",
-            "201 200 0:57 / /mnt/v rw - fuse.ploopfs /srv rw",
-        ]);
-        let private =
-            of(&["300 0 8:1 / / rw - ext4 /dev/sda1 rw", "301 300 0:57 / /mnt/v rw - fuse.ploopfs /srv rw"]);
-        let others = [(6, bound_follows), (7, follows), (8, second_hand), (9, private)];
-        let others = others.into_iter().map(|(pid, mounts)| Namespace { pid, mounts }).collect();
-        let tables = Everywhere { here, others };
-        let staying: Vec<_> =
-            tables.staying(&tables.here[1]).into_iter().map(|(pid, mount)| (pid, mount.id)).collect();
-        assert_eq!(staying, [(None, 51), (Some(9), 301)]);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
+use crate::image::folder_files::{make, own, sync_folder};
 use crate::image::paths::Located;
-use crate::image::store::{make, own, sync_folder};
 use crate::io::file::{HostFile, read_full, write_full};
 use crate::io::real::RealFile;
 use crate::io::share::clone_range;
