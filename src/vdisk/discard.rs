@@ -17,7 +17,6 @@
 //! clusters that no entry names and no scrub finds. Punching after 4 would hit a cluster that is in use again.
 //! A zero cluster over lower data is an allocation, in the order of `write`, without data.
 
-use super::alloc::Alloc;
 use super::bat::page::Place;
 use super::cow::Copied;
 use super::gate::Inside;
@@ -74,7 +73,7 @@ impl Discard {
     }
 
     /// The next batch; holds no lock.
-    fn run(self) {
+    fn run(mut self) {
         match self.image.ready() {
             Ready::No(e) => return self.finish(Err(e)),
             Ready::Unmarked => {
@@ -95,14 +94,10 @@ impl Discard {
             return self.start_over(|image, at, len, reply| submit(&image, at, len, reply));
         }
         let (image, cluster) = (Arc::clone(&self.image), self.at / self.image.cluster);
-        let queued = move |mut discard: Discard| -> super::runner::Job {
-            discard.held = (cluster, 1);
-            Box::new(move || discard.locked())
-        };
-        if let Some(mut discard) = image.locks.lock_or_queue(cluster, Mode::Exclusive, self, queued) {
-            discard.held = (cluster, 1);
-            discard.locked();
-        }
+        image.with_cluster(cluster, Mode::Exclusive, move || {
+            self.held = (cluster, 1);
+            self.locked();
+        });
     }
 
     /// The first cluster is locked: takes what neighbours it can without waiting, and works.
@@ -150,18 +145,13 @@ impl Discard {
     fn wait_for_space(self, stack: &Stack) {
         let image = Arc::clone(&self.image);
         let places = [self.companion(), self.companion()];
-        match image.take_cluster(stack, places, self, |discard| Box::new(move || discard.run())) {
-            Alloc::Wait => {}
-            Alloc::Full(discard) => {
-                // No pio is parked, and nothing ticks: the next one must ask the host again.
-                image.try_space_again();
-                discard.finish(Err(image.no_space()));
+        image.when_space(stack, None, places, self, |discard, there| {
+            if there {
+                return discard.requeue();
             }
-            Alloc::Got(cluster, discard) => {
-                stack.allocator().put_back(cluster);
-                discard.requeue();
-            }
-        }
+            let full = discard.image.no_space();
+            discard.finish(Err(full));
+        });
     }
 
     fn companion(&self) -> Option<Inside> {
@@ -327,7 +317,7 @@ impl Discard {
             let waiter = move |clean: bool| {
                 if clean { submit(&again, at, len, reply) } else { reply(Err(again.no_space())) }
             };
-            image.wait_for_clean_pages(Box::new(waiter));
+            image.when_pages_are_clean(Box::new(waiter));
         });
     }
 

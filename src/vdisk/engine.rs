@@ -193,7 +193,7 @@ impl Engine {
     /// Queues `waiter` of image `lane` until a round of any image has made pages clean. True when it was queued;
     /// else it looks again at once (it is not `crowded` by now), or hears that its image is `closing`: both are looked
     /// at under the lock, so that no waiter comes too late for the last wake-up.
-    pub(super) fn wait_for_clean_pages(
+    pub(super) fn when_pages_are_clean(
         &self,
         lane: u64,
         closing: impl FnOnce() -> bool,

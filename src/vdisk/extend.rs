@@ -11,43 +11,52 @@ use crate::rules::{Rule, broken};
 use crate::sync::{Arc, Ordering};
 
 impl Image {
-    /// Takes a file cluster of the top for `token`, or keeps `job(token)` until one may be had, and starts what is due.
-    /// `places` inside the gate are for an extension and a scrub; what is not used is given back.
+    /// Takes a file cluster of the top for `token`, one from `from` on where that is given, or keeps `job(token)` until one
+    /// may be had, and starts what is due. All that wait for space come here. `places` inside the gate are for an extension
+    /// and a scrub; what is not used is given back.
     pub(super) fn take_cluster<T>(
         self: &Arc<Self>,
         stack: &Stack,
-        places: [Option<Inside>; 2],
-        token: T,
-        job: impl FnOnce(T) -> Job,
-    ) -> Alloc<T> {
-        self.with_places(places, |due| stack.allocator().take(token, job, due))
-    }
-
-    /// The same, of the file clusters from `from` on.
-    pub(super) fn take_cluster_from<T>(
-        self: &Arc<Self>,
-        stack: &Stack,
-        from: u64,
-        places: [Option<Inside>; 2],
-        token: T,
-        job: impl FnOnce(T) -> Job,
-    ) -> Alloc<T> {
-        self.with_places(places, |due| stack.allocator().take_from(from, token, job, due))
-    }
-
-    fn with_places<T>(
-        self: &Arc<Self>,
+        from: Option<u64>,
         mut places: [Option<Inside>; 2],
-        take: impl FnOnce(&mut dyn FnMut(Due)) -> Alloc<T>,
+        token: T,
+        job: impl FnOnce(T) -> Job,
     ) -> Alloc<T> {
-        let mut due = |due| {
+        let due = |due| {
             if let Some(inside) = places.iter_mut().find_map(Option::take) {
                 self.start_due(due, inside);
             }
         };
-        let taken = take(&mut due);
+        let taken = match from {
+            None => stack.allocator().take(token, job, due),
+            Some(from) => stack.allocator().take_from(from, token, job, due),
+        };
         places.into_iter().flatten().for_each(|inside| self.gate.leave(inside));
         taken
+    }
+
+    /// Goes on with `then(token, true)` when a file cluster may be had, without one, or with false where the host is full:
+    /// at once, or on a runner. The token holds no lock.
+    pub(super) fn when_space<T: Send + 'static>(
+        self: &Arc<Self>,
+        stack: &Stack,
+        from: Option<u64>,
+        places: [Option<Inside>; 2],
+        token: T,
+        then: fn(T, bool),
+    ) {
+        match self.take_cluster(stack, from, places, token, |token| Box::new(move || then(token, true))) {
+            Alloc::Wait => {}
+            Alloc::Full(token) => {
+                // No pio is parked, and nothing ticks: the next attempt must ask the host again.
+                self.try_space_again();
+                then(token, false);
+            }
+            Alloc::Got(cluster, token) => {
+                stack.allocator().put_back(cluster);
+                then(token, true);
+            }
+        }
     }
 
     /// Starts what the allocator found due. `inside`: it counts as running, so that no close, and no later opening,

@@ -5,11 +5,12 @@
 //! running operation counts as a user. An in-use mark below the top at open means "finish the close", not "refuse".
 
 use super::alloc::Allocator;
+use super::blocking::wait_for;
 use super::changed::Changed;
 use super::scan::{self, Scan};
 use super::stack::Stack;
 use super::tracking::{self, uuid_text};
-use super::{Image, Layout, Level, Ready, Stage};
+use super::{Image, Layout, Level, Ready, Reply, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
@@ -32,7 +33,7 @@ impl Image {
             Ready::No(e) => Err(e),
             Ready::Unmarked => {
                 let inside = self.enter_and_wait()?;
-                let done = super::wait_for(|reply: super::Reply<()>| {
+                let done = wait_for(|reply: Reply<()>| {
                     self.mark_first(reply, |reply| reply(Ok(())), |reply, result| reply(result));
                 });
                 drop(inside);

@@ -93,7 +93,6 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
 use crate::sync::{Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock};
-use blocking::wait_for;
 use counters::Counters;
 pub use counters::Stats;
 pub use engine::{Engine, Event, OnFull, Options};
@@ -414,6 +413,15 @@ impl Image {
 
     fn submit(&self, job: runner::Job) {
         self.engine.runners.submit(self.id, job);
+    }
+
+    /// Goes on with `then` once the cluster is locked: at once, or on the runner that is handed the lock. All that wait for
+    /// a cluster come here; the caller holds no other.
+    fn with_cluster(&self, cluster: u64, mode: LockMode, then: impl FnOnce() + Send + 'static) {
+        let queued = |then| -> runner::Job { Box::new(then) };
+        if let Some(then) = self.locks.lock_or_queue(cluster, mode, then, queued) {
+            then();
+        }
     }
 
     fn unlock(&self, cluster: u64, mode: LockMode) {

@@ -176,16 +176,12 @@ impl Pio {
     }
 
     /// Goes on with `then` once the cluster is locked: at once, or on the runner that is handed the lock.
-    pub(super) fn with_lock(self, mode: Mode, then: fn(Pio)) {
+    pub(super) fn with_lock(mut self, mode: Mode, then: fn(Pio)) {
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
-        let queued = move |mut pio: Pio| -> super::runner::Job {
-            pio.held = Some(mode);
-            Box::new(move || then(pio))
-        };
-        if let Some(mut pio) = image.locks.lock_or_queue(cluster, mode, self, queued) {
-            pio.held = Some(mode);
-            then(pio);
-        }
+        image.with_cluster(cluster, mode, move || {
+            self.held = Some(mode);
+            then(self);
+        });
     }
 
     /// Lets the cluster lock go.

@@ -5,33 +5,11 @@ use std::ops::Range;
 use super::Image;
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
-use super::gate::Inside;
 use super::locks::Mode;
 use super::stack::Stack;
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
-use crate::sync::{Arc, mpsc};
-
-/// A stay inside the gate, for threads that may wait.
-pub(super) struct Visit<'a> {
-    image: &'a Image,
-    inside: Option<Inside>,
-}
-
-impl Visit<'_> {
-    /// A place inside for work that this one starts and does not wait for.
-    pub(super) fn companion(&self) -> Option<Inside> {
-        self.inside.as_ref().map(|inside| self.image.gate.enter_with(inside))
-    }
-}
-
-impl Drop for Visit<'_> {
-    fn drop(&mut self) {
-        if let Some(inside) = self.inside.take() {
-            self.image.gate.leave(inside);
-        }
-    }
-}
+use crate::sync::Arc;
 
 impl Image {
     /// First byte at or after `offset` that may hold data; None when only holes follow. Blocks: not for runners
@@ -126,23 +104,6 @@ impl Image {
         let result = self.place_at(stack, cluster * self.cluster).and_then(|(_, place)| look(place));
         self.unlock(cluster, mode);
         result
-    }
-
-    /// Enters the gate on a thread that may wait for it to open.
-    pub(super) fn enter_and_wait(self: &Arc<Self>) -> Result<Visit<'_>> {
-        loop {
-            if let Some(inside) = self.gate.enter(1) {
-                return Ok(Visit { image: self, inside: Some(inside) });
-            }
-            if self.is_closed() {
-                return Err(self.closed_error());
-            }
-            let (reply, open) = mpsc::channel();
-            self.outside(Box::new(move || {
-                let _ = reply.send(());
-            }));
-            let _ = open.recv();
-        }
     }
 
     pub(super) fn seek_error(&self, e: &std::io::Error) -> Error {

@@ -236,7 +236,7 @@ impl Image {
             None => top.file.space().is_ok_and(|space| space.available >= self.cluster),
             Some(alloc) => {
                 let places = [(); 2].map(|()| Some(self.gate.enter_with(&inside)));
-                match self.take_cluster(&stack, places, (), |()| Box::new(|| ())) {
+                match self.take_cluster(&stack, None, places, (), |()| Box::new(|| ())) {
                     Alloc::Wait | Alloc::Full(()) => false,
                     Alloc::Got(cluster, ()) => {
                         let at = stack.geometry.cluster_position(cluster);

@@ -138,7 +138,7 @@ fn allocate(pio: Pio) {
     };
     let alloc = stack.allocator();
     let places = [pio.companion(), pio.companion()];
-    match image.take_cluster(&stack, places, pio, unlocked) {
+    match image.take_cluster(&stack, None, places, pio, unlocked) {
         Alloc::Wait => bat.unpin(cluster),
         Alloc::Full(pio) => {
             bat.unpin(cluster);
@@ -196,7 +196,7 @@ fn wait_for_clean_pages(mut pio: Pio) {
         let image = pio.image.clone();
         if clean { pio.come_back() } else { image.park(pio) }
     };
-    image.wait_for_clean_pages(Box::new(waiter));
+    image.when_pages_are_clean(Box::new(waiter));
 }
 
 impl Image {
@@ -215,10 +215,10 @@ impl Image {
     }
 
     /// Calls `waiter` when fewer BAT pages are dirty. It holds no lock and is outside the gate meanwhile.
-    pub(super) fn wait_for_clean_pages(self: &Arc<Self>, waiter: CleanWaiter) {
+    pub(super) fn when_pages_are_clean(self: &Arc<Self>, waiter: CleanWaiter) {
         let closing = || self.closing.load(Ordering::SeqCst);
         let crowded = || self.stack().bat.as_ref().is_some_and(|bat| bat.crowded());
-        let queued = self.engine.wait_for_clean_pages(self.id, closing, crowded, waiter);
+        let queued = self.engine.when_pages_are_clean(self.id, closing, crowded, waiter);
         // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own
         // a round would end at once, and wake all waiters for nothing, again and again.
         if queued && self.dirty_pages() > 0 {

@@ -6,9 +6,8 @@ use crate::error::{Error, Kind, Result};
 use crate::format::bat::{PAGE_BYTES, cluster_of};
 use crate::format::header::HEADER_BYTES;
 use crate::io::file::read_full;
-use crate::sync::{Arc, mpsc};
+use crate::sync::Arc;
 use crate::vdisk::Image;
-use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;
 
 impl Image {
@@ -21,42 +20,29 @@ impl Image {
         then: fn(T),
         fail: fn(T, Result<()>),
     ) {
-        let stack = self.stack();
+        self.with_page_of(&self.stack(), cluster, token, then, fail);
+    }
+
+    /// The same, of this stack.
+    pub(in crate::vdisk) fn with_page_of<T: Send + 'static>(
+        self: &Arc<Self>,
+        stack: &Stack,
+        cluster: u64,
+        token: T,
+        then: fn(T),
+        fail: fn(T, Result<()>),
+    ) {
         let Some(bat) = &stack.bat else { return then(token) };
         match bat.load_or_queue(cluster, token, |token| Box::new(move || then(token))) {
             Loading::Queued => {}
             Loading::Loaded(token) => then(token),
             Loading::Mine(token) => {
-                let (waiting, loaded) = bat.load(cluster, |page| read_page(page, &stack));
+                let (waiting, loaded) = bat.load(cluster, |page| read_page(page, stack));
                 waiting.into_iter().for_each(|job| self.submit(job));
                 match loaded {
                     Ok(()) => then(token),
                     Err(e) => fail(token, Err(e)),
                 }
-            }
-        }
-    }
-
-    /// Loads the page of `cluster`, or waits for who does. Inside the gate; not for runners.
-    pub(in crate::vdisk) fn load_and_wait(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<()> {
-        let Some(bat) = &stack.bat else { return Ok(()) };
-        let (reply, loaded) = mpsc::channel();
-        let job = |reply: mpsc::Sender<()>| -> Job {
-            Box::new(move || {
-                let _ = reply.send(());
-            })
-        };
-        match bat.load_or_queue(cluster, reply, job) {
-            Loading::Loaded(_) => Ok(()),
-            Loading::Mine(_) => {
-                let (waiting, result) = bat.load(cluster, |page| read_page(page, stack));
-                waiting.into_iter().for_each(|job| self.submit(job));
-                result
-            }
-            // The loader is a runner or another thread of this kind; neither waits for us.
-            Loading::Queued => {
-                let _ = loaded.recv();
-                Ok(())
             }
         }
     }

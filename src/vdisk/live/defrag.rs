@@ -100,7 +100,7 @@ impl Image {
                 (Moved::NotThere, _) => plan.gone(step.rank),
                 (Moved::NoPlace, Some(place)) => plan.taken(place),
                 (Moved::NoPlace, None) => {
-                    self.wait_for_ready_space_from(end)?;
+                    self.wait_for_space(Some(end))?;
                     continue;
                 }
             }

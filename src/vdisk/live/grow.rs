@@ -162,7 +162,7 @@ impl Image {
             }
             self.load_and_wait(&stack, cluster)?;
             drop(visit);
-            self.wait_for_ready_space()?;
+            self.wait_for_space(None)?;
         }
     }
 

@@ -1,17 +1,15 @@
 //! Pulling one lower level up into the top: every cluster that the image reads from there is copied, one at a time,
 //! under its own lock, while I/O goes on. What the guest overwrites meanwhile needs no copy any more.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering, mpsc};
-use crate::vdisk::alloc::Alloc;
+use crate::sync::{Arc, Ordering};
+use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::locks::Mode;
-use crate::vdisk::runner::Job;
 use crate::vdisk::stack::Stack;
-use crate::vdisk::{Image, wait_for};
 
 /// What one attempt at a cluster came to.
 enum Attempt {
@@ -75,19 +73,6 @@ impl Image {
         Ok(places.iter().enumerate().filter_map(of_level).collect())
     }
 
-    /// Takes a cluster's lock exclusively and waits for it; the caller is inside the gate and holds no other.
-    pub(in crate::vdisk) fn lock_and_wait(&self, cluster: u64) {
-        let (reply, locked) = mpsc::channel();
-        let job = |reply: mpsc::Sender<()>| -> Job {
-            Box::new(move || {
-                let _ = reply.send(());
-            })
-        };
-        if self.locks.lock_or_queue(cluster, Mode::Exclusive, reply, job).is_none() {
-            let _ = locked.recv();
-        }
-    }
-
     /// One cluster, in the order of a copy on write (`write`), without a write.
     fn pull_cluster(self: &Arc<Self>, cluster: u64, index: u16) -> Result<Attempt> {
         let visit = self.enter_and_wait()?;
@@ -99,7 +84,7 @@ impl Image {
         // Without the lock: a page, or space.
         self.load_and_wait(&stack, cluster)?;
         drop(visit);
-        self.wait_for_ready_space()?;
+        self.wait_for_space(None)?;
         Ok(Attempt::Again)
     }
 
@@ -138,38 +123,5 @@ impl Image {
             self.bat_is_dirty();
         }
         Ok(Attempt::Copied(len))
-    }
-
-    /// Waits until a file cluster can be had, or says that there is no space.
-    pub(in crate::vdisk) fn wait_for_ready_space(self: &Arc<Self>) -> Result<()> {
-        self.wait_for_ready_space_from(0)
-    }
-
-    /// The same, of the file clusters from `from` on.
-    pub(in crate::vdisk) fn wait_for_ready_space_from(self: &Arc<Self>, from: u64) -> Result<()> {
-        wait_for(|reply: crate::vdisk::Reply<()>| {
-            let Ok(visit) = self.enter_and_wait() else {
-                return reply(Err(self.closed_error()));
-            };
-            let stack = self.stack();
-            let places = [visit.companion(), visit.companion()];
-            let ready = |reply: crate::vdisk::Reply<()>| -> Job { Box::new(move || reply(Ok(()))) };
-            match self.take_cluster_from(&stack, from, places, reply, ready) {
-                Alloc::Wait => {}
-                Alloc::Full(reply) => {
-                    // The next attempt asks the host again.
-                    self.try_space_again();
-                    reply(Err(Error::at(
-                        Kind::NoSpace,
-                        self.path(),
-                        "the host file system is full; free space there and try again",
-                    )));
-                }
-                Alloc::Got(cluster, reply) => {
-                    stack.allocator().put_back(cluster);
-                    reply(Ok(()));
-                }
-            }
-        })
     }
 }
