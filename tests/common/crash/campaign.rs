@@ -130,7 +130,7 @@ fn after(cut: &World, left: &[Vec<u8>], found: Vec<u32>) -> World {
     let mut allowed: Vec<_> = found.into_iter().map(|value| vec![value]).collect();
     allowed.resize(size as usize, vec![0]);
     let (chain, snapshots) = (cut.chain.clone(), cut.snapshots.clone());
-    World { chain, snapshots, ..World::new(left.to_vec(), allowed) }
+    World { chain, snapshots, raw: cut.raw, ..World::new(left.to_vec(), allowed) }
 }
 
 /// One opening of the image; its cuts are left in the record. An error is a violation that the history itself met.

@@ -21,27 +21,30 @@ pub fn engine(delay: u64, extend: u64) -> Arc<Engine> {
 /// Judges what a cut of `world` left of its files: the live disk, whose values are returned, and every snapshot.
 pub fn judge_world(engine: &Arc<Engine>, world: &World, left: &[Vec<u8>]) -> Result<Vec<u32>, String> {
     let chain: Vec<&[u8]> = world.chain.iter().map(|n| &*left[*n]).collect();
-    let found =
-        judge(engine, &chain, &world.allowed).map_err(|e| format!("live, chain {:?}: {e}", world.chain))?;
+    let raw = world.raw.is_some() && world.raw == world.chain.first().copied();
+    let found = judge(engine, &chain, raw, &world.allowed)
+        .map_err(|e| format!("live, chain {:?}: {e}", world.chain))?;
     for (top, then) in &world.snapshots {
         let Some(at) = world.chain.iter().position(|n| n == top) else { continue };
-        judge(engine, &chain[..=at], then)
+        judge(engine, &chain[..=at], raw, then)
             .map_err(|e| format!("snapshot {top} of chain {:?}: {e}", world.chain))?;
     }
     Ok(found)
 }
 
-/// The values of the disk that `files`, base first, make; or what is wrong with it.
-pub fn judge(engine: &Arc<Engine>, files: &[&[u8]], allowed: &Allowed) -> Result<Vec<u32>, String> {
-    for (i, bytes) in files.iter().enumerate() {
+/// The values of the disk that `files`, base first, make; or what is wrong with it. `raw`: the base has no header.
+fn judge(engine: &Arc<Engine>, files: &[&[u8]], raw: bool, allowed: &Allowed) -> Result<Vec<u32>, String> {
+    let deltas = usize::from(raw);
+    for (i, bytes) in files.iter().enumerate().skip(deltas) {
         sound(bytes).map_err(|e| format!("level {i}: {e}"))?;
     }
     let kept: Vec<_> = files.iter().map(|bytes| Arc::new(MemoryFile::from_bytes(bytes))).collect();
-    let levels = kept.iter().map(|file| level(file.clone(), "state")).collect::<Result<Vec<_>, String>>()?;
+    let levels = kept.iter().enumerate().map(|(i, file)| level(file.clone(), "state", i < deltas));
+    let levels = levels.collect::<Result<Vec<_>, String>>()?;
     let image = Image::open(engine, "state", levels).map_err(|e| format!("does not open: {e}"))?;
     image.make_writable().map_err(|e| format!("cannot be written: {e}"))?;
     // What a crash left below the top is closed by the first writable open.
-    for file in &kept[..kept.len() - 1] {
+    for file in kept[..kept.len() - 1].iter().skip(deltas) {
         if header(&file.to_bytes())?.is_in_use() {
             return Err("a lower level still says in use".into());
         }

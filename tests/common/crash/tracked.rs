@@ -51,7 +51,8 @@ impl Since {
         if self.uuid.is_none() {
             return Ok(false);
         }
-        let file = |n: &usize| level(Arc::new(MemoryFile::from_bytes(&left[*n])), "state");
+        let file =
+            |n: &usize| level(Arc::new(MemoryFile::from_bytes(&left[*n])), "state", cut.raw == Some(*n));
         let levels = cut.chain.iter().map(file).collect::<Result<Vec<_>, String>>()?;
         let image = Image::open(engine, "state", levels).map_err(|e| format!("does not open: {e}"))?;
         let changes = image.changes(0);

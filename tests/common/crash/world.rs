@@ -28,6 +28,8 @@ pub struct World {
     pub files: Vec<Unsynced>,
     /// The chain that the descriptor names: numbers of files, base first.
     pub chain: Vec<usize>,
+    /// The base where it is a raw file: it has no header.
+    pub raw: Option<usize>,
     /// The live disk.
     pub allowed: Allowed,
     /// Snapshots: the file that was the top, and what the disk held then.
@@ -153,7 +155,8 @@ impl Record {
     /// File `number` as a level of an image.
     pub fn level(self: &Arc<Self>, number: usize) -> Level {
         let file = Arc::clone(&lock(&self.live)[number]);
-        level(self.recorded(number, file), &format!("file{number}")).expect("a header")
+        let raw = lock(&self.world).raw == Some(number);
+        level(self.recorded(number, file), &format!("file{number}"), raw).expect("a header")
     }
 
     /// `file`, with its changes recorded as file `number`'s.
@@ -169,10 +172,14 @@ impl Record {
 }
 
 /// A file as a level, its header as it is now.
-pub fn level(file: Arc<dyn HostFile>, name: &str) -> Result<Level, String> {
-    let mut bytes = [0; 64];
-    file.read_at(&mut bytes, 0).map_err(|e| e.to_string())?;
-    let layout = Layout::Ploop(Header::parse(&bytes).map_err(|e| e.to_string())?);
+pub fn level(file: Arc<dyn HostFile>, name: &str, raw: bool) -> Result<Level, String> {
+    let layout = if raw {
+        Layout::Raw
+    } else {
+        let mut bytes = [0; 64];
+        file.read_at(&mut bytes, 0).map_err(|e| e.to_string())?;
+        Layout::Ploop(Header::parse(&bytes).map_err(|e| e.to_string())?)
+    };
     Ok(Level { file, path: PathBuf::from(name), layout })
 }
 
