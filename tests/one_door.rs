@@ -341,6 +341,37 @@ fn a_first_snapshot_or_clone_that_finds_no_space_leaves_no_folder() {
     Run::ploopfs().args(["check", text(&folder.path().join("a"))]).ok();
 }
 
+/// The folder that was being made has a hard link to the image's file, which counts as shared with another image.
+#[test]
+fn a_command_that_runs_out_of_descriptors_leaves_no_folder_with_a_link() {
+    let folder = Folder::new();
+    folder.ok(&["create", "s", "--size", "8M"]);
+    folder.ok(&["backup", "vm@s1", "-o", "stream"]);
+    let (names, mut failed) = (names(folder.0.path()), 0);
+    for limit in 5..=14 {
+        let limit = format!("--nofile={limit}:");
+        let commands: [&[&str]; 4] = [
+            &["snapshot", "create", "s"],
+            &["clone", "vm", "new"],
+            &["clone", "s", "new"],
+            &["restore", "stream", "new"],
+        ];
+        for args in commands {
+            let run = Run::new("prlimit").args([&limit, env!("CARGO_BIN_EXE_ploopfs")]).args(args);
+            let done = run.in_folder(folder.0.path()).run();
+            if done.success() {
+                return assert!(failed > 8, "{failed} failed before it worked");
+            }
+            failed += 1;
+            let all = fs::read_dir(folder.0.path()).expect("a folder").flatten();
+            let left: Vec<_> = all.filter(|e| e.file_name().to_string_lossy().starts_with('.')).collect();
+            assert!(left.is_empty(), "{left:?}: {done}");
+            assert_eq!(self::names(folder.0.path()), names, "{done}");
+        }
+    }
+    panic!("it never had enough");
+}
+
 #[test]
 fn a_first_snapshot_that_finds_no_space_leaves_no_folder_under_a_disk_in_use() {
     require!("fuse");

@@ -15,7 +15,7 @@ use crate::image::folder_files::{sync_folder, write_beside};
 use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::level::{Layout, Level};
-use crate::image::make_folder::{new_folder, remove_folder};
+use crate::image::make_folder::{new_folder, remove_opened};
 use crate::image::new_delta::create_delta;
 use crate::io::file::HostStatus;
 use crate::io::rename::rename_new_folder;
@@ -115,7 +115,7 @@ impl Drop for Assembly {
     fn drop(&mut self) {
         if !self.done {
             // Best effort; a dot-folder is never taken for an image.
-            let _ = remove_folder(self.around.as_fd(), &self.building);
+            let _ = remove_opened(self.around.as_fd(), &self.building, self.folder.as_fd());
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels};
 use crate::image::layers::{Layers, disk_size, header_above};
 use crate::image::level::{Layout, Level};
-use crate::image::make_folder::{new_folder, remove_folder};
+use crate::image::make_folder::{new_folder, remove_opened};
 use crate::image::new_delta::{create_delta, new_delta_name};
 use crate::io::file::{HostFile, read_full};
 use crate::io::foreign::mount_id;
@@ -106,7 +106,7 @@ pub fn clone(layers: &Layers, guid: Guid, to: &Path, copy: bool, progress: &Prog
         });
     if let Err(error) = finished {
         // Best effort; a dot-folder is never taken for an image.
-        let _ = remove_folder(around.as_fd(), building.as_ref());
+        let _ = remove_opened(around.as_fd(), building.as_ref(), folder.as_fd());
         return Err(error);
     }
     // 6.

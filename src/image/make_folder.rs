@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, RawDir, SeekFrom, flock};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Error, Kind, Result};
@@ -21,6 +21,9 @@ use crate::io::real::{Access, RealFile};
 use crate::io::rename::{link, rename_new_folder};
 use crate::rules::{Step, step};
 use crate::sync::Arc;
+
+/// Bytes of a folder that are read at once: all of an image's.
+const READ: usize = 16 << 10;
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
 /// caller holds the image's lock, and has judged its map: it is open for writing, say, which a damaged image never is.
@@ -85,7 +88,7 @@ pub fn make_folder_of(
     let finished = finish();
     if finished.is_err() {
         // Best effort; the next attempt begins with it.
-        let _ = remove_folder(images, &building);
+        let _ = remove_opened(images, &building, folder.as_fd());
     }
     let folder = match finished {
         Ok(()) => folder,
@@ -159,7 +162,10 @@ pub(super) fn new_folder(parent: BorrowedFd<'_>, name: &OsStr, shown: &Path) -> 
         Errno::EXIST => busy(),
         e => cannot(e.into()),
     })?;
-    let folder = open_folder(parent, name).map_err(|e| cannot(e.into()))?;
+    let folder = open_folder(parent, name).map_err(|e| {
+        let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
+        cannot(e.into())
+    })?;
     match take(&folder) {
         Err(Errno::WOULDBLOCK) => Err(busy()),
         // Hosts without such locks have no protection here; the rename still replaces nothing.
@@ -206,17 +212,29 @@ pub(super) fn remove_folder(parent: BorrowedFd<'_>, name: &OsStr) -> std::io::Re
         Err(Errno::NOENT) => return Ok(()),
         Err(e) => return Err(e.into()),
     };
-    for entry in rustix::fs::Dir::read_from(&folder)? {
+    remove_opened(parent, name, folder.as_fd())
+}
+
+/// The same of a folder that is open. It opens nothing: what is made there may have failed for want of descriptors.
+pub(super) fn remove_opened(
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    folder: BorrowedFd<'_>,
+) -> std::io::Result<()> {
+    let mut buffer = Vec::with_capacity(READ);
+    rustix::fs::seek(folder, SeekFrom::Start(0))?;
+    let mut entries = RawDir::new(folder, buffer.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
         let entry = entry?;
         let name = OsStr::new(entry.file_name().to_str().unwrap_or(".."));
         if name != "." && name != ".." && name != DESCRIPTOR {
-            unlink(folder.as_fd(), name)?;
+            unlink(folder, name)?;
         }
     }
     // Last, and after all others for certain: by it a folder that a crash left half-empty is known for an image's.
-    retry_on_intr(|| rustix::fs::fsync(&folder))?;
+    retry_on_intr(|| rustix::fs::fsync(folder))?;
     step(Step::FolderSynced(Path::new(name)));
-    match unlink(folder.as_fd(), DESCRIPTOR.as_ref()) {
+    match unlink(folder, DESCRIPTOR.as_ref()) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
