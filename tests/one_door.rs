@@ -212,6 +212,17 @@ fn a_level_with_a_name_far_away_is_refused_where_its_image_is_served_and_named_e
     assert!(look(&images) == before && far.exists(), "changed");
 }
 
+/// It is opened by nothing, and a check found nothing.
+#[test]
+fn a_check_finds_two_levels_that_are_one_file() {
+    let folder = Folder::new();
+    let [base, top] = folder.levels();
+    fs::remove_file(&base).and_then(|()| fs::hard_link(&top, &base)).expect("linked");
+    let done = folder.run(&["check", "vm"]);
+    assert_eq!(done.code(), Some(3), "{done}");
+    assert!(done.output().contains("is the same file as"), "{done}");
+}
+
 #[test]
 fn reading_commands_go_on_with_a_level() {
     let folder = Folder::new();

@@ -441,17 +441,21 @@ struct Silent {
 
 impl Silent {
     fn new() -> Silent {
-        use rustix::mount::{MountFlags, mount};
         let folder = common::temp_dir();
         let (point, source) = (folder.path().join("point"), folder.path().join("source"));
         [&point, &source].into_iter().for_each(|dir| fs::create_dir(dir).expect("a folder"));
+        Silent::at(folder, &point, &source)
+    }
+
+    fn at(folder: tempfile::TempDir, point: &Path, source: &Path) -> Silent {
+        use rustix::mount::{MountFlags, mount};
         let connection = fs::File::options().read(true).write(true).open("/dev/fuse").expect("/dev/fuse");
         let fd = std::os::fd::AsRawFd::as_raw_fd(&connection);
         let data = format!("fd={fd},rootmode=40000,user_id={NOBODY},group_id={NOBODY},allow_other");
         let data = std::ffi::CString::new(data).expect("no NUL");
-        mount(&source, &point, "fuse.ploopfs", MountFlags::NOSUID | MountFlags::NODEV, data.as_c_str())
+        mount(source, point, "fuse.ploopfs", MountFlags::NOSUID | MountFlags::NODEV, data.as_c_str())
             .expect("mounted");
-        Silent { folder, point, connection: Some(connection.into()) }
+        Silent { folder, point: point.to_owned(), connection: Some(connection.into()) }
     }
 }
 
@@ -502,4 +506,47 @@ fn a_mount_of_another_user_that_never_answers_holds_up_no_command_of_root() {
     Run::ploopfs().arg("list").in_folder(&images).limit(20).ok();
     let done = Run::ploopfs().args(["umount", "--detach", text(point)]).limit(20).run();
     assert!(done.status.is_some() && !is_mounted(point), "{done}");
+}
+
+/// A daemon that looked at its folder asked each file system that is mounted in it, and waited without an end: no start, no new
+/// image, no first snapshot.
+#[test]
+fn a_mount_in_the_images_folder_that_never_answers_holds_up_no_image_beside_it() {
+    require!("fuse");
+    if !is_root() {
+        return;
+    }
+    let folder = common::temp_dir();
+    let images = folder.path().join("images");
+    let inside = images.join("vm0");
+    fs::create_dir_all(&inside).expect("folders");
+    for image in ["vm1", "vm2"] {
+        Run::ploopfs().args(["create", text(&images.join(image)), "--size", "16M"]).ok();
+    }
+    // Once before the start, once behind it.
+    for before in [true, false] {
+        let scratch = common::temp_dir();
+        let source = scratch.path().to_owned();
+        let silent = before.then(|| Silent::at(common::temp_dir(), &inside, &source));
+        let mut mount = Mount::prepare(&images, &[]);
+        mount.start();
+        let silent = silent.unwrap_or_else(|| Silent::at(scratch, &inside, &source));
+        let (old, new) = (if before { "vm1" } else { "vm2" }, if before { "vm3" } else { "vm4" });
+        mount.open(old).write_all_at(&[7; 4096], 0).expect("written");
+        for args in [
+            &["create", text(&images.join(new)), "--size", "16M"][..],
+            &["snapshot", "create", text(&images.join(old)), "one"],
+            &["list", text(&images)],
+        ] {
+            Run::ploopfs().args(args).limit(30).ok();
+        }
+        mount.open(new).write_all_at(&[7; 4096], 0).expect("written");
+        assert!(mount.flat(old).exists());
+        // What it then has to say is heard.
+        drop(silent);
+        let other = images.join("vm0/vm0.hds");
+        Run::ploopfs().args(["create", text(&other), "--size", "1M"]).ok();
+        fs::remove_file(other).expect("removed");
+        mount.umount();
+    }
 }

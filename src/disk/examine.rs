@@ -1,5 +1,6 @@
 //! What a check of a layered image finds: every delta by itself, under its lock, then whether they fit together.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use crate::disk::layered::Layered;
@@ -67,6 +68,7 @@ fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<Strin
     if let Some(why) = image.descriptor().refusal() {
         notes.push(format!("the disk {why}; it is not served"));
     }
+    faults.extend(same_files(image));
     for delta in &image.descriptor().deltas {
         if let Some(why) = header(delta.guid).and_then(|header| other_clusters(image.descriptor(), &header)) {
             faults.push(format!("{}: {why}", delta.file));
@@ -110,6 +112,19 @@ fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<Strin
             image.size()
         ));
     }
+}
+
+/// Two deltas of one file (a hard link): such a chain is not opened, since what is written to one changes the other.
+fn same_files(image: &Layered) -> Vec<String> {
+    let mut seen: HashMap<(u64, u64), &str> = HashMap::new();
+    let mut faults = Vec::new();
+    for delta in &image.descriptor().deltas {
+        let Some(file) = image.identity(delta) else { continue };
+        if let Some(other) = seen.insert(file, &delta.file) {
+            faults.push(format!("{} is the same file as {other}", delta.file));
+        }
+    }
+    faults
 }
 
 /// Looks whether the raw base of the live disk, if it has one, is whole and is one.

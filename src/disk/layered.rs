@@ -78,6 +78,12 @@ impl Layered {
         self.stats().map(|stat| (stat.st_dev, stat.st_ino))
     }
 
+    /// Device and inode of a delta's file; None: it is missing, or may not be had.
+    pub fn identity(&self, delta: &Delta) -> Option<(u64, u64)> {
+        let stat = paths::named(self.dir.as_fd(), &self.folder, &delta.file, false).ok()??;
+        Some((stat.st_dev, stat.st_ino))
+    }
+
     fn stats(&self) -> impl Iterator<Item = Stat> {
         let named = |delta: &Delta| paths::named(self.dir.as_fd(), &self.folder, &delta.file, false);
         self.descriptor.deltas.iter().filter_map(move |delta| named(delta).ok().flatten())

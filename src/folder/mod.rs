@@ -18,6 +18,7 @@ mod lease;
 mod live;
 mod looks;
 mod manage;
+mod mounted;
 mod names;
 mod origin;
 mod passed;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat};
 
+use super::mounted::{self, Silent};
 use crate::error::{self, is_passing};
 use crate::format::descriptor::{Delta, Descriptor};
 use crate::format::header::SECTOR;
@@ -109,8 +110,12 @@ pub(super) enum Look {
     Skip,
 }
 
-/// The stamp of the regular file or folder `name`; None when there is neither.
+/// The stamp of the regular file or folder `name`; None when there is neither, or something is mounted there, which may not
+/// answer.
 pub(super) fn stamp(dir: &OwnedFd, name: &OsStr) -> Option<Stamp> {
+    if mounted::other_mount(dir, name).is_some() {
+        return None;
+    }
     let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
     is_file_or_folder(&stat).then(|| Stamp::of(&stat))
 }
@@ -125,11 +130,16 @@ pub(super) fn read(
     allow_outside: bool,
     judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
     before: &dyn Fn(&OsStr) -> Option<Seen>,
+    silent: &Silent,
 ) -> io::Result<Vec<Seen>> {
     let descriptor = read_descriptor(dir)?;
     let mut seen = Vec::new();
     for file in names(dir)? {
-        match look_at(dir, &file, allow_outside, &descriptor, judge) {
+        let found = match mounted::other_mount(dir, &file) {
+            None => look_at(dir, &file, allow_outside, &descriptor, judge),
+            Some(mount) => look_at_mounted(dir, &file, mount, allow_outside, silent, judge),
+        };
+        match found {
             Ok(found) => seen.extend(found),
             Err(unsure) => {
                 let old = before(&file).map(|old| Seen { unsure: true, ..old });
@@ -181,6 +191,40 @@ fn look_at(
     };
     let seen = Seen { file: file.to_owned(), stamp, claim, unsure };
     if unsure { Err(Some(Box::new(seen))) } else { Ok(Some(seen)) }
+}
+
+/// The same of an entry on which the file system `mount` is mounted, which may not answer.
+fn look_at_mounted(
+    dir: &OwnedFd,
+    file: &OsStr,
+    mount: u64,
+    allow_outside: bool,
+    silent: &Silent,
+    judge: &mut dyn FnMut(&OsStr, &Stamp) -> Look,
+) -> Result<Option<Seen>, Option<Box<Seen>>> {
+    let name = file.to_owned();
+    let answer = silent.ask(dir, mount, file, move |dir| {
+        let mut is_file = false;
+        // It is inspected in any case, since its thread cannot ask the caller.
+        let found = look_at(dir, &name, allow_outside, &[], &mut |_, _| {
+            is_file = true;
+            Look::Inspect
+        });
+        (found, is_file)
+    });
+    let nothing_known = || {
+        let stamp = Stamp { identity: (0, 0), len: 0, mtime: (0, 0), links: 0 };
+        Some(Box::new(Seen { file: file.to_owned(), stamp, claim: None, unsure: true }))
+    };
+    let Some((found, is_file)) = answer else { return Err(nothing_known()) };
+    match found {
+        Ok(Some(seen)) if is_file => match judge(file, &seen.stamp) {
+            Look::Same(same) => Ok(Some(*same)),
+            Look::Inspect => Ok(Some(seen)),
+            Look::Skip => Ok(None),
+        },
+        found => found,
+    }
 }
 
 /// Every name that does not begin with a dot, sorted.
@@ -279,7 +323,17 @@ fn is_file_or_folder(stat: &Stat) -> bool {
 }
 
 /// The folder `name` as it is now: no layered image any more, perhaps; None: the host has no answer at the moment.
-pub(super) fn folder_again(dir: &OwnedFd, name: &OsStr, allow_outside: bool) -> Option<Option<Claim>> {
+pub(super) fn folder_again(
+    dir: &OwnedFd,
+    name: &OsStr,
+    allow_outside: bool,
+    silent: &Silent,
+) -> Option<Option<Claim>> {
+    if let Some(mount) = mounted::other_mount(dir, name) {
+        let mut judge = |_: &OsStr, _: &Stamp| Look::Inspect;
+        let found = look_at_mounted(dir, name, mount, allow_outside, silent, &mut judge).ok()?;
+        return Some(found.and_then(|seen| seen.claim));
+    }
     let Some(stamp) = stamp(dir, name) else { return Some(None) };
     look_at_folder(dir, name, stamp, allow_outside).ok()
 }
@@ -345,7 +399,8 @@ mod tests {
 
     fn scan(path: &Path) -> Vec<Claim> {
         let dir = OwnedFd::from(fs::File::open(path).expect("the folder opens"));
-        let seen = read(&dir, false, &mut |_, _| Look::Inspect, &|_| None).expect("the folder can be read");
+        let seen = read(&dir, false, &mut |_, _| Look::Inspect, &|_| None, &Silent::default())
+            .expect("the folder can be read");
         seen.into_iter().filter_map(|s| s.claim).collect()
     }
 

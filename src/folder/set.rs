@@ -15,6 +15,7 @@ use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenImage};
+use super::mounted::Silent;
 use super::names::Names;
 use super::place::{self, ImagesFolder};
 use super::scan::{self, Claim, Look, Seen, Stamp};
@@ -118,6 +119,7 @@ impl Folder {
             passthrough: AtomicBool::new(false),
             passthrough_said: Arc::default(),
             snapshots: KnownSnapshots::default(),
+            silent: Silent::default(),
         });
         let folder = Arc::new_cyclic(|own| Folder {
             own: own.clone(),
@@ -186,7 +188,8 @@ impl Folder {
             }
         };
         let before = |file: &OsStr| known.get(file).cloned();
-        let seen = scan::read(self.shared.place.fd(), self.shared.allow_outside, &mut judge, &before)
+        let shared = &self.shared;
+        let seen = scan::read(shared.place.fd(), shared.allow_outside, &mut judge, &before, &shared.silent)
             .map_err(|e| Error::io(&e, self.path(), "cannot read the images folder"))?;
         let mut claims: Vec<Claim> = seen.iter().filter_map(|s| s.claim.clone()).collect();
         claims::leave_out_levels(&mut claims);
@@ -296,7 +299,7 @@ impl Folder {
             .collect();
         let shared = &self.shared;
         broken.iter().any(|old| {
-            let now = scan::folder_again(shared.place.fd(), &old.file, shared.allow_outside);
+            let now = scan::folder_again(shared.place.fd(), &old.file, shared.allow_outside, &shared.silent);
             now.is_some_and(|now| now.is_none_or(|now| now.problem != old.problem))
         })
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::deltas::Deltas;
+use super::mounted::Silent;
 use super::place::ImagesFolder;
 use super::snapshots::KnownSnapshots;
 use super::strand::Spawn;
@@ -28,6 +29,7 @@ pub(super) struct Shared {
     /// It was said that it does not.
     pub(super) passthrough_said: Arc<AtomicBool>,
     pub(super) snapshots: KnownSnapshots,
+    pub(super) silent: Silent,
 }
 
 impl Shared {
