@@ -3,8 +3,10 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -132,6 +134,30 @@ fn a_live_image_and_its_snapshots_are_mapped_as_they_lie_on_disk_afterwards() {
     assert_eq!(map(&image), live, "the paths too");
     assert_eq!(map(&at("@monday")), snapshot);
     Run::ploopfs().arg("map").arg(at("@tuesday")).status(1);
+}
+
+/// Commands compared a name that is no UTF-8 with the daemon's text of it, and found the image in use by a stranger: our
+/// own daemon.
+#[test]
+fn an_image_in_use_whose_name_is_no_text_is_found_by_commands_by_both_its_names() {
+    require!("fuse");
+    let name = |ending: &str| OsString::from_vec([&b"caf\xe9"[..], ending.as_bytes()].concat());
+    let mut mount = Mount::new(&["--create", "vm=8M"]);
+    mount.umount();
+    let image = mount.images().join(name(".hds"));
+    fs::rename(mount.images().join("vm.hds"), &image).expect("renamed");
+    let mount = Mount::over(mount.images(), &[]);
+    let shown = mount.point().join(name(".img"));
+    let disk = OpenOptions::new().read(true).write(true).open(&shown).expect("opened");
+    disk.write_all_at(&[7; 4096], 0).expect("written");
+    let seen = [map(&image), map(&shown)];
+    assert_whole(&seen[0], 8 * MIB);
+    assert_eq!(mapped(&seen[0]), [(0, MIB, MIB)]);
+    assert_eq!(seen[0], seen[1]);
+    let info = Run::ploopfs().arg("info").arg(&image).ok();
+    assert!(info.contains("write") && info.contains(&std::process::id().to_string()), "{info}");
+    Run::ploopfs().arg("resize").arg(&shown).arg("16M").ok();
+    assert_whole(&map(&image), 16 * MIB);
 }
 
 #[test]

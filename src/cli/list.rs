@@ -231,7 +231,7 @@ fn add_live(rows: &mut Vec<Row>, daemon: &mut served::Daemon) -> Result<(), Erro
             _ => continue,
         };
         let row = &mut rows[at];
-        let shown = daemon.mountpoint.join(format!("{}.img", image.name));
+        let shown = daemon.shown(&image.name);
         if image.served {
             of_served.insert(at);
             row.name.clone_from(&image.name);

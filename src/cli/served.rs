@@ -1,5 +1,6 @@
 //! What a living daemon knows of a folder or an image, for the commands that look.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,10 +13,14 @@ use crate::control::protocol::ImageLine;
 use crate::daemon::holders::{self, Holder};
 use crate::daemon::processes;
 use crate::error::{Error, Kind, Result};
+use crate::image::kind::in_text;
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::mounts::{self, Mount};
 use crate::transfer::disk::FlatFile;
 use crate::words::quoted;
+
+/// The folder of a mount in which the snapshots are.
+const SNAPSHOTS: &str = ".snapshots";
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
 const LAST_THREADS: Duration = Duration::from_secs(2);
@@ -43,8 +48,11 @@ impl Daemon {
     /// the daemon answers is made of names that others chose.
     pub fn open_shown(&self, image: &str, snapshot: Option<&str>) -> Result<FlatFile> {
         let inside = match snapshot {
-            None => PathBuf::from(format!("{image}.img")),
-            Some(snapshot) => Path::new(".snapshots").join(image).join(format!("{snapshot}.img")),
+            None => named(&self.mountpoint, &format!("{image}.img")).into(),
+            Some(snapshot) => {
+                let folder = named(&self.mountpoint.join(SNAPSHOTS), image);
+                Path::new(SNAPSHOTS).join(folder).join(format!("{snapshot}.img"))
+            }
         };
         let shown = self.mountpoint.join(&inside);
         let Some(mount) = &self.mount else {
@@ -53,6 +61,11 @@ impl Daemon {
         };
         let file = mount.open(&inside, OFlags::RDONLY).map_err(|e| Error::io(&e, &shown, "cannot open"))?;
         FlatFile::of(file, &shown)
+    }
+
+    /// The flat file of the image that it calls `image`.
+    pub fn shown(&self, image: &str) -> PathBuf {
+        self.mountpoint.join(named(&self.mountpoint, &format!("{image}.img")))
     }
 
     /// The loop devices over its files.
@@ -176,6 +189,16 @@ pub fn behind(path: &Path) -> Result<(PathBuf, Option<Daemon>)> {
     Ok((folder, daemon))
 }
 
+/// The name in the folder `dir` that is written as `text` ([`in_text`]); the text itself where there is none, or `dir` cannot
+/// be read.
+fn named(dir: &Path, text: &str) -> OsString {
+    let written = |name: &OsString| in_text(name) == text;
+    let name = || dir.read_dir().ok()?.flatten().map(|entry| entry.file_name()).find(written);
+    // Only a name that is no text, or has a backslash, is written in another way.
+    let other = text.contains('\\').then(name).flatten();
+    other.unwrap_or_else(|| text.into())
+}
+
 /// The image behind a flat file that a mount of ours shows, and which snapshot of it; None where `shown` is none.
 pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let found = match shown.canonicalize() {
@@ -191,17 +214,21 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
     let mount = mount.trusted()?;
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
-    let inside = found.strip_prefix(&mount.point).ok().and_then(Path::to_str).ok_or_else(none)?;
-    let inside = inside.strip_suffix(".img").ok_or_else(none)?;
-    let (name, snapshot) = match inside.strip_prefix(".snapshots/").and_then(|rest| rest.split_once('/')) {
-        Some((name, snapshot)) => (name, Some(snapshot.to_owned())),
-        None => (inside, None),
+    let inside = found.strip_prefix(&mount.point).map_err(|_| none())?;
+    // NAME.img, or .snapshots/NAME/LABEL.img. A label is text; the name of an image may be any bytes.
+    let (name, snapshot) = match (inside.strip_prefix(SNAPSHOTS), inside.components().count()) {
+        (Ok(rest), 3) => (rest.parent(), rest.file_stem().and_then(OsStr::to_str)),
+        (Err(_), 1) => (inside.file_stem().map(Path::new), None),
+        _ => return Err(none()),
     };
+    let name = name.filter(|_| inside.extension() == Some(OsStr::new("img"))).ok_or_else(none)?;
+    let (name, snapshot) = (in_text(name.as_os_str()), snapshot.map(str::to_owned));
     let (folder, mut client) = of_mount(&mount)?
         .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
     let image = client.list()?.into_iter().find(|image| image.served && image.name == name);
     // Images lie in the folder, whatever the daemon says.
-    let image = image.as_ref().and_then(|image| Path::new(&image.path).file_name()).ok_or_else(none)?;
+    let image = image.as_ref().and_then(|image| Path::new(&image.path).file_name()?.to_str());
+    let image = named(&folder, image.ok_or_else(none)?);
     Ok(Some((folder.join(image), snapshot)))
 }
 
@@ -214,8 +241,9 @@ pub fn serving(path: &Path) -> Result<Option<(Daemon, ImageLine)>> {
     };
     let (Some(folder), Some(name)) = (resolved.parent(), resolved.file_name()) else { return Ok(None) };
     let Some(mut daemon) = of_folder(folder)? else { return Ok(None) };
-    let named = |image: &ImageLine| Path::new(&image.path).file_name() == Some(name);
-    let found = daemon.client.list()?.into_iter().find(|image| image.served && named(image));
+    let name = in_text(name);
+    let is_it = |image: &ImageLine| Path::new(&image.path).file_name() == Some(OsStr::new(&name));
+    let found = daemon.client.list()?.into_iter().find(|image| image.served && is_it(image));
     Ok(found.map(|image| (daemon, image)))
 }
 
@@ -253,13 +281,13 @@ pub struct ServedImage {
 pub fn image(path: &Path) -> Result<Option<ServedImage>> {
     let Some((daemon, image)) = serving(path)? else { return Ok(None) };
     let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
-    let shown = daemon.mountpoint.join(format!("{}.img", image.name));
+    let shown = daemon.shown(&image.name);
     let (pid, mode, reason) = (daemon.client.hello().pid, image.mode.clone(), image.reason.clone());
     Ok(Some(ServedImage { pid, shown, mode, reason, openers, image }))
 }
 
 fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
-    let shown = daemon.mountpoint.join(format!("{name}.img"));
+    let shown = daemon.shown(name);
     let Some(mount) = mounts::at(&daemon.mountpoint)? else { return Ok(Vec::new()) };
     let mut found = holders::of(&mount);
     found.retain(|holder| holder.file() == Some(&shown));
