@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+mod capabilities;
 pub mod classic;
 mod handshake;
 mod lanes;
@@ -12,7 +13,6 @@ pub mod ops;
 pub mod session;
 mod settings;
 pub mod uring;
-mod wanted;
 
 /// How long the kernel may keep names and attributes without asking. Short, because blocks and times move with every
 /// write and are not announced. A name that went and a disk whose size changed are, once the daemon knows

@@ -6,7 +6,7 @@ use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::gate::Inside;
 use super::locks::Mode;
-use super::reads::Reads;
+use super::nowait::NoWaitReads;
 use super::stack::Stack;
 use super::zero::is_zero;
 use super::{Image, Ready};
@@ -31,7 +31,7 @@ pub(super) struct Run {
 }
 
 impl Image {
-    /// Reads on the caller's thread: holes, and what the host has cached. Clipped at the disk's end.
+    /// NoWaitReads on the caller's thread: holes, and what the host has cached. Clipped at the disk's end.
     pub fn try_read(self: &Arc<Self>, offset: u64, buf: &mut [u8]) -> Option<Result<usize>> {
         let len = (buf.len() as u64).min(self.size().saturating_sub(offset));
         if len == 0 {
@@ -202,9 +202,9 @@ fn read_run(stack: &Stack, run: &Run, buf: &mut [u8]) -> bool {
         Place::At { level: index, position } => {
             let level = stack.level(index);
             let got = match stack.reads_of(index) {
-                Reads::Plain => level.file.read_at(buf, position),
-                Reads::Nowait => level.file.read_at_nowait(buf, position),
-                Reads::Wait => return false,
+                NoWaitReads::Plain => level.file.read_at(buf, position),
+                NoWaitReads::Nowait => level.file.read_at_nowait(buf, position),
+                NoWaitReads::Wait => return false,
             };
             got.is_ok_and(|n| n == buf.len())
         }

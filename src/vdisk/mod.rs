@@ -68,13 +68,13 @@ pub mod locks;
 mod mark;
 #[cfg(all(test, feature = "shuttle"))]
 mod models;
+mod nowait;
 mod pio;
 mod queued;
 #[cfg(test)]
 mod races;
 mod ranges;
 mod read;
-mod reads;
 mod runner;
 mod scan;
 mod seek;

@@ -9,9 +9,9 @@ use std::sync::OnceLock;
 use super::alloc::Allocator;
 use super::bat::cache::{BatCache, Budget, Lookup};
 use super::bat::page::Place;
-use super::reads::Reads;
+use super::nowait::NoWaitReads;
 use super::scan::Scan;
-use super::{Layout, Level, reads};
+use super::{Layout, Level, nowait};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{Geometry, Header, Version};
 use crate::image::level::raw_cluster;
@@ -36,7 +36,7 @@ pub(super) struct Stack {
     /// The top's own state; outlives the stack while the top stays the same.
     pub state: Arc<TopState>,
     /// How each level of the table is read on a thread that does not wait.
-    reads: Vec<Reads>,
+    reads: Vec<NoWaitReads>,
     /// The top never waits for a device: writes go there alone.
     pub never_blocks: bool,
     /// Something lies below the lowest level that this stack does not have: two levels of a longer chain are merged.
@@ -164,7 +164,7 @@ impl Stack {
     }
 
     /// How the level that a place names is read on a thread that does not wait.
-    pub(super) fn reads_of(&self, index: u16) -> Reads {
+    pub(super) fn reads_of(&self, index: u16) -> NoWaitReads {
         self.reads[usize::from(index)]
     }
 
@@ -286,7 +286,7 @@ impl Parts {
 
     fn build(self) -> Stack {
         let Parts { table, order, geometry, bat, state, is_part } = self;
-        let probed = |level: &Option<Level>| level.as_ref().map_or(Reads::Wait, reads::probe);
+        let probed = |level: &Option<Level>| level.as_ref().map_or(NoWaitReads::Wait, nowait::probe);
         let reads: Vec<_> = table.iter().map(probed).collect();
         let top = order.last().and_then(|top| table[usize::from(*top)].as_ref());
         let never_blocks = top.is_some_and(|top| top.file.traits().never_blocks);

@@ -21,10 +21,10 @@ use super::door::{Door, HELLO};
 use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
 };
+use crate::fuse::capabilities::{CAPABILITIES, Capability};
 use crate::fuse::lanes::{Lanes, WriteOn, with_read_buffer};
 use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
-use crate::fuse::wanted::{WANTED, Wanted};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
 use crate::io::buffers;
@@ -74,7 +74,7 @@ impl Bridge {
 
 impl fuser::Filesystem for Bridge {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        for Wanted { bit, name, loss } in WANTED {
+        for Capability { bit, name, loss } in CAPABILITIES {
             if config.add_capabilities(InitFlags::from_bits_retain(bit)).is_err() && !self.quiet {
                 log::warn!("the kernel (FUSE {}) has no {name}: {loss}", config.kernel_abi());
             }

@@ -11,8 +11,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::answer::{self, OutHeader};
 use super::wire;
+use crate::fuse::capabilities::{CAPABILITIES, Capability};
 use crate::fuse::ops::Ino;
-use crate::fuse::wanted::{WANTED, Wanted};
 use crate::fuse::{MAX_WRITE, congestion, handshake, notify};
 use crate::io::backing::{self, STACK_DEPTH};
 
@@ -159,7 +159,7 @@ fn accept(offer: &InitIn, max_background: u16, passthrough: bool) -> io::Result<
         )));
     }
     let mut flags = ASYNC_READ | BIG_WRITES | MAX_PAGES | INIT_EXT | OVER_IO_URING;
-    for Wanted { bit, name, loss } in WANTED {
+    for Capability { bit, name, loss } in CAPABILITIES {
         if offered & bit == 0 {
             log::warn!("the kernel (FUSE {}.{}) has no {name}: {loss}", offer.major, offer.minor);
         }

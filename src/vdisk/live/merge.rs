@@ -11,8 +11,10 @@
 //!
 //! P's entries for what T maps are hidden, so taking them away changes nothing that any reader sees; then the two map
 //! different clusters, and either order reads the same. ploop does the same and calls it a reverse merge
-//! (docs/format.md#what-ploop-does). The snapshot that P was is marked Temporary before all this: it is not read alone
-//! any more.
+//! (docs/format.md#what-ploop-does).
+//!
+//! What comes first is in `work`: both files are judged and claimed, and the snapshot that P was is marked Temporary, so
+//! that it is not read alone any more (`mark_deleted`). What comes last, too: P's file is removed.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -4,7 +4,7 @@ use super::Level;
 
 /// How a level is read on a thread that does not wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reads {
+pub(super) enum NoWaitReads {
     /// Its host never waits for a device.
     Plain,
     /// Its host says when it would have to wait.
@@ -14,11 +14,11 @@ pub(super) enum Reads {
 }
 
 /// What a level's host can do. Each level has its own: a request may touch several, and none has to do as another.
-pub(super) fn probe(level: &Level) -> Reads {
+pub(super) fn probe(level: &Level) -> NoWaitReads {
     let traits = level.file.traits();
     match (traits.never_blocks, traits.nowait_reads) {
-        (true, _) => Reads::Plain,
-        (false, true) => Reads::Nowait,
-        (false, false) => Reads::Wait,
+        (true, _) => NoWaitReads::Plain,
+        (false, true) => NoWaitReads::Nowait,
+        (false, false) => NoWaitReads::Wait,
     }
 }

@@ -2,7 +2,7 @@
 
 /// A capability of the kernel.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted {
+pub(super) struct Capability {
     /// Its bit in the flags of INIT.
     pub bit: u64,
     /// What the kernel calls it.
@@ -12,12 +12,16 @@ pub(super) struct Wanted {
 }
 
 /// Not READDIRPLUS: one answer would need the attributes of all images, and wait for the slowest host.
-pub(super) const WANTED: [Wanted; 4] = [
-    Wanted { bit: 1 << 15, name: "FUSE_ASYNC_DIO", loss: "loop and libaio requests run one at a time" },
-    Wanted { bit: 1 << 36, name: "FUSE_DIRECT_IO_ALLOW_MMAP", loss: "images cannot be mapped shared" },
-    Wanted { bit: 1 << 18, name: "FUSE_PARALLEL_DIROPS", loss: "look-ups in one folder run one at a time" },
+pub(super) const CAPABILITIES: [Capability; 4] = [
+    Capability { bit: 1 << 15, name: "FUSE_ASYNC_DIO", loss: "loop and libaio requests run one at a time" },
+    Capability { bit: 1 << 36, name: "FUSE_DIRECT_IO_ALLOW_MMAP", loss: "images cannot be mapped shared" },
+    Capability {
+        bit: 1 << 18,
+        name: "FUSE_PARALLEL_DIROPS",
+        loss: "look-ups in one folder run one at a time",
+    },
     // Images show neither set-user-id bits nor capabilities: there is nothing to take away.
-    Wanted {
+    Capability {
         bit: 1 << 28,
         name: "FUSE_HANDLE_KILLPRIV_V2",
         loss: "each write that is passed through asks for capabilities first",
@@ -31,7 +35,7 @@ mod tests {
 
     #[test]
     fn each_bit_is_the_one_of_its_name() {
-        for Wanted { bit, name, .. } in WANTED {
+        for Capability { bit, name, .. } in CAPABILITIES {
             assert_eq!(InitFlags::from_name(name).map(|flag| flag.bits()), Some(bit), "{name}");
         }
     }
