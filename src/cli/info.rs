@@ -10,7 +10,7 @@ use crate::cli::served::{self, ServedImage};
 use crate::cli::{Outcome, out, size, target};
 use crate::control::protocol::content::SnapshotAnswer;
 use crate::disk::facts::{Facts, LevelFacts};
-use crate::disk::space::{Freed, Order, Reclaimable};
+use crate::disk::space::{ClusterOrder, Freed, Reclaimable};
 use crate::error::{Error, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, Header, IN_USE};
 use crate::image::chain::Form;
@@ -247,7 +247,7 @@ fn to_text(facts: &Facts) -> String {
 }
 
 /// The order of a level in words.
-fn order_text(order: Order) -> String {
+fn order_text(order: ClusterOrder) -> String {
     match order.pieces {
         0 | 1 => "none, in one piece".to_owned(),
         pieces => format!("{}%, in {pieces} pieces", order.fragmentation()),
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn fragmentation_is_told_in_percent_and_pieces() {
-        let of = |mapped, pieces| order_text(Order { mapped, pieces });
+        let of = |mapped, pieces| order_text(ClusterOrder { mapped, pieces });
         assert_eq!(of(101, 11), "10%, in 11 pieces");
         assert_eq!(of(5, 1), "none, in one piece");
     }

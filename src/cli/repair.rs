@@ -15,7 +15,7 @@ use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::paths::{Located, image_folder};
-use crate::image::repair::{self, Facts, repair};
+use crate::image::repair::{self, HeaderFacts, repair};
 use crate::image::store::{Replaced, Store};
 use crate::io::file::HostStatus;
 use crate::io::lock::Use;
@@ -45,7 +45,7 @@ struct RepairSummary {
 impl RepairSummary {
     /// Takes over what was done to one file; `name`: which, where there are several. `below`: what is lost shows what
     /// lies below.
-    fn add(&mut self, name: Option<&str>, below: bool, outcome: &repair::Outcome) {
+    fn add(&mut self, name: Option<&str>, below: bool, outcome: &repair::RepairOutcome) {
         let of = name.map(|name| format!("{name}: ")).unwrap_or_default();
         for step in &outcome.steps {
             self.steps.push(format!("{of}{step}"));
@@ -133,7 +133,7 @@ pub fn run(path: &Path, dry_run: bool, as_json: bool) -> anyhow::Result<Outcome>
         }
         let at = Located::of(path)?;
         let refuse = |file: &HostStatus| refuse_opened(&at, file);
-        let outcome = repair(&at, None, &Facts::default(), dry_run, &refuse)?;
+        let outcome = repair(&at, None, &HeaderFacts::default(), dry_run, &refuse)?;
         summary.add(None, false, &outcome);
         let found = &outcome.report;
         (report::to_text(found), report::to_json(found), found.is_damaged())
@@ -209,10 +209,10 @@ fn layered_image(folder: &Path, summary: &mut RepairSummary) -> Result<Examined>
 }
 
 /// What the descriptor and the other deltas say of the header of one.
-fn facts(examined: &Examined, of: Guid) -> Facts {
+fn facts(examined: &Examined, of: Guid) -> HeaderFacts {
     let descriptor = examined.image.descriptor();
     let others = examined.reports.iter().filter(|(guid, _)| *guid != of);
-    Facts {
+    HeaderFacts {
         version: others.filter_map(|(_, report)| report.header).map(|header| header.version).next(),
         cluster_sectors: Some(descriptor.cluster_sectors),
         // A snapshot has the size of its own time.

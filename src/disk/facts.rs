@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::disk::find::{self, Target};
 use crate::disk::layered::Layered;
 use crate::disk::snapshots::{self, SnapshotLine};
-use crate::disk::space::{Order, Reclaimable};
+use crate::disk::space::{ClusterOrder, Reclaimable};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Delta;
 use crate::format::header::Header;
@@ -18,7 +18,7 @@ pub struct LevelFacts {
     /// The file, its header judged.
     pub file: AtRest,
     /// How its clusters lie.
-    pub order: Order,
+    pub order: ClusterOrder,
 }
 
 /// An image or a snapshot.
@@ -103,6 +103,6 @@ impl Facts {
 }
 
 fn level(guid: String, file: AtRest) -> Result<LevelFacts> {
-    let order = Order::of(&file)?;
+    let order = ClusterOrder::of(&file)?;
     Ok(LevelFacts { guid, file, order })
 }

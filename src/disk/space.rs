@@ -16,17 +16,17 @@ const PIECE: usize = 64 << 10;
 
 /// How the clusters of a level lie in its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Order {
+pub struct ClusterOrder {
     /// Clusters with an entry.
     pub mapped: u64,
     /// How often the disk, read from front to back, jumps in the file, and once for the beginning.
     pub pieces: u64,
 }
 
-impl Order {
+impl ClusterOrder {
     /// Of the level in `image`.
-    pub fn of(image: &AtRest) -> Result<Order> {
-        let mut order = Order::default();
+    pub fn of(image: &AtRest) -> Result<ClusterOrder> {
+        let mut order = ClusterOrder::default();
         let Form::Ploop(header) = &image.form else { return Ok(order) };
         let geometry = header.geometry();
         let mut next = None;
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn fragmentation_is_the_share_of_jumps_between_clusters() {
-        let of = |mapped, pieces| Order { mapped, pieces };
+        let of = |mapped, pieces| ClusterOrder { mapped, pieces };
         assert_eq!(of(0, 0).fragmentation(), 0.0);
         assert_eq!(of(1, 1).fragmentation(), 0.0);
         assert_eq!(of(101, 1).fragmentation(), 0.0);

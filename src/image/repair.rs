@@ -23,7 +23,7 @@ use crate::image::paths::Located;
 use crate::io::file::{HostFile, HostStatus};
 use crate::io::real::Access;
 use act::Target;
-pub use header::{Facts, Field};
+pub use header::{Field, HeaderFacts};
 use lost::LostFile;
 use plan::RepairPlan;
 
@@ -32,7 +32,7 @@ const MOST_ROUNDS: usize = 2048;
 
 /// One thing that is done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum RepairStep {
     /// A field of the header is corrected.
     Field(Field),
     /// Entries of the BAT become 0.
@@ -88,30 +88,30 @@ pub enum Step {
     Close,
 }
 
-impl Step {
+impl RepairStep {
     /// How many faults it repairs.
     pub fn count(&self) -> u64 {
         match self {
-            Step::Field(_) | Step::Copy { .. } | Step::Close => 1,
-            Step::Clear { count, .. } => *count,
-            Step::Free { clusters, .. } => *clusters,
-            Step::Cut { clusters, .. } | Step::Complete { clusters, .. } => (*clusters).max(1),
+            RepairStep::Field(_) | RepairStep::Copy { .. } | RepairStep::Close => 1,
+            RepairStep::Clear { count, .. } => *count,
+            RepairStep::Free { clusters, .. } => *clusters,
+            RepairStep::Cut { clusters, .. } | RepairStep::Complete { clusters, .. } => (*clusters).max(1),
         }
     }
 }
 
-impl fmt::Display for Step {
+impl fmt::Display for RepairStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kept =
             |saved: bool| if saved { "; what they hold is kept in a .lost file beside it" } else { "" };
         match self {
-            Step::Field(Field { name: "m_Sig", new, .. }) => {
+            RepairStep::Field(Field { name: "m_Sig", new, .. }) => {
                 write!(f, "m_Sig at byte 0: becomes the magic of version {new}")
             }
-            Step::Field(Field { name, offset, old, new }) => {
+            RepairStep::Field(Field { name, offset, old, new }) => {
                 write!(f, "{name} at byte {offset}: {old:#x} becomes {new:#x}")
             }
-            Step::Clear { first, count, problem } => {
+            RepairStep::Clear { first, count, problem } => {
                 let why = match problem {
                     Problem::IntoHeader => "before the first data block",
                     Problem::OffGrid => "between two clusters",
@@ -128,33 +128,33 @@ impl fmt::Display for Step {
                     ),
                 }
             }
-            Step::Free { from, to, clusters, saved } => write!(
+            RepairStep::Free { from, to, clusters, saved } => write!(
                 f,
                 "leak: {clusters} clusters of the file, between its clusters {from} and {}, are given back{}",
                 to - 1,
                 kept(*saved)
             ),
-            Step::Cut { from, to, clusters, saved } => write!(
+            RepairStep::Cut { from, to, clusters, saved } => write!(
                 f,
                 "leak: {clusters} clusters at the end: the file is cut from {from} to {to} bytes{}",
                 kept(*saved)
             ),
-            Step::Complete { from, to, clusters: 0 } => {
+            RepairStep::Complete { from, to, clusters: 0 } => {
                 write!(f, "the file is made longer, from {from} to {to} bytes, to a whole cluster")
             }
-            Step::Complete { from, to, .. } => write!(
+            RepairStep::Complete { from, to, .. } => write!(
                 f,
                 "the file ends inside a mapped cluster: it is made longer, from {from} to {to} bytes, with zeroes"
             ),
-            Step::Copy { cluster, owner: Some(owner), at } => write!(
+            RepairStep::Copy { cluster, owner: Some(owner), at } => write!(
                 f,
                 "guest clusters {owner} and {cluster} are two owners of the cluster at byte {at}: both now have the same \
                  data, {cluster} a copy; one of them is wrong"
             ),
-            Step::Copy { cluster, owner: None, at } => {
+            RepairStep::Copy { cluster, owner: None, at } => {
                 write!(f, "guest cluster {cluster} gets a copy of the cluster at byte {at}")
             }
-            Step::Close => f.write_str("the left-over in-use mark is cleared"),
+            RepairStep::Close => f.write_str("the left-over in-use mark is cleared"),
         }
     }
 }
@@ -170,11 +170,11 @@ pub struct Lost {
 
 /// What came of a repair, or would come.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct RepairOutcome {
     /// What a check says now.
     pub report: Report,
     /// What was done, or would be.
-    pub steps: Vec<Step>,
+    pub steps: Vec<RepairStep>,
     /// What the guest has lost.
     pub lost: Vec<Lost>,
     /// The file with what nothing refers to, and the bytes in it.
@@ -183,9 +183,9 @@ pub struct Outcome {
     pub repaired: u64,
 }
 
-impl Outcome {
-    fn unchanged(report: Report) -> Outcome {
-        Outcome { report, steps: Vec::new(), lost: Vec::new(), saved: None, repaired: 0 }
+impl RepairOutcome {
+    fn unchanged(report: Report) -> RepairOutcome {
+        RepairOutcome { report, steps: Vec::new(), lost: Vec::new(), saved: None, repaired: 0 }
     }
 }
 
@@ -210,10 +210,10 @@ impl Outcome {
 pub fn repair(
     at: &Located,
     kind: Option<ImageKind>,
-    facts: &Facts,
+    facts: &HeaderFacts,
     dry_run: bool,
     refuse: &dyn Fn(&HostStatus) -> Result<()>,
-) -> Result<Outcome> {
+) -> Result<RepairOutcome> {
     let access = if dry_run { Access::ReadOnly } else { Access::ReadWrite };
     let (candidate, lock) = Candidate::open_locked_at(at, access)?;
     if !dry_run {
@@ -224,7 +224,7 @@ pub fn repair(
         None => candidate.kind()?,
     };
     if kind == ImageKind::Raw {
-        return Ok(Outcome::unchanged(check_candidate(&at.shown, candidate, kind)?));
+        return Ok(RepairOutcome::unchanged(check_candidate(&at.shown, candidate, kind)?));
     }
     // A look changes nothing, and lets other readers by.
     let _long = (!dry_run).then(|| lock.begin_long()).transpose()?;
@@ -232,7 +232,12 @@ pub fn repair(
 }
 
 /// The same for a file of the ploop format that is open and locked.
-pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_run: bool) -> Result<Outcome> {
+pub fn repair_open(
+    at: &Located,
+    file: &Arc<dyn HostFile>,
+    facts: &HeaderFacts,
+    dry_run: bool,
+) -> Result<RepairOutcome> {
     let (path, kind) = (&*at.shown, ImageKind::Ploop);
     // What a crash left in the page cache may never have reached the disk (R7). Only clean pages can be dropped, and a
     // sync that fails reports an old failure: what is read from now on is what the disk has.
@@ -245,11 +250,11 @@ pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_ru
 
     let mut plan = plan::plan(&candidate, facts)?;
     let was_in_use = plan.header.is_in_use();
-    let mut outcome = Outcome::unchanged(plan.report.clone());
+    let mut outcome = RepairOutcome::unchanged(plan.report.clone());
     if dry_run {
         outcome.take_over(&mut plan);
         if was_in_use {
-            outcome.steps.push(Step::Close);
+            outcome.steps.push(RepairStep::Close);
         }
         if candidate.form(kind).is_err() {
             outcome.report = check_candidate(path, candidate, kind)?;
@@ -285,19 +290,19 @@ pub fn repair_open(at: &Located, file: &Arc<dyn HostFile>, facts: &Facts, dry_ru
     }
     act::close(&header, plan.report.mapped == 0, as_it_was, &target)?;
     if was_in_use {
-        outcome.steps.push(Step::Close);
+        outcome.steps.push(RepairStep::Close);
     }
-    outcome.repaired = outcome.steps.iter().map(Step::count).sum();
+    outcome.repaired = outcome.steps.iter().map(RepairStep::count).sum();
     outcome.report = check_candidate(path, Candidate::read(path, file.clone())?, kind)?;
     Ok(outcome)
 }
 
 /// The header of a file, as it is or as the rest of the file proves it was.
 pub(super) fn proven_header(candidate: &Candidate) -> Result<Header> {
-    header::settle(candidate, &Facts::default()).map(|(header, _)| header)
+    header::settle(candidate, &HeaderFacts::default()).map(|(header, _)| header)
 }
 
-impl Outcome {
+impl RepairOutcome {
     /// Takes over what a plan comes to.
     fn take_over(&mut self, plan: &mut RepairPlan) {
         self.steps.extend(plan.steps());

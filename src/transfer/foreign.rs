@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::disk::Disk;
-use super::qemu::{self, Backing, Extent, Info, Reach};
+use super::qemu::{self, BackingFile, Extent, Info, Reach};
 use super::qemu_nbd::QemuNbd;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::MAX_CHAIN;
@@ -51,7 +51,7 @@ impl Foreign {
 fn refuse_cut_below(info: &Info, progress: &Progress) -> Result<()> {
     let mut next = info.backing.clone();
     for _ in 0..MAX_CHAIN {
-        let Some(Backing { path, format: Some(format), .. }) = next else { return Ok(()) };
+        let Some(BackingFile { path, format: Some(format), .. }) = next else { return Ok(()) };
         let path = Path::new(&path);
         let info = qemu::info(path, &format)?;
         qemu::map(path, &format, &info, Reach::Own, progress)?;

@@ -28,7 +28,7 @@ pub struct Info {
     /// The least that it maps on its own, in bytes; None: no such unit.
     pub cluster: Option<u64>,
     /// The file below it.
-    pub backing: Option<Backing>,
+    pub backing: Option<BackingFile>,
     /// Another file that holds its data, and without which it is not whole.
     pub data: Option<String>,
     /// The names of the snapshots in it.
@@ -39,7 +39,7 @@ pub struct Info {
 
 /// The file below another, as that names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub struct BackingFile {
     /// Its name as it is written there.
     pub name: String,
     /// Where it is.
@@ -57,7 +57,7 @@ impl Info {
         let extents = data["extents"].as_array().into_iter().flatten();
         let mut extents = extents.filter_map(|extent| text(&extent["filename"]));
         let other = text(&data["data-file"]).or_else(|| extents.find(|name| Path::new(name) != path));
-        let backing = text(&said["backing-filename"]).map(|name| Backing {
+        let backing = text(&said["backing-filename"]).map(|name| BackingFile {
             path: text(&said["full-backing-filename"]).unwrap_or_else(|| name.clone()),
             format: text(&said["backing-filename-format"]),
             name,
@@ -290,7 +290,7 @@ mod tests {
             "backing-filename-format": "raw", "snapshots": [{"name": "one"}, {"name": "two"}],
             "format-specific": {"data": {"extended-l2": true}},
         });
-        let backing = Backing { name: "b".into(), path: "/d/b".into(), format: Some("raw".into()) };
+        let backing = BackingFile { name: "b".into(), path: "/d/b".into(), format: Some("raw".into()) };
         let expected = Info {
             size: 1 << 20,
             cluster: Some(2048),

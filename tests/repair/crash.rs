@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ploopfs::format::header::{Header, IN_USE, Version};
 use ploopfs::image::paths::Located;
-use ploopfs::image::repair::{Facts, Outcome, repair_open};
+use ploopfs::image::repair::{HeaderFacts, RepairOutcome, repair_open};
 use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 
@@ -68,9 +68,9 @@ impl Watch for Tape {
 }
 
 /// Repairs the image on `tape`; what is kept goes beside `image`.
-fn repair(tape: &Arc<Watched<Tape>>, image: &Path) -> ploopfs::Result<Outcome> {
+fn repair(tape: &Arc<Watched<Tape>>, image: &Path) -> ploopfs::Result<RepairOutcome> {
     let file: Arc<dyn HostFile> = tape.clone();
-    repair_open(&Located::of(image)?, &file, &Facts::default(), false)
+    repair_open(&Located::of(image)?, &file, &HeaderFacts::default(), false)
 }
 
 /// What a power cut before operation `cut` may leave: everything before the last sync, and of the rest what chance keeps,

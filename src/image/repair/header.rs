@@ -19,7 +19,7 @@ const MOST_WRONG: usize = 2;
 
 /// What is known of a file from elsewhere: the descriptor it belongs to, and the other files of that image.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Facts {
+pub struct HeaderFacts {
     /// v1 or v2.
     pub version: Option<Version>,
     /// Cluster size in sectors.
@@ -63,7 +63,7 @@ impl Guess {
 
 /// The header of the image, and the fields in which it differs from what stands in the file. Err(Damaged): nothing
 /// proves what it should be.
-pub(super) fn settle(candidate: &Candidate, facts: &Facts) -> Result<(Header, Vec<Field>)> {
+pub(super) fn settle(candidate: &Candidate, facts: &HeaderFacts) -> Result<(Header, Vec<Field>)> {
     let given = match candidate.form(ImageKind::Ploop) {
         // v1 positions depend on the first data block: only the entries say whether it is right.
         Ok(Form::Ploop(header)) if is_usual(&header) && header.version == Version::V2 => {
@@ -120,7 +120,7 @@ fn is_usual(header: &Header) -> bool {
 }
 
 /// The header stands as it is, unless another one, off by one field, makes sense of what the BAT says.
-fn better(given: Header, mut guesses: Vec<Guess>, raw: &Header, facts: &Facts) -> (Header, Vec<Field>) {
+fn better(given: Header, mut guesses: Vec<Guess>, raw: &Header, facts: &HeaderFacts) -> (Header, Vec<Field>) {
     let as_it_is = guesses.iter().find(|guess| guess.changed.is_empty()).map_or(0, |guess| guess.bad);
     let all = u64::from(given.entries) * u64::from(given.cluster_sectors);
     guesses.retain(|guess| match &guess.changed[..] {
@@ -158,7 +158,7 @@ fn guess(
     magic: Option<Version>,
     kind: u32,
     raw: &Header,
-    facts: &Facts,
+    facts: &HeaderFacts,
 ) -> Result<Vec<Guess>> {
     let versions = match magic.or(facts.version) {
         Some(version) => vec![version],
@@ -260,7 +260,7 @@ fn changes(magic: Option<Version>, kind: u32, raw: &Header, to: &Header) -> Vec<
 }
 
 /// True when something else on disk says the same as every field that is changed.
-fn proven(guess: &Guess, raw: &Header, facts: &Facts) -> bool {
+fn proven(guess: &Guess, raw: &Header, facts: &HeaderFacts) -> bool {
     let header = &guess.header;
     let everything =
         facts.version.is_some() && facts.cluster_sectors.is_some() && facts.disk_sectors.is_some();

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::header::{Facts, Field, settle};
-use super::{Lost, Step};
+use super::header::{Field, HeaderFacts, settle};
+use super::{Lost, RepairStep};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED_V21, Geometry, Header};
 use crate::image::chain::{AtRest, Candidate, Form};
@@ -63,7 +63,7 @@ pub(super) struct RepairPlan {
 }
 
 /// Plans for a file whose header nothing is known of yet.
-pub(super) fn plan(candidate: &Candidate, facts: &Facts) -> Result<RepairPlan> {
+pub(super) fn plan(candidate: &Candidate, facts: &HeaderFacts) -> Result<RepairPlan> {
     let (mut header, mut fields) = settle(candidate, facts)?;
     let damaged = !fields.is_empty();
     let trusted = header.in_use == CLOSED_V21 && !damaged && {
@@ -231,12 +231,12 @@ impl RepairPlan {
     }
 
     /// The steps, in their order.
-    pub(super) fn steps(&self) -> Vec<Step> {
+    pub(super) fn steps(&self) -> Vec<RepairStep> {
         let geometry = self.header.geometry();
-        let mut steps: Vec<Step> = self.fields.iter().cloned().map(Step::Field).collect();
+        let mut steps: Vec<RepairStep> = self.fields.iter().cloned().map(RepairStep::Field).collect();
         let tail = self.len > self.good_len();
         let free = |save: bool| {
-            let run = move |(from, to, clusters): &(u64, u64, u64)| Step::Free {
+            let run = move |(from, to, clusters): &(u64, u64, u64)| RepairStep::Free {
                 from: *from,
                 to: *to,
                 clusters: *clusters,
@@ -247,24 +247,24 @@ impl RepairPlan {
         steps.extend(free(self.doubtful));
         for Wrong { cluster, problem } in &self.wrong {
             match steps.last_mut() {
-                Some(Step::Clear { first, count, problem: of })
+                Some(RepairStep::Clear { first, count, problem: of })
                     if of == problem && *first + *count == *cluster =>
                 {
                     *count += 1;
                 }
-                _ => steps.push(Step::Clear { first: *cluster, count: 1, problem: *problem }),
+                _ => steps.push(RepairStep::Clear { first: *cluster, count: 1, problem: *problem }),
             }
         }
         if tail {
             let clusters = self.report.tail;
             let (from, to) = (self.len, self.good_len());
-            steps.push(Step::Cut { from, to, clusters, saved: self.doubtful });
+            steps.push(RepairStep::Cut { from, to, clusters, saved: self.doubtful });
         } else if self.len < self.good_len() {
-            steps.push(Step::Complete { from: self.len, to: self.good_len(), clusters: self.cut });
+            steps.push(RepairStep::Complete { from: self.len, to: self.good_len(), clusters: self.cut });
         }
         for double in &self.doubles {
             let at = geometry.cluster_position(double.shared);
-            steps.push(Step::Copy { cluster: double.cluster, owner: double.owner, at });
+            steps.push(RepairStep::Copy { cluster: double.cluster, owner: double.owner, at });
         }
         steps
     }
