@@ -22,6 +22,7 @@ pub mod clone;
 pub mod compact;
 pub mod completions;
 pub mod create;
+mod daemon_end;
 mod daemon_entry;
 pub mod detach;
 pub mod diff;
