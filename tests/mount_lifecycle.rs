@@ -664,3 +664,24 @@ fn a_dead_mount_is_named_with_what_is_on_it_and_the_command_that_clears_it() {
     Run::new("sh").args(["-c", &clears.replacen("ploopfs", env!("CARGO_BIN_EXE_ploopfs"), 1)]).ok();
     assert!(!mount.is_mounted());
 }
+
+/// A `mount` that was killed takes its daemon along, a moment later; the next one met that and gave up, and advised to end what
+/// was ending by itself.
+#[test]
+fn a_mount_right_after_one_that_was_killed_mounts() {
+    require!("fuse");
+    let folder = common::temp_dir();
+    let (images, point) = (folder.path().join("images"), folder.path().join("point"));
+    let _mount = Mount::adopt(&images, &point);
+    for pause in (0..60).step_by(3).map(Duration::from_millis) {
+        let mut first = std::process::Command::new(env!("CARGO_BIN_EXE_ploopfs"));
+        first.args(["mount", text(&images), text(&point)]);
+        first.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let mut first = first.spawn().expect("starts");
+        std::thread::sleep(pause);
+        first.kill().and_then(|()| first.wait()).expect("killed");
+        Run::ploopfs().args(["mount", text(&images), text(&point)]).limit(60).ok();
+        // It may have found the one that ends just then.
+        Run::ploopfs().args(["umount", "--detach", text(&point)]).limit(60).run();
+    }
+}

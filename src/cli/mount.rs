@@ -25,6 +25,11 @@ use crate::words::quoted;
 
 /// How long the start of another command may take that mounts the same at the same time.
 const OTHERS_START: Duration = Duration::from_secs(20);
+/// How long a daemon that is mounted nowhere may take to mount or to end, as one does whose command was killed. One that
+/// something else keeps takes longer.
+const BETWEEN: Duration = Duration::from_secs(2);
+/// How often a start is tried that met another daemon, which was gone a moment later.
+const TRIES: u32 = 4;
 /// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
 /// request that blocks, and many wake cache-cold (docs/kernel.md#hand-over).
 const THREADS: (usize, usize) = (2, 8);
@@ -233,26 +238,45 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let images = folder(&args.images, "cannot make the images folder")?;
     let mountpoint = mounts::resolve(&args.mountpoint)?;
     check_places(&images, &mountpoint)?;
-    clear_dead(&mountpoint)?;
-    let living = Client::find(&images)?;
-    for wanted in &args.create {
+    let settings = settings(&args, images, mountpoint)?;
+    for left in (0..TRIES).rev() {
+        match attempt(&settings, &args.create)? {
+            Attempt::Over(outcome) => return Ok(outcome),
+            Attempt::Refused(e) if left == 0 => return Err(e.into()),
+            // What was in the way has ended by now.
+            Attempt::Refused(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+/// What came of one attempt to mount.
+enum Attempt {
+    /// Done, by this command or another.
+    Over(Outcome),
+    /// By another daemon, which is not there any more.
+    Refused(Error),
+}
+
+fn attempt(settings: &Settings, create: &[Create]) -> anyhow::Result<Attempt> {
+    let (images, mountpoint) = (settings.images(), settings.mountpoint());
+    clear_dead(mountpoint)?;
+    let living = Client::find(images)?;
+    for wanted in create {
         create_or_use(&images.join(&wanted.name), &CreatePlan::thin(wanted.size))?;
     }
     if let Some(client) = living {
-        return already_served(client, &images, &mountpoint);
+        return already_served(client, images, mountpoint);
     }
-    if let Err(e) = check_free(&images, &mountpoint) {
-        return made_meanwhile(e, &images, &mountpoint);
+    if let Err(e) = check_free(images, mountpoint) {
+        return made_meanwhile(e, images, mountpoint);
     }
-    folder(&mountpoint, "cannot make the mount point")?;
-    let settings = settings(&args, images, mountpoint)?;
-    if args.foreground {
-        return Ok(Outcome::Status(keep_in_front(&settings)));
+    folder(mountpoint, "cannot make the mount point")?;
+    if settings.foreground {
+        return Ok(Attempt::Over(Outcome::Status(keep_in_front(settings))));
     }
-    let begun = match launch::launch(&settings, &mut out::say) {
-        Err(e) if e.kind() == Kind::InUse => {
-            return made_meanwhile(e, settings.images(), settings.mountpoint());
-        }
+    let begun = match launch::launch(settings, &mut out::say) {
+        Err(e) if e.kind() == Kind::InUse => return made_meanwhile(e, images, mountpoint),
         begun => begun?,
     };
     if !begun.notes.is_empty() {
@@ -261,7 +285,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         // Where stderr is closed the notes are in the log alone.
         let _ = writeln!(std::io::stderr(), "ploopfs: {block}");
     }
-    Ok(Outcome::Done)
+    Ok(Attempt::Over(Outcome::Done))
 }
 
 /// Makes a folder that is missing, and returns its absolute path without links.
@@ -327,8 +351,8 @@ fn clear_dead(mountpoint: &Path) -> Result<()> {
 }
 
 /// Two commands mounted the folder at once, and the other was faster: fine where it is the mount that was asked for. It may
-/// still be at it. `e`: what this one was refused with.
-fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
+/// still be at it, or end as it was killed. `e`: what this one was refused with.
+fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<Attempt> {
     let deadline = Instant::now() + OTHERS_START;
     while Instant::now() < deadline {
         if let Some(client) = Client::find(images)?
@@ -336,9 +360,8 @@ fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<
         {
             return already_served(client, images, mountpoint);
         }
-        if processes::serving(images)
-            .is_none_or(|pair| pair.mountpoint != mountpoint || pair.stopped().is_some())
-        {
+        let Some(pair) = processes::serving(images) else { return Ok(Attempt::Refused(e)) };
+        if pair.mountpoint != mountpoint || pair.stopped().is_some() {
             break;
         }
         std::thread::sleep(Duration::from_millis(50));
@@ -353,16 +376,32 @@ fn is_at(client: &Client, mountpoint: &Path) -> Result<bool> {
 }
 
 /// A living daemon serves the folder: fine where it is the mount that was asked for.
-fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Outcome> {
-    if is_at(&client, mountpoint)? {
-        client.rescan()?;
-        out::remark(&format!("{}: already mounted\n", mountpoint.display()));
-        return Ok(Outcome::Done);
+fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Attempt> {
+    let deadline = Instant::now() + BETWEEN;
+    loop {
+        if is_at(&client, mountpoint)? {
+            client.rescan()?;
+            out::remark(&format!("{}: already mounted\n", mountpoint.display()));
+            return Ok(Attempt::Over(Outcome::Done));
+        }
+        let elsewhere = served::mount_of(&client)?.is_some_and(|mount| mount.point != mountpoint);
+        let goes_on = processes::serving(images).is_some_and(|pair| pair.stopped().is_none());
+        if elsewhere || !goes_on || Instant::now() >= deadline {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        let Some(now) = Client::find(images)? else {
+            let what = "was served by a daemon that has just ended; try again";
+            return Ok(Attempt::Refused(Error::at(Kind::InUse, images, what)));
+        };
+        client = now;
     }
     let hello = client.hello();
     // By the kernel's table: an umount of a place where it is no more would lead nowhere.
     let shown = served::mount_of(&client)?;
-    let why = match (shown, processes::serving(images)) {
+    let pair = processes::serving(images);
+    let may_be_gone = pair.is_none() && shown.is_none();
+    let why = match (shown, pair) {
         (Some(mount), _) => {
             let (point, command) = (mount.point.display(), quoted(&mount.point));
             format!("is served on {point} by process {}; end that with: ploopfs umount {command}", hello.pid)
@@ -370,7 +409,8 @@ fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyho
         (None, Some(pair)) => format!("is mounted nowhere here, but {}", umount::goes_on(&pair)),
         (None, None) => format!("is served by process {0}; end that with: kill {0}", hello.pid),
     };
-    Err(Error::at(Kind::InUse, images, why).into())
+    let refused = Error::at(Kind::InUse, images, why);
+    if may_be_gone { Ok(Attempt::Refused(refused)) } else { Err(refused.into()) }
 }
 
 /// Another folder's mount is not covered up: its files would be out of reach.
