@@ -41,7 +41,7 @@ impl Server {
     /// Mounts the images of the folder `images` on the folder `mountpoint`. Requests wait until [`run`](Server::run).
     ///
     /// # Errors
-    /// [`Kind::InUse`](crate::Kind::InUse) where another mount serves the folder; [`Kind::NotFound`](crate::Kind::NotFound);
+    /// [`Kind::InUse`] where another mount serves the folder; [`Kind::NotFound`];
     /// what the mount fails with.
     pub fn mount(images: impl AsRef<Path>, mountpoint: impl AsRef<Path>) -> Result<Server> {
         let resolved =
