@@ -13,7 +13,7 @@ use crate::words::quoted;
 /// Where a mount shows snapshots.
 const SNAPSHOTS: &str = ".snapshots";
 
-/// How long the kernel may take to let go of a device whose name could not be said.
+/// How long the kernel may take to release a device whose name could not be said.
 const UNHEARD: Duration = Duration::from_secs(5);
 
 /// Arguments of `attach`.
