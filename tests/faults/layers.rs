@@ -1,6 +1,6 @@
 //! The SQLite loop over live operations: one history of writes, snapshots, merges both ways, growth and
-//! defragmentation, in which host operation N fails, whichever file of the chain it meets, for N = 1, 2, ... until
-//! nothing fails any more.
+//! defragmentation, over a delta and over a raw file, in which host operation N fails, whichever file of the chain it
+//! meets, for N = 1, 2, ... until nothing fails any more.
 
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
@@ -18,7 +18,7 @@ use ploopfs::vdisk::live::merge::Direction;
 use ploopfs::vdisk::live::snapshot::TopPlan;
 use ploopfs::vdisk::{Engine, Image, Layout, Level, OnFull, Options};
 
-use super::rig::{CLUSTER, Pending, SECTOR, empty_file, header, lock, options};
+use super::rig::{CLUSTER, Pending, SECTOR, empty_file, lock, options};
 
 /// Clusters of the disk at first.
 const CLUSTERS: u64 = 24;
@@ -74,6 +74,11 @@ const HISTORY: [Op; 24] = [
     Op::Write(160, 24, 10), // for the close to save
 ];
 
+/// Sectors of a raw base: shorter than the disk, and ends inside a cluster.
+const RAW: u64 = 60;
+/// Over a raw base, which nothing above merges: it is pulled up, too.
+const OVER_RAW: [Op; 3] = [Op::Up, Op::Up, Op::Write(40, 30, 11)];
+
 /// For every sector, what it may hold: now, and on the file (any value since the last sync that worked).
 #[derive(Clone)]
 struct Model {
@@ -120,7 +125,9 @@ impl Chain {
     }
 
     fn level(&self, file: &Arc<MemoryFile>) -> Level {
-        let layout = Layout::Ploop(header(file));
+        // A base without a header is a raw file.
+        let bytes = file.to_bytes();
+        let layout = Header::parse(bytes.get(..64).unwrap_or(&bytes)).map_or(Layout::Raw, Layout::Ploop);
         let file = Arc::new(FaultFile::new(file.clone(), self.plan.clone()));
         Level { file, path: PathBuf::from("memory"), layout }
     }
@@ -181,15 +188,25 @@ impl Chain {
 /// A snapshot: the file that was the top, and what each sector may hold in it.
 type Kept = (Arc<MemoryFile>, Vec<Vec<u32>>);
 
-/// One run; returns how many faults were injected.
-fn run(spec: &str, options: Options) -> u64 {
-    let chain = Chain::new(vec![Arc::new(empty_file(CLUSTERS))], spec);
+/// One run, over a `raw` file or with the first snapshot its own; returns how many faults were injected.
+fn run(spec: &str, options: Options, raw: bool) -> u64 {
+    let mut now = vec![vec![0]; SECTORS as usize];
+    let mut files = vec![Arc::new(empty_file(CLUSTERS))];
+    let mut kept: Vec<Kept> = Vec::new();
+    if raw {
+        (0..RAW).for_each(|sector| now[sector as usize] = vec![100 + sector as u32]);
+        let bytes: Vec<u8> = now[..RAW as usize]
+            .iter()
+            .flat_map(|of| of[0].to_le_bytes().repeat(SECTOR as usize / 4))
+            .collect();
+        files.insert(0, Arc::new(MemoryFile::from_bytes(&bytes)));
+        kept.push((files[0].clone(), now.clone()));
+    }
+    let chain = Chain::new(files, spec);
     let engine = Engine::new(options, Box::new(|_| ()));
     let Ok(image) = chain.open(&engine) else { return 1 };
-    let zeroes = vec![vec![0]; SECTORS as usize];
-    let mut model = Model { now: zeroes.clone(), file: zeroes };
-    let mut kept: Vec<Kept> = Vec::new();
-    for op in HISTORY {
+    let mut model = Model { now: now.clone(), file: now };
+    for op in HISTORY.into_iter().chain(OVER_RAW.into_iter().filter(|_| raw)) {
         match op {
             Op::Write(at, n, value) => {
                 let data = value.to_le_bytes().repeat((n * SECTOR / 4) as usize);
@@ -278,7 +295,7 @@ fn afterwards(chain: &Chain, left: &[Vec<u32>], kept: &[Kept]) {
 }
 
 /// Runs `fault` with N in place of `#` for N = 1, 2, ...
-fn every_n(fault: &str, options: &Options) -> u64 {
+fn every_n(fault: &str, options: &Options, raw: bool) -> u64 {
     let (mut total, mut first) = (0, 1);
     loop {
         let runs: Vec<_> = (first..first + AT_ONCE)
@@ -287,7 +304,7 @@ fn every_n(fault: &str, options: &Options) -> u64 {
                 let (tell, end) = channel();
                 let thread = std::thread::Builder::new().name(spec.clone());
                 let work = move || {
-                    let _ = tell.send(run(&spec, options));
+                    let _ = tell.send(run(&spec, options, raw));
                 };
                 (thread.spawn(work).expect("a thread"), end)
             })
@@ -314,7 +331,8 @@ fn every_n(fault: &str, options: &Options) -> u64 {
 
 fn all(faults: &[&str]) {
     let options = Options { on_full: OnFull::Error, ..options() };
-    let count: u64 = faults.iter().map(|fault| every_n(fault, &options)).sum();
+    let count: u64 =
+        faults.iter().flat_map(|fault| [false, true].map(|raw| every_n(fault, &options, raw))).sum();
     println!("FAULTS {count}");
 }
 
