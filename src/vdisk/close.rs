@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Image, Stage};
 use crate::error::{Error, Kind, Result};
-use crate::sync::{Arc, MutexGuard, Ordering, PoisonError, TryLockError, mpsc, thread};
+use crate::sync::{Arc, MutexGuard, PoisonError, TryLockError, mpsc, thread};
 
 /// How long a live operation has to see that the image closes: it looks before each cluster, and a step between two looks
 /// is a sync at most. Short, since a stop that is forced has no time: what it costs is a scan at the next open.
@@ -19,7 +19,7 @@ impl Image {
     /// Closes: fails what is parked for space, waits for what runs, syncs, cuts the tail, clears the in-use mark.
     /// Blocks. The image answers EIO afterwards. On error the in-use mark stays.
     pub fn close(self: &Arc<Self>) -> Result<()> {
-        if self.closing.swap(true, Ordering::SeqCst) {
+        if !self.ends.begin_close() {
             return Ok(());
         }
         self.fail_parked(&self.closed_error());
@@ -53,7 +53,7 @@ impl Image {
     /// What comes from now on, or came meanwhile, finds the image closed.
     fn closed(&self) {
         self.give_up_pages();
-        self.closed.store(true, Ordering::SeqCst);
+        self.ends.close();
         self.gate.take_outside().into_iter().for_each(|job| self.submit(job));
     }
 

@@ -3,8 +3,9 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use super::latency::Latencies;
 use super::{Image, Mode};
-use crate::sync::{Arc, AtomicU64, Ordering, thread_shard};
+use crate::sync::{Arc, AtomicU64, Ordering, Padded, SHARDS, thread_shard};
 
 /// Live counters of one image.
 #[derive(Clone, Copy, Debug)]
@@ -33,9 +34,20 @@ pub struct Stats {
     pub written_bytes: u64,
 }
 
-/// Counters of one thread shard.
+/// What one image counts.
 #[derive(Default)]
 pub(super) struct Counters {
+    shards: [Padded<Shard>; SHARDS],
+    latencies: Latencies,
+    discards: AtomicU64,
+    flushes: AtomicU64,
+    /// Nanoseconds since 1970; 0 = never.
+    last_write: AtomicU64,
+}
+
+/// Counters of one thread shard.
+#[derive(Default)]
+struct Shard {
     reads: AtomicU64,
     writes: AtomicU64,
     read_bytes: AtomicU64,
@@ -45,27 +57,32 @@ pub(super) struct Counters {
 impl Image {
     /// Live counters.
     pub fn stats(&self) -> Stats {
-        let sum = |of: fn(&Counters) -> &AtomicU64| -> u64 {
-            self.counters.iter().map(|c| of(&c.0).load(Ordering::Relaxed)).sum()
+        let sum = |of: fn(&Shard) -> &AtomicU64| -> u64 {
+            self.counters.shards.iter().map(|c| of(&c.0).load(Ordering::Relaxed)).sum()
         };
         Stats {
             mode: self.mode(),
-            low: self.is_low(),
+            low: self.space.is_low(),
             dirty_pages: self.dirty_pages(),
             queued: (self.space.parked() + self.flusher.throttled()) as u64,
             inflight: self.gate.inside(),
             reads: sum(|c| &c.reads),
             writes: sum(|c| &c.writes),
-            discards: self.discards.load(Ordering::Relaxed),
-            flushes: self.flushes.load(Ordering::Relaxed),
+            discards: self.counters.discards.load(Ordering::Relaxed),
+            flushes: self.counters.flushes.load(Ordering::Relaxed),
             read_bytes: sum(|c| &c.read_bytes),
             written_bytes: sum(|c| &c.written_bytes),
         }
     }
 
+    /// How long requests took; the code that answers them notes it.
+    pub fn latencies(&self) -> &Latencies {
+        &self.counters.latencies
+    }
+
     /// Time of the last write, discard or change of size through us.
     pub fn last_write(&self) -> Option<SystemTime> {
-        match self.last_write.load(Ordering::Relaxed) {
+        match self.counters.last_write.load(Ordering::Relaxed) {
             0 => None,
             nanos => Some(UNIX_EPOCH + Duration::from_nanos(nanos)),
         }
@@ -78,13 +95,13 @@ impl Image {
     }
 
     pub(super) fn count_read(&self, bytes: usize) {
-        let c = &self.counters[thread_shard()].0;
+        let c = &self.counters.shards[thread_shard()].0;
         c.reads.fetch_add(1, Ordering::Relaxed);
         c.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     pub(super) fn count_write(&self, bytes: usize) {
-        let c = &self.counters[thread_shard()].0;
+        let c = &self.counters.shards[thread_shard()].0;
         c.writes.fetch_add(1, Ordering::Relaxed);
         c.written_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.stamp();
@@ -93,14 +110,14 @@ impl Image {
     /// What a reader sees has changed, or may have: backups go by the time.
     pub(super) fn stamp(&self) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-        self.last_write.store(now, Ordering::Relaxed);
+        self.counters.last_write.store(now, Ordering::Relaxed);
     }
 
     pub(super) fn count_discard(&self) {
-        self.discards.fetch_add(1, Ordering::Relaxed);
+        self.counters.discards.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn count_flush(&self) {
-        self.flushes.fetch_add(1, Ordering::Relaxed);
+        self.counters.flushes.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -373,18 +373,14 @@ impl Image {
         must_zero: bool,
     ) -> Result<()> {
         let top = stack.top();
-        let punched = if self.cannot_punch.load(Ordering::SeqCst) {
-            Err(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+        let punched = if self.host.can_punch() {
+            self.host.during(|| top.file.punch(position, len))
         } else {
-            // Writers on transport threads would wait for the host's inode lock: they go to runners meanwhile.
-            self.host_busy.fetch_add(1, Ordering::SeqCst);
-            let punched = top.file.punch(position, len);
-            self.host_busy.fetch_sub(1, Ordering::SeqCst);
-            punched
+            Err(std::io::Error::from_raw_os_error(libc::EOPNOTSUPP))
         };
         let done = match punched {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                if !self.cannot_punch.swap(true, Ordering::SeqCst) {
+                if self.host.refuses_punches() {
                     log::warn!(
                         "{}: the host file system cannot punch holes; zeroes are written instead",
                         top.path.display()

@@ -8,7 +8,7 @@ use super::runner::Job;
 use super::stack::Stack;
 use crate::io::file::write_zeroes;
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 
 impl Image {
     /// Takes a file cluster of the top for `token`, one from `from` on where that is given, or keeps `job(token)` until one
@@ -87,9 +87,9 @@ impl Image {
         loop {
             let (from, to) = alloc.extension();
             let end = stack.geometry.cluster_position(to);
-            self.host_busy.fetch_add(1, Ordering::SeqCst);
-            let longer = if to > from && !broken(Rule::R2) { stack.top().file.set_len(end) } else { Ok(()) }; // 1
-            self.host_busy.fetch_sub(1, Ordering::SeqCst);
+            let longer = self.host.during(|| {
+                if to > from && !broken(Rule::R2) { stack.top().file.set_len(end) } else { Ok(()) }
+            }); // 1
             let waiting = match longer {
                 Ok(()) => alloc.extended(to), // 2
                 Err(e) => {
@@ -119,9 +119,7 @@ impl Image {
         let zeroed = batch.chunk_by(|a, b| a + 1 == *b).try_for_each(|run| {
             let (at, len) = (stack.geometry.cluster_position(run[0]), run.len() as u64 * self.cluster);
             let file = &*stack.top().file;
-            self.host_busy.fetch_add(1, Ordering::SeqCst);
-            let punched = file.punch(at, len);
-            self.host_busy.fetch_sub(1, Ordering::SeqCst);
+            let punched = self.host.during(|| file.punch(at, len));
             match punched {
                 Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => write_zeroes(file, at, len),
                 other => other,

@@ -12,7 +12,7 @@ use super::zero::is_zero;
 use super::{Image, Ready};
 use crate::error::{Error, Result, is_full};
 use crate::io::file::write_full;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 
 /// Clusters looked up and locked together: a 1 MiB request over 32 KiB clusters has at most 33. Far below the
 /// number of lock stripes, so that one request never meets itself.
@@ -70,7 +70,7 @@ impl Image {
             return Some(Err(e));
         }
         if !matches!(self.ready(), Ready::Yes)
-            || self.host_busy.load(Ordering::Relaxed) > 0
+            || self.host.is_busy()
             || self.space.is_full()
             || (self.flusher.is_over_bound() && !self.stack().never_blocks)
         {

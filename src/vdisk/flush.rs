@@ -35,7 +35,7 @@ use super::runner::Job;
 use super::stack::Stack;
 use crate::error::{Error, Kind, Result};
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, AtomicU64, Bug, Condvar, Mutex, Ordering, lock, planted, thread, wait};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Bug, Condvar, Mutex, Ordering, lock, planted, thread, wait};
 
 /// Unsynced bytes per image from which a round begins in the background (docs/design.md#bounds).
 pub(crate) const BACKGROUND: u64 = 64 << 20;
@@ -49,6 +49,8 @@ pub(super) struct Flusher {
     /// write, before its answer: an fsync that comes after the answer sees it, and a round that swapped it to 0 before the
     /// write ended leaves it for the next one.
     unsynced: AtomicU64,
+    /// The deadline of the dirty pages is armed.
+    timer: AtomicBool,
     /// Who waits for the next round. A leaf.
     state: Mutex<State>,
     /// The last round has ended; goes with `state`.
@@ -112,6 +114,16 @@ impl Flusher {
     /// True when writes must wait for a round.
     pub(super) fn is_over_bound(&self) -> bool {
         self.unsynced.load(Ordering::Relaxed) >= BOUND
+    }
+
+    /// Arms the deadline of the dirty pages. False: it is.
+    pub(super) fn arm(&self) -> bool {
+        !self.timer.swap(true, Ordering::SeqCst)
+    }
+
+    /// The deadline has come.
+    pub(super) fn disarm(&self) {
+        self.timer.store(false, Ordering::SeqCst);
     }
 
     /// Keeps `job(token)` until the end of a round, or gives the token back when the bound holds by now.
@@ -218,7 +230,7 @@ impl Image {
 
     fn begin(self: &Arc<Self>, mut state: crate::sync::MutexGuard<'_, State>) {
         // Not at once: the host has just said no. A close has no time.
-        if state.paused && !self.closing.load(Ordering::SeqCst) {
+        if state.paused && !self.is_closing() {
             return;
         }
         if !std::mem::replace(&mut state.running, true) {
@@ -270,7 +282,7 @@ impl Image {
     /// Puts `waiting` back, before those who came meanwhile, and has the clock begin the next attempt. While the image
     /// closes this thread sleeps, and true: it goes on. (At most for as long as a failing write is tried.)
     fn try_later(self: &Arc<Self>, mut waiting: Vec<Reply<()>>, e: &Error) -> bool {
-        let closing = self.closing.load(Ordering::SeqCst);
+        let closing = self.is_closing();
         let mut state = lock(&self.flusher.state);
         waiting.append(&mut state.waiting);
         state.waiting = waiting;

@@ -10,19 +10,100 @@ use super::changed::Changed;
 use super::scan::{self, Scan};
 use super::stack::Stack;
 use super::tracking::{self, uuid_text};
-use super::{Image, Layout, Level, Ready, Reply, Stage};
+use super::{Image, Layout, Level, Ready, Reply};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, Mutex, lock};
+use crate::sync::{Arc, AtomicU8, Mutex, MutexGuard, Ordering, lock};
 use crate::vdisk::runner::Job;
 
-/// Who waits until the mark is durable.
+/// How far an image is on its way to its first change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Stage {
+    ReadOnly = 0,
+    /// Scanned; the first change marks it in use.
+    Unmarked = 1,
+    Marked = 2,
+}
+
+/// The stage of an image, and the jobs that wait for the next one.
 #[derive(Default)]
 pub(super) struct Marker {
-    /// None = no thread marks yet. A leaf.
+    /// A [`Stage`]; it goes up by one, to `Marked` under `waiting`.
+    stage: AtomicU8,
+    /// None: no thread marks. Else one does, and these go on when it has ended. A leaf.
     waiting: Mutex<Option<Vec<Job>>>,
+}
+
+/// What a thread that wants the image marked does.
+enum Marking<T> {
+    /// It looks at the stage again.
+    Over(T),
+    /// Another thread marks; the token waits.
+    Queued,
+    /// It marks, and says how that ended: [`Marker::end`].
+    Ours(T),
+}
+
+impl Marker {
+    fn waiting(&self) -> MutexGuard<'_, Option<Vec<Job>>> {
+        let waiting = lock(&self.waiting);
+        debug_assert!(self.is_sound(&waiting), "what waits for the mark");
+        waiting
+    }
+
+    /// What holds whenever the lock is free: a thread marks only what is scanned and not marked; what waits for it would
+    /// else wait for ever, or the image be marked twice.
+    fn is_sound(&self, waiting: &Option<Vec<Job>>) -> bool {
+        waiting.is_none() || self.stage() == Stage::Unmarked
+    }
+
+    /// How far the image is.
+    pub(super) fn stage(&self) -> Stage {
+        match self.stage.load(Ordering::SeqCst) {
+            0 => Stage::ReadOnly,
+            1 => Stage::Unmarked,
+            _ => Stage::Marked,
+        }
+    }
+
+    fn step(&self, from: Stage, to: Stage) {
+        let _ = self.stage.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// The image was scanned.
+    pub(super) fn may_be_written(&self) {
+        self.step(Stage::ReadOnly, Stage::Unmarked);
+    }
+
+    /// Begins to mark, or keeps `job(token)` until it is done.
+    fn begin<T>(&self, token: T, job: impl FnOnce(T) -> Job) -> Marking<T> {
+        let mut waiting = self.waiting();
+        if self.stage() != Stage::Unmarked {
+            return Marking::Over(token);
+        }
+        match &mut *waiting {
+            Some(queue) => {
+                queue.push(job(token));
+                Marking::Queued
+            }
+            None => {
+                *waiting = Some(Vec::new());
+                Marking::Ours(token)
+            }
+        }
+    }
+
+    /// The image is marked, durably; or it is not (`marked` false), and the next one tries. Returns what waited.
+    fn end(&self, marked: bool) -> Vec<Job> {
+        let mut waiting = self.waiting();
+        if marked {
+            self.step(Stage::Unmarked, Stage::Marked);
+        }
+        waiting.take().unwrap_or_default()
+    }
 }
 
 impl Image {
@@ -50,23 +131,13 @@ impl Image {
         then: fn(T),
         fail: fn(T, Result<()>),
     ) {
-        let mut waiting = lock(&self.marker.waiting);
-        if self.stage() != Stage::Unmarked {
-            drop(waiting);
-            return then(token); // It looks at the stage again.
-        }
-        if let Some(queue) = &mut *waiting {
-            queue.push(Box::new(move || then(token)));
-            return;
-        }
-        *waiting = Some(Vec::new());
-        drop(waiting);
+        let token = match self.marker.begin(token, |token| Box::new(move || then(token))) {
+            Marking::Over(token) => return then(token),
+            Marking::Queued => return,
+            Marking::Ours(token) => token,
+        };
         let marked = self.mark();
-        if marked.is_ok() {
-            self.set_stage(Stage::Unmarked, Stage::Marked);
-        }
-        let queue = lock(&self.marker.waiting).take().unwrap_or_default();
-        queue.into_iter().for_each(|job| self.submit(job));
+        self.marker.end(marked.is_ok()).into_iter().for_each(|job| self.submit(job));
         match marked {
             Ok(()) => then(token),
             Err(e) => fail(token, Err(e)),
@@ -223,4 +294,37 @@ fn closed(header: &Header, empty: bool, extension: u64) -> Header {
     let flags = if empty { header.flags | FLAG_EMPTY } else { header.flags & !FLAG_EMPTY };
     let in_use = if extension == 0 { CLOSED } else { CLOSED_V21 };
     Header { in_use, flags, extension, ..*header }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job((): ()) -> Job {
+        Box::new(|| ())
+    }
+
+    #[test]
+    fn one_thread_marks_and_the_others_go_on_when_it_has_ended() {
+        let marker = Marker::default();
+        assert!(matches!(marker.begin((), job), Marking::Over(())), "nothing is scanned");
+        marker.may_be_written();
+        assert!(matches!(marker.begin((), job), Marking::Ours(())));
+        assert!(matches!(marker.begin((), job), Marking::Queued));
+        assert_eq!((marker.end(false).len(), marker.stage()), (1, Stage::Unmarked));
+        assert!(matches!(marker.begin((), job), Marking::Ours(())), "the next one tries");
+        assert_eq!((marker.end(true).len(), marker.stage()), (0, Stage::Marked));
+        assert!(matches!(marker.begin((), job), Marking::Over(())));
+    }
+
+    #[test]
+    fn a_job_that_waits_for_the_mark_of_a_marked_image_is_not_sound() {
+        let marker = Marker::default();
+        let waiting = Some(Vec::new());
+        assert!(!marker.is_sound(&waiting), "nothing is scanned");
+        marker.may_be_written();
+        assert!(marker.is_sound(&waiting));
+        marker.step(Stage::Unmarked, Stage::Marked);
+        assert!(!marker.is_sound(&waiting) && marker.is_sound(&None));
+    }
 }

@@ -2,8 +2,8 @@
 //!
 //! The way of a request: `gate` and `pio` (split, answer), `fast` (what ends on the caller's thread), `runner`
 //! (who does the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
-//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` (a full host), `tracking` (what
-//! has changed).
+//! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` and `full` (a
+//! full host), `ends` (failed, closed), `tracking` (what has changed).
 //!
 //! Lock order: docs/design.md#lock-order. Nothing but the cluster lock and the header is held across I/O.
 //!
@@ -22,7 +22,7 @@
 //!                          closed            (the next open begins anew)
 //! ```
 //!
-//! What it can do meanwhile ([`Mode`]: of `failed`, the stage and `space`):
+//! What it can do meanwhile ([`Mode`]: of `ends`, the stage and `space`):
 //!
 //! ```text
 //!   ReadOnly            stage ReadOnly, or failed
@@ -56,12 +56,15 @@ mod cow;
 mod discard;
 #[cfg(test)]
 mod edges;
+mod ends;
 mod engine;
 mod extend;
 mod fast;
 mod flush;
 mod foreign;
+mod full;
 mod gate;
+mod host;
 pub mod latency;
 pub mod live;
 pub mod locks;
@@ -92,12 +95,12 @@ pub use crate::image::level::{Layout, Level};
 use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
-use crate::sync::{Arc, AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, Padded, SHARDS, lock};
-use counters::Counters;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock};
 pub use counters::Stats;
 pub use engine::{Engine, Event, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
+use mark::Stage;
 pub use runner::Job;
 pub(crate) use stack::MAX_LEVELS;
 use stack::Stack;
@@ -116,16 +119,6 @@ pub enum Mode {
     FullError,
     /// Reads only: opened so, damaged, or a sync failed.
     ReadOnly,
-}
-
-/// How far an image is on its way to its first change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Stage {
-    ReadOnly = 0,
-    /// Scanned; the first change marks it in use.
-    Unmarked = 1,
-    Marked = 2,
 }
 
 /// May a write begin?
@@ -149,34 +142,19 @@ pub struct Image {
     size: AtomicU64,
     gate: gate::Gate,
     locks: ClusterLocks,
-    stage: AtomicU8,
     marker: mark::Marker,
     /// One at a time: live operations, and becoming writable. Before every other lock; held across I/O.
     operation: Mutex<()>,
     flusher: flush::Flusher,
     space: space::Space,
-    /// The BAT deadline is armed.
-    bat_timer: AtomicBool,
-    /// Punches and extensions running: inline writes would wait for the host's inode lock.
-    host_busy: AtomicU32,
-    /// The host answered EOPNOTSUPP to a punch.
-    cannot_punch: AtomicBool,
+    host: host::Host,
     /// Entries were taken away from a level below the top, and that is not durable (or failed): a cached page may say
     /// that nothing lies below a cluster where a power cut brings something back. Discards unmap nothing meanwhile.
     lower_may_return: AtomicBool,
     /// What has changed since the tracking began (`tracking`). Changes only under `operation`, or while the image opens.
     changed: ArcSwapOption<changed::Changed>,
-    failed: AtomicBool,
-    /// Why the image is read-only since it was opened. A leaf.
-    failure: Mutex<Option<Error>>,
-    closing: AtomicBool,
-    closed: AtomicBool,
-    counters: [Padded<Counters>; SHARDS],
-    latencies: latency::Latencies,
-    discards: AtomicU64,
-    flushes: AtomicU64,
-    /// Nanoseconds since 1970; 0 = never.
-    last_write: AtomicU64,
+    ends: ends::Ends,
+    counters: counters::Counters,
     /// The file that the kernel may read and write in our place.
     backing: std::sync::OnceLock<std::sync::Arc<Backing>>,
     /// The locks of its files, after a close that waited for no operation ([`keep`](Self::keep)). Behind the files.
@@ -227,25 +205,15 @@ impl Image {
             stack: ArcSwap::from_pointee(stack),
             gate: gate::Gate::default(),
             locks: ClusterLocks::default(),
-            stage: AtomicU8::new(Stage::ReadOnly as u8),
             marker: mark::Marker::default(),
             operation: Mutex::default(),
             flusher: flush::Flusher::default(),
             space: space::Space::default(),
-            bat_timer: AtomicBool::new(false),
-            host_busy: AtomicU32::new(0),
-            cannot_punch: AtomicBool::new(false),
+            host: host::Host::default(),
             lower_may_return: AtomicBool::new(false),
             changed: ArcSwapOption::empty(),
-            failed: AtomicBool::new(false),
-            failure: Mutex::default(),
-            closing: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            counters: Default::default(),
-            latencies: latency::Latencies::default(),
-            discards: AtomicU64::new(0),
-            flushes: AtomicU64::new(0),
-            last_write: AtomicU64::new(0),
+            ends: ends::Ends::default(),
+            counters: counters::Counters::default(),
             backing: std::sync::OnceLock::new(),
             kept: std::sync::OnceLock::new(),
         }))
@@ -273,7 +241,7 @@ impl Image {
                 log::warn!("{}: {why}; the changes are not tracked any more", stack.top().path.display());
             }
         }
-        self.set_stage(Stage::ReadOnly, Stage::Unmarked);
+        self.marker.may_be_written();
         Ok(())
     }
 
@@ -336,14 +304,9 @@ impl Image {
         discard::submit(self, offset, len, reply);
     }
 
-    /// How long requests took; what answers them notes it.
-    pub fn latencies(&self) -> &latency::Latencies {
-        &self.latencies
-    }
-
     /// What it can do at the moment.
     pub fn mode(&self) -> Mode {
-        if self.failed.load(Ordering::SeqCst) || self.stage() == Stage::ReadOnly {
+        if self.ends.has_failed() || self.stage() == Stage::ReadOnly {
             Mode::ReadOnly
         } else if !self.space.is_full() {
             Mode::Write
@@ -440,19 +403,11 @@ impl Image {
     }
 
     fn stage(&self) -> Stage {
-        match self.stage.load(Ordering::SeqCst) {
-            0 => Stage::ReadOnly,
-            1 => Stage::Unmarked,
-            _ => Stage::Marked,
-        }
-    }
-
-    fn set_stage(&self, from: Stage, to: Stage) {
-        let _ = self.stage.compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst);
+        self.marker.stage()
     }
 
     fn ready(&self) -> Ready {
-        if self.failed.load(Ordering::SeqCst) {
+        if self.ends.has_failed() {
             return Ready::No(self.failure().unwrap_or_else(|| self.closed_error()));
         }
         match self.stage() {
@@ -464,8 +419,12 @@ impl Image {
         }
     }
 
+    fn is_closing(&self) -> bool {
+        self.ends.is_closing()
+    }
+
     fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.ends.is_closed()
     }
 
     fn closed_error(&self) -> Error {
@@ -474,21 +433,13 @@ impl Image {
 
     /// Why the image turned read-only after it was opened.
     pub fn failure(&self) -> Option<Error> {
-        if !self.failed.load(Ordering::SeqCst) {
-            return None;
-        }
-        lock(&self.failure).clone()
+        self.ends.failure()
     }
 
     /// Read-only from now on (R7): every waiter and every later fsync fails until the image is closed.
     fn fail(self: &Arc<Self>, error: &Error) {
-        {
-            let mut failure = lock(&self.failure);
-            if failure.is_some() {
-                return;
-            }
-            *failure = Some(error.with_kind(Kind::Io));
-            self.failed.store(true, Ordering::SeqCst);
+        if !self.ends.fail(error) {
+            return;
         }
         self.engine.emit(Event::ReadOnly { image: self.name.clone(), reason: error.to_string() });
         // Not here: this may be a thread that holds the header or a cluster.

@@ -23,7 +23,7 @@ use super::zero::is_zero;
 use super::{Image, Ready};
 use crate::error::{Error, Kind, Result, is_full};
 use crate::io::file::write_full;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 
 /// Runs a write pio; it holds no lock. May block on the host: for runners only.
 pub(super) fn run(pio: Pio) {
@@ -207,7 +207,7 @@ impl Image {
             return Some(pio);
         }
         pio.leave();
-        let failed = || self.failed.load(Ordering::SeqCst);
+        let failed = || self.ends.has_failed();
         if let Some(pio) = self.flusher.throttle(pio, failed, |pio| Box::new(move || pio.come_back())) {
             pio.come_back();
         }
@@ -216,7 +216,7 @@ impl Image {
 
     /// Calls `waiter` when fewer BAT pages are dirty. It holds no lock and is outside the gate meanwhile.
     pub(super) fn when_pages_are_clean(self: &Arc<Self>, waiter: CleanWaiter) {
-        let closing = || self.closing.load(Ordering::SeqCst);
+        let closing = || self.is_closing();
         let crowded = || self.stack().bat.as_ref().is_some_and(|bat| bat.crowded());
         let queued = self.engine.when_pages_are_clean(self.id, closing, crowded, waiter);
         // Pages of any image may be the dirty ones: ours go now, others' at their deadline. Without any of our own

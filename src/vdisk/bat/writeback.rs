@@ -10,7 +10,7 @@ use super::cache::Copy;
 use crate::error::{Error, Kind, is_full};
 use crate::format::bat::PAGE_BYTES;
 use crate::io::file::write_full;
-use crate::sync::{Arc, Ordering, lock};
+use crate::sync::{Arc, lock};
 use crate::vdisk::Image;
 use crate::vdisk::engine::OnFull;
 use crate::vdisk::flush::Unfinished;
@@ -35,13 +35,13 @@ impl Image {
     fn start_round_in(self: &Arc<Self>, delay: Duration) {
         // One timer per image: the round it starts takes every dirty page, so that no page waits longer than
         // its own deadline, and one that is dirtied again and again is still written.
-        if !self.bat_timer.swap(true, Ordering::SeqCst) {
+        if self.flusher.arm() {
             let image = Arc::downgrade(self);
             let job = move || {
                 if let Some(image) = image.upgrade() {
-                    image.bat_timer.store(false, Ordering::SeqCst);
+                    image.flusher.disarm();
                     // A close runs the last round itself; after it, the file may be another process's.
-                    if !image.closing.load(Ordering::SeqCst) {
+                    if !image.is_closing() {
                         image.start_round();
                     }
                 }
@@ -68,7 +68,7 @@ impl Image {
         }
         // The collector: each page is clean unless it changed meanwhile; what it unmapped is free (R4).
         let Some(bat) = &stack.bat else { return Ok(()) };
-        let punched = !self.cannot_punch.load(Ordering::SeqCst);
+        let punched = self.host.can_punch();
         let mut freed = 0;
         for copy in copies {
             bat.written(copy.page);
@@ -119,7 +119,7 @@ impl Image {
         }
         let since = self.flusher.bat_fails_since();
         let given_up = patience.is_some_and(|p| since.elapsed() >= p);
-        if full && (given_up || self.closing.load(Ordering::SeqCst)) {
+        if full && (given_up || self.is_closing()) {
             self.bat_timed_out();
             // Who comes next waits as long again, once the mode has ended.
             self.flusher.bat_works();
@@ -157,7 +157,7 @@ impl Image {
         }
         copies.into_iter().for_each(|copy| bat.not_written(copy));
         // Not at once: the host has just said no, and would be asked as fast as it can answer.
-        if self.failure().is_none() && !self.closing.load(Ordering::SeqCst) {
+        if self.failure().is_none() && !self.is_closing() {
             self.start_round_in(self.engine.options.bat_delay.max(PAUSE));
         }
     }

@@ -140,7 +140,7 @@ impl Image {
     }
 
     pub(super) fn stopped(&self, progress: &Progress) -> Result<()> {
-        if self.closing.load(Ordering::SeqCst) {
+        if self.is_closing() {
             return Err(self.closed_error());
         }
         progress.check()
@@ -270,7 +270,7 @@ impl Image {
                 self.load_and_wait(&stack, *cluster)?;
                 drop(inside);
             }
-            progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+            progress.add_while(self.cluster, || !self.is_closing());
             self.flush_if_much()?;
         }
         Ok(())
@@ -323,7 +323,7 @@ impl Image {
                     Moved::NotThere => continue,
                     Moved::NoPlace => break,
                 }
-                progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+                progress.add_while(self.cluster, || !self.is_closing());
                 self.flush_if_much()?;
             }
             if *moved == before {
@@ -449,7 +449,7 @@ impl Image {
         let stack = arc_swap::Guard::into_inner(self.stack());
         let (alloc, top) = (stack.allocator(), stack.top());
         let cut = loop {
-            if self.closing.load(Ordering::SeqCst) {
+            if self.is_closing() {
                 return Err(self.closed_error());
             }
             match alloc.begin_cut() {
@@ -458,9 +458,7 @@ impl Image {
             }
         };
         let end = stack.geometry.cluster_position(cut.end);
-        self.host_busy.fetch_add(1, Ordering::SeqCst);
-        let shorter = top.file.set_len(end);
-        self.host_busy.fetch_sub(1, Ordering::SeqCst);
+        let shorter = self.host.during(|| top.file.set_len(end));
         // What is allocated behind it later is zero only if the cut survives.
         let (waiting, done) = match shorter {
             Ok(()) => (self.sync_data(&stack), None),

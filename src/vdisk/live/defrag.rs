@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::bat::{cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::rules::{Rule, broken};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use crate::vdisk::Image;
 use crate::vdisk::live::compact::Moved;
 use crate::vdisk::live::order::{Moves, Order, Step};
@@ -67,7 +67,7 @@ impl Image {
                 let done = self.take_step(&stack, &mut plan, what, progress); // 3
                 if done.map_err(|e| self.no_room(e))? {
                     *moved += 1;
-                    progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+                    progress.add_while(self.cluster, || !self.is_closing());
                 }
                 self.flush_if_much()?;
             }

@@ -57,7 +57,7 @@ impl Image {
                 ));
             }
         };
-        if self.closing.load(Ordering::SeqCst) {
+        if self.is_closing() {
             return Err(self.closed_error());
         }
         Ok(guard)

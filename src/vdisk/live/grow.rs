@@ -4,7 +4,7 @@ use crate::error::{Error, Kind, Result};
 use crate::format::header::{Geometry, HEADER_BYTES, Header};
 use crate::io::file::{read_full, write_full, write_zeroes};
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering, lock};
+use crate::sync::{Arc, lock};
 use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
@@ -110,7 +110,7 @@ impl Image {
     /// us: the disk is as long as that from now on. Blocks; not for runners or transport threads.
     pub fn follow_file(self: &Arc<Self>) -> Result<()> {
         let _alone = lock(&self.operation);
-        if self.closing.load(Ordering::SeqCst) {
+        if self.is_closing() {
             return Err(self.closed_error());
         }
         let stack = arc_swap::Guard::into_inner(self.stack());
@@ -139,7 +139,7 @@ impl Image {
                 if in_the_way {
                     progress.check()?;
                     self.move_cluster((at - HEADER_BYTES) / 4 + i as u64, first)?;
-                    progress.add_while(self.cluster, || !self.closing.load(Ordering::SeqCst));
+                    progress.add_while(self.cluster, || !self.is_closing());
                 }
             }
             at += bytes.len() as u64;
@@ -149,7 +149,7 @@ impl Image {
 
     fn move_cluster(self: &Arc<Self>, cluster: u64, first: u64) -> Result<()> {
         loop {
-            if self.closing.load(Ordering::SeqCst) {
+            if self.is_closing() {
                 return Err(self.closed_error());
             }
             let visit = self.enter_and_wait()?;

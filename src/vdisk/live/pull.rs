@@ -4,7 +4,7 @@
 use crate::error::Result;
 use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
@@ -32,14 +32,14 @@ impl Image {
             for cluster in self.read_from(cluster, clusters, index)? {
                 loop {
                     progress.check()?;
-                    if self.closing.load(Ordering::SeqCst) {
+                    if self.is_closing() {
                         return Err(self.closed_error());
                     }
                     match self.pull_cluster(cluster, index)? {
                         Attempt::Again => continue,
                         Attempt::Nothing => break,
                         Attempt::Copied(bytes) => {
-                            progress.add_while(bytes, || !self.closing.load(Ordering::SeqCst));
+                            progress.add_while(bytes, || !self.is_closing());
                             break;
                         }
                     }
