@@ -383,6 +383,26 @@ fn a_command_that_runs_out_of_descriptors_leaves_no_folder_with_a_link() {
     panic!("it never had enough");
 }
 
+/// The snapshot that it takes makes a folder of a single file, and so did one of which nothing came.
+#[test]
+fn a_failed_backup_of_a_single_file_leaves_a_single_file() {
+    let folder = temp_dir();
+    let path = |name: &str| folder.path().join(name);
+    Run::ploopfs().args(["create", text(&path("a.hds")), "--size", "8M"]).ok();
+    fs::write(path("b.raw"), vec![7; 8 << 20]).expect("a raw file");
+    fs::write(path("content"), [&[7; 3 << 20][..], &vec![0; 5 << 20]].concat()).expect("a disk");
+    Run::ploopfs().args(["import", text(&path("content")), text(&path("c.hds"))]).ok();
+    for image in ["a.hds", "b.raw", "c.hds"] {
+        let line = format!("{} backup {} > /dev/full", env!("CARGO_BIN_EXE_ploopfs"), text(&path(image)));
+        let done = Run::new("sh").args(["-c", &line]).run();
+        assert_eq!(done.code(), Some(1), "{done}");
+        assert_eq!(names(folder.path()), ["a.hds", "b.raw", "c.hds", "content"], "{image}: {done}");
+        Run::ploopfs().args(["check", text(&path(image))]).ok();
+    }
+    Run::ploopfs().args(["export", text(&path("c.hds")), text(&path("back"))]).ok();
+    assert!(fs::read(path("back")).expect("read") == fs::read(path("content")).expect("read"));
+}
+
 #[test]
 fn a_first_snapshot_that_finds_no_space_leaves_no_folder_under_a_disk_in_use() {
     require!("fuse");

@@ -1,5 +1,6 @@
 //! `ploopfs backup`.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, served};
 use crate::disk::find;
+use crate::disk::work::to_file;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::stream::Head;
@@ -53,6 +55,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let mut target = target::find_any(&args.image)?;
     let output = output(args.output.as_deref())?;
     let since = args.since.as_deref().map(|name| base(&target, name)).transpose()?;
+    // What it is before its first snapshot.
+    let file = (!target.is_layered()).then(|| target.path.file_name().map(OsStr::to_owned)).flatten();
     let own = match &target.snapshot {
         Some(_) => None,
         // Nothing can change it, so that it stands still by itself; and no snapshot can be put there.
@@ -78,7 +82,14 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     };
     if let Err(e) = result {
         // It is no base for another backup: of this one there is nothing.
-        if let Err(e) = take_back(&target.path, &name) {
+        let taken_back = take_back(&target.path, &name);
+        if taken_back.is_ok()
+            && let Some(file) = file.filter(|_| served::serving(&target.path).is_ok_and(|by| by.is_none()))
+            && let Err(e) = to_file(&target.path, &file)
+        {
+            log::debug!("{e}; the image stays a folder");
+        }
+        if let Err(e) = taken_back {
             let _ = writeln!(
                 std::io::stderr(),
                 "ploopfs: the snapshot {0} is left, of which there is no backup ({e}); this removes it: ploopfs snapshot delete \

@@ -112,8 +112,9 @@ fn in_its_place(folder: &Path, act: impl FnOnce(BorrowedFd<'_>, &Path, &OsStr) -
     act(images.as_fd(), parent, name)
 }
 
-/// Makes the image in `folder` the single file `file` again, for which nothing was done after all.
-fn to_file(folder: &Path, file: &OsStr) -> Result<()> {
+/// Makes the image in `folder` the single file `file` again, for which nothing was done after all. It stays a folder where
+/// anything came of it.
+pub fn to_file(folder: &Path, file: &OsStr) -> Result<()> {
     let opener = Arc::new(Direct(Access::ReadWrite));
     let (layers, chain) = Layers::open(image_folder(folder)?, folder, opener, false)?;
     drop(chain);
