@@ -431,7 +431,7 @@ fn an_interrupted_backup_or_restore_leaves_nothing() {
     std::thread::sleep(Duration::from_millis(200));
     signal(&child);
     assert_eq!(child.wait().expect("our child").code(), Some(1));
-    assert_eq!(folder.names(), ["disk.raw", "vm"]);
+    assert_eq!(folder.names(), ["disk.raw", "vm.hds"]);
     assert_eq!(folder.snapshots("vm"), [""]);
     folder.ok(&["backup", "vm", "-o", "full"]);
     let mut child = folder.start(&["restore", "full", "new", slow[0], slow[1]], Stdio::null(), Stdio::null());

@@ -2,6 +2,7 @@
 //! that stands on it; so this is asked before anything is changed. Files are known by device and inode, whatever they are
 //! called: by a relative path, through a link to a folder, by a hard link, through a bind mount.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -37,38 +38,45 @@ fn owner_of(file: &Path, wanted: Identity, links: u64) -> Option<PathBuf> {
     ways.insert(0, file.to_owned());
     let near = || ways.iter().find_map(|way| above(way, wanted));
     // A file with one name has none in another folder.
-    near().or_else(|| if links > 1 { in_served_folders(wanted) } else { None })
+    near().or_else(|| if links > 1 { in_served_folders(file, wanted) } else { None })
 }
 
-/// Looks where hard links lead, mostly: in every folder that a mount of ours shows here.
-fn in_served_folders(wanted: Identity) -> Option<PathBuf> {
-    let mut table = mounts::all().unwrap_or_default();
-    table.retain(|mount| mount.is_ours() && mount.clone().trusted().is_ok());
-    table.into_iter().find_map(|mount| above(&mount.source.join("name"), wanted))
+/// Looks where hard links lead, mostly: in the folders of the same file system as `file` that mounts of ours show here. Which
+/// those are the table of mounts tells: another file system may not answer.
+fn in_served_folders(file: &Path, wanted: Identity) -> Option<PathBuf> {
+    let table = mounts::all().unwrap_or_default();
+    let here = mounts::covering_in(&table, file)?.device;
+    let near = |path: &Path| mounts::covering_in(&table, path).is_some_and(|mount| mount.device == here);
+    let ours = table.iter().filter(|mount| mount.is_ours() && !mount.is_of_another());
+    let sources: HashSet<&Path> = ours.map(|mount| &*mount.source).filter(|source| near(source)).collect();
+    sources.into_iter().find_map(|source| within(source, wanted))
 }
 
 /// Looks in every folder above `file`, and in those that lie in one of them.
 fn above(file: &Path, wanted: Identity) -> Option<PathBuf> {
     let here = |folder: &Path| device(folder) == Some(wanted.0);
     for around in file.ancestors().skip(1).take_while(|around| here(around)) {
-        if names(around, wanted) {
-            return Some(around.to_owned());
-        }
-        // A folder that may not be listed is one whose images cannot be known either. One whose name begins with a dot is
-        // no image: a crash may have left it, with a link to the file, before it got its name.
-        let Ok(entries) = around.read_dir() else { continue };
-        let may_be_one = |entry: &fs::DirEntry| {
-            !entry.file_name().as_encoded_bytes().starts_with(b".")
-                && entry.file_type().is_ok_and(|kind| kind.is_dir())
-        };
-        let folders =
-            entries.filter_map(std::result::Result::ok).filter(may_be_one).map(|entry| entry.path());
-        let mut owners = folders.filter(|folder| here(folder) && names(folder, wanted));
-        if let Some(found) = owners.next() {
+        if let Some(found) = within(around, wanted) {
             return Some(found);
         }
     }
     None
+}
+
+/// Looks in `around`, and in the folders that lie in it, on the file's own file system.
+fn within(around: &Path, wanted: Identity) -> Option<PathBuf> {
+    if names(around, wanted) {
+        return Some(around.to_owned());
+    }
+    // A folder that may not be listed is one whose images cannot be known either. One whose name begins with a dot is
+    // no image: a crash may have left it, with a link to the file, before it got its name.
+    let may_be_one = |entry: &fs::DirEntry| {
+        !entry.file_name().as_encoded_bytes().starts_with(b".")
+            && entry.file_type().is_ok_and(|kind| kind.is_dir())
+    };
+    let entries = around.read_dir().ok()?.filter_map(std::result::Result::ok);
+    let mut folders = entries.filter(may_be_one).map(|entry| entry.path());
+    folders.find(|folder| device(folder) == Some(wanted.0) && names(folder, wanted))
 }
 
 /// Where else the same file is seen: by other mounts of its file system, where one of them was bound.
