@@ -263,18 +263,28 @@ fn the_last_free_thread_hands_a_blocking_write_over_and_keeps_serving() {
 /// More than the 64 entries that a queue of the rings begins with, fewer than the 256 that it may come to have.
 #[test]
 fn many_requests_that_wait_leave_others_of_their_cpu_alone() {
-    const MANY: usize = 100;
+    many_wait(100);
+}
+
+#[test]
+fn more_requests_at_once_than_a_queue_has_entries_are_taken_when_it_gets_more() {
+    many_wait(600);
+}
+
+fn many_wait(many: usize) {
     let mounted = Mounted::new(Probe { held_reads: true, ..Probe::default() }, 2);
     let disk = Arc::new(mounted.disk());
     let all = rustix::thread::sched_getaffinity(None).expect("our CPUs");
     let cpu = (0..1024).find(|cpu| all.is_set(*cpu)).expect("one at least");
     let mut one = rustix::thread::CpuSet::new();
     one.set(cpu);
-    let readers: Vec<_> = (0..MANY)
+    let all_at_once = Arc::new(std::sync::Barrier::new(many));
+    let readers: Vec<_> = (0..many)
         .map(|_| {
-            let disk = disk.clone();
+            let (disk, all_at_once) = (disk.clone(), all_at_once.clone());
             thread::spawn(move || {
                 rustix::thread::sched_setaffinity(None, &one).expect("bound");
+                all_at_once.wait();
                 disk.read_at(&mut [0; 512], 0)
             })
         })
@@ -288,7 +298,7 @@ fn many_requests_that_wait_leave_others_of_their_cpu_alone() {
         let _ = send.send(other.symlink_metadata().is_ok());
     });
     assert!(answered.recv_timeout(DEADLINE).expect("a look-up is answered beside them"));
-    until("all wait", || waiting() == MANY);
+    until("all wait", || waiting() == many);
     mounted.probe.open_gate();
     for reader in readers {
         assert_eq!(reader.join().expect("no panic").expect("read"), 512);

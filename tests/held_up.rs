@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -99,16 +100,14 @@ fn an_open_of_a_locked_image_is_answered_before_its_holder_is_looked_for_and_hol
     assert!(snapshot.stderr.contains(&named), "{snapshot}");
 }
 
-#[test]
-fn an_image_whose_host_hangs_holds_up_no_user_of_another() {
-    require!("fuse");
-    // The base of an image lies on a mount whose daemon is stopped.
+/// A mount with an image `deep`, whose base lies on the first mount: it hangs while the daemon of that one is stopped.
+fn over_another(size: &str, args: &[&str]) -> (Mount, tempfile::TempDir, Mount) {
     let host = Mount::new(&[]);
-    Run::ploopfs().args(["create", "--size", "20M", "--format", "raw"]).arg(host.images().join("base")).ok();
+    Run::ploopfs().args(["create", "--size", size, "--format", "raw"]).arg(host.images().join("base")).ok();
     assert!(until(SOON, || host.flat("base").exists()), "not shown");
     let images = common::temp_dir();
     let deep = images.path().join("deep");
-    Run::ploopfs().args(["create", "--size", "20M", "--format", "raw"]).arg(&deep).ok();
+    Run::ploopfs().args(["create", "--size", size, "--format", "raw"]).arg(&deep).ok();
     Run::ploopfs().args(["snapshot", "create"]).arg(images.path().join("deep.raw")).arg("s1").ok();
     let descriptor = deep.join("DiskDescriptor.xml");
     let xml = fs::read_to_string(&descriptor).expect("the descriptor");
@@ -117,8 +116,149 @@ fn an_image_whose_host_hangs_holds_up_no_user_of_another() {
     let named = named.expect("a raw base").to_owned();
     let moved = xml.replace(&format!("<File>{named}<"), &format!("<File>{}<", text(&host.flat("base"))));
     fs::write(&descriptor, moved).expect("written");
-    let args = ["--allow-outside", "--threads", "2", "--create", "vm2=20M", "--create", "vm4=20M"];
-    let mount = Mount::over(images.path(), &args);
+    let mount = Mount::over(images.path(), &[&["--allow-outside"], args].concat());
+    (host, images, mount)
+}
+
+fn open_direct(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).expect("opens")
+}
+
+/// Does something with so much memory as O_DIRECT wants it.
+fn with_aligned<T>(len: usize, act: impl FnOnce(&mut [u8]) -> T) -> T {
+    let mut memory = vec![7; len + 4096];
+    let start = memory.as_ptr().align_offset(4096);
+    act(&mut memory[start..start + len])
+}
+
+/// Writes of 1 MiB to the image `deep`, each by a thread of its own, that each copy two clusters of its base; what became
+/// of them.
+fn writers(deep: File, count: u64) -> Vec<thread::JoinHandle<std::io::Result<usize>>> {
+    let deep = Arc::new(deep);
+    let start = |n: u64| {
+        let deep = deep.clone();
+        let write = move || {
+            // The threads' own memory is no part of this: each touches one page of it.
+            with_aligned(1 << 20, |data| deep.write_at(data, (1 << 19) + (n << 20)))
+        };
+        thread::Builder::new().stack_size(64 << 10).spawn(write).expect("a thread")
+    };
+    (0..count).map(start).collect()
+}
+
+/// Reads 4 KiB of an image again and again, from each CPU, and sends how long each took.
+fn read_on(mount: &Mount, name: &str) -> std::sync::mpsc::Receiver<Duration> {
+    let (send, receive) = std::sync::mpsc::channel();
+    let file = Arc::new(open_direct(&mount.flat(name)));
+    let all = rustix::thread::sched_getaffinity(None).expect("our CPUs");
+    for cpu in (0..rustix::thread::CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)) {
+        let (send, file) = (send.clone(), file.clone());
+        thread::spawn(move || {
+            let mut own = rustix::thread::CpuSet::new();
+            own.set(cpu);
+            rustix::thread::sched_setaffinity(None, &own).expect("bound");
+            with_aligned(4096, |data| {
+                loop {
+                    let began = Instant::now();
+                    let read = file.read_at(data, 4096);
+                    if !read.is_ok_and(|n| n == 4096) || send.send(began.elapsed()).is_err() {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(5));
+                }
+            })
+        });
+    }
+    receive
+}
+
+/// One at a time: each fills the daemon's memory.
+static LARGE: Mutex<()> = Mutex::new(());
+
+#[test]
+fn an_image_with_500_mib_of_writes_waiting_for_a_host_that_hangs_stops_no_other_and_the_memory_is_given_back()
+{
+    require!("fuse");
+    let _one = LARGE.lock();
+    let (host, _images, mount) = over_another("600M", &["--threads", "2", "--create", "vm2=20M"]);
+    let reads = read_on(&mount, "vm2");
+    reads.recv_timeout(SOON).expect("a read");
+    let deep = open_direct(&mount.flat("deep"));
+    let stopped = Stopped::new(host.pid());
+    let writers = writers(deep, 500);
+    let (mut took, mut most) = (Vec::new(), 0);
+    let end = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < end {
+        took.push(reads.recv_timeout(SOON).expect("reads of another image go on"));
+        most = most.max(status(mount.pid(), "VmRSS:") >> 10);
+    }
+    drop(reads);
+    drop(stopped);
+    for writer in writers {
+        assert_eq!(writer.join().expect("no panic").expect("its host goes on"), 1 << 20);
+    }
+    took.sort_unstable();
+    let p99 = took[took.len() * 99 / 100];
+    println!(
+        "HELD_UP 500 writes of 1 MiB wait: {} reads of another image, p99 {p99:?}, at most {:?}; {most} MiB",
+        took.len(),
+        took[took.len() - 1]
+    );
+    assert!(p99 < Duration::from_millis(500), "{p99:?}");
+    assert!(most < 600, "{most} MiB");
+    assert!(until(SOON, || status(mount.pid(), "VmRSS:") >> 10 < 200), "{}", status(mount.pid(), "VmRSS:"));
+}
+
+#[test]
+fn an_image_that_fills_the_memory_while_its_host_hangs_is_refused_more_after_30_s_and_the_others_go_on() {
+    require!("fuse");
+    let _one = LARGE.lock();
+    let (host, _images, mount) = over_another("900M", &["--threads", "2", "--create", "vm2=20M"]);
+    let reads = read_on(&mount, "vm2");
+    reads.recv_timeout(SOON).expect("a read");
+    let deep = open_direct(&mount.flat("deep"));
+    let stopped = Stopped::new(host.pid());
+    let began = Instant::now();
+    let writers = writers(deep, 800);
+    let most = || status(mount.pid(), "VmRSS:") >> 10;
+    // They may wait so long, once.
+    assert!(until(Duration::from_secs(60), || writers.iter().any(|w| w.is_finished())), "none is refused");
+    assert!(began.elapsed() > Duration::from_secs(29), "{:?}", began.elapsed());
+    let held = most();
+    assert!(held < 600, "{held} MiB");
+    let mut slowest = Duration::ZERO;
+    while reads.try_recv().is_ok() {}
+    for _ in 0..200 {
+        slowest = slowest.max(reads.recv_timeout(SOON).expect("reads of another image go on"));
+    }
+    println!("HELD_UP 800 writes of 1 MiB, after {:?}: reads in {slowest:?}; {held} MiB", began.elapsed());
+    // So do large writes of another.
+    let (send, written) = std::sync::mpsc::channel();
+    let vm2 = open_direct(&mount.flat("vm2"));
+    thread::spawn(move || {
+        let wrote = (0..20).all(|n| with_aligned(1 << 20, |data| vm2.write_at(data, n << 20)).is_ok());
+        let _ = send.send(wrote);
+    });
+    assert_eq!(written.recv_timeout(SOON), Ok(true));
+    // Those that had room wait on, and are not lost.
+    drop(stopped);
+    let outcomes: Vec<_> = writers.into_iter().map(|writer| writer.join().expect("no panic")).collect();
+    let refused = outcomes.iter().filter_map(|outcome| outcome.as_ref().err());
+    assert!(refused.clone().all(|e| e.raw_os_error() == Some(libc::EIO)));
+    let refused = refused.count();
+    assert!((200..400).contains(&refused), "{refused} of 800");
+    let log = log(&mount);
+    assert_eq!(log.matches("its host has completed nothing for 3").count(), 1, "said once: {log}");
+    let deep = open_direct(&mount.flat("deep"));
+    with_aligned(1 << 20, |data| deep.write_at(data, 0)).expect("its host goes on, and so does it");
+}
+
+#[test]
+fn an_image_whose_host_hangs_holds_up_no_user_of_another() {
+    require!("fuse");
+    // The base of an image lies on a mount whose daemon is stopped.
+    let (host, _images, mount) =
+        over_another("20M", &["--threads", "2", "--create", "vm2=20M", "--create", "vm4=20M"]);
     let snapshots = mount.point().join(".snapshots/deep");
     assert_eq!(fs::read_dir(&snapshots).expect("listed").count(), 1);
     assert_eq!(fs::metadata(mount.flat("deep")).expect("stat").len(), 20 << 20);

@@ -158,6 +158,7 @@ fn facts() -> Vec<(&'static str, String)> {
         ("BOUND", vdisk::BOUND),
         ("PARKED_OF_ONE", buffers::PARKED_OF_ONE),
         ("PARKED", buffers::PARKED),
+        ("ONE_WAITS", (buffers::LIMIT - buffers::RESERVE) as u64),
     ];
     let options = [
         ("BAT_DELAY", "bat_delay"),
@@ -168,6 +169,7 @@ fn facts() -> Vec<(&'static str, String)> {
     let mut facts = vec![
         ("VERSION", env!("CARGO_PKG_VERSION").to_owned()),
         ("DATE", DATE.to_owned()),
+        ("HUNG", buffers::HUNG.as_secs().to_string()),
         ("MAX_LEVELS", vdisk::MAX_LEVELS.to_string()),
         ("MAX_LABEL", MAX_LABEL.to_string()),
         ("FREEZE_LIMIT", freeze::LONGEST.as_secs().to_string()),

@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use crate::io::backing::Backing;
+use crate::io::buffers::{self, Room};
 use crate::io::planned::Planned;
 
 /// An errno of the host, as the kernel gets it. Never 0.
@@ -171,6 +172,17 @@ pub enum Now<T> {
     Later,
 }
 
+/// The data of a write in memory that is the transport's, and that it needs for other requests.
+pub trait Held: Send {
+    /// How many bytes.
+    fn len(&self) -> usize;
+    /// True when the transport can do without this memory for as long as a host may take. What is not lent can still be
+    /// answered, and the memory is free then.
+    fn may_be_lent(&self) -> bool;
+    /// The data; the memory is the transport's again when the last of it is dropped.
+    fn lend(self: Box<Self>) -> Bytes;
+}
+
 /// One file system, as transports see it. All methods may be called from many threads at once.
 ///
 /// Methods without [`Done`] must not block, and none may wait on the thread that calls it.
@@ -249,10 +261,23 @@ pub trait FileSystem: Send + Sync + 'static {
         let _ = handle;
         false
     }
-    /// True while requests wait for space on the host, which may be long. Such requests keep what a transport has only so
-    /// much of.
-    fn has_parked(&self) -> bool {
-        false
+    /// Room for a write of `len` bytes that is to be copied for [`write_later`](Self::write_later). Waits where there is
+    /// none, since nothing else keeps the kernel from sending more; an image whose host hangs gets EIO.
+    fn room(&self, handle: Handle, len: usize) -> Answer<Room> {
+        let _ = handle;
+        Ok(buffers::any_room(len))
+    }
+    /// The same as [`room`](Self::room) and [`write_later`](Self::write_later), for data that needs no copy. What waits for
+    /// room waits on no thread.
+    fn write_held(
+        &self,
+        handle: Handle,
+        offset: u64,
+        data: Box<dyn Held>,
+        flags: OpenFlags,
+        done: Done<usize>,
+    ) {
+        self.write_later(handle, offset, data.lend(), flags, done);
     }
     /// Writes; answers from any thread.
     fn write_later(&self, handle: Handle, offset: u64, data: Bytes, flags: OpenFlags, done: Done<usize>);

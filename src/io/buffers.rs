@@ -1,24 +1,40 @@
 //! Memory for the data of writes that wait: bounded in bytes, and given back to the system when they have ended.
 //!
-//! A write that does not end on the transport's thread is copied, and waits: for a runner, a sync, space, or a host that
-//! stands still. The kernel sends thousands of them, each of up to 1 MiB, to a daemon whose memory is locked and which is
-//! the last to be killed for want of it. So the next one is taken only while what waits is below `LIMIT`, over all images
-//! of the process; more stays with the kernel, that is with who writes.
+//! A write that does not end on the transport's thread waits: for a runner, a sync, space, or a host that stands still.
+//! On /dev/fuse it is copied first; on rings its data stays in the memory of its entry. The kernel sends thousands of
+//! them, each of up to 1 MiB, to a daemon whose memory is locked and which is the last to be killed for want of it. So
+//! both kinds count in one bound, over all images of the process; more stays with the kernel, that is with who writes.
+//!
+//! Who sends the next request cannot be seen before it is taken. So a thread that waits for room for one image stops all,
+//! and it waits only while that image goes on: where its host has completed nothing for [`HUNG`], a further large write is
+//! refused. It was not acknowledged, and other disks go on.
 //!
 //! Large ones lie in mappings of their own: what the allocator has had it keeps, after a gigabyte of writes a gigabyte.
 
+use std::collections::HashMap;
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rustix::mm::{MapFlags, ProtFlags};
 
-use crate::sync::plain::{lock, wait};
+use crate::sync::plain::{lock, wait_timeout};
 
-/// Most that waits, in bytes: a queue of 128 requests of 1 MiB, as a loop device has, for each of three images, while a
-/// machine with 1 GiB still lives.
-const LIMIT: usize = 400 << 20;
+/// Most that waits, in bytes: the whole queues of four loop devices, 128 requests of 1 MiB each, a few beside them, and
+/// [`RESERVE`]. The daemon stays below 600 MiB with it. Each of these lies in its writer's memory as well, so that no small
+/// machine comes to it.
+pub const LIMIT: usize = 560 << 20;
+/// Of it, what is kept for images that hold less than [`OWN`]: what one takes whose host hangs stops no other. Enough for
+/// four that write at full speed.
+pub const RESERVE: usize = 32 << 20;
+/// What an image may take of [`RESERVE`]: 1 MiB for each of eight requests, with which a disk is busy.
+pub const OWN: usize = 8 << 20;
+/// An image of which nothing was completed for so long is not waited for: the kernel's time limit for a SCSI command.
+pub const HUNG: Duration = Duration::from_secs(30);
+/// How often a thread that waits for room looks whether the image goes on; a write that ends wakes it at once.
+const LOOK: Duration = Duration::from_secs(1);
 /// Of it, what may wait for space on a full host, over all images: what is not parked never waits for what is.
 pub const PARKED: u64 = 256 << 20;
 /// The same for one image: a whole queue of a loop device.
@@ -32,8 +48,36 @@ const LARGE: usize = 1 << 20;
 const SPARE: usize = 32;
 
 /// All of the process.
-static ALL: Buffers =
-    Buffers { state: Mutex::new(State { out: 0, spare: Vec::new() }), freed: Condvar::new() };
+static ALL: Buffers = Buffers { state: Mutex::new(State::new()), freed: Condvar::new() };
+
+/// Whose writes wait.
+pub trait Writer {
+    /// Its number in this process.
+    fn id(&self) -> u64;
+    /// How many of its changes were completed so far. Takes no lock.
+    fn completed(&self) -> u64;
+}
+
+/// Whether there is room.
+pub enum Asked {
+    /// There was, and it is taken.
+    Taken(Room),
+    /// Not now.
+    Full,
+    /// Not now, and the image's host hangs.
+    Hung(Hung),
+}
+
+/// Why a write is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hung {
+    /// Bytes that wait for this image's host.
+    pub held: usize,
+    /// For so long nothing was completed.
+    pub since: Duration,
+    /// This is the first refusal since it went on.
+    pub news: bool,
+}
 
 struct Buffers {
     /// A leaf.
@@ -44,84 +88,243 @@ struct Buffers {
 struct State {
     /// Bytes that wait.
     out: usize,
+    /// Threads that wait for room.
+    waiting: usize,
+    /// By number, those of which something large waits.
+    images: Option<HashMap<u64, Account>>,
     spare: Vec<Mapping>,
 }
 
-/// A copy of `data`, which is counted until its last holder drops it. Waits while too much waits already: for transport
-/// threads that take requests one after the other; a write that has been taken ends without a further request.
-pub fn copy(data: &[u8]) -> Bytes {
-    ALL.copy(data)
+/// What waits of one image, in large writes.
+struct Account {
+    /// Never 0.
+    held: usize,
+    /// When something of it was completed, as far as was seen, or this began.
+    since: Instant,
+    /// [`Writer::completed`], where it was looked at.
+    completed: Option<u64>,
+    /// A write was refused since then.
+    said: bool,
+}
+
+/// True when a write of `len` bytes waits for no room.
+pub fn is_small(len: usize) -> bool {
+    len <= SMALL
+}
+
+/// Room for a small write, or one of no image that is known.
+pub fn any_room(len: usize) -> Room {
+    ALL.any(len)
+}
+
+/// Room for `len` bytes that wait for this image, if there is some. Never waits.
+pub fn ask(of: &dyn Writer, len: usize) -> Asked {
+    ALL.ask(of, len)
+}
+
+/// Room for `len` bytes that wait for this image. Waits while there is none: for transport threads that take requests one
+/// after the other; a write that has been taken ends without a further request.
+pub fn room(of: &dyn Writer, len: usize) -> Result<Room, Hung> {
+    ALL.room(of, len)
+}
+
+/// True when no large write waits for this image's host.
+pub fn holds_none(of: &dyn Writer) -> bool {
+    !ALL.lock().images.as_ref().is_some_and(|images| images.contains_key(&of.id()))
+}
+
+/// Some when large writes wait for this image's host, and it hangs.
+pub fn hung(of: &dyn Writer) -> Option<Hung> {
+    ALL.lock().images.as_mut()?.get_mut(&of.id())?.hung(of)
+}
+
+impl State {
+    const fn new() -> State {
+        State { out: 0, waiting: 0, images: None, spare: Vec::new() }
+    }
+
+    /// What holds whenever the lock is free.
+    fn is_sound(&self) -> bool {
+        let mut held = self.images.iter().flat_map(HashMap::values).map(|account| account.held);
+        let sum: usize = held.clone().sum();
+        sum <= self.out && held.all(|held| held > 0)
+    }
+
+    fn take(&mut self, id: u64, len: usize) {
+        self.out += len;
+        let new = || Account { held: 0, since: Instant::now(), completed: None, said: false };
+        self.images.get_or_insert_default().entry(id).or_insert_with(new).held += len;
+    }
+
+    /// Takes room for a large write; else says why not. What an image holds that has nothing else waiting is not counted
+    /// against it: with 1 MiB each it goes on, whatever others hold.
+    fn ask(&mut self, of: &dyn Writer, len: usize) -> Result<(), Option<Hung>> {
+        let account = self.images.as_mut().and_then(|images| images.get_mut(&of.id()));
+        let Some(account) = account else {
+            self.take(of.id(), len);
+            return Ok(());
+        };
+        let full = self.out + len;
+        if full <= LIMIT - RESERVE || full <= LIMIT && account.held + len <= OWN {
+            self.take(of.id(), len);
+            return Ok(());
+        }
+        Err(account.hung(of))
+    }
+
+    fn give(&mut self, id: Option<u64>, len: usize) {
+        self.out -= len;
+        let Some((images, id)) = self.images.as_mut().zip(id) else { return };
+        let Some(account) = images.get_mut(&id) else { return };
+        account.held -= len;
+        (account.since, account.said) = (Instant::now(), false);
+        if account.held == 0 {
+            images.remove(&id);
+        }
+    }
+}
+
+impl Account {
+    /// Some when its host hangs.
+    fn hung(&mut self, of: &dyn Writer) -> Option<Hung> {
+        let completed = Some(of.completed());
+        if self.completed != completed {
+            (self.completed, self.since, self.said) = (completed, Instant::now(), false);
+        }
+        let since = self.since.elapsed();
+        (since >= HUNG).then(|| Hung {
+            held: self.held,
+            since,
+            news: !std::mem::replace(&mut self.said, true),
+        })
+    }
 }
 
 impl Buffers {
     fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        let state = lock(&self.state);
+        debug_assert!(state.is_sound(), "what waits, and its sums");
+        state
     }
 
-    fn copy(&'static self, data: &[u8]) -> Bytes {
-        let large = data.len() > SMALL;
-        let mut state = self.lock();
-        // One always goes, whatever its size.
-        while large && state.out > 0 && state.out + data.len() > LIMIT {
-            state = wait(&self.freed, state);
+    fn any(&'static self, len: usize) -> Room {
+        self.lock().out += len;
+        Room { len, of: None, memory: None, all: self }
+    }
+
+    fn ask(&'static self, of: &dyn Writer, len: usize) -> Asked {
+        if is_small(len) {
+            return Asked::Taken(self.any(len));
         }
-        state.out += data.len();
-        let mapped = large && data.len() <= LARGE;
-        let spare = if mapped { state.spare.pop() } else { None };
-        drop(state);
+        match self.lock().ask(of, len) {
+            Ok(()) => Asked::Taken(Room { len, of: Some(of.id()), memory: None, all: self }),
+            Err(None) => Asked::Full,
+            Err(Some(hung)) => Asked::Hung(hung),
+        }
+    }
+
+    fn room(&'static self, of: &dyn Writer, len: usize) -> Result<Room, Hung> {
+        if is_small(len) {
+            return Ok(self.any(len));
+        }
+        let mut state = self.lock();
+        loop {
+            match state.ask(of, len) {
+                Ok(()) => return Ok(Room { len, of: Some(of.id()), memory: None, all: self }),
+                Err(Some(hung)) => return Err(hung),
+                Err(None) => {
+                    state.waiting += 1;
+                    state = wait_timeout(&self.freed, state, LOOK).0;
+                    state.waiting -= 1;
+                }
+            }
+        }
+    }
+}
+
+/// Room for one write, which is given back when its last holder drops it.
+pub struct Room {
+    len: usize,
+    /// The image, where it is large.
+    of: Option<u64>,
+    /// The copy, where there is one.
+    memory: Option<Memory>,
+    all: &'static Buffers,
+}
+
+impl Room {
+    /// A copy of `data`, which has the length that was asked for.
+    pub fn copy(mut self, data: &[u8]) -> Bytes {
+        debug_assert_eq!(data.len(), self.len, "as was asked for");
+        let mapped = !is_small(data.len()) && data.len() <= LARGE;
+        let spare = if mapped { self.all.lock().spare.pop() } else { None };
         let mapping = spare.or_else(|| mapped.then(Mapping::new).flatten());
-        let memory = match mapping {
+        self.memory = Some(match mapping {
             Some(mut mapping) => {
                 mapping.as_mut()[..data.len()].copy_from_slice(data);
-                Memory::Mapped(mapping, data.len())
+                Memory::Mapped(mapping)
             }
             // Small, or the system has no mapping to give.
             None => Memory::Allocated(data.into()),
-        };
-        Bytes::from_owner(Copied { memory: Some(memory), len: data.len(), of: self })
+        });
+        Bytes::from_owner(self)
+    }
+
+    /// The same for data that lies where it may stay.
+    pub fn keep(self, data: Bytes) -> Bytes {
+        debug_assert_eq!(data.len(), self.len, "as was asked for");
+        Bytes::from_owner(Kept { data, _room: self })
     }
 }
 
-enum Memory {
-    Mapped(Mapping, usize),
-    Allocated(Box<[u8]>),
-}
-
-/// The copy of one write.
-struct Copied {
-    /// Some until it is dropped.
-    memory: Option<Memory>,
-    len: usize,
-    of: &'static Buffers,
-}
-
-impl AsRef<[u8]> for Copied {
+impl AsRef<[u8]> for Room {
     fn as_ref(&self) -> &[u8] {
         match &self.memory {
-            Some(Memory::Mapped(mapping, len)) => &mapping.as_ref()[..*len],
+            Some(Memory::Mapped(mapping)) => &mapping.as_ref()[..self.len],
             Some(Memory::Allocated(bytes)) => bytes,
             None => &[],
         }
     }
 }
 
-impl Drop for Copied {
+impl Drop for Room {
     fn drop(&mut self) {
         let memory = self.memory.take();
-        let mut state = self.of.lock();
-        state.out -= self.len;
+        let mut state = self.all.lock();
+        state.give(self.of, self.len);
         let back = match memory {
-            Some(Memory::Mapped(mapping, _)) if state.spare.len() < SPARE => {
+            Some(Memory::Mapped(mapping)) if state.spare.len() < SPARE => {
                 state.spare.push(mapping);
                 None
             }
             other => other,
         };
+        let wake = state.waiting > 0;
         drop(state);
-        self.of.freed.notify_one();
+        if wake {
+            // All: they wait for different images.
+            self.all.freed.notify_all();
+        }
         // Given back outside the lock.
         drop(back);
     }
+}
+
+/// Data that lies where it may stay, and its room. The data goes first.
+struct Kept {
+    data: Bytes,
+    _room: Room,
+}
+
+impl AsRef<[u8]> for Kept {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+enum Memory {
+    Mapped(Mapping),
+    Allocated(Box<[u8]>),
 }
 
 /// [`LARGE`] bytes of memory of their own.
@@ -161,12 +364,47 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc;
-    use std::time::Duration;
 
     fn buffers() -> &'static Buffers {
-        let state = Mutex::new(State { out: 0, spare: Vec::new() });
-        Box::leak(Box::new(Buffers { state, freed: Condvar::new() }))
+        Box::leak(Box::new(Buffers { state: Mutex::new(State::new()), freed: Condvar::new() }))
+    }
+
+    #[derive(Clone, Default)]
+    struct Image(u64, Arc<AtomicU64>);
+
+    impl Writer for Image {
+        fn id(&self) -> u64 {
+            self.0
+        }
+        fn completed(&self) -> u64 {
+            self.1.load(Ordering::Relaxed)
+        }
+    }
+
+    impl Buffers {
+        fn copy(&'static self, data: &[u8]) -> Bytes {
+            self.room(&Image::default(), data.len()).expect("room").copy(data)
+        }
+
+        /// As much as this image gets without waiting.
+        fn fill(&'static self, of: &Image) -> Vec<Room> {
+            std::iter::from_fn(|| match self.ask(of, LARGE) {
+                Asked::Taken(room) => Some(room),
+                Asked::Full | Asked::Hung(_) => None,
+            })
+            .collect()
+        }
+
+        /// As if nothing of the image had been completed for so long.
+        fn quiet_for(&self, of: &Image, time: Duration) {
+            let mut state = self.lock();
+            let account = state.images.as_mut().and_then(|images| images.get_mut(&of.0)).expect("it waits");
+            account.completed = Some(of.completed());
+            account.since = Instant::now().checked_sub(time).expect("the machine runs for longer");
+        }
     }
 
     #[test]
@@ -186,7 +424,7 @@ mod tests {
     fn large_writes_wait_while_too_much_waits_and_small_ones_do_not() {
         let buffers = buffers();
         let data = vec![1; LARGE];
-        let mut held: Vec<Bytes> = (0..LIMIT / LARGE).map(|_| buffers.copy(&data)).collect();
+        let mut held: Vec<Bytes> = (0..(LIMIT - RESERVE) / LARGE).map(|_| buffers.copy(&data)).collect();
         let small = buffers.copy(&data[..SMALL]);
         drop(small);
         let (send, taken) = mpsc::channel();
@@ -197,5 +435,59 @@ mod tests {
         drop(held);
         let state = buffers.lock();
         assert_eq!((state.out, state.spare.len()), (0, SPARE), "the others are given back");
+    }
+
+    #[test]
+    fn an_image_that_holds_all_it_can_leaves_the_others_room_for_their_own() {
+        let buffers = buffers();
+        let one = Image(1, Arc::default());
+        let first = buffers.fill(&one);
+        assert_eq!(first.len() * LARGE, LIMIT - RESERVE);
+        let others: Vec<_> = (2..=5).map(|id| buffers.fill(&Image(id, Arc::default()))).collect();
+        assert!(others.iter().all(|held| held.len() * LARGE == OWN), "each what is its own");
+        // All of it is out: one write of each image goes on all the same.
+        assert_eq!(buffers.lock().out, LIMIT);
+        assert_eq!(buffers.fill(&Image(6, Arc::default())).len(), 1);
+        drop((first, others));
+        assert_eq!(buffers.lock().out, 0);
+    }
+
+    #[test]
+    fn a_write_of_an_image_whose_host_hangs_is_refused_at_once_and_of_one_that_goes_on_it_waits() {
+        let buffers = buffers();
+        let (hangs, slow) = (Image(1, Arc::default()), Image(2, Arc::default()));
+        let mut held = buffers.fill(&hangs);
+        let other = buffers.fill(&slow);
+        buffers.quiet_for(&hangs, HUNG / 2);
+        assert!(matches!(buffers.ask(&hangs, LARGE), Asked::Full), "not yet");
+        buffers.quiet_for(&hangs, HUNG + LOOK);
+        buffers.quiet_for(&slow, HUNG + LOOK);
+        slow.1.fetch_add(1, Ordering::Relaxed);
+        assert!(matches!(buffers.ask(&slow, LARGE), Asked::Full), "something was completed");
+        let first = buffers.room(&hangs, LARGE).map(drop).expect_err("its host hangs");
+        assert!(first.news && first.since >= HUNG && first.held == LIMIT - RESERVE, "{first:?}");
+        let second = buffers.room(&hangs, LARGE).map(drop).expect_err("and still does");
+        assert!(!second.news, "said once");
+        assert!(buffers.room(&hangs, SMALL).is_ok(), "small ones are taken");
+        // The host goes on: so does the image, and the next time is news.
+        held.truncate(held.len() - OWN / LARGE - 1);
+        let again = buffers.room(&hangs, LARGE).expect("room");
+        assert!(matches!(buffers.ask(&hangs, LARGE), Asked::Full));
+        buffers.quiet_for(&hangs, HUNG);
+        assert!(matches!(buffers.ask(&hangs, LARGE), Asked::Hung(Hung { news: true, .. })));
+        drop((again, held, other));
+        assert!(buffers.lock().images.as_ref().is_some_and(HashMap::is_empty));
+    }
+
+    #[test]
+    fn data_that_is_kept_counts_as_what_is_copied_does() {
+        let buffers = buffers();
+        let room = buffers.room(&Image::default(), LARGE).expect("room");
+        let kept = room.keep(Bytes::from(vec![3; LARGE]));
+        let part = kept.slice(5..);
+        drop(kept);
+        assert_eq!((buffers.lock().out, part[0]), (LARGE, 3));
+        drop(part);
+        assert_eq!(buffers.lock().out, 0);
     }
 }

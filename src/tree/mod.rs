@@ -21,6 +21,7 @@ mod stats;
 mod text;
 mod trouble;
 mod unborn;
+mod waiting;
 mod xattrs;
 
 use std::ffi::{OsStr, OsString};
@@ -33,9 +34,10 @@ use bytes::Bytes;
 use crate::error::{Error, Result};
 use crate::folder::{Entry, FOLDER, Folder, OpenImage};
 use crate::fuse::ops::{
-    Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Ino, Name, Now, OpenFlags, Opened,
+    Answer, Attr, Caller, Done, Errno, FileKind, FileSystem, Handle, Held, Ino, Name, Now, OpenFlags, Opened,
     SetAttr, Space, Whence,
 };
+use crate::io::buffers::Room;
 use crate::io::planned::Planned;
 use crate::vdisk::Engine;
 pub use announce::announcer;
@@ -49,6 +51,7 @@ use snapshots::Numbers;
 pub use stats::{Document, ImageStats, MountInfo, Sandbox, document};
 use trouble::Trouble;
 use unborn::Makers;
+use waiting::{Waiting, Write};
 
 /// The mount of one folder.
 pub struct Tree {
@@ -66,6 +69,8 @@ pub struct Tree {
     space: Arc<Question<Answer<Space>>>,
     /// The open handles that made images. A leaf.
     makers: Makers,
+    /// Writes that wait for room in memory. A leaf.
+    waiting: Waiting,
 }
 
 const NO_ENTRY: Errno = Errno(libc::ENOENT);
@@ -95,6 +100,7 @@ impl Tree {
             metrics: OwnFile::new(&owner),
             space: Question::new(),
             makers: Makers::default(),
+            waiting: Waiting::default(),
         })
     }
 
@@ -434,8 +440,23 @@ impl FileSystem for Tree {
         }
     }
 
-    fn has_parked(&self) -> bool {
-        self.engine.parked() > 0
+    fn room(&self, handle: Handle, len: usize) -> Answer<Room> {
+        self.room_for(handle, len)
+    }
+
+    fn write_held(
+        &self,
+        handle: Handle,
+        offset: u64,
+        data: Box<dyn Held>,
+        flags: OpenFlags,
+        done: Done<usize>,
+    ) {
+        self.write_or_wait(Write { handle, offset, data, flags, done });
+    }
+
+    fn ended(&self) {
+        self.end_waiting();
     }
 
     fn writes_may_block(&self, handle: Handle) -> bool {

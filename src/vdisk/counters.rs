@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::latency::Latencies;
 use super::{Image, Mode};
+use crate::io::buffers::Writer;
 use crate::sync::{Arc, AtomicU64, Ordering, Padded, SHARDS, thread_shard};
 
 /// Live counters of one image.
@@ -119,5 +120,17 @@ impl Image {
 
     pub(super) fn count_flush(&self) {
         self.counters.flushes.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Writer for Image {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Writes and discards that reached the host. Not reads, which its cache may answer, nor a sync of nothing.
+    fn completed(&self) -> u64 {
+        let writes = self.counters.shards.iter().map(|c| c.0.writes.load(Ordering::Relaxed)).sum::<u64>();
+        writes + self.counters.discards.load(Ordering::Relaxed)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::bat::cache::Budget;
 use super::clock::Clock;
@@ -180,6 +180,11 @@ impl Engine {
     /// one whose host hangs keeps its share of the threads and no more.
     pub fn blocking(&self, lane: u64, job: Job) {
         self.openers.submit(lane, job);
+    }
+
+    /// Runs `job` at that time, on the clock's thread: it must only start work.
+    pub fn at(&self, at: Instant, job: Job) {
+        self.clock.at(at, job);
     }
 
     pub(super) fn new_id(&self) -> u64 {

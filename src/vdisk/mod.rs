@@ -423,7 +423,8 @@ impl Image {
         self.ends.is_closing()
     }
 
-    fn is_closed(&self) -> bool {
+    /// Whatever comes fails at once.
+    pub fn is_closed(&self) -> bool {
         self.ends.is_closed()
     }
 

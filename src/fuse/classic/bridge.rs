@@ -27,7 +27,6 @@ use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
-use crate::io::buffers;
 
 /// One session's; what they all share is behind an `Arc`.
 #[derive(Clone)]
@@ -278,9 +277,12 @@ impl fuser::Filesystem for Bridge {
             match now {
                 Now::Done(answer) => answer_written(reply, answer),
                 Now::Later => {
+                    let room = match self.fs.room(fh.0, data.len()) {
+                        Ok(room) => room,
+                        Err(e) => return answer_written(reply, Err(e)),
+                    };
                     let done: Done<usize> = Box::new(move |answer| answer_written(reply, answer));
-                    // Waits where too much waits already: nothing else keeps the kernel from sending more.
-                    self.fs.write_later(fh.0, offset, buffers::copy(data), flags, done);
+                    self.fs.write_later(fh.0, offset, room.copy(data), flags, done);
                 }
             }
         });

@@ -71,14 +71,29 @@ impl Affinity {
         !(alone && deep)
     }
 
+    /// Does something on the CPU of the queue.
+    pub(super) fn at_home(&self, act: &mut dyn FnMut()) {
+        if !self.bound {
+            self.run_on(true);
+        }
+        act();
+        if !self.bound {
+            self.run_on(false);
+        }
+    }
+
     fn bind(&mut self, bound: bool) {
+        self.run_on(bound);
+        self.bound = bound;
+    }
+
+    fn run_on(&self, bound: bool) {
         let cpus = if bound { self.own } else { self.own.and(self.all) };
         let Some(cpus) = cpus else { return };
         if let Err(e) = rustix::thread::sched_setaffinity(None, &cpus) {
             // Outside of the CPUs that we may use, perhaps: it works from any.
             log::debug!("cannot choose a queue's CPU: {e}");
         }
-        self.bound = bound;
     }
 }
 

@@ -33,6 +33,7 @@ const PASSTHROUGH: u64 = 1 << 37;
 /// Codes of notifications.
 const INVAL_INODE: i32 = 2;
 const INVAL_ENTRY: i32 = 3;
+const RETRIEVE: i32 = 5;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -78,6 +79,16 @@ struct InvalEntry {
     parent: u64,
     name_len: u32,
     flags: u32,
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Retrieve {
+    unique: u64,
+    ino: u64,
+    offset: u64,
+    size: u32,
+    padding: u32,
 }
 
 /// The connection to the kernel.
@@ -132,6 +143,14 @@ impl Device {
         let answer = accept(&offer, max_background, passthrough)?;
         self.write(header.unique, 0, &[answer.as_bytes()])?;
         Ok(answer.max_stack_depth > 0)
+    }
+
+    /// Has the kernel make a request on the calling thread's CPU: with nothing of the content of this file, which it knows.
+    /// It comes as one that we do not know.
+    pub(super) fn knock(&self, ino: Ino) -> io::Result<()> {
+        // Even, and above the numbers that the kernel counts up to.
+        let asked = Retrieve { unique: 1 << 62, ino, offset: 0, size: 0, padding: 0 };
+        self.write(0, RETRIEVE, &[asked.as_bytes()])
     }
 
     pub(super) fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {

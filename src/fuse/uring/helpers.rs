@@ -90,6 +90,7 @@ pub(super) fn sift(server: &Server, bench: &Bench, held: HeldEntry) -> Option<(H
         return None;
     }
     let weight = wire::weight(held.parts());
+    held.weighs(weight.bytes);
     if weight.writes.is_some_and(|handle| server.writes_may_block(handle)) {
         bench.hand_over(held);
         return None;

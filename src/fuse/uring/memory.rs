@@ -10,22 +10,20 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::{self, NonNull};
-use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use rustix::event::EventfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use zerocopy::IntoBytes;
 
-use super::answer::{self, OutHeader};
-use super::cpus::{ADDED, MOST, Queue};
-use super::serve::Exchange;
-use super::wire::{self, Parts};
+use super::cpus::{ADDED, MOST, Queue, SPARE};
 use crate::fuse::MAX_WRITE;
-use crate::fuse::ops::{Answer, Errno};
 use crate::io::planned::Planned;
 use crate::sync::plain::lock;
+
+mod held;
+
+pub(super) use held::HeldEntry;
 
 /// Room for a payload in bytes; REGISTER fails with less than the largest request.
 pub(super) const PAYLOAD: usize = MAX_WRITE as usize;
@@ -104,6 +102,8 @@ struct Entry {
     tally: usize,
     /// An [`Owner`].
     owner: AtomicU8,
+    /// How much of its payload was used, in bytes, or may be by the request that is ours.
+    used: AtomicU32,
     /// How often its payload was to be put into huge pages; [`TRIES`] when that is over.
     tries: AtomicU8,
 }
@@ -116,6 +116,10 @@ struct Tally {
     all: AtomicU32,
     /// Those of them that are ours: requests that are being served, or wait.
     out: AtomicU32,
+    /// Those of these whose memory is lent.
+    lent: AtomicU32,
+    /// Requests come here: its CPU is there.
+    lives: AtomicBool,
 }
 
 impl Tally {
@@ -188,7 +192,8 @@ pub(super) fn answering_here(serve: impl FnOnce()) {
 impl Block {
     /// Memory for entries that the tallies of these numbers count; taken from the system as far as it is used.
     fn new(tallies: impl Iterator<Item = usize>) -> io::Result<Block> {
-        let entry = |tally| Entry { tally, owner: AtomicU8::new(Owner::None as u8), tries: AtomicU8::new(0) };
+        let owner = Owner::None as u8;
+        let entry = |tally| Entry { tally, owner: owner.into(), used: 0.into(), tries: 0.into() };
         let entries: Vec<_> = tallies.map(entry).collect();
         // Linux begins a mapping at a huge page when it is as long as some.
         let unit = if entries.is_empty() { PAGE } else { HUGE };
@@ -228,7 +233,13 @@ impl Entries {
         let first = Block::new(queues.iter().enumerate().flat_map(of_queue))?;
         let blocks = queues.len() * MOST.div_ceil(ADDED) as usize;
         let more = (0..blocks).map(|_| OnceLock::new()).collect();
-        let tally = |queue: &Queue| Tally { queue: queue.id, all: AtomicU32::new(0), out: AtomicU32::new(0) };
+        let tally = |queue: &Queue| Tally {
+            queue: queue.id,
+            all: 0.into(),
+            out: 0.into(),
+            lent: 0.into(),
+            lives: (queue.depth > SPARE).into(),
+        };
         let tallies = queues.iter().map(tally).collect();
         // Not non-blocking: a read of it through a ring would then fail at once instead of waiting.
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
@@ -251,15 +262,33 @@ impl Entries {
         self.first.entries.len() as u32 + blocks.map(|block| block.entries.len() as u32).sum::<u32>()
     }
 
-    /// The queues of which more than half of the entries are out, each with how many it has. For the ring's thread, which
-    /// is called when another one makes a queue crowded after this.
-    pub(super) fn crowded(&self) -> impl Iterator<Item = (usize, u32)> {
+    /// How much memory the payloads may come to take as they are, in bytes: what requests have that are ours, and all of
+    /// what the kernel may fill at any time, so not those for CPUs that are not there. Looks at all of them: for a queue
+    /// that is crowded.
+    pub(super) fn may_take(&self) -> usize {
+        let blocks = [&self.first].into_iter().chain(self.more.iter().map_while(OnceLock::get));
+        let is_ours = |entry: &Entry| entry.owner.load(Ordering::Relaxed) == Owner::We as u8;
+        let lives =
+            |entry: &Entry| self.tallies.get(entry.tally).is_some_and(|t| t.lives.load(Ordering::Relaxed));
+        let of = |entry: &Entry| match is_ours(entry) || !lives(entry) {
+            true => entry.used.load(Ordering::Relaxed) as usize,
+            false => PAYLOAD,
+        };
+        blocks.flat_map(|block| &block.entries).map(of).sum()
+    }
+
+    /// The queues of which more than half of the entries are out, each with how many it has and how many of them are not.
+    /// For the ring's thread, which is called when another one makes a queue crowded after this.
+    pub(super) fn crowded(&self) -> impl Iterator<Item = (usize, u32, u32)> {
         // Before the look: who makes one crowded after it calls again.
         if self.asked.load(Ordering::Relaxed) {
             self.asked.store(false, Ordering::SeqCst);
         }
         let crowded = self.tallies.iter().enumerate().filter(|(_, tally)| tally.is_crowded());
-        crowded.map(|(number, tally)| (number, tally.all.load(Ordering::Relaxed)))
+        crowded.map(|(number, tally)| {
+            let all = tally.all.load(Ordering::Relaxed);
+            (number, all, all.saturating_sub(tally.out.load(Ordering::Relaxed)))
+        })
     }
 
     /// Makes [`ADDED`] more entries for the queue that this tally counts, which the kernel does not know yet. For the ring's
@@ -330,6 +359,9 @@ impl Entries {
         }
         if let Some(tally) = self.tally(index) {
             tally.out.fetch_add(1, Ordering::Relaxed);
+            if !tally.lives.load(Ordering::Relaxed) {
+                tally.lives.store(true, Ordering::Relaxed);
+            }
             if tally.is_crowded() && !ptr::eq(OWN.get(), &raw const **self) {
                 self.ask();
             }
@@ -477,112 +509,6 @@ impl Entries {
 /// Length of all headers, in bytes.
 fn headers(count: u32) -> usize {
     ((count as usize + 1) * STEP).next_multiple_of(PAGE)
-}
-
-/// An entry while it is ours: a request and the place for its answer. Dropping it loses the entry; it is to be sent.
-pub(super) struct HeldEntry {
-    entries: Arc<Entries>,
-    index: u32,
-    /// Its read failed on the ring: elsewhere it is found out why.
-    failed: bool,
-}
-
-impl HeldEntry {
-    fn header(&self) -> &[u8] {
-        // SAFETY: HEADER bytes of the mapping that are ours until we are sent (see the module); they change through
-        // `&mut self` only.
-        unsafe { slice::from_raw_parts(self.entries.header(self.index), HEADER) }
-    }
-
-    fn header_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `header`, and borrowed mutably.
-        unsafe { slice::from_raw_parts_mut(self.entries.header(self.index), HEADER) }
-    }
-
-    fn payload(&self) -> &[u8] {
-        // SAFETY: PAYLOAD bytes of the mapping, otherwise as in `header`.
-        unsafe { slice::from_raw_parts(self.entries.payload(self.index), PAYLOAD) }
-    }
-
-    fn payload_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `payload`, and borrowed mutably.
-        unsafe { slice::from_raw_parts_mut(self.entries.payload(self.index), PAYLOAD) }
-    }
-
-    /// Its home, and which entry of it this is.
-    pub(super) fn home(&self) -> (Arc<Entries>, u32) {
-        (self.entries.clone(), self.index)
-    }
-
-    /// Which entry of its home this is.
-    pub(super) fn index(&self) -> u32 {
-        self.index
-    }
-
-    /// Where the kernel may put `len` bytes of an answer, as long as this is neither sent nor dropped.
-    pub(super) fn place(&mut self, len: usize) -> Option<*mut u8> {
-        self.room(len).map(<[u8]>::as_mut_ptr)
-    }
-
-    /// The ring could not read it.
-    pub(super) fn fail(&mut self) {
-        self.failed = true;
-    }
-
-    /// What the kernel wants to hear with the answer, to know which request it is.
-    fn number<const N: usize>(&self, at: usize) -> [u8; N] {
-        *self.header()[at..].first_chunk().expect("both numbers lie inside of the header")
-    }
-
-    /// Makes an entry look as if the kernel had sent this.
-    #[cfg(test)]
-    pub(super) fn pretend(&mut self, header: &[u8], operation: &[u8], payload: &[u8], size: u32) {
-        self.header_mut()[..header.len()].copy_from_slice(header);
-        self.header_mut()[OPERATION..OPERATION + operation.len()].copy_from_slice(operation);
-        self.header_mut()[PAYLOAD_SIZE..PAYLOAD_SIZE + 4].copy_from_slice(&size.to_ne_bytes());
-        self.payload_mut()[..payload.len()].copy_from_slice(payload);
-    }
-}
-
-impl Exchange for HeldEntry {
-    fn parts(&self) -> Parts<'_> {
-        let header = self.header();
-        let size = u32::from_ne_bytes(self.number(PAYLOAD_SIZE)) as usize;
-        // A size beyond the room is rubbish: then there is no payload, and what needs one is malformed.
-        let payload = self.payload().get(..size).unwrap_or_default();
-        Parts { header: &header[..OPERATION], operation: &header[OPERATION..2 * OPERATION], payload }
-    }
-
-    fn room(&mut self, len: usize) -> Option<&mut [u8]> {
-        self.payload_mut().get_mut(..len)
-    }
-
-    fn can_fill(&self) -> bool {
-        !self.failed && ptr::eq(OWN.get(), &raw const *self.entries)
-    }
-
-    fn fill(self, planned: Planned) {
-        TO_FILL.with_borrow_mut(|here| here.push(Filling { held: self, planned }));
-    }
-
-    fn send(mut self, outcome: Answer<usize>) {
-        let unique = wire::header(self.header()).map_or(0, |h| h.unique);
-        let (len, error) = match outcome {
-            Ok(len) => (len as u32, 0),
-            Err(Errno(errno)) => (0, -errno),
-        };
-        let out = OutHeader { len: answer::HEADER as u32 + len, error, unique };
-        self.header_mut()[..answer::HEADER].copy_from_slice(out.as_bytes());
-        self.header_mut()[PAYLOAD_SIZE..PAYLOAD_SIZE + 4].copy_from_slice(&len.to_ne_bytes());
-        let place = self.entries.place(self.index);
-        let answered = Answered { place, commit_id: u64::from_ne_bytes(self.number(COMMIT_ID)) };
-        self.entries.answer(answered);
-    }
-
-    fn forget(self) {
-        // Never sent through a ring; an entry goes back all the same.
-        self.send(Ok(0));
-    }
 }
 
 #[cfg(test)]

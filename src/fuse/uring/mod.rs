@@ -16,6 +16,7 @@ mod carriers;
 mod cpus;
 mod device;
 mod helpers;
+mod lent;
 mod memory;
 mod messages;
 mod queue;

@@ -56,11 +56,13 @@ impl Worker {
         let mut at_work = Some(at_work);
         let mut batch = Vec::new();
         let mut said = false;
+        let mut asked = 0;
         while ring.entries().are_live() {
-            let limit = ring.make_room(|| server.has_parked());
+            let limit = ring.make_room(asked, |act| affinity.at_home(act));
             if let Err(e) = ring.wait(&mut batch, limit) {
                 pause(&e, &mut said);
             }
+            asked = batch.first().map_or(asked, HeldEntry::ino);
             ring.entries().set_busy(true);
             affinity.saw(batch.len() + ring.fills(), || ring.others_are_busy());
             let mut left = batch.len();

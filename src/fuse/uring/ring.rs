@@ -12,10 +12,11 @@ use io_uring::squeue::Entry128;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
 
-use super::cpus::{AHEAD, MOST, Queue};
+use super::cpus::{ADDED, MOST, Queue, grows};
 use super::device::Device;
 use super::memory::{Answered, Entries, EntryId, Filling, HeldEntry};
 use super::serve::Exchange;
+use crate::fuse::ops::Ino;
 use crate::io::ring::{begin, bound, look, passing};
 
 /// fuse_uring_cmd: gives an entry to a queue.
@@ -143,21 +144,28 @@ impl Ring {
         self.give(0..self.own.count())
     }
 
-    /// Adds entries to queues of which more than half are out: up to `parked`, in entries, while requests of the file system
-    /// are parked, else up to [`AHEAD`]. Some: a queue is crowded all the same, and is to be looked at again after that time.
-    /// To be called by the ring's thread, before it waits.
-    pub(super) fn make_room(&mut self, parked: impl Fn() -> bool) -> Option<Duration> {
-        let mut crowded: Vec<_> = self.own.crowded().collect();
+    /// Adds entries to queues of which more than half are out, within the bound in bytes (`grows`). Some: a queue is
+    /// crowded all the same, and is to be looked at again after that time. To be called by the ring's thread, before it
+    /// waits.
+    ///
+    /// The kernel gives an entry that is new to requests that come after it only. What waits already it gives to an entry
+    /// that is answered, one each. So there is a request of our own for each new entry, by `at_home` on the CPU of the
+    /// queue, about the file `ino`, which was asked for last (docs/kernel.md#rings).
+    pub(super) fn make_room(&mut self, ino: Ino, at_home: impl Fn(&mut dyn FnMut())) -> Option<Duration> {
+        let crowded: Vec<_> = self.own.crowded().collect();
         if crowded.is_empty() || self.cannot_grow {
             return None;
         }
-        let limit = if parked() { MOST } else { AHEAD };
-        crowded.retain(|(_, all)| *all < limit);
-        for (tally, _) in crowded {
+        for (tally, all, free) in crowded {
+            let bytes = self.homes.iter().map(|entries| entries.may_take()).sum();
+            if !grows(all, free, bytes) {
+                continue;
+            }
             let added = self.own.add(tally).and_then(|entries| {
                 self.filling.resize_with(entries.end as usize, || None);
                 self.give(entries)
             });
+            at_home(&mut || (0..ADDED).for_each(|_| self.knock(ino)));
             if let Err(e) = added {
                 self.cannot_grow = true;
                 log::error!(
@@ -166,6 +174,12 @@ impl Ring {
             }
         }
         Some(LOOK)
+    }
+
+    fn knock(&self, ino: Ino) {
+        if let Some(Err(e)) = self.device.as_ref().map(|device| device.knock(ino)) {
+            log::debug!("what waits for an entry waits on: {e}");
+        }
     }
 
     /// Gives entries of its own to their queues.

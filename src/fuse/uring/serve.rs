@@ -3,22 +3,25 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::answer::{self, Names, OpenOut};
 use super::device::{Device, Registered};
+use super::lent;
 use super::wire::{self, Operation, Parts, Request};
 use crate::fuse::lanes::{Lanes, WriteOn};
 use crate::fuse::listing;
 use crate::fuse::ops::{Answer, Done, Errno, FileSystem, Handle, Name, Now, OpenFlags, Opened};
 use crate::fuse::text_of;
 use crate::io::backing::Registration;
+use crate::io::buffers;
 use crate::io::planned::Planned;
 
 /// A request and the place of its answer.
-pub(super) trait Exchange: Send + Sized + 'static {
+pub(super) trait Exchange: Send + Sync + Sized + 'static {
     /// The request.
     fn parts(&self) -> Parts<'_>;
     /// Room for `len` bytes of an answer; None: there is not so much. The payload of the request may be lost.
@@ -33,6 +36,16 @@ pub(super) trait Exchange: Send + Sized + 'static {
         planned.end(false);
         self.send(Err(Errno(libc::EIO)));
     }
+    /// True when its memory may be lent to a write that waits for its host.
+    fn may_be_lent(&self) -> bool {
+        true
+    }
+    /// It is lent.
+    fn is_lent(&self) {}
+    /// It is no longer, after that time.
+    fn is_back(&mut self, after: Duration) {
+        let _ = after;
+    }
     /// Answers: the first bytes of the room, so many, or an errno.
     fn send(self, outcome: Answer<usize>);
     /// Ends a request that has no answer.
@@ -40,9 +53,19 @@ pub(super) trait Exchange: Send + Sized + 'static {
 }
 
 /// An answer that is owed: dropped, it is EIO, so that no requester waits for ever.
-struct Reply<E: Exchange>(Option<E>);
+pub(super) struct Reply<E: Exchange>(Option<E>);
 
 impl<E: Exchange> Reply<E> {
+    /// Owes the answer to this request.
+    pub(super) fn to(exchange: E) -> Reply<E> {
+        Reply(Some(exchange))
+    }
+
+    /// The request; the answer is owed elsewhere.
+    pub(super) fn into_exchange(mut self) -> Option<E> {
+        self.0.take()
+    }
+
     fn exchange(&mut self) -> &mut E {
         self.0.as_mut().expect("taken by the methods that consume self only")
     }
@@ -114,7 +137,7 @@ impl<E: Exchange> Reply<E> {
         self.send(Ok(used));
     }
 
-    fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
+    pub(super) fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
         match answer.map(fields) {
             Ok(fields) => self.bytes(Ok(fields.as_bytes())),
             Err(e) => self.send(Err(e)),
@@ -169,11 +192,6 @@ impl Server {
         Server { fs, lanes: Lanes::new(helpers), closed: AtomicBool::new(false), device }
     }
 
-    /// Requests of the file system wait for space on the host.
-    pub(super) fn has_parked(&self) -> bool {
-        self.fs.has_parked()
-    }
-
     /// True when a write to `handle` may wait for the host.
     pub(super) fn writes_may_block(&self, handle: Handle) -> bool {
         self.fs.writes_may_block(handle)
@@ -196,7 +214,7 @@ impl Server {
 
     /// Serves one request. A panic costs that request, not the thread.
     pub(super) fn serve<E: Exchange>(&self, exchange: E, thread: Thread) {
-        let reply = Reply(Some(exchange));
+        let reply = Reply::to(exchange);
         if self.is_closed() {
             return;
         }
@@ -291,10 +309,16 @@ impl Server {
                 };
                 match now {
                     Now::Done(answer) => reply.fields(answer, answer::written),
-                    Now::Later => {
+                    // Small: its entry is to be the kernel's as soon as it can.
+                    Now::Later if buffers::is_small(data.len()) => {
                         let data = Bytes::copy_from_slice(data);
                         let done = Box::new(move |answer| reply.fields(answer, answer::written));
                         self.fs.write_later(handle, offset, data, flags, done);
+                    }
+                    Now::Later => {
+                        if let Some((data, done)) = lent::lend(reply) {
+                            self.fs.write_held(handle, offset, data, flags, done);
+                        }
                     }
                 }
             }

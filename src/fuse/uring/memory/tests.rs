@@ -1,6 +1,8 @@
 //! See `memory`.
 
 use super::*;
+use crate::fuse::ops::Errno;
+use crate::fuse::uring::serve::Exchange;
 
 fn entries(depth: u32) -> Arc<Entries> {
     Arc::new(Entries::new(7, &[Queue { id: 3, depth }]).expect("memory"))
@@ -19,7 +21,7 @@ fn a_queue_of_which_more_than_half_is_out_gets_more_entries_with_memory_of_their
     let entries = entries(4);
     entries.adopt_thread();
     let mut begun: Vec<_> = (0..4).map(|index| held(&entries, index)).collect();
-    assert_eq!(entries.crowded().collect::<Vec<_>>(), [(0, 4)]);
+    assert_eq!(entries.crowded().collect::<Vec<_>>(), [(0, 4, 0)]);
     begun.drain(2..).for_each(|held| held.send(Ok(0)));
     (2..4).for_each(|index| entries.goes(index));
     assert_eq!(entries.crowded().count(), 0, "half of it is no crowd");
