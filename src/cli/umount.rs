@@ -96,7 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if args.detach {
         detach_idle_loops(&point);
     }
-    if mounts::by_id(mount.id)?.is_none() {
+    if mounts::now(&mount)?.is_none() {
         // Another umount was faster, and its daemon may have ended before it was asked.
         return not_mounted(&point);
     }

@@ -216,12 +216,15 @@ impl<'a> Keeper<'a> {
                 Ok(Happening::Said(Note::Mount)) => self.begin_mount(),
                 Ok(Happening::Mounted(made)) => self.hand_over(made),
                 Ok(Happening::Said(Note::Unmount { detach })) => {
-                    let done = self.mount.as_ref().map_or(Ok(()), |mount| mount.unmount(detach));
+                    let done = self
+                        .mount
+                        .as_ref()
+                        .map_or(Ok(()), |mount| mount.unmount(self.settings.images(), detach));
                     let error = done.err().map(|e| e.to_string());
                     self.orders.send(Order::Unmounted { error });
                 }
                 Ok(Happening::Said(Note::Holders)) => {
-                    let mount = self.mount.as_ref().and_then(OwnMount::current);
+                    let mount = self.mount.as_ref().and_then(|mount| mount.current(self.settings.images()));
                     let who = mount.map(|mount| holders::of(&mount)).unwrap_or_default();
                     let who = who.iter().take(wire::MAX_HOLDERS).map(ToString::to_string).collect();
                     self.orders.send(Order::Holders(who));

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -78,14 +79,18 @@ impl OwnMount {
     }
 
     /// The mount, where it is now. None: it is gone, or was never made.
-    pub fn current(&self) -> Option<Mount> {
+    ///
+    /// Both numbers are given to the next mount as soon as ours is gone, so the images folder counts as well: without it the
+    /// end of one daemon, whose mount another command had just taken away, unmounted the folder that was mounted next.
+    pub fn current(&self, images: &Path) -> Option<Mount> {
         let known = self.known?;
-        mounts::by_id(known.id).ok()?.filter(|now| now.device == known.device)
+        let now = mounts::by_id(known.id).ok()??;
+        (now.device == known.device && now.is_ours() && now.source == images).then_some(now)
     }
 
     /// Unmounts it. Done, too, where it is gone already.
-    pub fn unmount(&self, detach: bool) -> Result<()> {
-        self.current().map_or(Ok(()), |mount| unmount_this(&mount, detach))
+    pub fn unmount(&self, images: &Path, detach: bool) -> Result<()> {
+        self.current(images).map_or(Ok(()), |mount| unmount_this(&mount, detach))
     }
 
     /// What is left of it after its daemon's end, second mounts of it included.
@@ -148,5 +153,30 @@ impl OwnMount {
             }
             sleep(Duration::from_millis(50));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::mount::{MountFlags, UnmountFlags};
+
+    #[test]
+    fn the_next_mount_which_got_the_numbers_of_ours_is_left_alone() {
+        let images = tempfile::tempdir().expect("temp folder");
+        let other = tempfile::tempdir().expect("temp folder");
+        let point = other.path().canonicalize().expect("there");
+
+        rustix::mount::mount("another", &point, "tmpfs", MountFlags::empty(), None).expect("mount");
+        let next = mounts::at(&point).expect("the table").expect("there");
+        let known = Some(Identity { id: next.id, device: next.device });
+        let ours = OwnMount { before: HashSet::new(), elsewhere: HashSet::new(), known };
+        let done = ours.unmount(images.path(), true);
+        let left = mounts::at(&point).expect("the table");
+        if left.is_some() {
+            rustix::mount::unmount(&point, UnmountFlags::DETACH).expect("detach");
+        }
+        done.expect("ours is gone");
+        assert_eq!(left, Some(next));
     }
 }

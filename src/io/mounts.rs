@@ -209,6 +209,12 @@ pub fn refuse_others(paths: impl IntoIterator<Item = PathBuf>, point: bool) -> R
     Ok(())
 }
 
+/// `mount` as it is now, wherever that is; None where it is gone. Its number may be another's by then, which the next mount is
+/// given: that one is known by its file system.
+pub fn now(mount: &Mount) -> Result<Option<Mount>> {
+    Ok(by_id(mount.id)?.filter(|now| now.is_of_file_system(mount)))
+}
+
 /// The mount with this number, wherever it is now; None where it is gone.
 pub fn by_id(id: u64) -> Result<Option<Mount>> {
     Ok(all()?.into_iter().find(|mount| mount.id == id))

@@ -14,13 +14,13 @@ use crate::error::{Error, Kind, Result};
 pub fn unmount_this(mount: &Mount, detach: bool) -> Result<()> {
     match attempt(mount, detach) {
         // Another command was faster, at whatever point of this.
-        Err(_) if mounts::by_id(mount.id)?.is_none() => Ok(()),
+        Err(_) if mounts::now(mount)?.is_none() => Ok(()),
         result => result,
     }
 }
 
 fn attempt(mount: &Mount, detach: bool) -> Result<()> {
-    let Some(now) = mounts::by_id(mount.id)? else { return Ok(()) };
+    let Some(now) = mounts::now(mount)? else { return Ok(()) };
     if !now.is_reached() {
         let what = match mounts::at(&now.point)? {
             Some(over) if over.id != now.id => {
@@ -85,6 +85,24 @@ mod tests {
         assert_eq!(busy.expect_err("busy").kind(), Kind::Busy);
         let none = unmount(dir.path(), false).expect_err("nothing there");
         assert_eq!(none.errno(), libc::EINVAL);
+    }
+
+    #[test]
+    fn the_next_mount_which_got_the_number_of_this_one_is_left_alone() {
+        let dir = tempfile::tempdir().expect("temp folder");
+        let point = dir.path().canonicalize().expect("there");
+        let flags = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("next", &point, "tmpfs", flags, None).expect("mount");
+        let next = mounts::at(&point).expect("the table").expect("there");
+        let mut gone = next.clone();
+        gone.source = "gone".into();
+        let done = unmount_this(&gone, true);
+        let left = mounts::at(&point).expect("the table");
+        if left.is_some() {
+            unmount(&point, true).expect("detach");
+        }
+        done.expect("it is gone");
+        assert_eq!(left, Some(next));
     }
 
     #[test]
