@@ -29,7 +29,7 @@ fn cloned(images: &Path) -> (u64, u64) {
     (1..65).for_each(|n| data.write_all_at(&[n as u8; MIB as usize], n * MIB).expect("write"));
     data.sync_all().expect("sync");
     let folder = File::open(images).expect("open");
-    make_folder(folder.as_fd(), images, "vm.hds".as_ref()).expect("a folder");
+    make_folder(folder.as_fd(), images, "vm.hds".as_ref(), None).expect("a folder");
     let dir = File::open(images.join("vm")).expect("open");
     let opener = Arc::new(Direct(Access::ReadWrite));
     let (layers, levels) = Layers::open(dir.into(), &images.join("vm"), opener, false).expect("opens");

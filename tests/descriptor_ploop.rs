@@ -35,7 +35,7 @@ impl Image {
         let folder = memory_dir();
         create(&folder.path().join("vm"), &CreatePlan::thin(DISK)).expect("created");
         let images = File::open(folder.path()).expect("open");
-        make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref()).expect("a folder");
+        make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref(), None).expect("a folder");
         let mut image = Image { folder, snapshots: Vec::new() };
         for level in 0..=snapshots {
             // Each level has a cluster of its own, and one that hides the lower ones'.

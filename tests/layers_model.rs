@@ -86,7 +86,7 @@ impl Disk {
         let plan = CreatePlan { kind: Some(kind), cluster, ..CreatePlan::thin(size) };
         let made = create(&dir.join("vm"), &plan).expect("created");
         let file = made.path.file_name().expect("a name");
-        make_folder(open_folder(dir).as_fd(), dir, file).expect("made");
+        make_folder(open_folder(dir).as_fd(), dir, file, None).expect("made");
         let mut disk = Disk {
             folder: dir.join("vm"),
             engine: Engine::new(Options::default(), Box::new(|_| ())),

@@ -12,7 +12,7 @@ use crate::image::chain::Candidate;
 use crate::image::kind::Class;
 use crate::image::layers::{Direct, Layers};
 use crate::image::leave_folder::{leave_folder, take_back, unmake_folder};
-use crate::image::make_folder::make_folder_of;
+use crate::image::make_folder::make_folder;
 use crate::image::paths::image_folder;
 use crate::image::switch::switch;
 use crate::io::real::Access;
@@ -144,7 +144,7 @@ fn to_folder(path: &Path, work: &Work) -> Result<PathBuf> {
         .image
         .make_writable() // 1
         .and_then(|()| judge(&opened.image, None, work)) // 2
-        .and_then(|()| make_folder_of(folder.as_fd(), parent, file, Some((held.dev, held.ino)))); // 3
+        .and_then(|()| make_folder(folder.as_fd(), parent, file, Some((held.dev, held.ino)))); // 3
     opened.close()?;
     made.map(|_| path.with_file_name(name))
 }

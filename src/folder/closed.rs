@@ -130,7 +130,7 @@ mod tests {
         let path = |name: &str| temp.path().join(name);
         std::fs::write(path("vm1.raw"), [7; 65536]).expect("written");
         let images = std::fs::File::open(temp.path()).expect("opens");
-        make_folder(images.as_fd(), temp.path(), "vm1.raw".as_ref()).expect("a folder");
+        make_folder(images.as_fd(), temp.path(), "vm1.raw".as_ref(), None).expect("a folder");
         std::fs::hard_link(path("vm1/vm1.raw"), path("vm1.raw")).expect("linked");
         let other = |file: &Path| {
             let file = Arc::new(RealFile::open(file, Access::ReadWrite).expect("opens"));

@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::kind::in_text;
 use crate::image::layers::Layers;
 use crate::image::leave_folder::{may_leave, unmake_folder};
-use crate::image::make_folder::make_folder_of;
+use crate::image::make_folder::make_folder;
 use crate::image::store::Store;
 use crate::image::switch::switch;
 use crate::progress::Progress;
@@ -142,8 +142,7 @@ impl Folder {
         let place = &self.shared.place;
         // It is one already where an earlier attempt could not open it.
         if !matches!(entry.origin().source, Source::Layers) {
-            let dir =
-                make_folder_of(place.fd().as_fd(), place.path(), &entry.file(), Some(entry.identity()))?;
+            let dir = make_folder(place.fd().as_fd(), place.path(), &entry.file(), Some(entry.identity()))?;
             let stat = rustix::fs::fstat(&dir)
                 .map_err(|e| Error::io(&e.into(), entry.path(), "cannot look at the new folder"))?;
             let name = entry.origin().name;

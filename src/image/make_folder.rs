@@ -27,7 +27,8 @@ const READ: usize = 16 << 10;
 
 /// Turns the image `file_name` of the folder `images` into a folder of the image's name, and returns that folder. The
 /// caller holds the image's lock, and has judged its map: it is open for writing, say, which a damaged image never is.
-/// `path` is the images folder, for messages.
+/// `path` is the images folder, for messages. `held` is the device and inode of the file that the caller has locked: only
+/// that one is taken.
 ///
 /// 1. `.NAME.new/` with a hard link to the file and the descriptor; 2. both, then the folder itself, synced; 3. renamed
 ///    to `NAME`; 4. the images folder synced; 5. the file's old name removed, and that synced.
@@ -35,12 +36,7 @@ const READ: usize = 16 << 10;
 /// Before 3 the single file is the image; after it the folder is, which wins over its own file where both are found.
 /// 5 before 4: a power cut could keep the removal and lose the folder. An attempt that failed in 4 or 5 left the folder
 /// with the file in it; the next one goes on with 4.
-pub fn make_folder(images: BorrowedFd<'_>, path: &Path, file_name: &OsStr) -> Result<OwnedFd> {
-    make_folder_of(images, path, file_name, None)
-}
-
-/// The same, if the file has this identity (device and inode): the one that the caller has locked.
-pub fn make_folder_of(
+pub fn make_folder(
     images: BorrowedFd<'_>,
     path: &Path,
     file_name: &OsStr,

@@ -234,11 +234,6 @@ impl Engine {
         }
     }
 
-    /// Pios that wait for space on the host, over all images.
-    pub fn parked(&self) -> usize {
-        self.parked.load(Ordering::Relaxed)
-    }
-
     /// BAT pages in memory.
     pub fn cached_pages(&self) -> u64 {
         self.budget.loaded()

@@ -31,7 +31,7 @@ impl Rig {
 
     fn make_folder(&self, file: &str) {
         let images = File::open(self.folder.path()).expect("open");
-        make_folder(images.as_fd(), self.folder.path(), file.as_ref()).expect("a folder");
+        make_folder(images.as_fd(), self.folder.path(), file.as_ref(), None).expect("a folder");
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -254,7 +254,8 @@ fn a_single_file_moves_into_a_folder_of_its_name_with_one_link() {
     create(&rig.path("other"), &CreatePlan::thin(MIB)).expect("created");
     std::fs::create_dir_all(rig.path("other/full")).expect("mkdir");
     let images = File::open(rig.folder.path()).expect("open");
-    let error = make_folder(images.as_fd(), rig.folder.path(), "other.hds".as_ref()).expect_err("in the way");
+    let error =
+        make_folder(images.as_fd(), rig.folder.path(), "other.hds".as_ref(), None).expect_err("in the way");
     assert_eq!(error.kind(), Kind::Exists);
     assert!(rig.path("other.hds").exists() && !rig.path(".other.new").exists());
 }
@@ -274,7 +275,8 @@ fn a_folder_that_was_made_of_the_file_but_not_to_the_end_is_gone_on_with() {
     // Another file of that name is not taken for it.
     std::fs::rename(rig.path("before"), rig.path("vm.hds")).expect("renamed");
     let images = File::open(rig.folder.path()).expect("open");
-    let error = make_folder(images.as_fd(), rig.folder.path(), "vm.hds".as_ref()).expect_err("in the way");
+    let error =
+        make_folder(images.as_fd(), rig.folder.path(), "vm.hds".as_ref(), None).expect_err("in the way");
     assert_eq!(error.kind(), Kind::Exists);
     assert!(rig.path("vm.hds").exists());
 }

@@ -40,7 +40,7 @@ impl Disk {
         let plan = CreatePlan { cluster: Some(CLUSTER), ..CreatePlan::thin(64 * CLUSTER) };
         create(&folder.path().join("vm"), &plan).expect("created");
         let images = std::fs::File::open(folder.path()).expect("opens");
-        make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref()).expect("a folder");
+        make_folder(images.as_fd(), folder.path(), "vm.hds".as_ref(), None).expect("a folder");
         let mut disk = Disk { folder, open: None };
         disk.reopen();
         disk

@@ -330,7 +330,7 @@ mod tests {
         let mut bytes = vec![1; size as usize];
         std::fs::write(folder.path().join("vm.raw"), &bytes).expect("written");
         let images = std::fs::File::open(folder.path()).expect("opens");
-        make_folder(images.as_fd(), folder.path(), "vm.raw".as_ref()).expect("a folder");
+        make_folder(images.as_fd(), folder.path(), "vm.raw".as_ref(), None).expect("a folder");
         let layers = layers(&folder.path().join("vm"), "");
         let image = image(&layers);
         image.make_writable().expect("sound");

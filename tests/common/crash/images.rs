@@ -300,7 +300,7 @@ fn prepared(path: &Path) -> Result<Tree, String> {
             create(&path.join(name), &CreatePlan { cluster: Some(32 << 10), ..CreatePlan::thin(1 << 20) })?;
         }
         let images = File::open(path).expect("the folder");
-        let folder = make_folder(images.as_fd(), path, "a.hds".as_ref())?;
+        let folder = make_folder(images.as_fd(), path, "a.hds".as_ref(), None)?;
         let opener = Arc::new(Direct(Access::ReadWrite));
         let (layers, levels) = Layers::open(folder, &path.join("a"), opener, false)?;
         let image = Image::open(&engine(1_000_000, 65536), "a", levels)?;
@@ -356,7 +356,8 @@ pub fn leave(scratch: &Path) -> Result<u64, String> {
     let made = || -> std::io::Result<()> {
         std::fs::create_dir(&first)?;
         std::fs::write(first.join("r.raw"), &bytes)?;
-        make_folder(File::open(&first)?.as_fd(), &first, "r.raw".as_ref()).map_err(std::io::Error::other)?;
+        make_folder(File::open(&first)?.as_fd(), &first, "r.raw".as_ref(), None)
+            .map_err(std::io::Error::other)?;
         std::fs::write(first.join("r/ploopfs.json"), "{\"version\":1}")
     };
     made().map_err(|e| e.to_string())?;
