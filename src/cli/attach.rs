@@ -79,6 +79,10 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
         && mount.is_ours()
     {
         let mount = mount.trusted()?;
+        // The kernel goes on to know its names for a while.
+        if let Some(what) = served::of_dead(&mount) {
+            return Err(Error::at(Kind::Io, &mount.point, what));
+        }
         let frozen = found.starts_with(mount.point.join(SNAPSHOTS));
         return Ok(Shown { path: found, frozen, mount });
     }

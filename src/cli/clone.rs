@@ -57,6 +57,6 @@ pub fn new_place(new: &Path) -> Result<PathBuf> {
     let bare = Path::new(name);
     let bare = if bare.extension().is_some_and(|e| e == "img") { bare.file_stem() } else { Some(name) };
     let daemon = served::of_mount(&mount)?;
-    let silent = || Error::at(Kind::Io, new, "the daemon of this mount does not answer");
+    let silent = || served::unanswered(&mount, new);
     Ok(daemon.ok_or_else(silent)?.0.join(bare.ok_or_else(nameless)?))
 }

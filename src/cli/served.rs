@@ -111,6 +111,15 @@ pub fn of_dead(mount: &Mount) -> Option<String> {
     Some(what)
 }
 
+/// Why nothing is known of `shown`, which lies in `mount`, while no daemon is found for it. The kernel goes on to know names for
+/// a while: a path into a dead mount may be resolved all the same.
+pub fn unanswered(mount: &Mount, shown: &Path) -> Error {
+    match of_dead(mount) {
+        Some(what) => Error::at(Kind::Io, &mount.point, what),
+        None => Error::at(Kind::Io, shown, "the daemon of this mount does not answer"),
+    }
+}
+
 /// The dead mounts of the folder `images`, each with what is said of it. A folder that is served has none.
 pub fn dead_of(images: &Path) -> Vec<(PathBuf, String)> {
     let Ok(images) = images.canonicalize() else { return Vec::new() };
@@ -223,8 +232,7 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     };
     let name = name.filter(|_| inside.extension() == Some(OsStr::new("img"))).ok_or_else(none)?;
     let (name, snapshot) = (in_text(name.as_os_str()), snapshot.map(str::to_owned));
-    let (folder, mut client) = of_mount(&mount)?
-        .ok_or_else(|| Error::at(Kind::Io, shown, "the daemon of this mount does not answer"))?;
+    let (folder, mut client) = of_mount(&mount)?.ok_or_else(|| unanswered(&mount, shown))?;
     let image = client.list()?.into_iter().find(|image| image.served && image.name == name);
     // Images lie in the folder, whatever the daemon says.
     let image = image.as_ref().and_then(|image| Path::new(&image.path).file_name()?.to_str());
