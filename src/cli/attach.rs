@@ -8,10 +8,8 @@ use crate::disk::find;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
 use crate::io::mounts::{self, Mount};
+use crate::tree::SNAPSHOTS_NAME;
 use crate::words::quoted;
-
-/// Where a mount shows snapshots.
-const SNAPSHOTS: &str = ".snapshots";
 
 /// How long the kernel may take to release a device whose name could not be said.
 const UNHEARD: Duration = Duration::from_secs(5);
@@ -83,7 +81,7 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
         if let Some(what) = served::of_dead(&mount) {
             return Err(Error::at(Kind::Io, &mount.point, what));
         }
-        let frozen = found.starts_with(mount.point.join(SNAPSHOTS));
+        let frozen = found.starts_with(mount.point.join(SNAPSHOTS_NAME));
         return Ok(Shown { path: found, frozen, mount });
     }
     let target = target::find_any(image)?;
@@ -98,7 +96,7 @@ fn shown_or_snapshot(image: &Path) -> Result<Shown> {
     };
     let mut name = find::name(&source)?;
     let shown = match &target.snapshot {
-        Some(snapshot) => mount.point.join(SNAPSHOTS).join(name).join(format!("{snapshot}.img")),
+        Some(snapshot) => mount.point.join(SNAPSHOTS_NAME).join(name).join(format!("{snapshot}.img")),
         None => {
             name.push(".img");
             mount.point.join(name)

@@ -17,10 +17,8 @@ use crate::image::kind::in_text;
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::mounts::{self, Mount};
 use crate::transfer::disk::FlatFile;
+use crate::tree::SNAPSHOTS_NAME;
 use crate::words::quoted;
-
-/// The folder of a mount in which the snapshots are.
-const SNAPSHOTS: &str = ".snapshots";
 
 /// How long a killed daemon may take until its mount is dead: the time of its last system call.
 const LAST_THREADS: Duration = Duration::from_secs(2);
@@ -50,8 +48,8 @@ impl Daemon {
         let inside = match snapshot {
             None => named(&self.mountpoint, &format!("{image}.img")).into(),
             Some(snapshot) => {
-                let folder = named(&self.mountpoint.join(SNAPSHOTS), image);
-                Path::new(SNAPSHOTS).join(folder).join(format!("{snapshot}.img"))
+                let folder = named(&self.mountpoint.join(SNAPSHOTS_NAME), image);
+                Path::new(SNAPSHOTS_NAME).join(folder).join(format!("{snapshot}.img"))
             }
         };
         let shown = self.mountpoint.join(&inside);
@@ -225,7 +223,7 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
     let inside = found.strip_prefix(&mount.point).map_err(|_| none())?;
     // NAME.img, or .snapshots/NAME/LABEL.img. A label is text; the name of an image may be any bytes.
-    let (name, snapshot) = match (inside.strip_prefix(SNAPSHOTS), inside.components().count()) {
+    let (name, snapshot) = match (inside.strip_prefix(SNAPSHOTS_NAME), inside.components().count()) {
         (Ok(rest), 3) => (rest.parent(), rest.file_stem().and_then(OsStr::to_str)),
         (Err(_), 1) => (inside.file_stem().map(Path::new), None),
         _ => return Err(none()),

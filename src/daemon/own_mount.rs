@@ -39,6 +39,13 @@ struct Identity {
     device: (u32, u32),
 }
 
+impl Identity {
+    /// True when `mount` shows this file system, of the folder `images`.
+    fn is_of(&self, mount: &Mount, images: &Path) -> bool {
+        mount.device == self.device && mount.is_ours() && mount.source == images
+    }
+}
+
 /// Mounts, as the settings say, and returns the connection.
 pub(super) fn make(settings: &Settings) -> Result<OwnedFd> {
     mount::mount(settings.mountpoint(), &settings.mount_options())
@@ -84,8 +91,7 @@ impl OwnMount {
     /// end of one daemon, whose mount another command had just taken away, unmounted the folder that was mounted next.
     pub fn current(&self, images: &Path) -> Option<Mount> {
         let known = self.known?;
-        let now = mounts::by_id(known.id).ok()??;
-        (now.device == known.device && now.is_ours() && now.source == images).then_some(now)
+        mounts::by_id(known.id).ok()?.filter(|now| known.is_of(now, images))
     }
 
     /// Unmounts it. Done, too, where it is gone already.
@@ -100,9 +106,7 @@ impl OwnMount {
             return self.find(settings).ok().flatten().into_iter().collect();
         };
         let mut left = mounts::all().unwrap_or_default();
-        left.retain(|mount| {
-            mount.device == known.device && mount.is_ours() && mount.source == settings.images()
-        });
+        left.retain(|mount| known.is_of(mount, settings.images()));
         left
     }
 

@@ -33,7 +33,7 @@ const FIRST_PLACE: u64 = 2;
 /// The name of our own folder in the mount.
 pub(super) const PRIVATE_NAME: &str = ".ploopfs";
 /// The name of the folder of snapshots in the mount.
-pub(super) const SNAPSHOTS_NAME: &str = ".snapshots";
+pub(crate) const SNAPSHOTS_NAME: &str = ".snapshots";
 /// The counters' name in it.
 pub(super) const STATS_NAME: &str = "stats.json";
 
