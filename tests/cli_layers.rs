@@ -11,10 +11,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Guest, Loop, Mount, Run, temp_dir, until};
+use common::{Guest, Loop, Mount, Run, memory_dir, temp_dir, until};
 use ploopfs::disk::open::Opened;
+use ploopfs::disk::work::carry_out;
 use ploopfs::io::real::Access;
+use ploopfs::progress::Progress;
 use ploopfs::vdisk::Options;
+use ploopfs::vdisk::live::Work;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -23,7 +26,15 @@ struct Folder(TempDir);
 
 impl Folder {
     fn new() -> Folder {
-        let folder = Folder(temp_dir());
+        Folder::at(temp_dir())
+    }
+
+    fn in_memory() -> Folder {
+        Folder::at(memory_dir())
+    }
+
+    fn at(folder: TempDir) -> Folder {
+        let folder = Folder(folder);
         folder.ok(&["create", "vm", "--size", "64M"]);
         folder
     }
@@ -206,6 +217,71 @@ fn a_switch_goes_back_to_a_snapshot() {
     folder.ok(&["snapshot", "switch", "vm", "a"]);
     assert_eq!(folder.names("vm"), ["a", "b", ""]);
     folder.ok(&["check", "vm"]);
+}
+
+/// Issue 19: a tree of 200 checkpoints: a line of them, branches off every other one, and jumps to any.
+#[test]
+fn a_tree_of_two_hundred_checkpoints_can_be_jumped_about_in() {
+    let folder = Folder::in_memory();
+    let name = |n: usize| format!("c{n}");
+    let vm = || folder.0.path().join("vm");
+    let work = |path: &Path, work: Work| drop(carry_out(path, &work, &Progress::new()).expect("done"));
+    let at = |n: usize| {
+        let path = if n == 0 { vm().with_extension("hds") } else { vm() };
+        written(&path, 0, &(n as u64).to_le_bytes());
+        work(&path, Work::Snapshot { label: Some(name(n)) });
+    };
+    (0..60).for_each(at);
+    for n in 60..200 {
+        work(&vm(), Work::Switch { snapshot: name((n * 37) % 60) });
+        at(n);
+    }
+    assert_eq!(folder.names("vm").len(), 201);
+    let began = Instant::now();
+    for n in [150, 3, 199, 59, 0, 120] {
+        folder.ok(&["snapshot", "switch", "vm", &name(n)]);
+        let opened = Opened::open(&vm(), None, Access::ReadOnly, Options::default()).expect("opens");
+        assert_eq!(*opened.image.read_at(0, 8).expect("read"), (n as u64).to_le_bytes());
+        opened.close().expect("closes");
+    }
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    folder.ok(&["check", "vm"]);
+}
+
+/// Issue 19: each switch wrote the notes of what it makes and drops four times, and the open before it once more.
+#[test]
+fn a_switch_at_rest_takes_eleven_syncs() {
+    require!("strace");
+    let folder = Folder::new();
+    folder.ok(&["snapshot", "create", "vm", "a"]);
+    let calls = folder.0.path().join("calls");
+    let calls = calls.to_str().expect("UTF-8");
+    let traced =
+        ["-f", "-qq", "-e", "trace=fsync,fdatasync,syncfs", "-o", calls, env!("CARGO_BIN_EXE_ploopfs")];
+    let switch = ["snapshot", "switch", "vm", "a"];
+    Run::new("strace").args(traced).args(switch).in_folder(folder.0.path()).limit(60).ok();
+    let calls = fs::read_to_string(calls).expect("the calls");
+    assert!(calls.lines().filter(|line| line.contains("sync(")).count() <= 11, "{calls}");
+}
+
+/// The tree has no limit of its own but the descriptor's; the chain has, and says what to do.
+#[test]
+fn a_chain_that_is_as_deep_as_it_gets_says_so_and_stays_as_it_is() {
+    let folder = Folder::in_memory();
+    let vm = folder.0.path().join("vm");
+    let snapshot = |path: &Path, n: usize| {
+        carry_out(path, &Work::Snapshot { label: Some(format!("c{n}")) }, &Progress::new())
+    };
+    snapshot(&vm.with_extension("hds"), 1).expect("the first");
+    (2..250).for_each(|n| drop(snapshot(&vm, n).expect("one more")));
+    let said = folder.fails(1, &["snapshot", "create", "vm", "c250"]);
+    assert!(said.contains("250 levels already; delete a snapshot first"), "{said}");
+    let names = folder.names("vm");
+    assert_eq!(names.len(), 250);
+    // A branch lower down is not deeper.
+    folder.ok(&["snapshot", "switch", "vm", "c10"]);
+    folder.ok(&["snapshot", "create", "vm", "c250"]);
+    assert_eq!(folder.names("vm").len(), 251);
 }
 
 #[test]

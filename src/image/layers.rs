@@ -147,7 +147,7 @@ impl Layers {
         let top = lock(&layers.store).descriptor().top;
         let levels = layers.chain(top)?;
         if layers.writable() {
-            layers.begin_settling(top)?;
+            layers.begin_settling(top, &levels)?;
             let mut store = lock(&layers.store);
             store.make_durable()?;
             // What is corrected here can wait, for space above all: no reason to keep an opener from the disk.
@@ -248,10 +248,11 @@ impl Layers {
     }
 
     /// What a crash left in use below the top is closed at the first write. A file that a clone has as well stays.
-    fn begin_settling(&self, top: Guid) -> Result<()> {
+    /// `levels` is its chain.
+    fn begin_settling(&self, top: Guid, levels: &[Level]) -> Result<()> {
         let chain = self.store().descriptor().chain(top).unwrap_or_default();
-        for guid in chain.into_iter().filter(|guid| *guid != top) {
-            let in_use = matches!(self.level_of(guid)?.layout, Layout::Ploop(header) if header.is_in_use());
+        for (guid, level) in chain.into_iter().zip(levels).filter(|(guid, _)| *guid != top) {
+            let in_use = matches!(level.layout, Layout::Ploop(header) if header.is_in_use());
             if in_use && self.may_change(guid)? {
                 self.begin_changing(guid)?;
             }
@@ -290,10 +291,17 @@ impl Layers {
     /// Makes a new empty delta with this header and opens it, with the owner and mode of the top. No descriptor names
     /// it yet; after a crash it is removed. Returns its text for the descriptor.
     pub fn add_delta(&self, header: &Header) -> Result<(String, Level)> {
+        self.add_delta_for(header, None)
+    }
+
+    /// The same of one that takes the place of the file `going`, which is noted with it: one write for both, before the
+    /// descriptor drops it.
+    pub fn add_delta_for(&self, header: &Header, going: Option<&str>) -> Result<(String, Level)> {
         let mut store = lock(&self.store);
         let name = new_delta_name(store.descriptor());
         let like = self.top_status(&store)?;
-        store.note(&[&name])?;
+        let noted: Vec<&str> = [Some(&*name), going].into_iter().flatten().collect();
+        store.note(&noted)?;
         drop(create_delta(store.dir(), store.path(), &name, header, &like)?);
         let level = self.level(&store, &name, false)?;
         Ok((name, level))
@@ -385,17 +393,15 @@ impl Layers {
 /// What must hold between the levels of a chain (docs/format.md#bat-entries).
 pub(super) fn check_chain(levels: &[Level], descriptor: &Descriptor) -> Result<()> {
     let mut below: Option<(&Header, &PathBuf)> = None;
+    // The host is asked once for each: a chain may have 250.
+    let mut known: HashMap<(u64, u64), &PathBuf> = HashMap::with_capacity(levels.len());
     for (index, level) in levels.iter().enumerate() {
         let refuse = |why: String| Err(Error::at(Kind::Damaged, &level.path, why));
-        let same = |other: &Level| match (other.file.status(), level.file.status()) {
-            (Ok(a), Ok(b)) => a.ino != 0 && (a.dev, a.ino) == (b.dev, b.ino),
-            _ => false,
-        };
-        if let Some(other) = levels[..index].iter().find(|other| same(other)) {
-            return refuse(format!(
-                "is the same file as {}, another delta of the chain",
-                other.path.display()
-            ));
+        if let Ok(status) = level.file.status()
+            && status.ino != 0
+            && let Some(other) = known.insert((status.dev, status.ino), &level.path)
+        {
+            return refuse(format!("is the same file as {}, another delta of the chain", other.display()));
         }
         let Layout::Ploop(header) = &level.layout else { continue };
         if let Some(why) = other_clusters(descriptor, header) {

@@ -208,7 +208,7 @@ impl Store {
         }
         let mut labels = self.labels.clone();
         // What was made and is in use by now needs no note; the list stays short.
-        labels.passing.retain(|file| !self.descriptor.names(file));
+        labels.passing.retain(|file| !self.descriptor.names(file) || files.contains(&&**file));
         labels.passing.extend(fresh);
         self.write_labels(labels)
     }
@@ -237,10 +237,11 @@ impl Store {
 
     /// Removes what a crash left: noted files that no delta has. To be called with every delta of the image locked.
     pub fn clean_up(&mut self) -> Result<()> {
-        if self.labels.passing.is_empty() {
+        let descriptor = &self.descriptor;
+        // What is in use by now needs no note, nor is it worth the syncs: the next note drops it.
+        if self.labels.passing.iter().all(|file| descriptor.names(file)) {
             return Ok(());
         }
-        let descriptor = &self.descriptor;
         for file in self.labels.passing.iter().filter(|file| !descriptor.names(file)) {
             match unlink(self.dir(), OsStr::new(file)) {
                 Ok(true) => {

@@ -27,8 +27,9 @@ pub fn switch(layers: &Layers, to: Guid) -> Result<()> {
     let disk = disk_size(&levels, &next);
     let below = layers.chain(to)?;
     let header = header_above(&below, &next, disk)?;
-    // 1.
-    let (file, level) = layers.add_delta(&header)?;
+    // 1. The old top's file is noted with it: 2 would have to do so by itself.
+    let going = next.delta(next.top).map(|delta| delta.file.clone());
+    let (file, level) = layers.add_delta_for(&header, going.as_deref())?;
     drop(level);
     let replaced = next
         .switch(to, &file)
