@@ -148,6 +148,12 @@ impl Error {
         Inner { kind, errno: None, source: None, ..self.0.again() }.into()
     }
 
+    /// The same error, with more to say: behind a semicolon.
+    #[must_use]
+    pub fn and(&self, more: impl fmt::Display) -> Error {
+        Inner { context: format!("{}; {more}", self.0.context), ..self.0.again() }.into()
+    }
+
     /// What a caller may act on.
     pub fn kind(&self) -> Kind {
         self.0.kind

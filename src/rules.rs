@@ -81,6 +81,8 @@ pub enum Step<'a> {
     FileSynced(&'a std::path::Path),
     /// The folder of this path was synced.
     FolderSynced(&'a std::path::Path),
+    /// All files and folders of the host's file system were synced.
+    HostSynced,
 }
 
 /// Reports a step to the watcher.
@@ -88,7 +90,7 @@ pub enum Step<'a> {
 #[inline(always)]
 pub fn step(step: Step<'_>) {
     match step {
-        Step::Names => {}
+        Step::Names | Step::HostSynced => {}
         Step::FileSynced(path) | Step::FolderSynced(path) => _ = path,
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crash::campaign::{Campaign, Live, layers, one_file};
+use crash::clones;
 use crash::folder::{Op, clone_and_merge, enumerate, enumerate_raw};
 use crash::images;
 use crash::judge::{engine, judge_world};
@@ -172,6 +173,15 @@ fn r8_a_file_that_goes_before_its_image_is_durably_gone_is_caught() {
     let remove = [images::Op::Remove(images::Which::Layered)];
     let what = found(Rule::R8, |_| images::enumerate(scratch.path(), &remove, 1).map(drop));
     assert!(what.contains("a holds"), "{what}");
+}
+
+#[test]
+fn r8_a_clone_that_has_its_name_before_its_files_are_synced_is_caught() {
+    let scratch = common::memory_dir();
+    for names in [&["c1"][..], &["c1", "c2"]] {
+        let what = found(Rule::R8, |_| clones::enumerate(scratch.path(), names).map(drop));
+        assert!(what.contains("does not open"), "{what}");
+    }
 }
 
 #[test]

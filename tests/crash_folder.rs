@@ -1,7 +1,7 @@
 //! Power cuts during operations over several files (R8), on a real folder whose names are recorded with its files: after
 //! any step, with any of the unsynced names and contents lost, the image opens with the old state or the new one, every
 //! snapshot that must be there is, an interrupted merge can be finished, and no file is left over. Likewise for images that
-//! get another name or are removed.
+//! get another name, are removed or are cloned.
 #![cfg(feature = "break-rules")]
 
 mod common;
@@ -10,6 +10,7 @@ mod crash;
 
 use std::time::Instant;
 
+use crash::clones;
 use crash::folder::{OPS, Op, clone_and_merge, enumerate, enumerate_raw};
 use crash::images;
 
@@ -60,6 +61,24 @@ fn every_power_cut_while_images_are_renamed_or_removed_leaves_each_of_them_whole
         ),
         Err(e) => panic!("{e}"),
     }
+}
+
+#[test]
+fn every_power_cut_while_clones_are_made_leaves_each_of_them_whole_or_not_there_and_nothing_else() {
+    let (scratch, began) = (common::memory_dir(), Instant::now());
+    for names in [&["c1"][..], &["c1", "c2", "c3"]] {
+        match clones::enumerate(scratch.path(), names) {
+            Ok(states) => {
+                println!("CRASH STATES {states} of {} clones in {} s", names.len(), began.elapsed().as_secs())
+            }
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
+#[test]
+fn clones_that_have_their_names_stay_where_the_next_name_is_taken_meanwhile_and_are_said_to_be_there() {
+    clones::taken_between(common::memory_dir().path()).expect("as it was said");
 }
 
 #[test]

@@ -231,7 +231,7 @@ impl Disk {
                 let snapshot = self.pick(which).filter(|_| !live);
                 let content =
                     snapshot.as_ref().map_or(self.live.clone(), |name| self.snapshots[name].clone());
-                let work = Work::Clone { snapshot: snapshot.clone(), to: to.clone(), copy: false };
+                let work = Work::Clone { snapshot: snapshot.clone(), to: vec![to.clone()], copy: false };
                 let done = self.work(work).expect("cloned");
                 if let (None, Some(note)) = (snapshot, done.note) {
                     let name = note.rsplit(' ').next().expect("the snapshot's name").to_owned();

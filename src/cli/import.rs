@@ -8,7 +8,7 @@ use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, clone, input, out, restore, size, source};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::SECTOR;
-use crate::image::create::{CreatePlan, DEFAULT_CLUSTER, Draft};
+use crate::image::create::{CreatePlan, DEFAULT_CLUSTER, Draft, template_cluster};
 use crate::transfer::disk::{Disk, FlatFile};
 use crate::transfer::foreign::Foreign;
 use crate::transfer::layers::{self, Link};
@@ -30,6 +30,11 @@ pub struct Args {
     /// Cluster size: a power of two from 32K to 64M [default: 1M; with --layers that of the chain, mostly 64K]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     cluster: Option<u64>,
+    /// Clusters for an image that many clones will be made of: 64K, more for a disk above 64G
+    ///
+    /// A clone's first write to a cluster copies all of it: small ones cost less space and time where many disks stand on one.
+    #[arg(long, conflicts_with_all = ["cluster", "layers"])]
+    template: bool,
     /// Read the files, too, that FILE names: of which it is an overlay, or that hold its data. Only if you trust it
     #[arg(long)]
     with_backing: bool,
@@ -95,6 +100,13 @@ impl Format {
     }
 }
 
+impl Args {
+    /// The cluster size that was asked for, of a disk of so many bytes.
+    fn cluster_for(&self, bytes: u64) -> Option<u64> {
+        self.cluster.or_else(|| self.template.then(|| template_cluster(bytes)))
+    }
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let to = clone::new_place(&args.image)?;
@@ -129,7 +141,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         return Err(Error::at(Kind::Unsupported, &args.file, "is empty: there is no disk in it").into());
     }
     notes.extend(filled_up(bytes));
-    let plan = CreatePlan { cluster: args.cluster, ..CreatePlan::copy_of(bytes) };
+    let plan = CreatePlan { cluster: args.cluster_for(bytes), ..CreatePlan::copy_of(bytes) };
     let draft = Draft::begin(&to, &plan)?;
     let created = work::watched(&args.file, args.pace, move |progress| {
         match chain.first() {
@@ -162,10 +174,12 @@ fn piped(
         return Err(Error::at(Kind::Unsupported, name, what).into());
     }
     let asked = args.format.is_some();
-    let mut plan = CreatePlan { cluster: args.cluster, ..CreatePlan::copy_of(1) };
+    // How much comes is not known: the smallest.
+    let cluster = args.cluster_for(0);
+    let mut plan = CreatePlan { cluster, ..CreatePlan::copy_of(1) };
     // Judged before it can be calculated with; a raw image has none.
     let kind = Draft::begin(to, &plan)?.kind();
-    plan.size = import::first_size(kind, args.cluster.unwrap_or(DEFAULT_CLUSTER));
+    plan.size = import::first_size(kind, cluster.unwrap_or(DEFAULT_CLUSTER));
     let mut draft = Draft::begin(to, &plan)?;
     let shown = name.to_owned();
     let (created, came) = work::watched(Path::new(name), args.pace, move |progress| {

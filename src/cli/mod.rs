@@ -127,6 +127,10 @@ pub enum Command {
     /// Make a new image with the content of another one, or of a snapshot
     ///
     /// Takes no space where the host file system shares extents (XFS, btrfs). Elsewhere the frozen files are linked.
+    ///
+    /// Several, up to 256 in one folder, are made at once: all names are judged before the first is made, all files are made
+    /// durable by one sync of the host's file system, and then each gets its name. An error or a Ctrl-C before that leaves
+    /// none; a power cut, or an error in between, leaves whole ones, and the message names them.
     Clone(clone::Args),
     /// List the ranges that may differ between two snapshots of an image
     ///

@@ -224,7 +224,10 @@ fn cancelled(path: &Path, work: &Work) -> Error {
             Ok(_) => format!("too late: the snapshot {snapshot} is merged"),
             Err(e) => format!("what is left cannot be read now ({e})"),
         },
-        Work::Clone { to, .. } => format!("{} was not made", to.display()),
+        Work::Clone { to, .. } => match &to[..] {
+            [one] => format!("{} was not made", one.display()),
+            all => format!("none of {} images was made", all.len()),
+        },
         Work::Resize { .. } => "the disk has its old size".to_owned(),
         Work::Compact { .. } => "what was moved and freed until then stays so".to_owned(),
         Work::Finish => "what is left goes on at the next use".to_owned(),

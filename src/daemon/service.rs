@@ -94,7 +94,8 @@ impl Desk {
     /// Says at once, and in words, what the sandbox would only answer with EACCES.
     fn refuse_outside(&self, work: &Work) -> Result<()> {
         match work {
-            Work::Clone { to, .. } if self.sandbox.landlock && !self.folder.is_around(to) => {
+            Work::Clone { to, .. } if self.sandbox.landlock => {
+                let Some(to) = to.iter().find(|to| !self.folder.is_around(to)) else { return Ok(()) };
                 let why = "lies outside of the images folder, to which the daemon is confined; clone it into the images \
                            folder, unmount it first, or mount it with --no-sandbox";
                 Err(Error::at(Kind::NotPermitted, to, why))

@@ -69,7 +69,7 @@ impl Folder {
     pub fn clone_image(&self, id: u64, source: &Entry, snapshot: Option<String>) -> Result<()> {
         let (name, _making) = self.begin_making(id)?;
         self.check_path(&name)?;
-        let work = Work::Clone { snapshot, to: self.path().join(&name), copy: false };
+        let work = Work::Clone { snapshot, to: vec![self.path().join(&name)], copy: false };
         self.work(&in_text(source.name()), &work, &Progress::new())?;
         self.has_come(&name, &name)
     }

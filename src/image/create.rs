@@ -14,7 +14,9 @@ use crate::image::kind::{self, Class, DESCRIPTOR, ImageKind};
 use crate::image::level::{Layout, Level};
 use crate::image::paths::image_folder;
 use crate::image::shape::Shape;
-pub use crate::image::shape::{CreatePlan, DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER, check_cluster};
+pub use crate::image::shape::{
+    CreatePlan, DEFAULT_CLUSTER, MAX_CLUSTER, MIN_CLUSTER, check_cluster, template_cluster,
+};
 use crate::image::store::Store;
 use crate::io::new_file::NewFile;
 use crate::io::real::RealFile;
@@ -242,6 +244,11 @@ impl NewImagePath {
 
 fn already(place: &NewImagePath) -> String {
     format!("there is an image named {} already; choose another name", Path::new(&place.stem).display())
+}
+
+/// The name under which the image `image` would be shown, without `.img`; an error where none can have it.
+pub(super) fn shown_name(image: &Path) -> Result<OsString> {
+    NewImagePath::of(image, None).map(|place| place.stem)
 }
 
 /// What already has the name of the image that `image` would be: itself, or another source shown under it.

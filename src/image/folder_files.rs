@@ -43,16 +43,7 @@ pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: 
     let written = with_reserve(dir, || {
         // Left by a crash; we hold the descriptor's lock, so it has no user.
         unlink(dir, OsStr::new(&beside))?;
-        let mut file = make(dir, &beside, 0o600)?;
-        file.write_all(bytes)?;
-        // A first file of its sort gets the folder's owner, and is readable like a descriptor of ploop's.
-        let (old, mask) = match retry_on_intr(|| rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)) {
-            Ok(old) => (old, 0o777),
-            Err(_) => (rustix::fs::fstat(dir)?, 0o644),
-        };
-        let mode = old.st_mode & mask;
-        let like = HostStatus { mode, uid: old.st_uid, gid: old.st_gid, ..HostStatus::default() };
-        own(&file, &like)?;
+        let file = made_like(dir, &beside, name, bytes)?;
         // Before the rename: else a power cut could leave the name on an empty file.
         file.sync_all()?;
         step(Step::FileSynced(&path.join(&beside)));
@@ -64,6 +55,30 @@ pub(super) fn write_beside(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: 
         let _ = unlink(dir, OsStr::new(&beside));
         Error::io(&e, shown, "cannot write")
     })
+}
+
+/// Writes `bytes` as the new file `name`. Nothing is synced: the folder is made durable as a whole before it gets its name.
+pub(super) fn write_new(dir: BorrowedFd<'_>, path: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let written = with_reserve(dir, || {
+        // An attempt that found no space.
+        unlink(dir, OsStr::new(name))?;
+        made_like(dir, name, name, bytes)
+    });
+    written.map(drop).map_err(|e| Error::io(&e, path.join(name), "cannot write"))
+}
+
+/// A new file with this content, and the owner and mode of the file `like`. A first one of its sort gets the folder's owner,
+/// and is readable like a descriptor of ploop's.
+fn made_like(dir: BorrowedFd<'_>, name: &str, like: &str, bytes: &[u8]) -> io::Result<File> {
+    let (old, mask) = match retry_on_intr(|| rustix::fs::statat(dir, like, AtFlags::SYMLINK_NOFOLLOW)) {
+        Ok(old) => (old, 0o777),
+        Err(_) => (rustix::fs::fstat(dir)?, 0o644),
+    };
+    let mut file = make(dir, name, 0o600)?;
+    file.write_all(bytes)?;
+    let mode = old.st_mode & mask;
+    own(&file, &HostStatus { mode, uid: old.st_uid, gid: old.st_gid, ..HostStatus::default() })?;
+    Ok(file)
 }
 
 /// Makes names in the folder durable.

@@ -48,9 +48,36 @@ pub(super) fn create_delta(
     like: &HostStatus,
 ) -> Result<RealFile> {
     let shown = path.join(name);
-    let cannot =
-        |e: &io::Error, doing: &str| Error::io(e, &shown, format!("cannot create the delta: {doing}"));
     // 1.
+    let file = create_unsynced(dir, path, name, header, like)?;
+    let synced = || {
+        // 2.
+        if !broken(Rule::R8) {
+            file.sync_all().map_err(|e| Error::io(&e, &shown, "cannot create the delta: syncing it"))?;
+            step(Step::FileSynced(&shown));
+        }
+        // 3.
+        sync_folder(dir, path)
+    };
+    if let Err(error) = synced() {
+        // Best effort; it was noted before, or has a name that is never looked for.
+        let _ = unlink(dir, OsStr::new(name));
+        return Err(error);
+    }
+    RealFile::from_file(file, shown)
+}
+
+/// Step 1 alone, for a folder that is made durable as a whole before it gets its name.
+pub(super) fn create_unsynced(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    name: &str,
+    header: &Header,
+    like: &HostStatus,
+) -> Result<File> {
+    let cannot = |e: &io::Error, doing: &str| {
+        Error::io(e, path.join(name), format!("cannot create the delta: {doing}"))
+    };
     let file = make(dir, name, like.mode).map_err(|e| cannot(&e, "making the file"))?;
     let write = || match shape::write_empty(&file, header) {
         Err(e) if is_full(&e) => with_reserve(dir, || write_thin(&file, header)),
@@ -58,24 +85,15 @@ pub(super) fn create_delta(
     };
     let filled = write()
         .map_err(|e| cannot(&e, "writing it"))
-        .and_then(|()| own(&file, like).map_err(|e| cannot(&e, "giving it its owner")))
-        // 2.
-        .and_then(|()| {
-            if broken(Rule::R8) {
-                return Ok(());
-            }
-            file.sync_all().map_err(|e| cannot(&e, "syncing it"))?;
-            step(Step::FileSynced(&shown));
-            Ok(())
-        })
-        // 3.
-        .and_then(|()| sync_folder(dir, path));
-    if let Err(error) = filled {
-        // Best effort; it was noted before, or has a name that is never looked for.
-        let _ = unlink(dir, OsStr::new(name));
-        return Err(error);
+        .and_then(|()| own(&file, like).map_err(|e| cannot(&e, "giving it its owner")));
+    match filled {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            // Best effort, likewise.
+            let _ = unlink(dir, OsStr::new(name));
+            Err(error)
+        }
     }
-    RealFile::from_file(file, shown)
 }
 
 /// The header of an empty delta, whose BAT takes space when it is written.

@@ -32,3 +32,4 @@ pub mod ring;
 pub mod share;
 pub mod standard;
 pub mod unmount;
+pub mod whole;

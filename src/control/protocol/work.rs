@@ -42,6 +42,15 @@ pub enum WorkRequest {
         /// Copy where the host can neither share extents nor link.
         copy: bool,
     },
+    /// Several of them, at once. A daemon that does not know it refuses it, and does not make the first alone.
+    Clones {
+        /// Of which snapshot; None: of the live disk.
+        snapshot: Option<String>,
+        /// The new images' folders, side by side.
+        to: Vec<PathBuf>,
+        /// Copy where the host can neither share extents nor link.
+        copy: bool,
+    },
     /// Go on with the merges that a crash or a cancel left.
     Finish,
     /// Free zero clusters, and make the live disk's file shorter.
@@ -73,7 +82,13 @@ impl From<Work> for WorkRequest {
             Work::Delete { snapshot } => WorkRequest::Delete { snapshot },
             Work::Merge { snapshot } => WorkRequest::Merge { snapshot },
             Work::Switch { snapshot } => WorkRequest::Switch { snapshot },
-            Work::Clone { snapshot, to, copy } => WorkRequest::Clone { snapshot, to, copy },
+            Work::Clone { snapshot, mut to, copy } => match (to.pop(), to.is_empty()) {
+                (Some(to), true) => WorkRequest::Clone { snapshot, to, copy },
+                (last, _) => {
+                    to.extend(last);
+                    WorkRequest::Clones { snapshot, to, copy }
+                }
+            },
             Work::Finish => WorkRequest::Finish,
             Work::Compact { dry_run, defrag } => WorkRequest::Compact { dry_run, defrag },
             Work::Track { granularity } => WorkRequest::Track { granularity },
@@ -90,7 +105,8 @@ impl From<WorkRequest> for Work {
             WorkRequest::Delete { snapshot } => Work::Delete { snapshot },
             WorkRequest::Merge { snapshot } => Work::Merge { snapshot },
             WorkRequest::Switch { snapshot } => Work::Switch { snapshot },
-            WorkRequest::Clone { snapshot, to, copy } => Work::Clone { snapshot, to, copy },
+            WorkRequest::Clone { snapshot, to, copy } => Work::Clone { snapshot, to: vec![to], copy },
+            WorkRequest::Clones { snapshot, to, copy } => Work::Clone { snapshot, to, copy },
             WorkRequest::Finish => Work::Finish,
             WorkRequest::Compact { dry_run, defrag } => Work::Compact { dry_run, defrag },
             WorkRequest::Track { granularity } => Work::Track { granularity },

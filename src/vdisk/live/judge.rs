@@ -9,7 +9,7 @@ use crate::format::descriptor::Guid;
 use crate::image::clone;
 use crate::image::labels::Labels;
 use crate::image::layers::Layers;
-use crate::vdisk::{Image, scan};
+use crate::vdisk::{Image, Level, scan};
 
 /// Refuses what cannot be done with the open image, whose descriptor and files are `layers`; None: it is a single file.
 /// What passes may still fail: on the host, or because another process was faster.
@@ -41,14 +41,18 @@ pub fn judge(image: &Image, layers: Option<&Layers>, work: &Work) -> Result<()> 
                 known(image, layers, snapshot)?;
             }
             if let Some(layers) = layers {
-                let store = layers.store();
-                let of = snapshot.as_deref().map(|name| store.find_snapshot(name)).transpose()?;
-                let chain = store.descriptor().chain(of.unwrap_or(store.descriptor().top));
-                let chain = chain.map_err(|bad| Error::at(Kind::Damaged, store.path(), bad.to_string()))?;
-                drop(store);
-                chain.into_iter().try_for_each(|guid| sound(layers, guid))?;
+                let (of, top) = {
+                    let store = layers.store();
+                    let of = snapshot.as_deref().map(|name| store.find_snapshot(name)).transpose()?;
+                    (of.unwrap_or(store.descriptor().top), store.descriptor().top)
+                };
+                let mut levels = layers.chain(of)?;
+                if of == top {
+                    levels.pop();
+                }
+                levels.iter().try_for_each(sound_level)?;
             }
-            let place = clone::Destination::of(to)?;
+            let place = clone::Destinations::of(to)?;
             if *copy { Ok(()) } else { can_share(image, &place.around) }
         }
         // These judge by themselves, before their first change.
@@ -67,8 +71,11 @@ pub(super) fn sound(layers: &Layers, guid: Guid) -> Result<()> {
     if guid == layers.store().descriptor().top {
         return Ok(());
     }
-    let level = layers.level_of(guid)?;
-    level.geometry().map_or(Ok(()), |geometry| scan::scan(&level, &geometry).map(drop))
+    sound_level(&layers.level_of(guid)?)
+}
+
+fn sound_level(level: &Level) -> Result<()> {
+    level.geometry().map_or(Ok(()), |geometry| scan::scan(level, &geometry).map(drop))
 }
 
 /// There is no snapshot of this name, but one was deleted whose data can be merged.

@@ -43,12 +43,12 @@ pub enum Work {
         /// Label or GUID.
         snapshot: String,
     },
-    /// A new image with the same content.
+    /// New images with the same content.
     Clone {
         /// Of which snapshot; None: of the live disk.
         snapshot: Option<String>,
-        /// The new image's folder.
-        to: PathBuf,
+        /// Their folders, side by side.
+        to: Vec<PathBuf>,
         /// Copy where the host can neither share extents nor link.
         copy: bool,
     },

@@ -18,7 +18,7 @@ use super::{Done, Work};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Descriptor, Guid, Marker};
 use crate::format::header::Header;
-use crate::image::clone;
+use crate::image::clone::{self, Unmade};
 use crate::image::layers::Layers;
 use crate::image::store::Replaced;
 use crate::progress::Progress;
@@ -107,14 +107,20 @@ fn act(image: &Arc<Image>, job: Option<LiveWork<'_>>, work: &Work, progress: &Pr
                 None => job.snapshot(None)?,
             };
             let guid = job.find(&of)?;
-            if let Err(e) = clone::clone(job.layers, guid, to, *copy, progress) {
-                if snapshot.is_none() {
-                    job.take_back(&of);
-                }
-                return Err(e);
+            if let Err(Unmade { made, error }) = clone::clone(job.layers, guid, to, *copy, progress) {
+                return Err(match (snapshot, made) {
+                    (Some(_), _) => error,
+                    (None, 0) => {
+                        job.take_back(&of);
+                        error
+                    }
+                    (None, _) => error.and(format!("the new snapshot {of}, on which they stand, stays")),
+                });
             }
-            let note = snapshot.is_none().then(|| format!("the clone stands on the new snapshot {of}"));
-            Ok(Done { name: Some(to.to_string_lossy().into_owned()), note, ..Done::default() })
+            let stands = if to.len() > 1 { "the clones stand" } else { "the clone stands" };
+            let note = snapshot.is_none().then(|| format!("{stands} on the new snapshot {of}"));
+            let name = if let [one] = &to[..] { Some(one.to_string_lossy().into_owned()) } else { None };
+            Ok(Done { name, note, ..Done::default() })
         }
         Work::Compact { dry_run, defrag } => {
             let gain = match (dry_run, defrag) {

@@ -527,7 +527,7 @@ pub fn clone_and_merge(scratch: &Path) -> Result<(), String> {
     let mut run = Run::start(&engine, &site, &start)?;
     let label = run.label(false).ok_or("there is no snapshot")?;
     let (then, _) = start.folder.snapshots[&label].clone();
-    run.work(&Work::Clone { snapshot: Some(label), to: clone.clone(), copy: false })?;
+    run.work(&Work::Clone { snapshot: Some(label), to: vec![clone.clone()], copy: false })?;
     for (deleted, op) in [Op::DeleteOldest, Op::DeleteNewest].into_iter().enumerate() {
         run.carry_out(op)?;
         run.close()?; // A file has one user at a time.

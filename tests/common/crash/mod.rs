@@ -4,6 +4,8 @@
 
 pub mod campaign;
 #[cfg(feature = "break-rules")]
+pub mod clones;
+#[cfg(feature = "break-rules")]
 pub mod folder;
 #[cfg(feature = "break-rules")]
 pub mod images;
