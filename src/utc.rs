@@ -26,6 +26,11 @@ pub fn shown(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
 }
 
+/// For programs, as RFC 3339 has it: 2026-11-20T22:45:01Z.
+pub fn rfc3339(seconds: i64) -> String {
+    shown(seconds).replace(' ', "T") + "Z"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -44,5 +49,6 @@ mod tests {
         assert_eq!(shown(951_827_696), "2000-02-29 12:34:56");
         assert_eq!(shown(-1), "1969-12-31 23:59:59");
         assert_eq!(shown(4_107_542_399), "2100-02-28 23:59:59");
+        assert_eq!(rfc3339(1_795_214_701), "2026-11-20T22:45:01Z");
     }
 }

@@ -284,6 +284,50 @@ fn a_chain_that_is_as_deep_as_it_gets_says_so_and_stays_as_it_is() {
     assert_eq!(folder.names("vm").len(), 251);
 }
 
+/// The fields of docs/recipes.md#for-programs, and no others.
+#[test]
+fn what_makes_or_changes_something_says_so_as_json_with_a_version_and_a_time() {
+    let folder = Folder::new();
+    let path = |name: &str| folder.0.path().join(name).to_str().expect("UTF-8").to_owned();
+    let null = Value::Null;
+    let none: [String; 0] = [];
+    for (args, image, snapshot, images, size) in [
+        (
+            &["create", "new", "--size", "1G"][..],
+            null.clone(),
+            null.clone(),
+            &[path("new.hds")][..],
+            Some(1 << 30),
+        ),
+        (&["snapshot", "create", "vm", "a"], path("vm").into(), "a".into(), &none[..], None),
+        (&["clone", "vm@a", "n1", "n2"], path("vm").into(), "a".into(), &[path("n1"), path("n2")], None),
+        (&["clone", "vm", "n3"], path("vm").into(), null.clone(), &[path("n3")], None),
+        (&["snapshot", "switch", "vm", "a"], path("vm").into(), "a".into(), &none, None),
+        (&["snapshot", "delete", "vm", "a"], path("vm").into(), "a".into(), &none, None),
+    ] {
+        let said = folder.ok(&[args, &["--json"]].concat());
+        let value: Value = serde_json::from_str(&said).expect("JSON");
+        let fields = value.as_object().expect("an object");
+        let mut wanted = vec!["command", "image", "images", "note", "snapshot", "time", "version"];
+        wanted.extend(size.map(|_| "size"));
+        wanted.sort_unstable();
+        let mut found: Vec<&str> = fields.keys().map(String::as_str).collect();
+        found.sort_unstable();
+        assert_eq!(found, wanted, "{said}");
+        let command = if args[0] == "snapshot" { args[..2].join(" ") } else { args[0].to_owned() };
+        assert_eq!((&value["version"], &value["command"]), (&1.into(), &command.into()), "{said}");
+        assert_eq!((&value["image"], &value["snapshot"]), (&image, &snapshot), "{said}");
+        assert_eq!(value["images"], serde_json::json!(images), "{said}");
+        assert_eq!(value.get("size").and_then(Value::as_u64), size, "{said}");
+        let noted = value["note"].as_str().is_some_and(|note| note.contains("new snapshot"));
+        assert_eq!(noted, args[..] == ["clone", "vm", "n3"], "{said}");
+        let time = value["time"].as_str().expect("a time").as_bytes();
+        let shape = b"0000-00-00T00:00:00Z";
+        let alike = |(a, b): (&u8, &u8)| if *b == b'0' { a.is_ascii_digit() } else { a == b };
+        assert!(time.len() == shape.len() && time.iter().zip(shape).all(alike), "{said}");
+    }
+}
+
 #[test]
 fn a_clone_is_an_image_of_its_own_and_an_existing_name_is_refused_before_anything_is_done() {
     let folder = Folder::new();

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::cli::made::Made;
 use crate::cli::served;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, snapshot, source, target};
@@ -22,6 +23,9 @@ pub struct Args {
     /// Copy the data where the host can neither share nor link it
     #[arg(long)]
     copy: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     pace: Pace,
 }
@@ -32,10 +36,15 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let to = new_places(&args.new)?;
     // Before anything is done; an opener that comes in between is refused all the same.
     drop(Destinations::of(&to)?);
-    let work = Work::Clone { snapshot: target.snapshot, to: to.clone(), copy: args.copy };
+    let work = Work::Clone { snapshot: target.snapshot.clone(), to: to.clone(), copy: args.copy };
     let done = work::carry_out(&target.path, &work, args.pace)?;
     // They lie in one folder, and one look shows them all.
     source::show(&to[0])?;
+    if args.json {
+        let image = work::as_it_is(&target.path);
+        Made::with("clone", &image, target.snapshot.as_deref(), done.note.as_deref()).and(&to).print()?;
+        return Ok(Outcome::Done);
+    }
     snapshot::say(&done)?;
     let line = |to: &PathBuf| format!("created {}\n", out::printable(&to.to_string_lossy()));
     out::done(&to.iter().map(line).collect::<String>())?;

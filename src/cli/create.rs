@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::cli::made::Made;
 use crate::cli::{Outcome, out, size, source};
 use crate::image::create::{CreatePlan, create, template_cluster};
 use crate::image::kind::ImageKind;
@@ -29,6 +30,9 @@ pub struct Args {
     /// Take all the space on the host now
     #[arg(long)]
     preallocate: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -53,6 +57,11 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     };
     let created = create(&args.image, &plan)?;
     source::show(&created.path)?;
+    if args.json {
+        let path = std::path::absolute(&created.path).unwrap_or_else(|_| created.path.clone());
+        Made::of("create", &[path], Some(created.size)).print()?;
+        return Ok(Outcome::Done);
+    }
     let path = out::printable(&created.path.to_string_lossy());
     out::done(&format!("created {path}, {}\n", size::human(created.size)))?;
     Ok(Outcome::Done)

@@ -32,6 +32,7 @@ pub mod import;
 pub mod info;
 mod input;
 pub mod list;
+mod made;
 pub mod man;
 pub mod map;
 pub mod merge;

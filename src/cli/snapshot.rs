@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use crate::cli::freeze::Frozen;
+use crate::cli::made::Made;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, served, size, target};
 use crate::control::protocol::content::SnapshotAnswer;
@@ -40,6 +41,9 @@ enum What {
         /// Freeze the file systems mounted from it through loop devices meanwhile, 10 s at most
         #[arg(long)]
         freeze: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Show the snapshots of an image, and how much space they take
     ///
@@ -59,6 +63,9 @@ enum What {
     Delete {
         #[command(flatten)]
         which: Named,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         pace: Pace,
     },
@@ -68,6 +75,9 @@ enum What {
     Switch {
         #[command(flatten)]
         which: Named,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -85,9 +95,14 @@ pub struct Named {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<Outcome> {
     match args.what {
-        What::Create { image, name, freeze } => {
-            let name = create(&target::find(&image)?, name, freeze)?;
-            out::done(&format!("{}\n", out::printable(&name)))?;
+        What::Create { image, name, freeze, json } => {
+            let path = target::find(&image)?;
+            let name = create(&path, name, freeze)?;
+            if json {
+                Made::with("snapshot create", &work::as_it_is(&path), Some(&name), None).print()?;
+            } else {
+                out::done(&format!("{}\n", out::printable(&name)))?;
+            }
         }
         What::List { which } => {
             let lines = work::snapshots(&target::find(&which.image)?)?;
@@ -98,14 +113,17 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
                 out::text(&to_text(&lines))?;
             }
         }
-        What::Delete { which, pace } => {
+        What::Delete { which, json, pace } => {
             let path = target::find(&which.image)?;
             forewarn(&path, &which.snapshot)?;
-            say(&work::carry_out(&path, &Work::Delete { snapshot: which.snapshot }, pace)?)?;
+            let work = Work::Delete { snapshot: which.snapshot.clone() };
+            changed("snapshot delete", &path, &which.snapshot, &work::carry_out(&path, &work, pace)?, json)?;
         }
-        What::Switch { which } => {
+        What::Switch { which, json } => {
             let path = target::find(&which.image)?;
-            say(&work::carry_out(&path, &Work::Switch { snapshot: which.snapshot }, Pace { rate: None })?)?;
+            let work = Work::Switch { snapshot: which.snapshot.clone() };
+            let done = work::carry_out(&path, &work, Pace { rate: None })?;
+            changed("snapshot switch", &path, &which.snapshot, &done, json)?;
         }
     }
     Ok(Outcome::Done)
@@ -138,6 +156,20 @@ pub fn forewarn(path: &Path, snapshot: &str) -> anyhow::Result<()> {
         size::human(merge.bytes)
     ));
     Ok(())
+}
+
+/// What came of work with a snapshot.
+fn changed(
+    command: &'static str,
+    path: &Path,
+    snapshot: &str,
+    done: &Done,
+    json: bool,
+) -> anyhow::Result<()> {
+    match json {
+        true => Made::with(command, &work::as_it_is(path), Some(snapshot), done.note.as_deref()).print(),
+        false => say(done),
+    }
 }
 
 /// What a person should know of work that was done.

@@ -1,7 +1,7 @@
 //! Long work with an image, from the command line: by the daemon that serves it, live, else in this process under the
 //! same locks. A bar on a terminal, nothing in a pipe; Ctrl-C cancels.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::cli::served::{self, Daemon};
-use crate::cli::{out, size};
+use crate::cli::{out, size, target};
 use crate::control::client::Client;
 use crate::control::protocol::Amount;
 use crate::disk::owner::{other_names, refuse_level};
@@ -197,6 +197,13 @@ fn watch<T: Send + 'static>(
             }
         }
     }
+}
+
+/// The image at `path` as it is found after work with it, absolute: its first snapshot has made a file a folder, and its last
+/// one may have made it a file again.
+pub fn as_it_is(path: &Path) -> PathBuf {
+    let found = target::find(path).unwrap_or_else(|_| path.to_owned());
+    std::path::absolute(&found).unwrap_or(found)
 }
 
 /// The snapshots of the image at `path`, served or at rest.
