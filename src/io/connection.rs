@@ -23,6 +23,20 @@ pub fn another(connection: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     if cloned < 0 { Err(io::Error::last_os_error()) } else { Ok(device) }
 }
 
+/// linux/fuse.h, FUSE_NOTIFY_RESEND.
+const RESEND: i32 = 7;
+
+/// Has the kernel send again what was read from any descriptor of the connection and not answered (Linux 6.9). Of those who
+/// read there must be none: what they read meanwhile is sent again, too.
+pub fn resend(connection: BorrowedFd<'_>) -> io::Result<()> {
+    // fuse_out_header: its length, the message in the place of an errno, and no request.
+    let mut message = [0; 16];
+    message[..4].copy_from_slice(&16u32.to_ne_bytes());
+    message[4..8].copy_from_slice(&RESEND.to_ne_bytes());
+    rustix::io::write(connection, &message)?;
+    Ok(())
+}
+
 /// The number under which an owner that is not ours keeps an open file, for which another file may be put there.
 #[derive(Debug)]
 pub struct Slot {

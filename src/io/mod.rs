@@ -30,6 +30,7 @@ pub mod real;
 pub mod rename;
 pub mod ring;
 pub mod share;
+pub mod shared;
 pub mod standard;
 pub mod unmount;
 pub mod whole;
