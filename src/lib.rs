@@ -4,11 +4,11 @@
 //! differs ([`diff`]), serve a folder of images ([`Server`]). An [`Error`] has a [`Kind`] to act on; long work reports
 //! to a [`Progress`], which also cancels it.
 //!
-//! The rooms behind it, lowest first: `io` (the host), `format` (bytes), `image` (an image at rest), `vdisk` (one
-//! live image), `disk` (the one door to an image at rest), `transfer` (disks in and out of images), `folder` (the
-//! live set), `tree` (what the kernel sees), `fuse` (transports), `control`, `daemon`, `cli`, `front`. A room uses only
-//! what stands below it. They are private: the feature `internals`, which the project's own tests and examples use, shows
-//! them, and promises nothing.
+//! The rooms behind it, lowest first: `io` (the host), `format` (bytes), `image` (an image at rest), `ledger`
+//! (what outlives a daemon), `vdisk` (one live image), `disk` (the one door to an image at rest), `transfer` (disks
+//! in and out of images), `folder` (the live set), `tree` (what the kernel sees), `fuse` (transports), `control`,
+//! `daemon`, `cli`, `front`. A room uses only what stands below it. They are private: the feature `internals`, which
+//! the project's own tests and examples use, shows them, and promises nothing.
 #![warn(missing_docs)]
 #![deny(clippy::undocumented_unsafe_blocks)]
 // Where the rooms are shown: what no other file can reach is not called public.
@@ -28,7 +28,7 @@ macro_rules! rooms {
 }
 
 rooms! {
-    cli control daemon disk error folder format front fuse image io progress rules sync transfer tree utc vdisk
+    cli control daemon disk error folder format front fuse image io ledger progress rules sync transfer tree utc vdisk
     words
 }
 

@@ -89,3 +89,8 @@ fn the_corpus_of_operations_finds_nothing() {
 fn the_corpus_of_uring_wire_finds_nothing() {
     replay("uring_wire");
 }
+
+#[test]
+fn the_corpus_of_ledger_finds_nothing() {
+    replay("ledger");
+}

@@ -6,6 +6,7 @@ mod control_protocol;
 mod descriptor;
 mod extension;
 mod header_bat;
+mod ledger;
 mod operations;
 #[path = "../common/crash/power.rs"]
 mod power;
@@ -24,6 +25,7 @@ pub use control_protocol::control_protocol;
 pub use descriptor::descriptor;
 pub use extension::extension;
 pub use header_bat::header_bat;
+pub use ledger::ledger;
 pub use operations::operations;
 pub use uring_wire::uring_wire;
 
@@ -31,13 +33,14 @@ pub use uring_wire::uring_wire;
 pub type Body = fn(&[u8]);
 
 /// Every target; its corpus lies in `fuzz/corpus/NAME`.
-pub const TARGETS: [(&str, Body); 6] = [
+pub const TARGETS: [(&str, Body); 7] = [
     ("header_bat", header_bat),
     ("extension", extension),
     ("descriptor", descriptor),
     ("control_protocol", control_protocol),
     ("operations", operations),
     ("uring_wire", uring_wire),
+    ("ledger", ledger),
 ];
 
 /// BAT pages are written at a flush or a close only, so that the same input does the same: no input takes ten seconds.
