@@ -1,5 +1,6 @@
-//! The crash rules R1 to R9 (docs/design.md#crash-rules), and the switch of a test build (feature `break-rules`) that
-//! breaks one of them at run time, at the rule's home: the crash and fault tests must then find a violation.
+//! The crash rules R1 to R9 (docs/design.md#crash-rules), those of the ledger (docs/restart.md#rules), and the switch of a
+//! test build (feature `break-rules`) that breaks one of them at run time, at the rule's home: the crash and fault tests
+//! must then find a violation.
 //!
 //! Without the feature [`broken`] is `const false`, and what stands behind it is not compiled in. With it, a test also
 //! sees every [`Step`] of an operation over several files (R8).
@@ -63,6 +64,16 @@ pub enum Rule {
     ///
     /// Broken: no link count is asked for.
     R9,
+    /// An entry stands in the ledger before its reply leaves: in the set, unmap and relocate of the BAT cache, under the
+    /// page's lock. A slot is reserved where the page is pinned, so that a set waits for none; where all are taken,
+    /// first writes wait as for clean pages.
+    ///
+    /// Broken: no entry comes there.
+    L1,
+    /// A page of the ledger is given back only when its copy is durable and nothing was added since.
+    ///
+    /// Broken: it is given back when it is copied.
+    L2,
 }
 
 /// True while a test breaks `rule`.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use super::bat::cache::Budget;
+use super::bat::budget::Budget;
 use super::clock::Clock;
 use super::runner::{Job, Pool};
 use crate::error::Result;

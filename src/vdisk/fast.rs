@@ -148,6 +148,7 @@ impl Image {
         let one = (offset + data.len() as u64 - 1) / self.cluster == cluster;
         if !one
             || self.engine.budget.dirty_full()
+            || bat.is_unkeepable()
             || !matches!(bat.lookup(cluster), Lookup::Found(Place::None))
         {
             return None;

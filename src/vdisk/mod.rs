@@ -78,6 +78,7 @@ mod queued;
 mod races;
 mod ranges;
 mod read;
+mod rescue;
 mod runner;
 mod scan;
 mod seek;
@@ -95,12 +96,14 @@ pub use crate::image::level::{Layout, Level};
 use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
+use crate::ledger::Book;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock};
 pub use counters::Stats;
 pub use engine::{Engine, Event, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
 use mark::Stage;
+pub use rescue::rescue;
 pub use runner::Job;
 pub(crate) use stack::MAX_LEVELS;
 use stack::Stack;
@@ -157,6 +160,8 @@ pub struct Image {
     counters: counters::Counters,
     /// The file that the kernel may read and write in our place.
     backing: std::sync::OnceLock<std::sync::Arc<Backing>>,
+    /// What the ledger has of it. None: it is lost with the process.
+    book: std::sync::OnceLock<std::sync::Arc<Book>>,
     /// The locks of its files, after a close that waited for no operation ([`keep`](Self::keep)). Behind the files.
     kept: std::sync::OnceLock<Box<dyn std::any::Any + Send + Sync>>,
 }
@@ -215,6 +220,7 @@ impl Image {
             ends: ends::Ends::default(),
             counters: counters::Counters::default(),
             backing: std::sync::OnceLock::new(),
+            book: std::sync::OnceLock::new(),
             kept: std::sync::OnceLock::new(),
         }))
     }
@@ -439,6 +445,10 @@ impl Image {
 
     /// Read-only from now on (R7): every waiter and every later fsync fails until the image is closed.
     fn fail(self: &Arc<Self>, error: &Error) {
+        // Before any thread hears of it (L5).
+        if let Some(book) = self.book.get() {
+            book.failed();
+        }
         if !self.ends.fail(error) {
             return;
         }

@@ -7,7 +7,8 @@
 use std::sync::OnceLock;
 
 use super::alloc::Allocator;
-use super::bat::cache::{BatCache, Budget, Lookup};
+use super::bat::budget::Budget;
+use super::bat::cache::{BatCache, Lookup};
 use super::bat::page::Place;
 use super::nowait::NoWaitReads;
 use super::scan::Scan;

@@ -4,97 +4,17 @@
 //! A page is absent, loading, or loaded (clean, dirty, writing, or both: see `page`). One pio loads, others queue.
 //! Lock order: a page's lock, then the dirty list or the loaded list, each a leaf.
 
-use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::time::Instant;
 
+use super::budget::{Budget, Evict};
+use super::kept::Kept;
 use super::page::{Page, Place};
 use crate::error::Result;
 use crate::format::bat::{PAGE_SLOTS, pages, slot_of};
 use crate::format::header::Geometry;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Bug, Mutex, MutexGuard, Ordering, Weak, lock, planted};
 use crate::vdisk::runner::Job;
-
-/// The bound on loaded pages, shared by all images of an engine.
-pub struct Budget {
-    limit: u64,
-    loaded: AtomicU64,
-    /// Dirty pages, without those that are `apart`.
-    dirty: AtomicU64,
-    /// Dirty pages of images whose host has no room for them: they wait for that host, and no other image waits for them.
-    apart: AtomicU64,
-    /// Loaded pages in the order of the second-chance hand. Touched by loads and evictions only, never by a hit.
-    /// A leaf.
-    ring: Mutex<VecDeque<(Weak<BatCache>, u32)>>,
-}
-
-impl Budget {
-    /// A bound of `bytes`; at least 16 pages, so that one request always fits.
-    pub fn new(bytes: u64) -> Budget {
-        Budget {
-            limit: (bytes / Page::COST).max(16),
-            loaded: AtomicU64::new(0),
-            dirty: AtomicU64::new(0),
-            apart: AtomicU64::new(0),
-            ring: Mutex::default(),
-        }
-    }
-
-    /// True when as many pages are dirty as may be: half, so that reads always find room; half of the rest, where some are
-    /// apart. One page may always be.
-    pub fn dirty_full(&self) -> bool {
-        let rest = self.limit.saturating_sub(self.apart.load(Ordering::Relaxed)).max(2);
-        self.dirty.load(Ordering::Relaxed) * 2 >= rest
-    }
-
-    /// Pages loaded now.
-    pub fn loaded(&self) -> u64 {
-        self.loaded.load(Ordering::Relaxed)
-    }
-
-    /// No count was taken below zero: as one it is huge, and no image would get a page, or allocate, any more.
-    fn is_sound(&self) -> bool {
-        let counts = [&self.loaded, &self.dirty, &self.apart];
-        counts.iter().all(|count| i64::try_from(count.load(Ordering::Relaxed)).is_ok())
-    }
-
-    fn ring(&self) -> MutexGuard<'_, VecDeque<(Weak<BatCache>, u32)>> {
-        let ring = lock(&self.ring);
-        debug_assert!(self.is_sound(), "the BAT cache's budget");
-        ring
-    }
-
-    fn count_loaded(&self, cache: Weak<BatCache>, page: u32) {
-        // Counted before it can be found there: an eviction that came first would count below zero. And found there only when
-        // room was made for it: where all others are pinned or dirty it would go itself, its loader would find it missing,
-        // load it again, and so on until its stack was used up, and with it the process.
-        let before = self.loaded.fetch_add(1, Ordering::Relaxed);
-        if before >= self.limit {
-            self.evict();
-        }
-        let mut ring = self.ring();
-        // Entries of closed images go when the hand meets them; where it never moves, they go here.
-        if ring.len() as u64 > 2 * self.loaded() + 64 {
-            ring.retain(|(cache, _)| cache.strong_count() > 0);
-        }
-        ring.push_back((cache, page));
-    }
-
-    /// Drops pages until the bound holds. A page that was hit since the hand last passed gets another round;
-    /// pinned, dirty and writing pages are skipped, and two rounds are enough to see every page unhit.
-    fn evict(&self) {
-        let mut tries = 2 * self.ring().len();
-        while self.loaded.load(Ordering::Relaxed) > self.limit && tries > 0 {
-            tries -= 1;
-            let Some((cache, page)) = self.ring().pop_front() else { return };
-            let Some(image) = cache.upgrade() else {
-                continue; // The image is closed; its pages were counted out when it went.
-            };
-            if !image.drop_page(page) {
-                self.ring().push_back((cache, page));
-            }
-        }
-    }
-}
 
 #[derive(Default)]
 enum State {
@@ -156,6 +76,8 @@ pub struct BatCache {
     dirty_count: AtomicU64,
     /// The host has no room for what is dirty: it is counted apart. Changes under `dirty`.
     apart: AtomicBool,
+    /// What a death must not take along. None: nothing is kept.
+    kept: OnceLock<Kept>,
 }
 
 /// A page's own entries, copied under its lock by a round.
@@ -184,7 +106,23 @@ impl BatCache {
             dirty: Mutex::default(),
             dirty_count: AtomicU64::new(0),
             apart: AtomicBool::new(false),
+            kept: OnceLock::new(),
         })
+    }
+
+    /// Changes stand in the ledger from now on, before the first of them.
+    pub(in crate::vdisk) fn keep(&self, kept: Kept) {
+        let _ = self.kept.set(kept);
+    }
+
+    /// The image is closed: nothing of it is left in the ledger.
+    pub(in crate::vdisk) fn leave_ledger(&self) {
+        let Some(kept) = self.kept.get() else { return };
+        for slot in &self.slots {
+            if let State::Loaded(page) = &mut *lock(&slot.state) {
+                kept.let_go(&mut page.slot);
+            }
+        }
     }
 
     /// True when the directory has a slot for each of `entries` entries, and no more.
@@ -251,6 +189,7 @@ impl BatCache {
             Place::Damaged => false,
         } {
             loaded.pins += 1;
+            self.reserve(loaded);
         }
         Lookup::Found(place)
     }
@@ -267,6 +206,25 @@ impl BatCache {
     pub fn unpin(&self, cluster: u64) {
         if let State::Loaded(page) = &mut *self.loaded(slot_of(cluster).0).1 {
             page.pins -= 1;
+            self.settle(page);
+        }
+    }
+
+    fn reserve(&self, page: &mut Page) {
+        if let Some(kept) = self.kept.get() {
+            kept.reserve(page);
+        }
+    }
+
+    fn enter(&self, number: u64, page: &mut Page, slots: std::ops::Range<usize>) {
+        if let Some(kept) = self.kept.get() {
+            kept.enter(number as u32, page, slots);
+        }
+    }
+
+    fn settle(&self, page: &mut Page) {
+        if let Some(kept) = self.kept.get() {
+            kept.settle(page);
         }
     }
 
@@ -282,6 +240,7 @@ impl BatCache {
         loaded.set(slot, Place::At { level: top, position }, hides);
         // Where nothing was, its entry alone reads as before: the space is known to be zero (R3).
         loaded.data_first |= hides;
+        self.enter(page, loaded, slot..slot + 1);
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -296,6 +255,7 @@ impl BatCache {
         loaded.set(slot, Place::At { level: top, position }, hides);
         loaded.moved.extend_from_slice(old);
         loaded.data_first = true;
+        self.enter(page, loaded, slot..slot + 1);
         self.mark_dirty(page as u32, loaded)
     }
 
@@ -310,7 +270,17 @@ impl BatCache {
         }
         loaded.freed.extend_from_slice(freed);
         loaded.data_first = true;
+        self.enter(page, loaded, slot..slot + count);
         self.mark_dirty(page as u32, loaded)
+    }
+
+    /// An entry that stands in no file, and never will (`rescue`). The page is pinned for good.
+    pub(in crate::vdisk) fn lay_over(&self, cluster: u64, top: u16, position: Option<u64>) {
+        let (page, slot) = slot_of(cluster);
+        if let State::Loaded(loaded) = &mut *self.loaded(page).1 {
+            let place = position.map_or(Place::None, |position| Place::At { level: top, position });
+            loaded.set(slot, place, false);
+        }
     }
 
     /// Keeps a loaded page loaded; false when it is not. Undone by [`unpin`](Self::unpin).
@@ -318,6 +288,7 @@ impl BatCache {
         match &mut *self.loaded(slot_of(cluster).0).1 {
             State::Loaded(page) => {
                 page.pins += 1;
+                self.reserve(page);
                 true
             }
             _ => false,
@@ -371,8 +342,14 @@ impl BatCache {
     /// the cache for each image, many of them would take many times what the cache may have.
     pub fn crowded(&self) -> bool {
         self.budget.dirty_full()
+            || self.is_unkeepable()
             || self.apart.load(Ordering::Relaxed)
                 && self.budget.apart.load(Ordering::Relaxed) * 2 >= self.budget.limit
+    }
+
+    /// True when the ledger has no slot for a further page. Not while no page is dirty: nothing would wake what waits.
+    pub(in crate::vdisk) fn is_unkeepable(&self) -> bool {
+        self.kept.get().is_some_and(|kept| kept.book.is_full()) && self.budget.some_dirty()
     }
 
     /// Pages not yet durable, those being written included.
@@ -393,6 +370,9 @@ impl BatCache {
             let (bytes, last) = page.own_entries(top, geometry);
             let (freed, moved) = (std::mem::take(&mut page.freed), std::mem::take(&mut page.moved));
             let data_first = std::mem::take(&mut page.data_first);
+            if let Some(kept) = self.kept.get() {
+                kept.copied(page);
+            }
             copies.push(Copy { page: number, bytes, last, data_first, freed, moved });
         }
         copies
@@ -408,6 +388,7 @@ impl BatCache {
             self.counted(&dirty).fetch_sub(u64::from(!dirty.given_up), Ordering::Relaxed);
             self.dirty_count.fetch_sub(1, Ordering::SeqCst);
         }
+        self.settle(page);
     }
 
     /// The copy did not become durable: the page is dirty again, and what it would have freed waits on.
@@ -460,8 +441,9 @@ impl BatCache {
             }
         }
     }
+}
 
-    /// Evicts a page if it is not needed; true when it is gone.
+impl Evict for BatCache {
     fn drop_page(&self, number: u32) -> bool {
         let (slot, mut state) = self.loaded(number.into());
         match &*state {
@@ -482,6 +464,7 @@ impl Drop for BatCache {
         self.budget.loaded.fetch_sub(loaded as u64, Ordering::Relaxed);
         // An image that was dropped without a close.
         self.give_up();
+        self.leave_ledger();
     }
 }
 

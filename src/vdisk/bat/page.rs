@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use crate::format::bat::{PAGE_BYTES, PAGE_SLOTS, cluster_of};
 use crate::format::header::{Geometry, MAX_CLUSTER_SECTORS, SECTOR};
+use crate::ledger::Slot;
 use crate::rules::{Rule, broken};
 
 /// Where a guest cluster lies: a level and a byte position in that level's file, or nowhere.
@@ -77,6 +78,8 @@ pub struct Page {
     pub freed: Vec<u64>,
     /// File clusters whose data lies elsewhere once the next copy is durable; then they are free, with what they hold (R4).
     pub moved: Vec<u64>,
+    /// Where the ledger keeps what no durable copy has.
+    pub slot: Option<Slot>,
     /// One bit per slot: some level below the one that the entry names maps the cluster as well, so that taking the
     /// entry away would bring old data back. May say so after a merge that took that level away: the cluster then
     /// stays mapped until the page is loaded anew, which costs a hole.
@@ -88,7 +91,17 @@ impl Default for Page {
         let entries = vec![Packed(NONE); PAGE_SLOTS].into_boxed_slice();
         let hides = [0; PAGE_SLOTS / 64];
         let (freed, moved) = (Vec::new(), Vec::new());
-        Page { entries, pins: 0, dirty_since: None, writing: false, data_first: false, freed, moved, hides }
+        Page {
+            entries,
+            pins: 0,
+            dirty_since: None,
+            writing: false,
+            data_first: false,
+            freed,
+            moved,
+            slot: None,
+            hides,
+        }
     }
 }
 

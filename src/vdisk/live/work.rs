@@ -61,6 +61,10 @@ fn carry_out_for(
 ) -> Result<Done> {
     let _alone = layers.map(|layers| layers.begin_operation()).transpose()?;
     judge(image, layers.map(|layers| &**layers), work)?;
+    // What changes its files is not in the ledger.
+    if let Some(book) = image.book.get() {
+        book.beyond();
+    }
     let done = act(image, layers.map(|layers| LiveWork { image, layers, progress, closes }), work, progress);
     if let Some(layers) = layers {
         // What was the top, or was changed by a merge, is a frozen level now; what became the top stays the writer's.
