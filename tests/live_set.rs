@@ -28,7 +28,7 @@ const MIB: u64 = 1 << 20;
 /// Disk size of the images here.
 const SIZE: u64 = 10 * MIB;
 const ROOT: u64 = 1;
-const NOBODY: Caller = Caller { uid: 0, gid: 0, pid: 0 };
+const NOBODY: Caller = Caller { uid: 0, gid: 0, pid: 0, request: 0 };
 
 /// An empty v2 image of ten clusters.
 fn image_bytes() -> Vec<u8> {

@@ -123,6 +123,9 @@ pub struct Args {
     /// How long open files may hold up the end after SIGTERM, in seconds
     #[arg(long, value_name = "SECS", default_value = "60")]
     stop_timeout: u64,
+    /// How long a daemon that was killed may be missed, in seconds; 0 = the mount ends with it
+    #[arg(long, value_name = "SECS", default_value = "0", hide = true, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    restart_timeout: u64,
     /// Any of these options by its long name, and what mount(8) has for every file system: ro, sync, dirsync, nosymfollow,
     /// SELinux's context= and, of an ordinary user, allow_other count; rw, noauto, nofail, _netdev, x-* and all others are
     /// passed over
@@ -437,7 +440,7 @@ fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
 fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Settings> {
     let cpus = std::thread::available_parallelism().map_or(THREADS.0, usize::from);
     let on_event = args.on_event.as_deref().map(program).transpose()?;
-    Ok(Settings {
+    let mut settings = Settings {
         images: images.into(),
         mountpoint: mountpoint.into(),
         foreground: args.foreground,
@@ -459,11 +462,18 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         low_water: args.low_water,
         on_event,
         stop_timeout_s: args.stop_timeout,
+        restart_timeout_s: args.restart_timeout,
+        no_restart: None,
+        takes_over: false,
         #[cfg(feature = "faults")]
         fault: args.fault.clone(),
         #[cfg(not(feature = "faults"))]
         fault: None,
-    })
+    };
+    if args.restart_timeout > 0 {
+        settings.judge_restart(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
+    }
+    Ok(settings)
 }
 
 /// The program of `--on-event`: the keeper runs in another folder, so a path is made absolute, and a missing

@@ -2,15 +2,15 @@
 //! mount works, and does what the daemon itself may not: mounting and unmounting, running `--on-event`, looking around in
 //! /proc and /sys. However the daemon ends, it takes away what is left of the mount and names what still hangs on it.
 //!
-//! It keeps no descriptor of the connection. The daemon's are then the last ones, so that all who wait for an answer get an
-//! error in the moment of its death, whatever the keeper does just then (it may be stopped).
+//! Without `--restart-timeout` it keeps no descriptor of the connection. The daemon's are then the last ones, so that all
+//! who wait for an answer get an error in the moment of its death, whatever the keeper does just then (it may be stopped).
+//! With it, `succession` and `heirs` go on.
 
 use std::collections::HashSet;
-use std::io::{self, BufRead, BufReader};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -18,11 +18,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::child::{Happening, Started, cannot_start, listen_for_files, spelled, start_daemon};
 use super::holders::{self, Holder};
 use super::orders::Orders;
 use super::own_mount::{self, OwnMount};
 use super::settings::Settings;
 use super::standby::{Standby, StandbyNote};
+use super::succession::Succession;
 use super::wire::{self, Event, Note, Order};
 use super::{events, log, notify, siblings};
 use crate::control::place::ControlPlace;
@@ -90,17 +92,6 @@ impl Report for Background {
     }
 }
 
-enum Happening {
-    Said(Note),
-    /// It is mounted, or cannot be.
-    Mounted(Result<OwnedFd>),
-    /// The daemon said what is no note: why.
-    Odd(String),
-    /// The daemon closed its end: it has ended, or is about to.
-    Silent,
-    Signal,
-}
-
 /// Keeps one daemon, from its start to its end. Returns the daemon's exit status.
 pub fn run(settings: &Settings, report: &mut dyn Report) -> ExitCode {
     match Keeper::start(settings) {
@@ -112,31 +103,35 @@ pub fn run(settings: &Settings, report: &mut dyn Report) -> ExitCode {
     }
 }
 
-struct Keeper<'a> {
-    settings: &'a Settings,
-    daemon: Child,
-    orders: Orders,
-    happenings: (Sender<Happening>, Receiver<Happening>),
+pub(super) struct Keeper<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) daemon: Child,
+    pub(super) orders: Orders,
+    pub(super) happenings: (Sender<Happening>, Receiver<Happening>),
     events: Option<Sender<Event>>,
     /// Our mount: nothing else on the same mount point is ever unmounted. None: the daemon has not asked for it.
-    mount: Option<OwnMount>,
+    pub(super) mount: Option<OwnMount>,
     /// Since then it is being made, on a thread that has not said how that ended.
     mounting: Option<Instant>,
     /// None: it could not be had.
-    standby: Option<Standby>,
+    pub(super) standby: Option<Standby>,
     /// The images folder, as it was at the start: its path may mean another one at the end. None: it is gone already.
-    images: Option<OwnedFd>,
+    pub(super) images: Option<OwnedFd>,
     /// Loop devices that were warned of.
     slow_loops: HashSet<PathBuf>,
+    /// None: the mount ends with its daemon.
+    pub(super) succession: Option<Succession>,
+    /// The end was asked for while there was no daemon to hear it.
+    pub(super) stops: bool,
+    /// Ends when all is here that the daemon has given to be kept.
+    pub(super) gives: Option<Receiver<()>>,
+    /// The log is open for us, or cannot be; None: it was not needed yet.
+    logs: Option<bool>,
 }
 
 impl<'a> Keeper<'a> {
-    /// The order: (1) the daemon, which does nothing before it has its settings; (2) the standby, which waits for the
-    /// daemon's end; (3) the settings, so that a daemon that can ask for its mount has a standby, whenever we are killed.
     fn start(settings: &'a Settings) -> Result<Keeper<'a>> {
-        let failed = |e: &io::Error| {
-            Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"))
-        };
+        let failed = |e: &io::Error| cannot_start(settings, e);
         let (sender, happenings) = bounded(64);
         // Before the daemon exists, so that no signal is missed.
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| failed(&e))?;
@@ -144,22 +139,12 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
-        let mut command = siblings::command("daemon", settings);
-        let err = if settings.foreground { Stdio::inherit() } else { Stdio::null() };
-        let (mut to, theirs) = UnixStream::pair().map_err(|e| failed(&e))?;
-        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(err);
-        let mut daemon = command.spawn().map_err(|e| failed(&e))?; // 1
-        // It holds the daemon's end of the line, whose other end would not notice the daemon's death.
-        drop(command);
-        let Some(from) = daemon.stdout.take() else {
-            return Err(failed(&io::ErrorKind::BrokenPipe.into()));
-        };
-        let standby = Standby::start(settings, &daemon); // 2
-        wire::put(&mut to, settings).map_err(|e| failed(&e))?; // 3
-        let orders = Orders::start(to)?;
+        let succession = Succession::prepare(settings)?;
+        let Started { daemon, to, standby } = start_daemon(settings, &sender)?;
+        let gives = listen_for_files(succession.as_ref(), &to)?;
+        let first = succession.as_ref().map(Succession::inheritance).transpose()?;
+        let orders = Orders::start(to, first.unwrap_or_default())?;
         let standby = standby.map_err(|e| orders.send(Order::Warn(without_standby(&e)))).ok();
-        let to_us = sender.clone();
-        spawn("keeper/daemon", move || listen(BufReader::new(from), &to_us))?;
         let warn = orders.clone();
         let events = events::runner(settings, move |text| warn.send(Order::Warn(text)))?;
         let images = foreign::resolved_folder(settings.images()).ok();
@@ -176,6 +161,10 @@ impl<'a> Keeper<'a> {
             mounting,
             standby,
             slow_loops,
+            succession,
+            stops: false,
+            gives,
+            logs: None,
         })
     }
 
@@ -186,7 +175,13 @@ impl<'a> Keeper<'a> {
         let mut failed = None;
         let mut look_next = Instant::now() + LOOK_AROUND;
         loop {
-            match self.happenings.1.recv_deadline(look_next) {
+            // While a daemon is missed nothing else is looked at.
+            let due = self.succession.as_ref().and_then(Succession::due);
+            match self.happenings.1.recv_deadline(due.unwrap_or(look_next)) {
+                Ok(Happening::Said(Note::Ready { notes })) if self.is_missed() => self.succeeded(&notes),
+                Ok(Happening::Said(Note::Failed { text, .. })) if self.is_missed() => {
+                    self.log(&text);
+                }
                 Ok(Happening::Said(Note::Ready { .. } | Note::Failed { .. }))
                     if reported || failed.is_some() =>
                 {
@@ -256,7 +251,15 @@ impl<'a> Keeper<'a> {
                     }
                     self.signal_daemon();
                 }
+                Ok(Happening::Silent) if reported && failed.is_none() && self.succeed() => {}
                 Ok(Happening::Silent) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if self.is_missed() => {
+                    if self.succession.as_ref().is_some_and(Succession::is_over) {
+                        self.give_up_successor();
+                    } else if !self.go_on() {
+                        break;
+                    }
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     if let Some(note) = failed.take() {
                         // It says so, and does not end: its host hangs. What is left goes with it.
@@ -279,6 +282,8 @@ impl<'a> Keeper<'a> {
     /// said of it; that is reported here. Returns the daemon's exit status.
     fn end(mut self, report: &mut dyn Report, failed: Option<Option<Note>>) -> ExitCode {
         let status = self.daemon.wait();
+        // With it goes what keeps requests waiting.
+        self.succession = None;
         let code = status.as_ref().ok().and_then(ExitStatus::code);
         if let Some(said) = failed {
             self.await_mount();
@@ -291,7 +296,7 @@ impl<'a> Keeper<'a> {
                 mount.bury(self.settings, |_| {});
             }
         } else if code.is_none() || self.mount.as_ref().is_some_and(|mount| mount.is_dead(self.settings)) {
-            self.clean_up(&spelled(&status), report.in_front());
+            self.clean_up(&spelled(&status));
         }
         if let Some(standby) = self.standby {
             standby.end();
@@ -323,7 +328,7 @@ impl<'a> Keeper<'a> {
     fn hand_over(&mut self, made: Result<OwnedFd>) {
         self.mounting = None;
         match made.and_then(|connection| self.note_mount().map(|device| (connection, device))) {
-            Ok((connection, device)) => self.orders.send_with(Order::Mounted { device }, connection), // 4
+            Ok((connection, device)) => self.send_connection(connection, device), // 4
             Err(e) => {
                 self.orders.send(Order::NotMounted { text: e.to_string(), status: e.kind().exit_status() })
             }
@@ -340,7 +345,7 @@ impl<'a> Keeper<'a> {
         Ok(device)
     }
 
-    fn send_standby(&mut self, what: &StandbyNote) {
+    pub(super) fn send_standby(&mut self, what: &StandbyNote) {
         if let Some(standby) = &mut self.standby
             && let Err(e) = standby.send(what)
         {
@@ -365,7 +370,12 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    fn signal_daemon(&self) {
+    pub(super) fn signal_daemon(&mut self) {
+        if self.is_missed() {
+            // The successor hears it when it serves: before, it would just die.
+            self.stops = true;
+            return;
+        }
         if let Some(pid) = i32::try_from(self.daemon.id()).ok().and_then(Pid::from_raw) {
             // It is not reaped yet, so the number is still its own; a daemon that ended needs no signal.
             let _ = kill_process(pid, Signal::TERM);
@@ -402,13 +412,21 @@ impl<'a> Keeper<'a> {
         }
     }
 
+    /// Opens the log, once; false: it cannot be had. Written only while no daemon serves.
+    pub(super) fn logs(&mut self) -> bool {
+        let (images, settings) = (&self.images, self.settings);
+        *self.logs.get_or_insert_with(|| {
+            let place = images.as_ref().and_then(|dir| ControlPlace::make(dir, settings.images()).ok());
+            log::open(place.as_ref().filter(|_| !settings.foreground)).is_ok()
+        })
+    }
+
     /// After the daemon's end: every look at the mount point gets ENOTCONN, so it goes away, and what still has files open
     /// there is named, because no other process names it.
-    fn clean_up(&self, how: &str, in_front: bool) {
+    fn clean_up(&mut self, how: &str) {
         let left = self.mount.as_ref().map(|mount| mount.left(self.settings)).unwrap_or_default();
         let hanging: Vec<Holder> = left.first().map(holders::of).unwrap_or_default();
-        let place = self.images.as_ref().and_then(|dir| ControlPlace::make(dir, self.settings.images()).ok());
-        let logs = log::open(place.as_ref().filter(|_| !in_front)).is_ok();
+        let logs = self.logs();
         let point = self.settings.mountpoint().display();
         if logs {
             ::log::error!(
@@ -439,42 +457,11 @@ fn mount_line(settings: &Settings) -> String {
     format!("ploopfs mount {} {}", quoted(settings.images()), quoted(settings.mountpoint()))
 }
 
-fn spelled(status: &io::Result<ExitStatus>) -> String {
-    match status {
-        Ok(status) => status.to_string(),
-        Err(e) => e.to_string(),
-    }
-}
-
-fn listen(mut from: impl BufRead, to: &Sender<Happening>) {
-    loop {
-        let happening = match wire::get(&mut from) {
-            Ok(Some(note)) => Happening::Said(note),
-            Err(e) if wire::is_odd(&e) => Happening::Odd(e.to_string()),
-            Ok(None) | Err(_) => break,
-        };
-        if to.send(happening).is_err() {
-            return;
-        }
-    }
-    // The keeper ends when the receiver is gone.
-    let _ = to.send(Happening::Silent);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_malformed_line_does_not_make_the_keeper_deaf() {
-        let (sender, happenings) = bounded(8);
-        listen(&b"{\"event\": 7}\n{\"unmount\": {\"detach\": true}}\n"[..], &sender);
-        let happened: Vec<Happening> = happenings.try_iter().collect();
-        let expected = Note::Unmount { detach: true };
-        assert!(
-            matches!(&happened[..], [Happening::Odd(_), Happening::Said(note), Happening::Silent] if *note == expected)
-        );
-    }
+    use std::io::BufReader;
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_daemon_that_asks_for_a_second_mount_gets_none() {
@@ -485,14 +472,15 @@ mod tests {
             "foreground": false, "read_only": false, "allow_other": false, "allow_outside": false, "direct": false,
             "manage": false, "passthrough": false, "sandbox": true, "transport": "Fuse", "threads": 2, "runners": 2,
             "bat_cache": 1 << 20, "bat_delay_ms": 0, "queue_when_full": true, "full_timeout_s": 0, "low_water": 10,
-            "on_event": null, "stop_timeout_s": 1, "fault": null,
+            "on_event": null, "stop_timeout_s": 1, "restart_timeout_s": 0, "no_restart": null,
+            "takes_over": false, "fault": null,
         }))
         .expect("settings");
         let (ours, daemons) = UnixStream::pair().expect("a pair");
         let mut keeper = Keeper {
             settings: &settings,
             daemon: std::process::Command::new("true").spawn().expect("a process"),
-            orders: Orders::start(ours).expect("a thread"),
+            orders: Orders::start(ours, Vec::new()).expect("a thread"),
             happenings: bounded(8),
             events: None,
             mount: None,
@@ -500,6 +488,10 @@ mod tests {
             standby: None,
             images: None,
             slow_loops: HashSet::new(),
+            succession: None,
+            stops: false,
+            gives: None,
+            logs: None,
         };
         keeper.begin_mount();
         keeper.begin_mount();

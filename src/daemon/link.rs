@@ -11,11 +11,14 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
+use crate::folder::Inherited;
 use crate::io::handover::Receiving;
 use crate::io::holder::{self, HeldLock, Holder};
 use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
+use crate::io::shared::Shared;
 use crate::io::unmount::unmount_this;
+use crate::ledger::Ledger;
 use crate::sync::plain::lock;
 use crate::words::quoted;
 
@@ -35,24 +38,62 @@ pub(super) fn from_keeper() -> FromKeeper {
     BufReader::new(Receiving::new(io::stdin()))
 }
 
+/// What comes with a mount.
+pub(super) struct Handed {
+    /// Descriptors of the connection, the mount's own first.
+    pub(super) connection: Vec<OwnedFd>,
+    /// The number of its file system.
+    pub(super) device: (u32, u32),
+    /// Open files of a daemon before.
+    pub(super) files: Inherited,
+}
+
 /// Has the keeper mount, and returns the connection, and the device number of the file system. To be called before a thread
 /// listens to the keeper; who waits too long ends the keeper, and so this.
-pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<(OwnedFd, (u32, u32))> {
-    let gone = |why: String| Error::new(Kind::Io, format!("the keeper is gone: {why}"));
-    send(&Note::Mount).map_err(|e| gone(e.to_string()))?;
+/// `takes_over`: it is mounted already. The first descriptor is the mount's own.
+pub(super) fn mounted(from_keeper: &mut FromKeeper, takes_over: bool) -> Result<Handed> {
+    if !takes_over {
+        send(&Note::Mount).map_err(|e| gone(&e.to_string()))?;
+    }
+    let (mut connection, mut files) = (Vec::new(), Inherited::new());
     loop {
         match wire::get(from_keeper) {
             Ok(Some(Order::Mounted { device })) => {
                 let without = || Error::new(Kind::Io, "the keeper has mounted, and sent no connection");
-                return Ok((from_keeper.get_mut().descriptor().ok_or_else(without)?, device));
+                connection.insert(0, from_keeper.get_mut().descriptor().ok_or_else(without)?);
+                return Ok(Handed { connection, device, files });
+            }
+            Ok(Some(Order::Thread)) => connection.extend(from_keeper.get_mut().descriptor()),
+            Ok(Some(Order::File { file, witness })) => {
+                let open = files.entry(file).or_default();
+                match from_keeper.get_mut().descriptor() {
+                    came if !witness => open.own = came,
+                    came => open.witnesses.extend(came),
+                }
             }
             Ok(Some(Order::NotMounted { text, status })) => return Err(wire::reported(text, status)),
             Ok(Some(order)) => said(order),
             Err(e) if wire::is_odd(&e) => log::warn!("the keeper said what is not understood: {e}"),
-            Ok(None) => return Err(gone("it has closed the connection".to_owned())),
-            Err(e) => return Err(gone(e.to_string())),
+            Ok(None) => return Err(gone("it has closed the connection")),
+            Err(e) => return Err(gone(&e.to_string())),
         }
     }
+}
+
+fn gone(why: &str) -> Error {
+    Error::new(Kind::Io, format!("the keeper is gone: {why}"))
+}
+
+/// The ledger, which is the first that the keeper sends.
+pub(super) fn ledger(from_keeper: &mut FromKeeper) -> Result<Arc<Ledger>> {
+    let none = |why: &dyn std::fmt::Display| Error::new(Kind::Io, format!("there is no ledger: {why}"));
+    match wire::get(from_keeper).map_err(|e| gone(&e.to_string()))? {
+        Some(Order::Ledger) => {}
+        other => return Err(none(&format!("{other:?}"))),
+    }
+    let memory = from_keeper.get_mut().descriptor().ok_or_else(|| none(&"no memory came with its line"))?;
+    let memory = Shared::map(memory).map_err(|e| none(&e))?;
+    Ok(Arc::new(Ledger::attach(Box::new(memory))?))
 }
 
 /// The line to the keeper.

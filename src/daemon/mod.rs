@@ -5,9 +5,12 @@
 //! and `/sys`, and cleans up when the daemon dies. [`wire`] is what the two say to each other. The [`standby`] cleans up when
 //! the keeper was killed.
 
+mod child;
 pub mod events;
+mod heirs;
 pub mod holders;
 pub mod keeper;
+mod keeping;
 pub mod launch;
 mod link;
 mod log;
@@ -22,5 +25,6 @@ mod siblings;
 pub mod standby;
 pub mod start;
 mod stop;
+mod succession;
 pub mod wire;
 mod works;

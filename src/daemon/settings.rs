@@ -7,11 +7,22 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::fuse::mount::{self, Asked};
+use crate::ledger::Sizes;
+use crate::vdisk::bat::page::Page;
 use crate::vdisk::{OnFull, Options};
 
 /// Background requests of the connection: at least twice what the runners and 256 per loop device can keep
 /// busy (docs/kernel.md#init).
 pub const BACKGROUND: u16 = 4096;
+
+/// BAT pages that may be pinned beside those that are dirty: more than all threads together pin at once.
+const PINNED: u64 = 1024;
+/// Most pages of a ledger: 64 GiB of BAT are 64 TiB of disk at the least, and memory is taken as far as it is needed.
+const MOST_PAGES: u32 = 1 << 24;
+
+/// The kernel from which on requests that a dead daemon has read are sent again. 6.9 can do it as well, but for a fault of
+/// its first releases.
+const RESENDS: (u32, u32) = (6, 10);
 
 /// How requests of the kernel arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +80,12 @@ pub struct Settings {
     pub on_event: Option<OsString>,
     /// How long open files may hold up an orderly stop, in seconds.
     pub stop_timeout_s: u64,
+    /// How long a daemon that died may be missed before the mount ends, in seconds; 0 = it ends at once.
+    pub restart_timeout_s: u64,
+    /// Why none can be missed, though that was asked for.
+    pub no_restart: Option<String>,
+    /// The daemon goes on with what another one has begun. Set by the keeper.
+    pub takes_over: bool,
     /// Faults to inject (feature `faults`).
     pub fault: Option<String>,
 }
@@ -87,6 +104,32 @@ impl Settings {
     /// How long open files may hold up an orderly stop.
     pub fn stop_timeout(&self) -> Duration {
         Duration::from_secs(self.stop_timeout_s)
+    }
+
+    /// How long a daemon that died may be missed; None: the mount ends with it.
+    pub fn restart_timeout(&self) -> Option<Duration> {
+        let asked = (self.restart_timeout_s > 0).then(|| Duration::from_secs(self.restart_timeout_s));
+        asked.filter(|_| self.no_restart.is_none())
+    }
+
+    /// Why a successor could not go on with a mount of these settings on the kernel `release`, where that was asked for.
+    pub fn judge_restart(&mut self, release: &str) {
+        let why = if self.manage || self.passthrough || self.transport == Transport::Uring {
+            "what --manage, --passthrough or --transport uring does could not be gone on with".to_owned()
+        } else if version(release).is_some_and(|version| version >= RESENDS) {
+            return;
+        } else {
+            format!("it needs Linux {}.{}, and this is {}", RESENDS.0, RESENDS.1, release.trim())
+        };
+        self.no_restart = (self.restart_timeout_s > 0)
+            .then(|| format!("restart-timeout: {why}; the mount ends with its daemon"));
+    }
+
+    /// How much the ledger holds.
+    pub fn ledger(&self) -> Sizes {
+        let pages = (self.bat_cache / Page::COST).max(16) + PINNED;
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX).min(MOST_PAGES);
+        Sizes { numbers: 1 << 16, opens: 1 << 16, images: 1 << 14, pages, snapshots: 1 << 16 }
     }
 
     /// The options of the mount, as the kernel takes them.
@@ -115,6 +158,28 @@ impl Settings {
             low_water: self.low_water,
             background: BACKGROUND.into(),
             ..Options::default()
+        }
+    }
+}
+
+/// Of a kernel, as `uname -r` says it.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_compared_as_numbers_and_what_is_none_is_older_than_all() {
+        let resends = |release: &str| version(release).is_some_and(|version| version >= RESENDS);
+        for new in ["6.10.0", "6.18.3-cloud-amd64\n", "7.0", "6.100-rc1"] {
+            assert!(resends(new), "{new}");
+        }
+        for old in ["6.9.12", "6.1.0-40-amd64", "5.15", "", "six.ten", "6"] {
+            assert!(!resends(old), "{old}");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::keeping::ToKeeper;
 use super::link::{self, FromKeeper, Link};
 use super::log;
 use super::sandbox::{self, Borders};
@@ -19,8 +20,8 @@ use super::wire::{self, Note};
 use crate::control::place::ControlPlace;
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, FolderOptions};
-use crate::fuse::session::{self, Transport};
+use crate::folder::{Folder, FolderOptions, Keeping};
+use crate::fuse::session::{self, Connection, Transport};
 use crate::fuse::uring;
 use crate::io::folder_lock::FolderLock;
 use crate::io::holder;
@@ -70,7 +71,12 @@ fn begin(keeper_says: &mut FromKeeper) -> Result<Settings> {
 /// on the folder, which the sandbox would forbid; (6) the sandbox; threads inherit both, so (7) the first thread comes
 /// after them; (8) readiness, when every thread that the mount cannot do without is there and requests are served.
 fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert::Infallible> {
-    let (transport, fallen_back) = transport(settings.transport)?;
+    let ledger = settings.restart_timeout().map(|_| link::ledger(&mut keeper_says)).transpose()?;
+    let (transport, fallen_back) = match &ledger {
+        // What the kernel gave to a ring is lost with the daemon.
+        Some(_) => (Transport::Fuse, None),
+        None => transport(settings.transport)?,
+    };
     let dir = open_images(settings.images())?;
     let place = ControlPlace::make(&dir, settings.images())?;
     log::open((!settings.foreground).then_some(&place))?;
@@ -99,6 +105,8 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
         note,
         allow_outside: settings.allow_outside,
         direct: settings.direct,
+        keeping: ledger.is_some().then(|| to_keeper()).transpose()?,
+        ledger: ledger.clone(),
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };
@@ -112,7 +120,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     let tree = Tree::new(folder.clone(), engine.clone(), mount_info(&settings, transport, confined.clone()));
     let session = session::over(
         transport,
-        tree,
+        tree.clone(),
         settings.mountpoint(),
         &session::Settings {
             threads: settings.threads,
@@ -124,9 +132,10 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
             asked: settings.asked.clone(),
         },
         || {
-            let (connection, made) = link::mounted(&mut keeper_says)?;
-            device = Some(made);
-            Ok(connection)
+            let handed = link::mounted(&mut keeper_says, settings.takes_over)?;
+            device = Some(handed.device);
+            folder.inherit(handed.files);
+            Ok(Connection { descriptors: handed.connection, ledger })
         },
     )?;
 
@@ -135,6 +144,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
     notes.extend(place.without_room());
+    notes.extend(settings.no_restart.clone());
     if !root {
         let why = match settings.allow_other {
             true => "not running as root: no loop device can use the mount",
@@ -188,6 +198,10 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     if active.landlock || active.seccomp {
         link.confine();
     }
+    if settings.takes_over {
+        // Before anything of the folder is changed: what an operation has left is finished behind it, by the watch.
+        tree.restore()?;
+    }
     let place = Identity { keeper, device };
     let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), place, active, transport);
     let clients = server.start(Arc::new(desk))?;
@@ -207,6 +221,12 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     // Held to here: the socket under /run is ours as long as it is answered.
     drop(outside);
     ending.exit(&closed, &|| clients.count())
+}
+
+/// Where open files are kept for a successor.
+fn to_keeper() -> Result<Arc<dyn Keeping>> {
+    let to = ToKeeper::new().map_err(|e| Error::new(Kind::Io, format!("the line to the keeper: {e}")))?;
+    Ok(Arc::new(to))
 }
 
 /// The one descriptor of the folder, through which all of it is reached: its path may be another user's to change.

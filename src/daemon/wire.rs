@@ -49,6 +49,29 @@ pub enum Note {
     Event(Event),
 }
 
+/// From the daemon to its keeper over the daemon's standard input, the other way round: what is to outlive it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kept {
+    /// An open file comes with this line.
+    Keep {
+        /// Device and inode.
+        file: (u64, u64),
+        /// It is for asking whether a sync has failed; else the one that is used.
+        witness: bool,
+    },
+    /// The oldest witness is asked now: no other daemon will hear from it what this one may.
+    Asks {
+        /// Device and inode.
+        file: (u64, u64),
+    },
+    /// None of it is needed any more.
+    LetGo {
+        /// Device and inode.
+        file: (u64, u64),
+    },
+}
+
 /// An event as `--on-event PROGRAM` gets it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
@@ -84,10 +107,21 @@ pub enum What {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// The connection to the kernel, whose first message waits in it, comes with this line.
+    /// The connection to the kernel comes with this line; its first message waits in it, unless a daemon before has had it.
     Mounted {
         /// Of its file system, in the kernel's table of mounts.
         device: (u32, u32),
+    },
+    /// The ledger of the mount comes with this line, the first after the settings, where they ask for one.
+    Ledger,
+    /// One more descriptor of the connection comes with this line, before [`Order::Mounted`].
+    Thread,
+    /// An open file of the daemon before comes with this line, before [`Order::Mounted`].
+    File {
+        /// Device and inode.
+        file: (u64, u64),
+        /// It is for asking whether a sync has failed; else the one that was used.
+        witness: bool,
     },
     /// It could not be mounted.
     NotMounted {

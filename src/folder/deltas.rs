@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use super::heirs::Heirs;
 use super::lease::{Lease, Leased};
 use super::scan::Identity;
 use super::{Wrap, locked};
@@ -25,6 +26,8 @@ pub(super) struct Deltas {
     /// Past the host's page cache.
     direct: bool,
     wrap: Option<Wrap>,
+    /// What outlives this process.
+    pub(super) heirs: Arc<Heirs>,
     /// It was said that this host has no locks.
     unlocked: AtomicBool,
     /// Protects which files have a place. Held for a look-up only: whatever one file waits for, others are opened. A leaf
@@ -39,14 +42,24 @@ type FilePlace = Mutex<Leased<HeldDelta>>;
 /// One file as long as it has a user here. Dropping it gives the lock back at once, also while a reader still looks
 /// at the file: our own next open would take a lock that lingers for a stranger's.
 struct HeldDelta {
+    real: Arc<RealFile>,
     file: Arc<dyn HostFile>,
     writable: bool,
     lock: DeltaLock,
+    identity: Identity,
+    heirs: Arc<Heirs>,
     /// Protects how many users write the file, and that the lock follows. A leaf; held across fcntl, which does not
     /// wait.
     writers: Mutex<u32>,
     /// Behind the lock: dropped when that is given back.
     _lease: Lease,
+}
+
+impl Drop for HeldDelta {
+    fn drop(&mut self) {
+        // The lock is given back by name behind this: what another process still holds of the open file keeps none.
+        self.heirs.let_go(self.identity);
+    }
 }
 
 /// One user of a file.
@@ -101,8 +114,9 @@ impl Drop for User {
 impl Deltas {
     /// Nothing is open. `read_only`: files are never opened for writing. `direct`: they are read and written past the
     /// host's page cache, where it can.
-    pub(super) fn new(read_only: bool, direct: bool, wrap: Option<Wrap>) -> Deltas {
-        Deltas { read_only, direct, wrap, unlocked: AtomicBool::new(false), places: Mutex::default() }
+    pub(super) fn new(read_only: bool, direct: bool, wrap: Option<Wrap>, heirs: Heirs) -> Deltas {
+        let (heirs, unlocked) = (Arc::new(heirs), AtomicBool::new(false));
+        Deltas { read_only, direct, wrap, heirs, unlocked, places: Mutex::default() }
     }
 
     /// What images are opened for.
@@ -112,8 +126,22 @@ impl Deltas {
 
     fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<HeldDelta>> {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
-        let place = self.place_of((status.dev, status.ino));
-        locked(&place).get_or_open(|lease| self.lock(Arc::new(file), shown, used, lease))
+        let identity = (status.dev, status.ino);
+        let place = self.place_of(identity);
+        locked(&place).get_or_open(|lease| {
+            // On the open file of a daemon before are its locks: they go on without a gap.
+            let inherited = self.heirs.take_own(identity);
+            let is_new = inherited.is_none();
+            let file = match inherited {
+                Some(own) => RealFile::from_file(own.into(), shown)?,
+                None => file,
+            };
+            let held = self.lock(Arc::new(file), shown, used, identity, lease)?;
+            if is_new && !self.heirs.keep(identity, false, &*held.real) {
+                log::warn!("{}: its locks end with this process", shown.display());
+            }
+            Ok(held)
+        })
     }
 
     fn place_of(&self, identity: Identity) -> Arc<FilePlace> {
@@ -125,7 +153,15 @@ impl Deltas {
         places.entry(identity).or_default().clone()
     }
 
-    fn lock(&self, file: Arc<RealFile>, shown: &Path, used: Use, lease: Lease) -> Result<Arc<HeldDelta>> {
+    fn lock(
+        &self,
+        file: Arc<RealFile>,
+        shown: &Path,
+        used: Use,
+        identity: Identity,
+        lease: Lease,
+    ) -> Result<Arc<HeldDelta>> {
+        let real = file.clone();
         let lock = DeltaLock::acquire(Arc::clone(&file), used)?;
         if !lock.held() && !self.unlocked.swap(true, Ordering::AcqRel) {
             log::warn!("{}: no locks on this file system; let nothing else use the images", shown.display());
@@ -140,7 +176,8 @@ impl Deltas {
             Some(wrap) => wrap(file),
             None => file,
         };
-        Ok(Arc::new(HeldDelta { file, writable, lock, writers: Mutex::new(0), _lease: lease }))
+        let (heirs, writers) = (self.heirs.clone(), Mutex::new(0));
+        Ok(Arc::new(HeldDelta { real, file, writable, lock, identity, heirs, writers, _lease: lease }))
     }
 }
 
@@ -175,7 +212,7 @@ mod tests {
         fs::write(temp.path().join("a"), "x").expect("written");
         fs::write(temp.path().join("b"), "x").expect("written");
         let dir = File::open(temp.path()).expect("opens");
-        let deltas = Deltas::new(false, false, None);
+        let deltas = Deltas::new(false, false, None, Heirs::new(None));
         let a = temp.path().join("a").metadata().expect("there");
         let place = deltas.place_of((a.dev(), a.ino()));
         let waiting = locked(&place);
@@ -195,10 +232,10 @@ mod tests {
         fs::write(temp.path().join("a"), "x").expect("written");
         fs::hard_link(temp.path().join("a"), temp.path().join("b")).expect("linked");
         let dir = File::open(temp.path()).expect("opens");
-        let deltas = Deltas::new(false, false, None);
+        let deltas = Deltas::new(false, false, None, Heirs::new(None));
         let (a, b) = (open(&deltas, &dir, "a").expect("opens"), open(&deltas, &dir, "b").expect("opens"));
         assert!(Arc::ptr_eq(&a.file, &b.file));
-        let others = Deltas::new(false, false, None);
+        let others = Deltas::new(false, false, None, Heirs::new(None));
         assert!(open(&others, &dir, "b").is_err(), "another user is kept out");
         // A reader still looks at the file; the lock goes with the last user all the same.
         let looker = Arc::clone(&a.file);

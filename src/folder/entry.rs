@@ -169,6 +169,9 @@ impl Entry {
 
     /// It is a folder from now on.
     pub(super) fn set_origin(&self, origin: Origin) {
+        if let Some(ledger) = &self.shared.ledger {
+            ledger.number(self.id, &self.name, origin.identity);
+        }
         *write(&self.origin) = origin;
     }
 

@@ -15,6 +15,7 @@ use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenImage};
+use super::heirs::{Heirs, Inherited, Keeping};
 use super::mounted::Silent;
 use super::names::Names;
 use super::place::{self, ImagesFolder};
@@ -28,6 +29,7 @@ use crate::image::kind::{SHOWN_SUFFIX, in_text};
 use crate::image::layers::Opener;
 use crate::io::file::HostSpace;
 use crate::io::lock::Use;
+use crate::ledger::Ledger;
 use crate::vdisk::Engine;
 
 /// How a folder is served.
@@ -41,6 +43,10 @@ pub struct FolderOptions {
     pub allow_outside: bool,
     /// Files are read and written past the host's page cache, where it can.
     pub direct: bool,
+    /// Where what a successor needs is kept; with what a daemon before has left, its work is gone on with.
+    pub ledger: Option<Arc<Ledger>>,
+    /// Where open files are kept for it.
+    pub keeping: Option<Arc<dyn Keeping>>,
     /// Put around every image's file (`mount --fault`).
     #[cfg(feature = "faults")]
     pub wrap: Option<Wrap>,
@@ -112,19 +118,26 @@ impl Folder {
             place,
             engine: engine.clone(),
             spawn: Arc::new(move |job| on.blocking(FOLDER, job)),
-            deltas: Arc::new(Deltas::new(options.read_only, options.direct, options.wrap())),
+            deltas: Arc::new(Deltas::new(
+                options.read_only,
+                options.direct,
+                options.wrap(),
+                Heirs::new(options.keeping.clone()),
+            )),
             read_only: options.read_only,
             allow_outside: options.allow_outside,
             refusing: AtomicBool::new(false),
             passthrough: AtomicBool::new(false),
             passthrough_said: Arc::default(),
             snapshots: KnownSnapshots::default(),
+            ledger: options.ledger,
             silent: Silent::default(),
         });
+        let first = shared.ledger.as_ref().map_or(1, |ledger| ledger.found().next_id);
         let folder = Arc::new_cyclic(|own| Folder {
             own: own.clone(),
             shared,
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(first),
             known: Mutex::default(),
             set: RwLock::default(),
             names: Mutex::default(),
@@ -197,9 +210,13 @@ impl Folder {
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
         let verdict = self.settle(claims);
         // Outside of the set's lock: both ask the host.
-        verdict.leftovers.iter().for_each(|leftover| self.remove_leftover(leftover));
+        let watched = locked(&self.watcher).is_some();
+        // A takeover changes nothing before it is done: the next look does.
+        if watched || !self.shared.ledger.as_ref().is_some_and(|ledger| ledger.takes_over()) {
+            verdict.leftovers.iter().for_each(|leftover| self.remove_leftover(leftover));
+        }
         let new = self.apply(verdict);
-        if locked(&self.watcher).is_some() {
+        if watched {
             new.iter().for_each(|entry| entry.finish_interrupted());
         }
         Ok(sure)
@@ -254,6 +271,9 @@ impl Folder {
         for id in &verdict.dropped {
             if let Some(entry) = set.by_id.remove(id) {
                 set.by_name.remove(entry.name());
+                if let Some(ledger) = &self.shared.ledger {
+                    ledger.no_number(*id);
+                }
                 // Announced before the lock is released: a lookup meanwhile waits for it, and finds the name gone.
                 self.with_announce(|announce| announce.name(entry.name()));
                 log::info!("{}: no longer served", entry.path().display());
@@ -261,7 +281,12 @@ impl Folder {
         }
         for claim in &verdict.new {
             let kept = locked(&self.names).take(&claim.name);
-            let id = kept.unwrap_or_else(|| self.new_id());
+            let left = || self.shared.ledger.as_ref()?.take_number(&claim.name, claim.stamp.identity);
+            let id =
+                kept.or_else(left).filter(|id| !set.by_id.contains_key(id)).unwrap_or_else(|| self.new_id());
+            if let Some(ledger) = &self.shared.ledger {
+                ledger.number(id, &claim.name, claim.stamp.identity);
+            }
             let entry = Arc::new(Entry::new(id, claim, &self.shared, self.own.clone()));
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             if let Some(damage) = &claim.damage {
@@ -318,7 +343,11 @@ impl Folder {
 
     /// A number that nothing had before.
     pub(super) fn new_id(&self) -> u64 {
-        self.next_id.fetch_add(1, Ordering::Relaxed)
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        if let Some(ledger) = &self.shared.ledger {
+            ledger.next_number(id + 1);
+        }
+        id
     }
 
     /// The number of what is shown under `name`: a served image, or a name that was created and has no size yet.
@@ -375,6 +404,26 @@ impl Folder {
 
     pub(super) fn stamp(&self, file: &OsStr) -> Option<Stamp> {
         scan::stamp(self.shared.place.fd(), file)
+    }
+
+    /// Open files of a daemon before; to be called before an image is opened.
+    pub fn inherit(&self, inherited: Inherited) {
+        self.shared.deltas.heirs.inherit(inherited);
+    }
+
+    /// What the kernel knows of the image from a daemon before may be old.
+    pub fn announce_disk(&self, id: u64) {
+        self.with_announce(|announce| announce.disk(id));
+    }
+
+    /// All that was open is open again: what was not taken of those files is given up.
+    pub fn settle_inheritance(&self) {
+        self.shared.deltas.heirs.settle();
+    }
+
+    /// Where what a successor needs is kept.
+    pub fn ledger(&self) -> Option<&Arc<Ledger>> {
+        self.shared.ledger.as_ref()
     }
 
     /// The folder, as it was named.

@@ -8,6 +8,7 @@ use super::mounted::Silent;
 use super::place::ImagesFolder;
 use super::snapshots::KnownSnapshots;
 use super::strand::Spawn;
+use crate::ledger::Ledger;
 use crate::vdisk::Engine;
 
 /// The lane of jobs that are about no single image: images count from 1.
@@ -29,6 +30,8 @@ pub(super) struct Shared {
     /// It was said that it does not.
     pub(super) passthrough_said: Arc<AtomicBool>,
     pub(super) snapshots: KnownSnapshots,
+    /// Where what a successor needs is kept. None: there will be none.
+    pub(super) ledger: Option<Arc<Ledger>>,
     pub(super) silent: Silent,
 }
 

@@ -1,7 +1,8 @@
 //! What the first, the first writing and the last opener of an image cause: its files, its lock, the live image.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -11,6 +12,7 @@ use arc_swap::ArcSwapOption;
 use super::counted::Stage;
 use super::deltas::Deltas;
 use super::entry::{Entry, FAILED};
+use super::heirs::WITNESSES;
 use super::lease::Lease;
 use super::live::Live;
 use super::locked;
@@ -22,7 +24,9 @@ use crate::image::layers::{Layers, Opened, Opener};
 use crate::image::level::read_header;
 use crate::io::file::HostFile;
 use crate::io::lock::Use;
-use crate::vdisk::{Image, Layout, Level, Mode};
+use crate::io::real::{Access, RealFile};
+use crate::ledger::Book;
+use crate::vdisk::{Image, Layout, Level, Mode, rescue};
 
 /// Opens the files of one image out of those of the folder; kept by its layers, and reports when they are gone.
 struct Leasing {
@@ -67,6 +71,68 @@ impl Entry {
         let level = Level { file: opened.file.clone(), path, layout };
         Ok((opened, level))
     }
+
+    /// What the ledger is to have of it.
+    fn book(&self, levels: &[Level]) -> Result<Option<Book>> {
+        let (Some(ledger), Some(top)) = (&self.shared.ledger, levels.last()) else { return Ok(None) };
+        let status = top.file.status().map_err(|e| Error::io(&e, &top.path, "cannot open"))?;
+        Ok(Some(Book::of(ledger, self.id(), self.identity(), (status.dev, status.ino))))
+    }
+
+    /// Witnesses for a successor: open files of the top that hear a failed sync which this process hears, too.
+    fn hand_witnesses(&self, book: &Book, top: &Path, count: usize) {
+        let (heirs, origin) = (&self.shared.deltas.heirs, self.origin());
+        if !heirs.are_kept() {
+            return;
+        }
+        // One that lies elsewhere is not found so, and has none.
+        let mut name = PathBuf::from(&origin.file);
+        if origin.source == Source::Layers {
+            name.extend(top.file_name());
+        }
+        let dir = self.shared.place.fd();
+        for _ in 0..count {
+            let kept = RealFile::open_as(dir, &name, top, Access::Widest).and_then(|file| {
+                let status = file.status().map_err(|e| Error::io(&e, top, "cannot open"))?;
+                Ok((status.dev, status.ino) == book.file() && heirs.keep(book.file(), true, &file))
+            });
+            match kept {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => return log::warn!("{e}; should the daemon die, the image will be read-only"),
+            }
+        }
+    }
+
+    /// Opens it, with what a daemon before has left of it (`vdisk::rescue` has the order).
+    fn open_kept(&self, book: &Arc<Book>, name: &str, levels: Vec<Level>) -> Result<Arc<Image>> {
+        let engine = &self.shared.engine;
+        if book.left().is_none() {
+            let image = Image::open(engine, name, levels)?;
+            image.keep_in(book);
+            return Ok(image);
+        }
+        let left_of = book.left().map(|left| left.file);
+        let Some(level) = levels.last().filter(|_| left_of == Some(book.file())).cloned() else {
+            let what = "has another top than when the daemon before ended";
+            return Err(Error::at(Kind::Damaged, self.path(), what));
+        };
+        let witness = self.shared.deltas.heirs.take_witness(book.file());
+        let rescued = rescue(&level, book, || match &witness {
+            Some(witness) => Ok(rustix::fs::fdatasync(witness)?),
+            // Should a sync have failed, nothing would tell.
+            None if self.shared.deltas.heirs.are_kept() => {
+                Err(io::Error::other("no open file is left to ask"))
+            }
+            None => level.file.sync_data(),
+        })?;
+        let image = Image::open_beside(engine, name, levels)?;
+        image.keep_in(book);
+        image.go_on(book, rescued)?;
+        // The one that was asked has said all that it had.
+        self.hand_witnesses(book, &level.path, 1);
+        Ok(image)
+    }
 }
 
 impl Stage for Entry {
@@ -90,7 +156,10 @@ impl Stage for Entry {
         // What is written on a transport's thread goes to the top alone.
         let never_blocks = levels.last().is_some_and(|top| top.file.traits().never_blocks);
         let name = in_text(self.name());
-        let image = Image::open(&self.shared.engine, &name, levels)?;
+        let image = match self.book(&levels)? {
+            Some(book) => self.open_kept(&Arc::new(book), &name, levels)?,
+            None => Image::open(&self.shared.engine, &name, levels)?,
+        };
         self.size.store(image.size(), Ordering::Release);
         let (layers, hold) = (ArcSwapOption::new(layers), Mutex::new(hold));
         let live = Arc::new(Live { image, can_write, never_blocks, layers, hold });
@@ -107,6 +176,11 @@ impl Stage for Entry {
         // A snapshot that is being read has kept the descriptor open since the sync failed that made the image read-only.
         if let Some(layers) = &*live.layers.load() {
             layers.store().redo_unsynced()?;
+        }
+        if let Some(book) = live.image.book()
+            && book.begin()
+        {
+            self.hand_witnesses(book, &live.image.top_path(), WITNESSES);
         }
         live.image.make_writable()
     }
@@ -131,6 +205,7 @@ impl Stage for Entry {
             let mut last = locked(&self.last);
             (last.status, last.asked) = (status, Some(now));
         }
+        live.image.leave_book();
         self.live.store(None);
         let locks = (locked(&live.hold).take(), live.layers.swap(None));
         // By force, beside an operation: a write of it may still be under way.

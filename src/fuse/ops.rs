@@ -45,6 +45,8 @@ pub struct Caller {
     pub gid: u32,
     /// Process; 0 for kernel threads in other namespaces.
     pub pid: u32,
+    /// The number of the request: no other has it, but the same one when it is sent again.
+    pub request: u64,
 }
 
 /// File or folder.

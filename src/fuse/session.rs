@@ -13,6 +13,22 @@ use crate::fuse::ops::FileSystem;
 pub use crate::fuse::settings::Settings;
 use crate::fuse::{classic, uring};
 use crate::io::unmount::unmount;
+use crate::ledger::Ledger;
+
+/// The connection to the kernel.
+pub struct Connection {
+    /// The mount's own descriptor, and others of the same connection, as far as there are.
+    pub descriptors: Vec<OwnedFd>,
+    /// Where the handshake is kept. With one in it the mount has another daemon's requests: they are sent again, and the
+    /// kernel is not answered.
+    pub ledger: Option<Arc<Ledger>>,
+}
+
+impl From<OwnedFd> for Connection {
+    fn from(only: OwnedFd) -> Connection {
+        Connection { descriptors: vec![only], ledger: None }
+    }
+}
 
 /// How requests arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +114,7 @@ pub fn mount(
     let connect = || {
         let connection = mount::mount(&mountpoint, &options);
         mounted.set(connection.is_ok());
-        connection
+        connection.map(Connection::from)
     };
     let session = over(transport, fs, &mountpoint, settings, connect);
     if session.is_err()
@@ -117,7 +133,7 @@ pub fn over(
     fs: Arc<dyn FileSystem>,
     mountpoint: &Path,
     settings: &Settings,
-    connect: impl FnOnce() -> Result<OwnedFd>,
+    connect: impl FnOnce() -> Result<Connection>,
 ) -> Result<Session> {
     if settings.threads == 0 || settings.max_background == 0 {
         return Err(Error::new(

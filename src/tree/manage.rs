@@ -90,7 +90,8 @@ impl Tree {
             let known = move |answer: Answer<Attr>| match answer {
                 Ok(attr) => {
                     let opened = move |answer: Answer<Opened>| done(answer.map(|opened| (attr, opened)));
-                    tree.open_image(id, flags, Box::new(opened));
+                    // No answer of a create is asked for again: --manage has no ledger.
+                    tree.open_image(id, 0, flags, Box::new(opened));
                 }
                 Err(errno) => done(Err(errno)),
             };
@@ -101,7 +102,7 @@ impl Tree {
             let unborn = Arc::new(tree.unborn(id, flags, true));
             tree.note_maker(&unborn);
             let file = OpenFile::Unborn(unborn);
-            let opened = keep(&tree.handles, file);
+            let opened = keep(&tree.handles, file, None);
             let opened = opened.map_err(|_| Error::at(Kind::Io, &image, "too many open files"))?;
             let gone = || Error::at(Kind::NotFound, &image, "is gone again");
             tree.image_attr(id).map(|attr| (attr, opened)).ok_or_else(gone)
@@ -122,7 +123,7 @@ impl Tree {
     /// Opens a file that has no size yet; None: it is none.
     pub(super) fn open_unborn(&self, id: u64, flags: OpenFlags) -> Option<Answer<Opened>> {
         self.folder.unborn(id)?;
-        Some(keep(&self.handles, OpenFile::Unborn(Arc::new(self.unborn(id, flags, false)))))
+        Some(keep(&self.handles, OpenFile::Unborn(Arc::new(self.unborn(id, flags, false))), None))
     }
 
     /// What stat shows of an image, or of a file that has no size yet. Blocks.
@@ -217,7 +218,7 @@ impl Tree {
         again: impl FnOnce(&Tree, Done<T>) + Send + 'static,
     ) -> Option<Done<T>> {
         if !self.info.manage {
-            return Some(done);
+            return self.returned(handle, done, again);
         }
         let Some(unborn) = self.unborn_of(handle).filter(|unborn| unborn.image.get().is_none()) else {
             return Some(done);

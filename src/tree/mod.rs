@@ -16,6 +16,7 @@ mod manage;
 mod metrics;
 mod names;
 mod own;
+mod restore;
 mod snapshots;
 mod stats;
 mod text;
@@ -44,7 +45,7 @@ pub use announce::announcer;
 use asking::Question;
 use attrs::Owner;
 use data::OpenFile;
-use handles::{Borrowed, Handles};
+use handles::{Borrowed, Handles, Origin};
 pub(crate) use names::SNAPSHOTS_NAME;
 use names::{METRICS_NAME, Node, PRIVATE_NAME, STATS_NAME};
 use own::OwnFile;
@@ -86,8 +87,9 @@ impl Tree {
             gid: rustix::process::getegid().as_raw(),
             since: SystemTime::now(),
         };
-        let (handles, trouble) = (Arc::default(), Arc::new(Trouble::new()));
-        let numbers = Numbers::default();
+        let handles = Arc::new(Handles::new(folder.ledger().cloned()));
+        let trouble = Arc::new(Trouble::new());
+        let numbers = Numbers::new(folder.ledger().cloned());
         Arc::new_cyclic(|own| Tree {
             own: own.clone(),
             folder,
@@ -227,7 +229,10 @@ impl Tree {
         }
     }
 
-    fn open_image(&self, id: u64, flags: OpenFlags, done: Done<Opened>) {
+    fn open_image(&self, id: u64, request: u64, flags: OpenFlags, done: Done<Opened>) {
+        if let Some(handle) = self.handles.given_to(request, Node::Image(id).ino()) {
+            return done(Ok(Opened { handle, direct: true, backing: None }));
+        }
         if let Some(answer) = self.open_unborn(id, flags) {
             return done(answer);
         }
@@ -242,7 +247,11 @@ impl Tree {
                 Err(e) => return tree.cannot_open(&e, &path, "open", done),
             };
             let backing = open.backing().cloned();
-            done(keep(&tree.handles, OpenFile::Image(open)).map(|kept| Opened { backing, ..kept }));
+            let origin = Origin { node: Node::Image(id).ino(), flags: flags.raw, request };
+            done(
+                keep(&tree.handles, OpenFile::Image(open), Some(origin))
+                    .map(|kept| Opened { backing, ..kept }),
+            );
         };
         entry.open_for_kernel(flags.writes(), Box::new(opened));
     }
@@ -269,8 +278,9 @@ fn id_of(open: Option<&Borrowed<OpenFile>>) -> u64 {
 
 /// Gives what was opened a handle. Always direct: an image has no second cache in front of it, and a made-up
 /// file has no length to go by.
-fn keep(handles: &Handles<OpenFile>, open: OpenFile) -> Answer<Opened> {
-    let handle = handles.insert(open).ok_or(Errno(libc::ENFILE))?;
+/// `origin`: a successor opens it again by that.
+fn keep(handles: &Handles<OpenFile>, open: OpenFile, origin: Option<Origin>) -> Answer<Opened> {
+    let handle = handles.insert(open, origin).ok_or(Errno(libc::ENFILE))?;
     Ok(Opened { handle, direct: true, backing: None })
 }
 
@@ -396,11 +406,11 @@ impl FileSystem for Tree {
 
     fn open(&self, caller: Caller, ino: Ino, flags: OpenFlags, done: Done<Opened>) {
         match self.node(ino) {
-            Ok(Node::Image(id)) => self.open_image(id, flags, done),
+            Ok(Node::Image(id)) => self.open_image(id, caller.request, flags, done),
             Ok(Node::Stats | Node::Metrics) if flags.writes() => done(Err(NOT_PERMITTED)),
             Ok(node @ (Node::Stats | Node::Metrics)) => self.open_own(caller, node, done),
             Ok(Node::Snapshot(_)) if flags.writes() => done(Err(Errno(libc::EROFS))),
-            Ok(Node::Snapshot(number)) => self.open_snapshot(number, done),
+            Ok(Node::Snapshot(number)) => self.open_snapshot(number, caller.request, done),
             Ok(Node::Root | Node::Private | Node::Snapshots | Node::SnapshotFolder(_)) => {
                 done(Err(Errno(libc::EISDIR)));
             }
@@ -418,6 +428,7 @@ impl FileSystem for Tree {
         let borrowed = self.borrow(handle);
         match borrowed.as_ref().and_then(Borrowed::get) {
             Some(open) => open.read_now(&self.trouble, offset, buf),
+            None if self.handles.returns(handle) => Now::Later,
             None => Now::Done(Err(BAD_HANDLE)),
         }
     }
@@ -437,6 +448,7 @@ impl FileSystem for Tree {
         let borrowed = self.borrow(handle);
         match borrowed.as_ref().and_then(Borrowed::get) {
             Some(open) => open.write_now(&self.trouble, offset, data, flags),
+            None if self.handles.returns(handle) => Now::Later,
             None => Now::Done(Err(BAD_HANDLE)),
         }
     }
@@ -476,6 +488,8 @@ impl FileSystem for Tree {
     }
 
     fn fsync(&self, handle: Handle, done: Done<()>) {
+        let again = move |tree: &Tree, done| tree.fsync(handle, done);
+        let Some(done) = self.returned(handle, done, again) else { return };
         self.with(handle, done, |open, done| open.fsync(&self.trouble, done));
     }
 

@@ -12,11 +12,13 @@ use bytes::Bytes;
 use super::asking::Question;
 use super::attrs::Owner;
 use super::data::OpenFile;
+use super::handles::Origin;
 use super::names::Node;
 use super::text::{Readers, Text};
 use super::{NOT_PERMITTED, Tree, keep, metrics, stats};
 use crate::folder::FOLDER;
 use crate::fuse::ops::{Answer, Attr, Caller, Done, Errno, Opened, SetAttr};
+use crate::ledger::Open;
 use crate::sync::{Mutex, lock};
 
 /// In a large folder what was made up holds for a second, so that it is made up once a second at most.
@@ -75,20 +77,40 @@ impl Tree {
     }
 
     pub(super) fn open_own(&self, caller: Caller, node: Node, done: Done<Opened>) {
+        if let Some(handle) = self.handles.given_to(caller.request, node.ino()) {
+            return done(Ok(Opened { handle, direct: true, backing: None }));
+        }
+        let Some(seat) = self.own_file(node).readers.enter(caller.uid) else {
+            return done(Err(Errno(libc::EMFILE)));
+        };
+        let handles = self.handles.clone();
+        let origin = Origin { node: node.ino(), flags: libc::O_RDONLY, request: caller.request };
+        self.make_up(node, move |bytes| {
+            done(keep(&handles, OpenFile::Text(Text::new(bytes, seat)), Some(origin)));
+        });
+    }
+
+    /// Makes one up anew that was open under `open` when the daemon before ended.
+    pub(super) fn restore_own(&self, node: Node, open: Open) {
+        // Who opened it is not known; the owner's it may be.
+        let Some(seat) = self.own_file(node).readers.enter(self.owner.uid) else {
+            self.handles.lose(open.handle);
+            return;
+        };
+        let handles = self.handles.clone();
+        self.make_up(node, move |bytes| {
+            handles.restore(open.handle, OpenFile::Text(Text::anew(bytes, seat)));
+        });
+    }
+
+    fn make_up(&self, node: Node, then: impl FnOnce(Bytes) + Send + 'static) {
         let file = self.own_file(node);
-        let Some(seat) = file.readers.enter(caller.uid) else { return done(Err(Errno(libc::EMFILE))) };
         let (folder, engine, info) = (self.folder.clone(), self.engine.clone(), self.info.clone());
         let render = move || match node {
             Node::Metrics => metrics::render(&folder, &engine, &info),
             _ => stats::render(&folder, &info),
         };
-        let handles = self.handles.clone();
         let holds = if self.folder.entries_behind(0, FEW + 1).len() > FEW { HOLDS } else { Duration::ZERO };
-        file.text.ask(
-            holds,
-            |job| self.engine.blocking(FOLDER, job),
-            render,
-            move |bytes| done(keep(&handles, OpenFile::Text(Text::new(bytes, seat)))),
-        );
+        file.text.ask(holds, |job| self.engine.blocking(FOLDER, job), render, then);
     }
 }

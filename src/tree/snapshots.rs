@@ -4,29 +4,42 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 
 use super::data::OpenFile;
+use super::handles::Origin;
 use super::names::{self, Node};
 use super::{NO_ENTRY, Tree, attrs, behind, keep, listed};
 use crate::folder::{Entry, Snapshot};
 use crate::format::descriptor::Guid;
 use crate::fuse::ops::{Answer, Attr, Done, FileKind, Name, Opened};
+use crate::ledger::Ledger;
 use crate::sync::{Mutex, lock};
 
 /// The numbers of all snapshots that were ever looked at.
-#[derive(Default)]
 pub(super) struct Numbers {
-    /// A leaf.
+    /// Before the ledger's own.
     known: Mutex<Known>,
+    /// Where a successor finds them. None: there will be none.
+    ledger: Option<Arc<Ledger>>,
 }
 
-#[derive(Default)]
 struct Known {
     numbers: HashMap<(u64, Guid), u64>,
-    snapshots: Vec<(u64, Guid)>,
+    /// None: a daemon before has given the number, and to which is not known.
+    snapshots: Vec<Option<(u64, Guid)>>,
 }
 
 impl Numbers {
+    /// With those that a daemon before has given.
+    pub(super) fn new(ledger: Option<Arc<Ledger>>) -> Numbers {
+        let left = ledger.as_ref().map_or(&[][..], |ledger| &ledger.found().snapshots);
+        let snapshots: Vec<_> =
+            left.iter().map(|found| found.map(|(image, guid)| (image, Guid::from_bytes(guid)))).collect();
+        let numbers = (0..).zip(&snapshots).filter_map(|(number, found)| Some(((*found)?, number))).collect();
+        Numbers { known: Mutex::new(Known { numbers, snapshots }), ledger }
+    }
+
     /// The number of a snapshot of the image number `image`.
     pub(super) fn number(&self, image: u64, guid: Guid) -> u64 {
         let mut known = lock(&self.known);
@@ -34,14 +47,18 @@ impl Numbers {
             return *number;
         }
         let number = known.snapshots.len() as u64;
-        known.snapshots.push((image, guid));
+        // L4: before any answer names it.
+        if let Some(ledger) = &self.ledger {
+            ledger.snapshot(number, image, guid.to_bytes());
+        }
+        known.snapshots.push(Some((image, guid)));
         known.numbers.insert((image, guid), number);
         number
     }
 
     /// Image and snapshot of a number.
     pub(super) fn snapshot(&self, number: u64) -> Option<(u64, Guid)> {
-        lock(&self.known).snapshots.get(usize::try_from(number).ok()?).copied()
+        lock(&self.known).snapshots.get(usize::try_from(number).ok()?).copied()?
     }
 }
 
@@ -86,7 +103,10 @@ impl Tree {
         });
     }
 
-    pub(super) fn open_snapshot(&self, number: u64, done: Done<Opened>) {
+    pub(super) fn open_snapshot(&self, number: u64, request: u64, done: Done<Opened>) {
+        if let Some(handle) = self.handles.given_to(request, Node::Snapshot(number).ino()) {
+            return done(Ok(Opened { handle, direct: true, backing: None }));
+        }
         let found = self.numbers.snapshot(number).and_then(|(id, guid)| Some((self.folder.get(id)?, guid)));
         let (Some((entry, guid)), Some(tree)) = (found, self.own.upgrade()) else {
             return done(Err(NO_ENTRY));
@@ -94,7 +114,11 @@ impl Tree {
         self.engine.blocking(
             entry.id(),
             Box::new(move || match entry.open_snapshot(guid) {
-                Ok(open) => done(keep(&tree.handles, OpenFile::Snapshot(open))),
+                Ok(open) => {
+                    let origin =
+                        Origin { node: Node::Snapshot(number).ino(), flags: libc::O_RDONLY, request };
+                    done(keep(&tree.handles, OpenFile::Snapshot(open), Some(origin)));
+                }
                 Err(e) => tree.cannot_open(&e, &entry.path(), "open a snapshot", done),
             }),
         );
@@ -107,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_keeps_its_number() {
-        let (numbers, a, b) = (Numbers::default(), Guid::random(), Guid::random());
+        let (numbers, a, b) = (Numbers::new(None), Guid::random(), Guid::random());
         let first = numbers.number(1, a);
         assert_ne!(first, numbers.number(1, b));
         assert_ne!(first, numbers.number(2, a));

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::sync::{Mutex, lock};
+use crate::fuse::ops::{Answer, Errno};
+use crate::sync::{AtomicBool, Mutex, Ordering, lock};
 
 /// Most that one user has open of one file. Each may hold a text of its own, of some 350 bytes an image.
 const MOST_OPEN: u32 = 64;
@@ -16,7 +17,9 @@ pub(super) struct Readers(Mutex<HashMap<u32, u32>>);
 
 /// One text that a user has open; counted until it is dropped.
 pub(super) struct Text {
-    pub(super) bytes: Bytes,
+    bytes: Bytes,
+    /// A reader may have a part of another text: it gets nothing of this one behind its beginning.
+    anew: AtomicBool,
     _seat: Seat,
 }
 
@@ -52,13 +55,53 @@ impl Drop for Seat {
 
 impl Text {
     pub(super) fn new(bytes: Bytes, seat: Seat) -> Text {
-        Text { bytes, _seat: seat }
+        Text { bytes, anew: AtomicBool::new(false), _seat: seat }
+    }
+
+    /// One in the place of another, which a reader may have begun with.
+    pub(super) fn anew(bytes: Bytes, seat: Seat) -> Text {
+        Text { bytes, anew: AtomicBool::new(true), _seat: seat }
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// Up to `len` bytes from `offset` on.
+    pub(super) fn part(&self, offset: u64, len: usize) -> Answer<Bytes> {
+        if offset > 0 && self.anew.load(Ordering::Relaxed) {
+            return Err(Errno(libc::ESTALE));
+        }
+        self.anew.store(false, Ordering::Relaxed);
+        let from = offset.min(self.len()) as usize;
+        Ok(self.bytes.slice(from..from + len.min(self.bytes.len() - from)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn seat() -> Seat {
+        Arc::<Readers>::default().enter(0).expect("room")
+    }
+
+    #[test]
+    fn a_made_up_file_is_read_in_pieces_and_ends() {
+        let text = Text::new(Bytes::from_static(b"hello"), seat());
+        assert_eq!(text.part(0, 3), Ok(Bytes::from_static(b"hel")));
+        assert_eq!(text.part(3, 30), Ok(Bytes::from_static(b"lo")));
+        assert_eq!(text.part(5, 1), Ok(Bytes::new()));
+        assert_eq!(text.part(u64::MAX, 1), Ok(Bytes::new()));
+    }
+
+    #[test]
+    fn who_has_read_a_part_of_one_text_gets_no_other_part_of_its_successor() {
+        let text = Text::anew(Bytes::from_static(b"hello"), seat());
+        assert_eq!(text.part(3, 30), Err(Errno(libc::ESTALE)));
+        assert_eq!(text.part(0, 3), Ok(Bytes::from_static(b"hel")));
+        assert_eq!(text.part(3, 30), Ok(Bytes::from_static(b"lo")), "from its beginning on it is one");
+    }
 
     #[test]
     fn one_user_cannot_keep_any_number_of_texts() {

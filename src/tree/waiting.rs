@@ -60,7 +60,7 @@ impl Tree {
             return Ok(buffers::any_room(len));
         }
         // Kept over the wait, as by the write itself.
-        let Some((image, path)) = self.written(handle) else { return Ok(buffers::any_room(len)) };
+        let Some((image, path)) = self.written(handle) else { return self.room_until_back(handle, len) };
         buffers::room(image.as_ref(), len).map_err(|hung| self.refusal(&hung, &path()))
     }
 
@@ -73,7 +73,7 @@ impl Tree {
     }
 
     /// The errno of a write whose image holds all it may and completes nothing. Said once until it goes on.
-    fn refusal(&self, hung: &Hung, path: &Path) -> Errno {
+    pub(super) fn refusal(&self, hung: &Hung, path: &Path) -> Errno {
         let e = Error::at(
             Kind::Io,
             path,

@@ -212,10 +212,14 @@ impl Mount {
             let _ = Run::new("umount").arg("-l").arg(&self.point).limit(10).run();
         }
         if !until(Duration::from_secs(2), || self.processes().is_empty()) {
-            for pid in self.processes().into_iter().filter_map(rustix::process::Pid::from_raw) {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-            until(Duration::from_secs(5), || self.processes().is_empty());
+            // Again: a keeper may have started another daemon just before its own end.
+            until(Duration::from_secs(5), || {
+                let left = self.processes();
+                for pid in left.iter().copied().filter_map(rustix::process::Pid::from_raw) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
+                left.is_empty()
+            });
         }
         self.up = false;
     }

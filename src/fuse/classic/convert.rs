@@ -15,8 +15,12 @@ pub(super) const IMAGE_OPEN: FopenFlags = FopenFlags::FOPEN_DIRECT_IO
 /// Images that the kernel passes through; FOPEN_DIRECT_IO would bring reads and writes back to us.
 pub(super) const PASSED_OPEN: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 
+/// linux/fuse.h, FUSE_UNIQUE_RESEND: the request was sent before, to a daemon that has died.
+const RESENT: u64 = 1 << 63;
+
 pub(super) fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+    let number = request.unique().0 & !RESENT;
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), request: number }
 }
 
 pub(super) fn errno(e: Errno) -> fuser::Errno {

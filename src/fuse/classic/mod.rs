@@ -24,12 +24,16 @@ use crate::fuse::handshake::{self, Begun};
 use crate::fuse::lanes::Lanes;
 use crate::fuse::notify;
 use crate::fuse::ops::{FileSystem, Ino};
+use crate::fuse::session::Connection;
 use crate::fuse::settings::Settings;
 use crate::io::{connection, process};
+use crate::ledger::Handshake;
 
 /// A mounted folder whose handshake is done; see [`fuse::session::Session`](crate::fuse::session::Session).
 pub(super) struct Session {
     sessions: Vec<Made>,
+    /// Some at a takeover: what the daemon before has read is asked for there.
+    resend: Option<OwnedFd>,
     fs: Arc<dyn FileSystem>,
 }
 
@@ -46,7 +50,7 @@ pub(super) fn begin(
     fs: Arc<dyn FileSystem>,
     mountpoint: &Path,
     settings: &Settings,
-    connect: impl FnOnce() -> Result<OwnedFd>,
+    connect: impl FnOnce() -> Result<Connection>,
 ) -> Result<Begun<Session>> {
     let connection = connect()?;
     // Each session has a buffer of 16 MiB, of which a request takes 1 MiB at most.
@@ -60,21 +64,33 @@ pub(super) fn begin(
         max_background: settings.max_background,
         passthrough: passthrough.clone(),
     };
-    let sessions =
+    let (sessions, resend) =
         shake_hands(connection, &bridge, settings).map_err(|e| handshake::failed(&e, mountpoint))?;
     // There is at least one.
     let kernel = Kernel(sessions[0].notifier());
     let passes_through = passthrough.is_some_and(|agreed| agreed.load(Ordering::Acquire));
-    Ok(Begun { session: Session { sessions, fs }, kernel: Box::new(kernel), passes_through })
+    Ok(Begun { session: Session { sessions, resend, fs }, kernel: Box::new(kernel), passes_through })
 }
 
 /// Makes a session for each thread, and answers INIT in the name of all.
 ///
-/// The order: (1) INIT is read; (2) all sessions have had it, so that one that fails fails the mount; (3) the kernel is
-/// answered, and sends requests from then on.
-fn shake_hands(connection: OwnedFd, bridge: &Bridge, settings: &Settings) -> io::Result<Vec<Made>> {
-    let connections = descriptors(connection, settings.threads)?;
-    let init = handshake::offer(connections[0].as_fd())?; // 1
+/// The order: (1) INIT is read; (2) all sessions have had it, so that one that fails fails the mount; (3) the ledger has it;
+/// (4) the kernel is answered, and sends requests from then on. 4 before 3: a successor could not take the mount over.
+///
+/// Where the ledger has a handshake, its INIT is the kernel's, and the answer must be the one that the kernel has had.
+/// Returns the descriptor to ask for what another daemon had read, where there is one.
+fn shake_hands(
+    connection: Connection,
+    bridge: &Bridge,
+    settings: &Settings,
+) -> io::Result<(Vec<Made>, Option<OwnedFd>)> {
+    let Connection { descriptors: given, ledger } = connection;
+    let connections = descriptors(given, settings.threads, ledger.is_some())?;
+    let before = ledger.as_ref().and_then(|ledger| ledger.handshake());
+    let init = match &before {
+        Some(before) => before.init.clone(),
+        None => handshake::offer(connections[0].as_fd())?, // 1
+    };
     let kernel = connections[0].try_clone()?;
     let mut config = fuser::Config::default();
     // A descriptor handed over, not a mount: fuser then never unmounts (see fuse/mount).
@@ -89,14 +105,30 @@ fn shake_hands(connection: OwnedFd, bridge: &Bridge, settings: &Settings) -> io:
         agreed.get_or_insert(answer);
         sessions.push(made);
     } // 2
-    rustix::io::write(&kernel, &agreed.unwrap_or_default())?; // 3
-    Ok(sessions)
+    let answer = agreed.unwrap_or_default();
+    if let Some(before) = before {
+        return match before.answer == answer {
+            true => Ok((sessions, Some(kernel))),
+            false => Err(io::Error::other("this program cannot do what was agreed with the kernel")),
+        };
+    }
+    if let Some(ledger) = ledger
+        && !ledger.keep_handshake(&Handshake { init, answer: answer.clone() })
+    {
+        ledger.beyond();
+    } // 3
+    rustix::io::write(&kernel, &answer)?; // 4
+    Ok((sessions, None))
 }
 
-/// A descriptor for each of `count` threads, the given one first.
-fn descriptors(connection: OwnedFd, count: usize) -> io::Result<Vec<OwnedFd>> {
-    let mut all = vec![connection];
-    let mut cloned = true;
+/// A descriptor for each of `count` threads, the given ones first. `kept`: what is read from one that only this process has
+/// would be lost with it, so none is made.
+fn descriptors(mut all: Vec<OwnedFd>, count: usize, kept: bool) -> io::Result<Vec<OwnedFd>> {
+    if all.is_empty() {
+        return Err(io::Error::other("there is no connection to the kernel"));
+    }
+    all.truncate(count);
+    let mut cloned = !kept;
     while all.len() < count {
         let next = cloned.then(|| connection::another(all[0].as_fd())).transpose();
         let next = next.unwrap_or_else(|e| {
@@ -114,7 +146,7 @@ fn descriptors(connection: OwnedFd, count: usize) -> io::Result<Vec<OwnedFd>> {
 impl Session {
     /// Starts the session's threads; all there are, and requests are served, when it returns.
     pub(super) fn start(self, sending: notify::Running) -> Result<Serving> {
-        let threads = sessions::start(self.sessions)?;
+        let threads = sessions::start(self.sessions, self.resend)?;
         Ok(Serving { threads, fs: self.fs, sending })
     }
 }

@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use super::bridge::Bridge;
 use super::door::{Door, Entrance, HELLO, Said};
 use crate::error::{Error, Kind, Result};
-use crate::io::connection::Slot;
+use crate::io::connection::{self, Slot};
 use crate::io::process::{no_thread, spawn_thread};
 
 /// FUSE_FORGET, and the length of its message: fuse_in_header and fuse_forget_in.
@@ -84,9 +84,10 @@ pub(super) struct Threads {
 
 /// Starts the thread of each session, and returns when all serve. An error: none of them does.
 ///
-/// The order: (1) all threads are there; (2) the word to go on. 2 before 1 would have requests served by a mount that then
-/// fails for want of a thread.
-pub(super) fn start(sessions: Vec<Made>) -> Result<Threads> {
+/// The order: (1) all threads are there; (2) the kernel sends again what another daemon had read; (3) the word to go on. 3
+/// before 1 would have requests served by a mount that then fails for want of a thread. 3 before 2: a request that was just
+/// read would be sent again, and run twice at once.
+pub(super) fn start(sessions: Vec<Made>, resend: Option<OwnedFd>) -> Result<Threads> {
     let count = sessions.len();
     let (say, said) = bounded(3 * count);
     let (start, go) = bounded(count);
@@ -110,10 +111,15 @@ pub(super) fn start(sessions: Vec<Made>) -> Result<Threads> {
             return Err(failed(result.err().unwrap_or_else(|| io::Error::other("it ended at once"))));
         }
     } // 1
+    if let Some(connection) = resend {
+        connection::resend(connection.as_fd()).map_err(|e| {
+            Error::io(&e, connection::DEVICE, "the kernel does not send requests again (Linux 6.10 does)")
+        })?;
+    } // 2
     for _ in 0..count {
         // Room for all; and each of them waits.
         let _ = start.send(());
-    } // 2
+    } // 3
     let mut ended = Vec::new();
     let mut serving = 0;
     while serving < count {

@@ -25,7 +25,6 @@ mod serve;
 pub mod wire;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -44,6 +43,7 @@ use crate::fuse::handshake::{self, Begun};
 use crate::fuse::mount::DEVICE;
 use crate::fuse::notify;
 use crate::fuse::ops::FileSystem;
+use crate::fuse::session::Connection;
 use crate::fuse::settings::Settings;
 use crate::io::process;
 
@@ -125,7 +125,7 @@ pub(super) fn begin(
     fs: Arc<dyn FileSystem>,
     mountpoint: &Path,
     settings: &Settings,
-    connect: impl FnOnce() -> Result<OwnedFd>,
+    connect: impl FnOnce() -> Result<Connection>,
 ) -> Result<Begun<Session>> {
     available()?;
     soon();
@@ -135,7 +135,10 @@ pub(super) fn begin(
     let (rings, carriers) =
         ring::make(&queues, settings.threads + SPARE_CARRIERS).map_err(|e| no_ring(&e))?;
     let rings = plans.iter().map(|plan| plan.cpu).zip(rings).collect();
-    let device = Arc::new(Device::new(connect()?));
+    // Requests that the kernel gave to a ring are lost with their daemon: nothing is kept.
+    let own = connect()?.descriptors.into_iter().next();
+    let own = own.ok_or_else(|| Error::new(Kind::Io, "there is no connection to the kernel"))?;
+    let device = Arc::new(Device::new(own));
     let passes_through = device
         .handshake(settings.max_background, settings.passthrough)
         .map_err(|e| handshake::failed(&e, mountpoint))?;

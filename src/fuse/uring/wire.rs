@@ -443,7 +443,7 @@ pub fn weight(parts: Parts<'_>) -> Weight {
 /// Reads a request.
 pub fn decode(parts: Parts<'_>) -> Result<Request<'_>, Malformed> {
     let fields = header(parts.header)?;
-    let caller = Caller { uid: fields.uid, gid: fields.gid, pid: fields.pid };
+    let caller = Caller { uid: fields.uid, gid: fields.gid, pid: fields.pid, request: fields.unique };
     Ok(Request { ino: fields.nodeid, caller, operation: operation(fields.opcode, parts)? })
 }
 

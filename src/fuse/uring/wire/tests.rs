@@ -34,7 +34,7 @@ fn a_write_carries_its_data_and_its_flags() {
     assert_eq!(read(&message), Ok(wanted));
     let parts = split(&message).expect("whole");
     assert_eq!(weight(parts), Weight { bytes: 3, writes: Some(9) });
-    assert_eq!(decode(parts).expect("whole").caller, Caller { uid: 1000, gid: 100, pid: 42 });
+    assert_eq!(decode(parts).expect("whole").caller, Caller { uid: 1000, gid: 100, pid: 42, request: 7 });
 }
 
 #[test]

@@ -1,0 +1,112 @@
+//! A daemon was killed: the keeper starts its successor, once `wait` has returned.
+//!
+//! The order: (1) `wait` has returned, so that no thread of the dead one writes any more; (2) the successor is started;
+//! (3) it gets the settings, the ledger and the connection. 2 before 1: two writers on one file.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::time::Duration;
+
+use super::child::{Started, listen_for_files, spelled, start_daemon};
+use super::keeper::Keeper;
+use super::settings::Settings;
+use super::standby::StandbyNote;
+use super::wire::Order;
+use crate::error::Result;
+
+/// How long the last files of a dead daemon may take to be here.
+const LAST_FILES: Duration = Duration::from_secs(1);
+
+impl Keeper<'_> {
+    /// The connection goes to the daemon; where there may be another one, it stays here, too.
+    pub(super) fn send_connection(&mut self, connection: OwnedFd, device: (u32, u32)) {
+        let Some(succession) = &mut self.succession else {
+            return self.orders.send_all(vec![(Order::Mounted { device }, connection)]);
+        };
+        let orders = self.orders.clone();
+        succession.keep(connection, device, self.settings.threads, |text| orders.send(Order::Warn(text)));
+        match succession.connection() {
+            Ok(all) => self.orders.send_all(all),
+            Err(e) => {
+                self.orders.send(Order::NotMounted { text: e.to_string(), status: e.kind().exit_status() })
+            }
+        }
+    }
+
+    /// True while a daemon has died whose successor does not serve yet.
+    pub(super) fn is_missed(&self) -> bool {
+        self.succession.as_ref().is_some_and(|succession| succession.is_missed())
+    }
+
+    /// The daemon has closed its line. Starts another one where it was killed; false: the mount ends with it.
+    pub(super) fn succeed(&mut self) -> bool {
+        let status = self.daemon.wait(); // 1
+        // One that has ended by itself has ended its mount, or says why it cannot take it over.
+        if status.as_ref().map_or(true, |status| status.code().is_some()) {
+            return false;
+        }
+        let killed = status.as_ref().is_ok_and(|status| status.signal() == Some(libc::SIGKILL));
+        if !self.succession.as_mut().is_some_and(|succession| succession.died(!killed)) {
+            return false;
+        }
+        self.log(&format!("the daemon ended ({}); the next one goes on with its work", spelled(&status)));
+        self.go_on()
+    }
+
+    /// Starts the next daemon, where its time has come. False: it could not be started.
+    pub(super) fn go_on(&mut self) -> bool {
+        if !self.succession.as_mut().is_some_and(|succession| succession.starts()) {
+            return true;
+        }
+        self.start_successor().map_err(|e| self.log(&e.to_string())).is_ok()
+    }
+
+    fn start_successor(&mut self) -> Result<()> {
+        let settings = Settings { takes_over: true, ..self.settings.clone() };
+        let Started { daemon, to, standby } = start_daemon(&settings, &self.happenings.0)?; // 2
+        self.daemon = daemon;
+        if let Some(gives) = self.gives.take() {
+            // What the dead one has sent is all there, and read in a moment.
+            let _ = gives.recv_timeout(LAST_FILES);
+        }
+        let Some(succession) = &mut self.succession else { return Ok(()) };
+        let estate = succession.inheritance()?;
+        self.gives = listen_for_files(Some(succession), &to)?;
+        self.orders.renew(to, estate)?; // 3
+        if let Some(before) = std::mem::replace(&mut self.standby, standby.ok()) {
+            before.end();
+        }
+        if let Some(mount) = self.mount.clone() {
+            self.send_standby(&StandbyNote::Mount(mount));
+        }
+        // Its disks are in use: should we be killed, it goes on.
+        self.send_standby(&StandbyNote::Started);
+        Ok(())
+    }
+
+    /// The successor serves.
+    pub(super) fn succeeded(&mut self, notes: &[String]) {
+        let pause = self.succession.as_mut().and_then(|succession| succession.serves()).unwrap_or_default();
+        let text = format!("the daemon was restarted; requests waited for {} ms", pause.as_millis());
+        self.orders.send(Order::Warn(text));
+        notes.iter().for_each(|note| self.orders.send(Order::Warn(note.clone())));
+        if std::mem::take(&mut self.stops) {
+            self.signal_daemon();
+        }
+    }
+
+    /// No daemon serves for too long: the last one started goes, and the mount with it.
+    pub(super) fn give_up_successor(&mut self) {
+        self.log("no daemon could go on with the mount in time: it ends");
+        self.succession = None;
+        // It may have ended just now.
+        let _ = self.daemon.kill();
+    }
+
+    /// Says something while there is no daemon to say it.
+    pub(super) fn log(&mut self, text: &str) {
+        if self.logs() {
+            ::log::warn!("{}: {text}", self.settings.mountpoint().display());
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! What a keeper holds so that a daemon's death ends no disk, and how often it starts another one
+//! (docs/restart.md#who-holds-what).
+
+use std::collections::HashMap;
+use std::io::BufReader;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use super::orders::WithDescriptor;
+use super::settings::Settings;
+use super::wire::{self, Kept, Order};
+use crate::error::{Error, Kind, Result};
+use crate::folder::{OpenFile, WITNESSES};
+use crate::io::handover::Receiving;
+use crate::io::process::spawn_detached as spawn;
+use crate::io::{connection, process, shared};
+use crate::ledger;
+use crate::sync::plain::lock;
+
+/// How long to wait before each further start: one that dies at once must not take the machine.
+const PAUSES: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+];
+/// A daemon that has served for so long is healthy, and the next death is the first.
+const HEALTHY: Duration = Duration::from_secs(60);
+/// The same of one that did not die by its own fault: whatever kills it (a person, a lack of memory) is not in a hurry.
+const SERVED: Duration = Duration::from_secs(1);
+
+/// Descriptors that the keeper should be able to have: four for each of some ten thousand images in use.
+const OPEN_FILES: u64 = 65_536;
+
+/// What outlives a daemon.
+pub(super) struct Succession {
+    ledger: OwnedFd,
+    /// Every descriptor of the connection that a daemon reads from, the mount's own first: the requests of one that were read
+    /// and not answered end with its last holder.
+    connections: Vec<OwnedFd>,
+    device: (u32, u32),
+    files: Files,
+    deaths: usize,
+    /// When the next daemon is to be started.
+    next: Option<Instant>,
+    /// When a daemon last died whose successor does not serve yet.
+    died: Option<Instant>,
+    /// Since when the last one serves.
+    serves: Option<Instant>,
+    timeout: Duration,
+}
+
+impl Succession {
+    /// None: the mount ends with its daemon.
+    pub(super) fn prepare(settings: &Settings) -> Result<Option<Succession>> {
+        let Some(timeout) = settings.restart_timeout() else { return Ok(None) };
+        let failed = |why: String| Error::new(Kind::Io, format!("cannot make the ledger: {why}"));
+        // For all that daemons have open; a refusal is theirs to say, who have as many.
+        let _ = process::raise_open_files(OPEN_FILES);
+        let sizes = settings.ledger();
+        let len = sizes.bytes().ok_or_else(|| failed("it is too large".to_owned()))?;
+        let memory = shared::make("ploopfs-ledger", len).map_err(|e| failed(e.to_string()))?;
+        let mapped = shared::Shared::map(&memory).map_err(|e| failed(e.to_string()))?;
+        ledger::format(&mapped, sizes)?;
+        Ok(Some(Succession {
+            ledger: memory,
+            connections: Vec::new(),
+            device: (0, 0),
+            files: Files::default(),
+            deaths: 0,
+            next: None,
+            died: None,
+            serves: None,
+            timeout,
+        }))
+    }
+
+    /// All that a daemon needs, in the order in which it gets it: the first one the ledger alone.
+    pub(super) fn inheritance(&self) -> Result<Vec<WithDescriptor>> {
+        let mut all = vec![(Order::Ledger, again(&self.ledger)?)];
+        for (file, open) in &*lock(&self.files) {
+            let mut give = |witness: bool, fd: &OwnedFd| {
+                all.push((Order::File { file: *file, witness }, again(fd)?));
+                Result::Ok(())
+            };
+            if let Some(own) = &open.own {
+                give(false, own)?;
+            }
+            open.witnesses.iter().try_for_each(|witness| give(true, witness))?;
+        }
+        if !self.connections.is_empty() {
+            all.append(&mut self.connection()?);
+        }
+        Ok(all)
+    }
+
+    /// The connection, a descriptor for each of its threads.
+    pub(super) fn connection(&self) -> Result<Vec<WithDescriptor>> {
+        let [own, clones @ ..] = &self.connections[..] else {
+            return Err(Error::new(Kind::Io, "there is no connection to the kernel"));
+        };
+        let mut all = Vec::with_capacity(self.connections.len());
+        for clone in clones {
+            all.push((Order::Thread, again(clone)?));
+        }
+        all.push((Order::Mounted { device: self.device }, again(own)?));
+        Ok(all)
+    }
+
+    /// Hears what a daemon gives to be kept, until it has ended: then the channel does.
+    pub(super) fn listen(&self, line: UnixStream) -> Result<Receiver<()>> {
+        let (files, (sender, over)) = (self.files.clone(), bounded(0));
+        spawn("keeper/files", move || {
+            let _sender: Sender<()> = sender;
+            let mut from = BufReader::new(Receiving::new(line));
+            loop {
+                match wire::get(&mut from) {
+                    Ok(Some(Kept::Keep { file, witness })) => {
+                        let Some(descriptor) = from.get_mut().descriptor() else { continue };
+                        let mut files = lock(&files);
+                        let open = files.entry(file).or_default();
+                        if witness {
+                            open.witnesses.push(descriptor);
+                        } else {
+                            *open = OpenFile { own: Some(descriptor), witnesses: Vec::new() };
+                        }
+                        if open.witnesses.len() > WITNESSES {
+                            open.witnesses.remove(0);
+                        }
+                    }
+                    Ok(Some(Kept::Asks { file })) => {
+                        if let Some(open) = lock(&files).get_mut(&file)
+                            && !open.witnesses.is_empty()
+                        {
+                            drop(open.witnesses.remove(0));
+                        }
+                    }
+                    Ok(Some(Kept::LetGo { file })) => drop(lock(&files).remove(&file)),
+                    Err(e) if wire::is_odd(&e) => {}
+                    Ok(None) | Err(_) => return,
+                }
+            }
+        })?;
+        Ok(over)
+    }
+
+    /// Keeps the connection, with a descriptor for each of `threads`.
+    pub(super) fn keep(
+        &mut self,
+        own: OwnedFd,
+        device: (u32, u32),
+        threads: usize,
+        mut warn: impl FnMut(String),
+    ) {
+        self.device = device;
+        while self.connections.len() + 1 < threads {
+            match connection::another(own.as_fd()) {
+                Ok(clone) => self.connections.push(clone),
+                Err(e) => {
+                    let what = connection::DEVICE;
+                    warn(format!("{what}: {e}: the transport threads share one descriptor, which is slower"));
+                    break;
+                }
+            }
+        }
+        self.connections.insert(0, own);
+    }
+
+    /// A daemon was killed; `own_fault`: by what it did itself. True: the next one is started when its time
+    /// [comes](Self::due).
+    pub(super) fn died(&mut self, own_fault: bool) -> bool {
+        if self.connections.is_empty() {
+            return false;
+        }
+        let healthy = if own_fault { HEALTHY } else { SERVED };
+        if self.serves.take().is_some_and(|since| since.elapsed() >= healthy) {
+            self.deaths = 0;
+        }
+        let pause = PAUSES[self.deaths.min(PAUSES.len() - 1)];
+        self.deaths += 1;
+        let missed = self.died.get_or_insert_with(Instant::now).elapsed();
+        self.next = (missed + pause < self.timeout).then(|| Instant::now() + pause);
+        self.next.is_some()
+    }
+
+    /// True while a daemon is missed.
+    pub(super) fn is_missed(&self) -> bool {
+        self.died.is_some()
+    }
+
+    /// When there is something to do: a daemon to be started, or none to be waited for any longer.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.next.or_else(|| self.died.map(|since| since + self.timeout))
+    }
+
+    /// True when the next daemon is to be started: once for each death.
+    pub(super) fn starts(&mut self) -> bool {
+        self.next.take_if(|next| *next <= Instant::now()).is_some()
+    }
+
+    /// True when it was missed for too long.
+    pub(super) fn is_over(&self) -> bool {
+        self.died.is_some_and(|since| since.elapsed() >= self.timeout)
+    }
+
+    /// The successor serves. How long there was none.
+    pub(super) fn serves(&mut self) -> Option<Duration> {
+        self.serves = Some(Instant::now());
+        self.died.take().map(|since| since.elapsed())
+    }
+}
+
+/// Protects which open files a daemon gave to be kept. A leaf.
+type Files = Arc<Mutex<HashMap<(u64, u64), OpenFile>>>;
+
+fn again(descriptor: &OwnedFd) -> Result<OwnedFd> {
+    descriptor
+        .try_clone()
+        .map_err(|e| Error::new(Kind::Io, format!("cannot hand on what the daemon had open: {e}")))
+}
