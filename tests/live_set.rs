@@ -406,8 +406,13 @@ fn mount() -> Mount {
     let path = make(&temp, "vm1.hds");
     let engine = engine();
     let folder = Folder::open(temp.path(), &engine, FolderOptions::default()).expect("the folder opens");
-    let info =
-        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
+    let info = MountInfo {
+        mountpoint: "/mnt/x".into(),
+        transport: "fuse",
+        manage: false,
+        sandbox: Arc::default(),
+        restarts: Arc::default(),
+    };
     let tree = Tree::new(folder.clone(), engine, info);
     Mount { _temp: temp, path, folder, tree }
 }
@@ -610,8 +615,13 @@ fn a_listing_goes_on_behind_its_place_whoever_comes_and_goes_meanwhile() {
     }
     let engine = engine();
     let folder = Folder::open(temp.path(), &engine, FolderOptions::default()).expect("the folder opens");
-    let info =
-        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
+    let info = MountInfo {
+        mountpoint: "/mnt/x".into(),
+        transport: "fuse",
+        manage: false,
+        sandbox: Arc::default(),
+        restarts: Arc::default(),
+    };
     let tree = Tree::new(folder.clone(), engine, info);
     let mount = Mount { path: temp.path().to_owned(), _temp: temp, folder, tree };
     let first = mount.names(ROOT, 2, 5);
@@ -721,8 +731,13 @@ fn images_whose_names_are_no_text_have_each_a_name_in_the_counters_and_in_the_li
         fs::write(temp.path().join(OsStr::from_bytes(name)), image_bytes()).expect("written");
     }
     let folder = serve(&temp);
-    let info =
-        MountInfo { mountpoint: "/mnt/x".into(), transport: "fuse", manage: false, sandbox: Arc::default() };
+    let info = MountInfo {
+        mountpoint: "/mnt/x".into(),
+        transport: "fuse",
+        manage: false,
+        sandbox: Arc::default(),
+        restarts: Arc::default(),
+    };
     let document = ploopfs::tree::document(&folder, &info);
     let names: Vec<&str> = document.images.keys().map(String::as_str).collect();
     assert_eq!(names, ["a\\xfe", "a\\xff", "b"]);

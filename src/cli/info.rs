@@ -74,6 +74,8 @@ fn without_file(live: &ServedImage, as_json: bool) -> anyhow::Result<Outcome> {
             "openers": live.openers,
             "reason": live.reason,
             "daemon": live.pid,
+            "restarts": live.daemon.restarts,
+            "last_pause_ms": live.daemon.last_pause_ms,
             "shown": live.shown.to_string_lossy(),
         }))?;
         return Ok(Outcome::Done);
@@ -180,6 +182,8 @@ fn to_json(
         fields.insert("openers".to_owned(), json!(live.openers));
         fields.insert("reason".to_owned(), json!(live.reason));
         fields.insert("daemon".to_owned(), json!(live.pid));
+        fields.insert("restarts".to_owned(), json!(live.daemon.restarts));
+        fields.insert("last_pause_ms".to_owned(), json!(live.daemon.last_pause_ms));
         fields.insert("shown".to_owned(), json!(live.shown.to_string_lossy()));
     }
     if let Some(holder) = holder {

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use self::at_rest::{Attached, Other, Row, look};
 use crate::cli::{Outcome, out, served, size};
-use crate::control::protocol::ImageLine;
+use crate::control::protocol::{Hello, ImageLine};
 use crate::daemon::holders;
 use crate::error::{Error, Kind};
 use crate::image::kind::in_text;
@@ -48,6 +48,23 @@ struct Listing {
     /// Only where no folder was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     mounts: Option<Vec<Mounted>>,
+    /// Of the daemon that serves the folder, if one does.
+    #[serde(flatten)]
+    restarts: Option<Restarts>,
+}
+
+/// How often a daemon was replaced.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Restarts {
+    restarts: u64,
+    /// How long requests waited at the last time, in milliseconds.
+    last_pause_ms: u64,
+}
+
+impl Restarts {
+    fn of(hello: &Hello) -> Restarts {
+        Restarts { restarts: hello.restarts, last_pause_ms: hello.last_pause_ms }
+    }
 }
 
 /// A mount of ours.
@@ -57,6 +74,8 @@ struct Mounted {
     /// The images folder.
     folder: String,
     images: Vec<Row>,
+    #[serde(flatten)]
+    restarts: Option<Restarts>,
     /// Why nothing is known of its images.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -86,7 +105,8 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 fn of(named: &Path, all: bool) -> Result<(PathBuf, Listing), Error> {
     let (folder, mut daemon) = served::behind(named)?;
     let (images, others) = look(&folder, daemon.is_some())?;
-    let mut listing = Listing { images, others: all.then_some(others), mounts: None };
+    let restarts = daemon.as_ref().map(|daemon| Restarts::of(daemon.client.hello()));
+    let mut listing = Listing { images, others: all.then_some(others), mounts: None, restarts };
     if daemon.is_none() {
         // Not on standard output, which is the list.
         served::dead_of(&folder)
@@ -114,24 +134,25 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     let end = Instant::now() + PATIENCE;
     for (mount, answer) in ours.iter().zip(asked) {
         let answer = answer?.recv_timeout(end.saturating_duration_since(Instant::now()));
-        let (folder, images, reason) = match answer {
-            Ok(Ok(Some((folder, images)))) => (folder, images, None),
+        let (folder, shown, reason) = match answer {
+            Ok(Ok(Some((folder, shown)))) => (folder, shown, None),
             Ok(Ok(None)) | Err(_) => {
                 let point = words::quoted(&mount.point);
                 (
                     mount.source.clone(),
-                    Vec::new(),
+                    Listing::default(),
                     Some(format!("its daemon does not answer; to end it: ploopfs umount {point}")),
                 )
             }
             // Another user answers there.
             Ok(Err(e)) if matches!(e.kind(), Kind::Access | Kind::NotPermitted) => continue,
-            Ok(Err(e)) => (mount.source.clone(), Vec::new(), Some(e.to_string())),
+            Ok(Err(e)) => (mount.source.clone(), Listing::default(), Some(e.to_string())),
         };
         mounted.push(Mounted {
             mountpoint: in_text(mount.point.as_os_str()),
             folder: in_text(folder.as_os_str()),
-            images,
+            images: shown.images,
+            restarts: shown.restarts,
             reason,
         });
         folders.insert(folder);
@@ -145,14 +166,14 @@ fn of_all(all: bool) -> Result<Listing, Error> {
 }
 
 /// What was heard of one mount, with its folder as that is called now; None: it has no daemon.
-type Shown = Result<Option<(PathBuf, Vec<Row>)>, Error>;
+type Shown = Result<Option<(PathBuf, Listing)>, Error>;
 
 /// The images of a mount that has a daemon, on a thread of its own.
 fn shown_by(mount: Mount) -> Result<Receiver<Shown>, Error> {
     let (send, receive) = channel();
     spawn_detached("ploopfs/list", move || {
         let images = served::of_mount(&mount).and_then(|daemon| match daemon {
-            Some((folder, _)) => of(&folder, false).map(|(folder, listing)| Some((folder, listing.images))),
+            Some((folder, _)) => of(&folder, false).map(Some),
             None => match served::of_dead(&mount) {
                 Some(what) => Err(Error::new(Kind::Io, what)),
                 None => Ok(None),
@@ -229,6 +250,10 @@ fn to_text(listing: &Listing) -> String {
         // Writing into a String cannot fail.
         let _ = writeln!(text, "{gap}mounted on {}", out::printable(&mount.mountpoint));
         let _ = writeln!(text, "    images: {}", out::printable(&mount.folder));
+        let restarts = mount.restarts.as_ref();
+        if let Some(restarted) = restarts.and_then(|of| served::restarted(of.restarts, of.last_pause_ms)) {
+            let _ = writeln!(text, "    restarted: {restarted}");
+        }
         if let Some(reason) = &mount.reason {
             let _ = writeln!(text, "    {}", out::printable(reason));
         } else if mount.images.is_empty() {

@@ -113,7 +113,7 @@ pub struct Args {
     /// Free space on the host, in percent, below which the low-water event is raised
     #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = clap::value_parser!(u8).range(0..=100))]
     low_water: u8,
-    /// Run PROGRAM EVENT IMAGE when something happens: low-water, full, space, read-only
+    /// Run PROGRAM EVENT IMAGE when something happens: low-water, full, space, read-only, restarted
     ///
     /// An IMAGE whose name begins with "-" is given as ./-NAME, and never looks like an option; PLOOPFS_IMAGE has it as it is.
     /// The environment holds PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES, PLOOPFS_MOUNTPOINT and, where they apply,
@@ -465,6 +465,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         restart_timeout_s: args.restart_timeout,
         no_restart: None,
         takes_over: false,
+        restarts: 0,
         #[cfg(feature = "faults")]
         fault: args.fault.clone(),
         #[cfg(not(feature = "faults"))]

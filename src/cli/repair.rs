@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -167,7 +168,7 @@ fn layered_image(folder: &Path, summary: &mut RepairSummary) -> Result<Examined>
     let store = match summary.dry_run {
         // The lock has a file, which may not be there yet.
         true => None,
-        false => Some(Store::open(image_folder(folder)?, folder, Use::Writer)?),
+        false => Some(Store::open(image_folder(folder)?, folder, Use::Writer, &Arc::default())?),
     };
     let before = examine(folder)?; // 1
     let image = &before.image;

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
-use crate::cli::out;
+use crate::cli::{out, size};
 use crate::control::client::Client;
-use crate::control::protocol::ImageLine;
+use crate::control::protocol::{Hello, ImageLine};
 use crate::daemon::holders::{self, Holder};
 use crate::daemon::processes;
 use crate::error::{Error, Kind, Result};
@@ -70,6 +70,12 @@ impl Daemon {
     pub fn loops(&self) -> Vec<LoopDevice> {
         holders::loops_below(&self.mountpoint)
     }
+}
+
+/// How often a daemon was replaced, in words; None: never.
+pub fn restarted(restarts: u64, last_pause_ms: u64) -> Option<String> {
+    let times = size::count(restarts, "time");
+    (restarts > 0).then(|| format!("{times}; the last time requests waited for {last_pause_ms} ms"))
 }
 
 /// True when `mount` is one of ours whose daemon died. Without a daemon on the socket its last threads may still be
@@ -281,6 +287,8 @@ pub struct ServedImage {
     pub openers: Vec<String>,
     /// What else it says of it.
     pub image: ImageLine,
+    /// What it says of itself.
+    pub daemon: Hello,
 }
 
 /// What a daemon says of the image in the file `path`; None where none serves it.
@@ -288,8 +296,9 @@ pub fn image(path: &Path) -> Result<Option<ServedImage>> {
     let Some((daemon, image)) = serving(path)? else { return Ok(None) };
     let openers = if image.openers > 0 { openers(&daemon, &image.name)? } else { Vec::new() };
     let shown = daemon.shown(&image.name);
-    let (pid, mode, reason) = (daemon.client.hello().pid, image.mode.clone(), image.reason.clone());
-    Ok(Some(ServedImage { pid, shown, mode, reason, openers, image }))
+    let hello = daemon.client.hello().clone();
+    let (pid, mode, reason) = (hello.pid, image.mode.clone(), image.reason.clone());
+    Ok(Some(ServedImage { pid, shown, mode, reason, openers, image, daemon: hello }))
 }
 
 fn openers(daemon: &Daemon, name: &str) -> Result<Vec<String>> {
@@ -317,6 +326,9 @@ impl ServedImage {
         };
         row("shown as", &self.shown.to_string_lossy());
         row("served by", &format!("process {}", self.pid));
+        if let Some(restarted) = restarted(self.daemon.restarts, self.daemon.last_pause_ms) {
+            row("restarted", &restarted);
+        }
         row("mode", &self.mode);
         if let Some(reason) = &self.reason {
             row("note", reason);

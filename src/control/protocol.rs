@@ -131,6 +131,12 @@ pub struct Hello {
     /// daemon's mount from one that another daemon made of a folder that had the same path before.
     #[serde(default)]
     pub device: Option<(u32, u32)>,
+    /// How often a daemon of the mount was replaced.
+    #[serde(default)]
+    pub restarts: u64,
+    /// How long requests waited at the last time, in milliseconds.
+    #[serde(default)]
+    pub last_pause_ms: u64,
 }
 
 /// One image in the answer to [`Op::List`].

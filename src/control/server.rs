@@ -17,11 +17,14 @@ use super::place::{ControlPlace, SOCKET};
 use super::protocol::{Amount, Answer, Interim, MAX_REQUEST, Op, VERSION, parse_request};
 use crate::error::{Error, Kind, Result};
 use crate::io::foreign;
+use crate::io::heirs::{Fixture, Heirs};
 use crate::io::process::{spawn_detached as spawn, spawn_or_run};
 
 /// Clients at a time; each costs a thread. Most commands are short, but `umount` and the client of a long piece of
 /// work keep theirs: enough that many images are worked on at once, and one more client can cancel.
 const MAX_CLIENTS: usize = 64;
+/// Connections that wait for a daemon to be there: commands give up after some seconds.
+const MAX_WAITING: i32 = 128;
 /// How long a client may say nothing, or not take its answer. A command speaks at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -65,9 +68,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the socket of `place`. The caller holds the folder's lock: what lies there is a dead daemon's.
-    pub fn bind(place: &ControlPlace) -> Result<Server> {
+    /// Binds the socket of `place`, or goes on with that of a daemon before, on which clients wait already. The caller holds
+    /// the folder's lock: what lies there is a dead daemon's.
+    pub fn bind(place: &ControlPlace, heirs: &Heirs) -> Result<Server> {
         let fail = |e: &io::Error| Error::io(e, place.path(SOCKET), "cannot bind the control socket");
+        if let Some(socket) = heirs.take_fixture(Fixture::Socket) {
+            // Again: clients ask the kernel who answers, and that is the process which listened last.
+            rustix::net::listen(&socket, MAX_WAITING).map_err(|e| fail(&e.into()))?;
+            return Ok(Server { listener: UnixListener::from(socket) });
+        }
         match rustix::fs::unlinkat(place, SOCKET, AtFlags::empty()) {
             Err(e) if e != Errno::NOENT => return Err(fail(&e.into())),
             _ => {}
@@ -77,6 +86,7 @@ impl Server {
         let socket = foreign::socket_in(place, SOCKET).map_err(|e| fail(&e))?;
         let own = format!("/proc/self/fd/{}", socket.as_raw_fd());
         std::fs::set_permissions(own, std::fs::Permissions::from_mode(0o600)).map_err(|e| fail(&e))?;
+        heirs.keep_fixture(Fixture::Socket, &listener);
         Ok(Server { listener })
     }
 

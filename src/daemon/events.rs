@@ -3,7 +3,8 @@
 //! The program gets the event and the image as arguments (`PROGRAM low-water vm1`; a name that begins with `-` has `./` in
 //! front there, for the folder's owner chose it) and, in its environment,
 //! PLOOPFS_EVENT, PLOOPFS_IMAGE, PLOOPFS_IMAGES (the folder), PLOOPFS_MOUNTPOINT, and, where they apply,
-//! PLOOPFS_FREE and PLOOPFS_TOTAL (bytes) and PLOOPFS_REASON. One runs at a time; one that takes too long is killed.
+//! PLOOPFS_FREE and PLOOPFS_TOTAL (bytes), PLOOPFS_REASON, PLOOPFS_RESTARTS and PLOOPFS_PAUSE_MS. What is about the mount has
+//! no image: an empty argument. One runs at a time; one that takes too long is killed.
 
 use std::process::{Command, Stdio};
 use std::thread;
@@ -15,7 +16,7 @@ use super::notify;
 use super::settings::Settings;
 use super::wire::{Event, What};
 use crate::error::Result;
-use crate::io::process::spawn_detached as spawn;
+use crate::io::process::{self, spawn_detached as spawn};
 use crate::vdisk;
 
 /// Events on their way to the program; more are dropped, because a program that hangs must not hold up a thread of the
@@ -52,6 +53,9 @@ impl Event {
             What::Full => format!("{image}: the host is full"),
             What::Space => format!("{image}: there is space again"),
             What::ReadOnly { reason } => format!("{image}: read-only: {reason}"),
+            What::Restarted { pause_ms, .. } => {
+                format!("the daemon was restarted; requests waited for {pause_ms} ms")
+            }
         }
     }
 
@@ -64,6 +68,7 @@ impl Event {
             What::ReadOnly { reason } if reason.len() > MAX_REASON || reason.contains('\0') => {
                 Some("has a reason that is no sentence")
             }
+            What::Restarted { .. } => Some("is none of a daemon's"),
             _ => None,
         }
     }
@@ -81,31 +86,42 @@ impl What {
             What::Full => "full",
             What::Space => "space",
             What::ReadOnly { .. } => "read-only",
+            What::Restarted { .. } => "restarted",
         }
     }
 }
 
-/// Starts the thread that runs the program; None where there is none. What it has to say goes to `warn`.
-pub fn runner(settings: &Settings, warn: impl Fn(String) + Send + 'static) -> Result<Option<Sender<Event>>> {
+/// Starts the thread that runs the program; None where there is none. What it has to say goes to `warn`. `oom_score`: what the
+/// program gets, where it is not to be as safe as this process has become.
+pub fn runner(
+    settings: &Settings,
+    oom_score: Option<i32>,
+    warn: impl Fn(String) + Send + 'static,
+) -> Result<Option<Sender<Event>>> {
     if settings.on_event.is_none() {
         return Ok(None);
     }
     let (sender, events) = bounded(MAX_WAITING);
     let settings = settings.clone();
-    spawn("keeper/events", move || run_all(&settings, &events, &warn))?;
+    spawn("keeper/events", move || run_all(&settings, oom_score, &events, &warn))?;
     Ok(Some(sender))
 }
 
-fn run_all(settings: &Settings, events: &Receiver<Event>, warn: &dyn Fn(String)) {
+fn run_all(settings: &Settings, oom_score: Option<i32>, events: &Receiver<Event>, warn: &dyn Fn(String)) {
     let Some(program) = &settings.on_event else { return };
     for event in events {
-        if let Err(why) = run(settings, program, &event) {
+        if let Err(why) = run(settings, program, oom_score, &event) {
             warn(format!("--on-event {}: {} {}: {why}", program.display(), event.what.word(), event.image));
         }
     }
 }
 
-fn run(settings: &Settings, program: &std::ffi::OsStr, event: &Event) -> std::result::Result<(), String> {
+fn run(
+    settings: &Settings,
+    program: &std::ffi::OsStr,
+    oom_score: Option<i32>,
+    event: &Event,
+) -> std::result::Result<(), String> {
     let mut command = Command::new(program);
     command.arg(event.what.word()).arg(event.argument());
     command.env("PLOOPFS_EVENT", event.what.word()).env("PLOOPFS_IMAGE", &event.image);
@@ -117,10 +133,18 @@ fn run(settings: &Settings, program: &std::ffi::OsStr, event: &Event) -> std::re
         What::ReadOnly { reason } => {
             command.env("PLOOPFS_REASON", reason);
         }
+        What::Restarted { restarts, pause_ms } => {
+            command
+                .env("PLOOPFS_RESTARTS", restarts.to_string())
+                .env("PLOOPFS_PAUSE_MS", pause_ms.to_string());
+        }
         What::Full | What::Space => {}
     }
     command.stdin(Stdio::null()).stdout(Stdio::null()).env_remove(notify::SOCKET);
     let mut child = command.spawn().map_err(|e| format!("cannot run it: {e}"))?;
+    if let Some(score) = oom_score {
+        process::set_oom_score(&child, score);
+    }
     let deadline = Instant::now() + PATIENCE;
     loop {
         match child.try_wait() {

@@ -11,7 +11,8 @@ use super::child::{Started, listen_for_files, spelled, start_daemon};
 use super::keeper::Keeper;
 use super::settings::Settings;
 use super::standby::StandbyNote;
-use super::wire::Order;
+use super::succession::Succession;
+use super::wire::{Event, Order, What};
 use crate::error::Result;
 
 /// How long the last files of a dead daemon may take to be here.
@@ -62,7 +63,8 @@ impl Keeper<'_> {
     }
 
     fn start_successor(&mut self) -> Result<()> {
-        let settings = Settings { takes_over: true, ..self.settings.clone() };
+        let restarts = self.succession.as_ref().map_or(0, Succession::restarts);
+        let settings = Settings { takes_over: true, restarts: restarts + 1, ..self.settings.clone() };
         let Started { daemon, to, standby } = start_daemon(&settings, &self.happenings.0)?; // 2
         self.daemon = daemon;
         if let Some(gives) = self.gives.take() {
@@ -86,9 +88,12 @@ impl Keeper<'_> {
 
     /// The successor serves.
     pub(super) fn succeeded(&mut self, notes: &[String]) {
-        let pause = self.succession.as_mut().and_then(|succession| succession.serves()).unwrap_or_default();
-        let text = format!("the daemon was restarted; requests waited for {} ms", pause.as_millis());
-        self.orders.send(Order::Warn(text));
+        let (restarts, pause) = self.succession.as_mut().map(Succession::serves).unwrap_or_default();
+        let pause_ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+        let event = Event { image: String::new(), what: What::Restarted { restarts, pause_ms } };
+        self.orders.send(Order::Warn(event.sentence()));
+        self.orders.send(Order::Restarted { restarts, pause_ms });
+        self.run_for(event);
         notes.iter().for_each(|note| self.orders.send(Order::Warn(note.clone())));
         if std::mem::take(&mut self.stops) {
             self.signal_daemon();

@@ -139,6 +139,7 @@ impl<'a> Keeper<'a> {
         spawn("keeper/signals", move || {
             signals.forever().try_for_each(|_| on_signal.send(Happening::Signal)).unwrap_or(());
         })?;
+        let oom_score = process::oom_score();
         let succession = Succession::prepare(settings)?;
         let Started { daemon, to, standby } = start_daemon(settings, &sender)?;
         let gives = listen_for_files(succession.as_ref(), &to)?;
@@ -146,7 +147,8 @@ impl<'a> Keeper<'a> {
         let orders = Orders::start(to, first.unwrap_or_default())?;
         let standby = standby.map_err(|e| orders.send(Order::Warn(without_standby(&e)))).ok();
         let warn = orders.clone();
-        let events = events::runner(settings, move |text| warn.send(Order::Warn(text)))?;
+        let oom_score = oom_score.filter(|_| succession.is_some());
+        let events = events::runner(settings, oom_score, move |text| warn.send(Order::Warn(text)))?;
         let images = foreign::resolved_folder(settings.images()).ok();
         let (happenings, slow_loops) = ((sender, happenings), HashSet::new());
         let (mount, mounting) = (None, None);
@@ -166,6 +168,14 @@ impl<'a> Keeper<'a> {
             gives,
             logs: None,
         })
+    }
+
+    /// Runs the program of `--on-event`.
+    pub(super) fn run_for(&self, event: Event) {
+        if let Some(events) = &self.events {
+            // Full: the program hangs, and the log has the event.
+            let _ = events.try_send(event);
+        }
     }
 
     /// From the start to the end.
@@ -232,14 +242,12 @@ impl<'a> Keeper<'a> {
                         notify::alive();
                     }
                 }
-                Ok(Happening::Said(Note::Event(event))) => match (event.objection(), &self.events) {
-                    (Some(why), _) => {
+                Ok(Happening::Said(Note::Event(event))) => match event.objection() {
+                    Some(why) => {
                         let text = format!("an event was passed over: {:?} {why}", event.image);
                         self.orders.send(Order::Warn(text));
                     }
-                    // Full: the program hangs, and the log has the event.
-                    (None, Some(events)) => drop(events.try_send(event)),
-                    (None, None) => {}
+                    None => self.run_for(event),
                 },
                 Ok(Happening::Odd(why)) => {
                     let text = format!("the keeper passed over what it did not understand: {why}");
@@ -473,7 +481,7 @@ mod tests {
             "manage": false, "passthrough": false, "sandbox": true, "transport": "Fuse", "threads": 2, "runners": 2,
             "bat_cache": 1 << 20, "bat_delay_ms": 0, "queue_when_full": true, "full_timeout_s": 0, "low_water": 10,
             "on_event": null, "stop_timeout_s": 1, "restart_timeout_s": 0, "no_restart": null,
-            "takes_over": false, "fault": null,
+            "takes_over": false, "restarts": 0, "fault": null,
         }))
         .expect("settings");
         let (ours, daemons) = UnixStream::pair().expect("a pair");

@@ -8,8 +8,8 @@ use std::time::Duration;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::wire::{self, Kept};
-use crate::folder::Keeping;
 use crate::io::handover;
+use crate::io::heirs::{Fixture, Keeping};
 use crate::sync::plain::lock;
 
 /// How long a keeper that reads nothing (it may be stopped) may hold up an open.
@@ -32,6 +32,10 @@ impl ToKeeper {
 impl Keeping for ToKeeper {
     fn keep(&self, file: (u64, u64), witness: bool, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         handover::send(&*lock(&self.line), &wire::line(&Kept::Keep { file, witness })?, Some(descriptor))
+    }
+
+    fn keep_fixture(&self, what: Fixture, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        handover::send(&*lock(&self.line), &wire::line(&Kept::Fixture { what })?, Some(descriptor))
     }
 
     fn asks(&self, file: (u64, u64)) -> io::Result<()> {

@@ -11,8 +11,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::settings::Settings;
 use super::wire::{self, Event, Note, Order};
 use crate::error::{Error, Kind, Result};
-use crate::folder::Inherited;
 use crate::io::handover::Receiving;
+use crate::io::heirs::Estate;
 use crate::io::holder::{self, HeldLock, Holder};
 use crate::io::mounts;
 use crate::io::process::spawn_detached as spawn;
@@ -20,6 +20,7 @@ use crate::io::shared::Shared;
 use crate::io::unmount::unmount_this;
 use crate::ledger::Ledger;
 use crate::sync::plain::lock;
+use crate::tree::Restarts;
 use crate::words::quoted;
 
 /// Notes on their way to the keeper; more events are dropped, because no thread waits until a person has read one.
@@ -44,32 +45,37 @@ pub(super) struct Handed {
     pub(super) connection: Vec<OwnedFd>,
     /// The number of its file system.
     pub(super) device: (u32, u32),
-    /// Open files of a daemon before.
-    pub(super) files: Inherited,
+    /// What a daemon before has left.
+    pub(super) estate: Estate,
 }
 
 /// Has the keeper mount, and returns the connection, and the device number of the file system. To be called before a thread
 /// listens to the keeper; who waits too long ends the keeper, and so this.
-/// `takes_over`: it is mounted already. The first descriptor is the mount's own.
-pub(super) fn mounted(from_keeper: &mut FromKeeper, takes_over: bool) -> Result<Handed> {
-    if !takes_over {
-        send(&Note::Mount).map_err(|e| gone(&e.to_string()))?;
-    }
-    let (mut connection, mut files) = (Vec::new(), Inherited::new());
+pub(super) fn mounted(from_keeper: &mut FromKeeper) -> Result<Handed> {
+    send(&Note::Mount).map_err(|e| gone(&e.to_string()))?;
+    handed(from_keeper)
+}
+
+/// Waits for what comes with a mount; to a successor it comes by itself, behind the ledger.
+pub(super) fn handed(from_keeper: &mut FromKeeper) -> Result<Handed> {
+    let (mut connection, mut estate) = (Vec::new(), Estate::default());
     loop {
         match wire::get(from_keeper) {
             Ok(Some(Order::Mounted { device })) => {
                 let without = || Error::new(Kind::Io, "the keeper has mounted, and sent no connection");
                 connection.insert(0, from_keeper.get_mut().descriptor().ok_or_else(without)?);
-                return Ok(Handed { connection, device, files });
+                return Ok(Handed { connection, device, estate });
             }
             Ok(Some(Order::Thread)) => connection.extend(from_keeper.get_mut().descriptor()),
             Ok(Some(Order::File { file, witness })) => {
-                let open = files.entry(file).or_default();
+                let open = estate.files.entry(file).or_default();
                 match from_keeper.get_mut().descriptor() {
                     came if !witness => open.own = came,
                     came => open.witnesses.extend(came),
                 }
+            }
+            Ok(Some(Order::Fixture { what })) => {
+                estate.fixtures.extend(from_keeper.get_mut().descriptor().map(|came| (what, came)));
             }
             Ok(Some(Order::NotMounted { text, status })) => return Err(wire::reported(text, status)),
             Ok(Some(order)) => said(order),
@@ -108,13 +114,22 @@ pub(super) struct Link {
     confined: AtomicBool,
     /// The keeper has ended.
     gone: Arc<AtomicBool>,
+    /// As the keeper says.
+    restarts: Arc<Restarts>,
 }
 
 impl Link {
     /// A line on standard input and output. No thread is started yet.
-    pub(super) fn new() -> Link {
+    pub(super) fn new(restarts: Arc<Restarts>) -> Link {
         let (confined, gone) = (AtomicBool::new(false), Arc::default());
-        Link { notes: bounded(MAX_NOTES), answers: bounded(4), asking: Mutex::new(()), confined, gone }
+        Link {
+            notes: bounded(MAX_NOTES),
+            answers: bounded(4),
+            asking: Mutex::new(()),
+            confined,
+            gone,
+            restarts,
+        }
     }
 
     /// What the engine calls with its events; never blocks.
@@ -131,8 +146,9 @@ impl Link {
     /// Starts listening to the keeper and passing events on.
     pub(super) fn start(&self, from_keeper: FromKeeper) -> Result<()> {
         let (answers, notes, gone) = (self.answers.0.clone(), self.notes.0.clone(), self.gone.clone());
+        let restarts = self.restarts.clone();
         spawn("ploopfs/keeper", move || {
-            listen(from_keeper, &answers, &notes);
+            listen(from_keeper, &answers, &notes, &restarts);
             gone.store(true, Ordering::Relaxed);
         })?;
         let notes = self.notes.1.clone();
@@ -220,10 +236,11 @@ pub(super) fn send(note: &Note) -> io::Result<()> {
     wire::put(&mut io::stdout().lock(), note)
 }
 
-fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>, notes: &Sender<Note>) {
+fn listen(mut from_keeper: impl BufRead, answers: &Sender<Order>, notes: &Sender<Note>, restarts: &Restarts) {
     loop {
         match wire::get(&mut from_keeper) {
             Ok(Some(order @ Order::Warn(_))) => said(order),
+            Ok(Some(Order::Restarted { restarts: count, pause_ms })) => restarts.set(count, pause_ms),
             // Full: it does not listen.
             Ok(Some(Order::Answer)) => drop(notes.try_send(Note::Alive)),
             // Full: nothing waits for these answers any more.

@@ -14,16 +14,18 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::fuse::session::Transport;
 use crate::image::kind::in_text;
-use crate::tree::{Document, MountInfo, Sandbox, document};
+use crate::tree::{Document, MountInfo, Restarts, Sandbox, document};
 use crate::vdisk::live::Work;
 
 /// What distinguishes this daemon and its mount from others.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Identity {
     /// Process id of the keeper: our parent when we started.
     pub keeper: u32,
     /// Of the mount's file system.
     pub device: Option<(u32, u32)>,
+    /// How often a daemon of the mount was replaced.
+    pub restarts: Arc<Restarts>,
 }
 
 /// The folder and its end, as clients see them.
@@ -62,6 +64,8 @@ impl Desk {
             read_only: self.settings.read_only,
             closing: self.ending.is_closing(),
             device: self.identity.device,
+            restarts: self.identity.restarts.count(),
+            last_pause_ms: self.identity.restarts.last_pause_ms(),
         }
     }
 
@@ -72,6 +76,7 @@ impl Desk {
             transport: self.transport.name(),
             sandbox: Arc::new(self.sandbox.into()),
             manage: self.settings.manage,
+            restarts: self.identity.restarts.clone(),
         };
         document(&self.folder, &info)
     }

@@ -86,6 +86,8 @@ pub struct Settings {
     pub no_restart: Option<String>,
     /// The daemon goes on with what another one has begun. Set by the keeper.
     pub takes_over: bool,
+    /// How many there will have been then. Set by the keeper.
+    pub restarts: u64,
     /// Faults to inject (feature `faults`).
     pub fault: Option<String>,
 }

@@ -20,14 +20,15 @@ use super::wire::{self, Note};
 use crate::control::place::ControlPlace;
 use crate::control::server::Server;
 use crate::error::{Error, Kind, Result};
-use crate::folder::{Folder, FolderOptions, Keeping};
+use crate::folder::{Folder, FolderOptions};
 use crate::fuse::session::{self, Connection, Transport};
 use crate::fuse::uring;
 use crate::io::folder_lock::FolderLock;
+use crate::io::heirs::{Estate, Fixture, Heirs, Keeping};
 use crate::io::holder;
 use crate::io::reads::Reads;
 use crate::io::{foreign, process};
-use crate::tree::{self, MountInfo, Sandbox, Tree};
+use crate::tree::{self, MountInfo, Restarts, Sandbox, Tree};
 use crate::vdisk::Engine;
 
 /// Descriptors that a mount should be able to have: two for each of some ten thousand images in use.
@@ -77,11 +78,27 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
         Some(_) => (Transport::Fuse, None),
         None => transport(settings.transport)?,
     };
-    let dir = open_images(settings.images())?;
+    // A successor has all that there is before it opens anything: what it opened itself would be without the locks.
+    let handed = settings.takes_over.then(|| link::handed(&mut keeper_says)).transpose()?;
+    let (mut connection, estate) = handed.map_or_else(
+        || (None, Estate::default()),
+        |handed| (Some((handed.connection, handed.device)), handed.estate),
+    );
+    let heirs = match &ledger {
+        Some(_) => Arc::new(Heirs::new(to_keeper()?, estate)),
+        None => Arc::default(),
+    };
+    // Its path may mean another folder by now.
+    let dir = match heirs.take_fixture(Fixture::Folder) {
+        Some(dir) => dir,
+        None => open_images(settings.images())?,
+    };
     let place = ControlPlace::make(&dir, settings.images())?;
     log::open((!settings.foreground).then_some(&place))?;
 
-    let link = Arc::new(Link::new());
+    let restarts = Arc::new(Restarts::default());
+    restarts.set(settings.restarts, 0);
+    let link = Arc::new(Link::new(restarts.clone()));
     // An open that finds a lock is answered before the holder is looked for.
     holder::name_later();
     let mut options = settings.engine();
@@ -98,26 +115,31 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     let note = settings.mountpoint().display().to_string();
     // A folder that cannot be written holds no lock; what stands for it under /run does.
     let outside = (!place.is_inside())
-        .then(|| FolderLock::acquire(&place, settings.images(), &note, true))
+        .then(|| FolderLock::acquire(&place, settings.images(), &note, true, &heirs))
         .transpose()?;
     let options = FolderOptions {
         read_only: settings.read_only,
         note,
         allow_outside: settings.allow_outside,
         direct: settings.direct,
-        keeping: ledger.is_some().then(|| to_keeper()).transpose()?,
+        heirs: heirs.clone(),
         ledger: ledger.clone(),
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,
     };
+    let ledger_kept = ledger.is_some();
     let folder = Folder::open_at(dir, settings.images(), &engine, options)?;
 
-    let server = Server::bind(&place)?;
+    let server = Server::bind(&place, &heirs)?;
 
     let root = rustix::process::geteuid().is_root();
     let mut device = None;
     let confined = Arc::new(OnceLock::new());
-    let tree = Tree::new(folder.clone(), engine.clone(), mount_info(&settings, transport, confined.clone()));
+    let tree = Tree::new(
+        folder.clone(),
+        engine.clone(),
+        mount_info(&settings, transport, confined.clone(), restarts.clone()),
+    );
     let session = session::over(
         transport,
         tree.clone(),
@@ -132,16 +154,25 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
             asked: settings.asked.clone(),
         },
         || {
-            let handed = link::mounted(&mut keeper_says, settings.takes_over)?;
-            device = Some(handed.device);
-            folder.inherit(handed.files);
-            Ok(Connection { descriptors: handed.connection, ledger })
+            let (descriptors, number) = match connection.take() {
+                Some(handed) => handed,
+                None => {
+                    let handed = link::mounted(&mut keeper_says)?;
+                    (handed.connection, handed.device)
+                }
+            };
+            device = Some(number);
+            Ok(Connection { descriptors, ledger })
         },
     )?;
 
     folder.announce_to(tree::announcer(session.notifier()));
 
-    let mut notes: Vec<String> = process::in_one_line(&process::harden(DESCRIPTORS)).into_iter().collect();
+    let mut refused = process::harden(DESCRIPTORS);
+    if ledger_kept {
+        refused.extend(process::keep_out_of_core_files().err());
+    }
+    let mut notes: Vec<String> = process::in_one_line(&refused).into_iter().collect();
     notes.extend(fallen_back.map(|why| format!("FUSE over io_uring, using /dev/fuse: {why}")));
     notes.extend(place.without_room());
     notes.extend(settings.no_restart.clone());
@@ -202,7 +233,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
         // Before anything of the folder is changed: what an operation has left is finished behind it, by the watch.
         tree.restore()?;
     }
-    let place = Identity { keeper, device };
+    let place = Identity { keeper, device, restarts };
     let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), place, active, transport);
     let clients = server.start(Arc::new(desk))?;
     let started = folder.start_watch();
@@ -257,12 +288,18 @@ fn transport(wanted: settings::Transport) -> Result<(Transport, Option<Error>)> 
     }
 }
 
-fn mount_info(settings: &Settings, transport: Transport, sandbox: Arc<OnceLock<Sandbox>>) -> MountInfo {
+fn mount_info(
+    settings: &Settings,
+    transport: Transport,
+    sandbox: Arc<OnceLock<Sandbox>>,
+    restarts: Arc<Restarts>,
+) -> MountInfo {
     MountInfo {
         mountpoint: settings.mountpoint().to_owned(),
         transport: transport.name(),
         manage: settings.manage,
         sandbox,
+        restarts,
     }
 }
 

@@ -1,7 +1,6 @@
 //! What a keeper holds so that a daemon's death ends no disk, and how often it starts another one
 //! (docs/restart.md#who-holds-what).
 
-use std::collections::HashMap;
 use std::io::BufReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -12,10 +11,10 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::orders::WithDescriptor;
 use super::settings::Settings;
-use super::wire::{self, Kept, Order};
+use super::wire::{self, Order};
 use crate::error::{Error, Kind, Result};
-use crate::folder::{OpenFile, WITNESSES};
 use crate::io::handover::Receiving;
+use crate::io::heirs::{Estate, OpenFile, WITNESSES};
 use crate::io::process::spawn_detached as spawn;
 use crate::io::{connection, process, shared};
 use crate::ledger;
@@ -44,7 +43,7 @@ pub(super) struct Succession {
     /// and not answered end with its last holder.
     connections: Vec<OwnedFd>,
     device: (u32, u32),
-    files: Files,
+    estate: Kept,
     deaths: usize,
     /// When the next daemon is to be started.
     next: Option<Instant>,
@@ -52,6 +51,8 @@ pub(super) struct Succession {
     died: Option<Instant>,
     /// Since when the last one serves.
     serves: Option<Instant>,
+    /// How many have gone on with the mount.
+    restarts: u64,
     timeout: Duration,
 }
 
@@ -60,8 +61,9 @@ impl Succession {
     pub(super) fn prepare(settings: &Settings) -> Result<Option<Succession>> {
         let Some(timeout) = settings.restart_timeout() else { return Ok(None) };
         let failed = |why: String| Error::new(Kind::Io, format!("cannot make the ledger: {why}"));
-        // For all that daemons have open; a refusal is theirs to say, who have as many.
-        let _ = process::raise_open_files(OPEN_FILES);
+        // For all that daemons have open, and as safe as they are: with this process the mount ends. A refusal is theirs to say,
+        // who ask for the same.
+        let _ = (process::raise_open_files(OPEN_FILES), process::lock_memory(), process::avoid_oom_killer());
         let sizes = settings.ledger();
         let len = sizes.bytes().ok_or_else(|| failed("it is too large".to_owned()))?;
         let memory = shared::make("ploopfs-ledger", len).map_err(|e| failed(e.to_string()))?;
@@ -71,11 +73,12 @@ impl Succession {
             ledger: memory,
             connections: Vec::new(),
             device: (0, 0),
-            files: Files::default(),
+            estate: Kept::default(),
             deaths: 0,
             next: None,
             died: None,
             serves: None,
+            restarts: 0,
             timeout,
         }))
     }
@@ -83,7 +86,11 @@ impl Succession {
     /// All that a daemon needs, in the order in which it gets it: the first one the ledger alone.
     pub(super) fn inheritance(&self) -> Result<Vec<WithDescriptor>> {
         let mut all = vec![(Order::Ledger, again(&self.ledger)?)];
-        for (file, open) in &*lock(&self.files) {
+        let estate = lock(&self.estate);
+        for (what, fixture) in &estate.fixtures {
+            all.push((Order::Fixture { what: *what }, again(fixture)?));
+        }
+        for (file, open) in &estate.files {
             let mut give = |witness: bool, fd: &OwnedFd| {
                 all.push((Order::File { file: *file, witness }, again(fd)?));
                 Result::Ok(())
@@ -93,6 +100,7 @@ impl Succession {
             }
             open.witnesses.iter().try_for_each(|witness| give(true, witness))?;
         }
+        drop(estate);
         if !self.connections.is_empty() {
             all.append(&mut self.connection()?);
         }
@@ -114,33 +122,13 @@ impl Succession {
 
     /// Hears what a daemon gives to be kept, until it has ended: then the channel does.
     pub(super) fn listen(&self, line: UnixStream) -> Result<Receiver<()>> {
-        let (files, (sender, over)) = (self.files.clone(), bounded(0));
+        let (estate, (sender, over)) = (self.estate.clone(), bounded(0));
         spawn("keeper/files", move || {
             let _sender: Sender<()> = sender;
             let mut from = BufReader::new(Receiving::new(line));
             loop {
                 match wire::get(&mut from) {
-                    Ok(Some(Kept::Keep { file, witness })) => {
-                        let Some(descriptor) = from.get_mut().descriptor() else { continue };
-                        let mut files = lock(&files);
-                        let open = files.entry(file).or_default();
-                        if witness {
-                            open.witnesses.push(descriptor);
-                        } else {
-                            *open = OpenFile { own: Some(descriptor), witnesses: Vec::new() };
-                        }
-                        if open.witnesses.len() > WITNESSES {
-                            open.witnesses.remove(0);
-                        }
-                    }
-                    Ok(Some(Kept::Asks { file })) => {
-                        if let Some(open) = lock(&files).get_mut(&file)
-                            && !open.witnesses.is_empty()
-                        {
-                            drop(open.witnesses.remove(0));
-                        }
-                    }
-                    Ok(Some(Kept::LetGo { file })) => drop(lock(&files).remove(&file)),
+                    Ok(Some(said)) => lock(&estate).hear(said, from.get_mut().descriptor()),
                     Err(e) if wire::is_odd(&e) => {}
                     Ok(None) | Err(_) => return,
                 }
@@ -208,15 +196,52 @@ impl Succession {
         self.died.is_some_and(|since| since.elapsed() >= self.timeout)
     }
 
-    /// The successor serves. How long there was none.
-    pub(super) fn serves(&mut self) -> Option<Duration> {
+    /// The successor serves. How many have by now, and how long there was none.
+    pub(super) fn serves(&mut self) -> (u64, Duration) {
         self.serves = Some(Instant::now());
-        self.died.take().map(|since| since.elapsed())
+        self.restarts += 1;
+        (self.restarts, self.died.take().map_or(Duration::ZERO, |since| since.elapsed()))
+    }
+
+    /// How many have gone on with the mount.
+    pub(super) fn restarts(&self) -> u64 {
+        self.restarts
     }
 }
 
-/// Protects which open files a daemon gave to be kept. A leaf.
-type Files = Arc<Mutex<HashMap<(u64, u64), OpenFile>>>;
+/// Protects what a daemon gave to be kept. A leaf.
+type Kept = Arc<Mutex<Estate>>;
+
+impl Estate {
+    /// What a daemon says of it; a `descriptor` comes with what it gives.
+    fn hear(&mut self, said: wire::Kept, descriptor: Option<OwnedFd>) {
+        match said {
+            wire::Kept::Keep { file, witness } => {
+                let Some(descriptor) = descriptor else { return };
+                let open = self.files.entry(file).or_default();
+                if witness {
+                    open.witnesses.push(descriptor);
+                } else {
+                    *open = OpenFile { own: Some(descriptor), witnesses: Vec::new() };
+                }
+                if open.witnesses.len() > WITNESSES {
+                    open.witnesses.remove(0);
+                }
+            }
+            wire::Kept::Fixture { what } => {
+                self.fixtures.extend(descriptor.map(|descriptor| (what, descriptor)));
+            }
+            wire::Kept::Asks { file } => {
+                if let Some(open) = self.files.get_mut(&file)
+                    && !open.witnesses.is_empty()
+                {
+                    drop(open.witnesses.remove(0));
+                }
+            }
+            wire::Kept::LetGo { file } => drop(self.files.remove(&file)),
+        }
+    }
+}
 
 fn again(descriptor: &OwnedFd) -> Result<OwnedFd> {
     descriptor

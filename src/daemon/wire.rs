@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind};
+use crate::io::heirs::Fixture;
 use crate::io::holder::{HeldLock, Holder};
 
 /// The longest line, in bytes. Holders of a mount are the longest, and they are cut to some ([`MAX_HOLDERS`]).
@@ -60,6 +61,11 @@ pub enum Kept {
         /// It is for asking whether a sync has failed; else the one that is used.
         witness: bool,
     },
+    /// What the mount has one of comes with this line.
+    Fixture {
+        /// What it is.
+        what: Fixture,
+    },
     /// The oldest witness is asked now: no other daemon will hear from it what this one may.
     Asks {
         /// Device and inode.
@@ -75,7 +81,7 @@ pub enum Kept {
 /// An event as `--on-event PROGRAM` gets it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
-    /// The image; the second argument (with `./` in front of a `-`) and PLOOPFS_IMAGE.
+    /// The image, or nothing where it is about the mount; the second argument (with `./` in front of a `-`) and PLOOPFS_IMAGE.
     pub image: String,
     /// What happened to it.
     pub what: What,
@@ -101,6 +107,13 @@ pub enum What {
         /// Why (PLOOPFS_REASON).
         reason: String,
     },
+    /// Another daemon went on with the mount.
+    Restarted {
+        /// How often by now (PLOOPFS_RESTARTS).
+        restarts: u64,
+        /// How long requests waited, in milliseconds (PLOOPFS_PAUSE_MS).
+        pause_ms: u64,
+    },
 }
 
 /// From the keeper to the daemon.
@@ -123,6 +136,11 @@ pub enum Order {
         /// It is for asking whether a sync has failed; else the one that was used.
         witness: bool,
     },
+    /// What the mount has one of, as the daemon before had it, comes with this line, before [`Order::Mounted`].
+    Fixture {
+        /// What it is.
+        what: Fixture,
+    },
     /// It could not be mounted.
     NotMounted {
         /// Why.
@@ -141,6 +159,13 @@ pub enum Order {
     Holder(Option<Holder>),
     /// Something the keeper found that belongs into the log.
     Warn(String),
+    /// It was replaced so often by now, and missed for so long at the last.
+    Restarted {
+        /// Daemons that went on with what another one had begun.
+        restarts: u64,
+        /// In milliseconds.
+        pause_ms: u64,
+    },
     /// Are you there? Answered with [`Note::Alive`].
     Answer,
 }

@@ -9,7 +9,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use super::heirs::Heirs;
 use super::lease::{Lease, Leased};
 use super::scan::Identity;
 use super::{Wrap, locked};
@@ -17,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::image::layers::{Hold, Opened, Opener};
 use crate::io::direct::DirectFile;
 use crate::io::file::HostFile;
+use crate::io::heirs::Heirs;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 
@@ -114,8 +114,8 @@ impl Drop for User {
 impl Deltas {
     /// Nothing is open. `read_only`: files are never opened for writing. `direct`: they are read and written past the
     /// host's page cache, where it can.
-    pub(super) fn new(read_only: bool, direct: bool, wrap: Option<Wrap>, heirs: Heirs) -> Deltas {
-        let (heirs, unlocked) = (Arc::new(heirs), AtomicBool::new(false));
+    pub(super) fn new(read_only: bool, direct: bool, wrap: Option<Wrap>, heirs: Arc<Heirs>) -> Deltas {
+        let unlocked = AtomicBool::new(false);
         Deltas { read_only, direct, wrap, heirs, unlocked, places: Mutex::default() }
     }
 
@@ -212,7 +212,7 @@ mod tests {
         fs::write(temp.path().join("a"), "x").expect("written");
         fs::write(temp.path().join("b"), "x").expect("written");
         let dir = File::open(temp.path()).expect("opens");
-        let deltas = Deltas::new(false, false, None, Heirs::new(None));
+        let deltas = Deltas::new(false, false, None, Arc::default());
         let a = temp.path().join("a").metadata().expect("there");
         let place = deltas.place_of((a.dev(), a.ino()));
         let waiting = locked(&place);
@@ -232,10 +232,10 @@ mod tests {
         fs::write(temp.path().join("a"), "x").expect("written");
         fs::hard_link(temp.path().join("a"), temp.path().join("b")).expect("linked");
         let dir = File::open(temp.path()).expect("opens");
-        let deltas = Deltas::new(false, false, None, Heirs::new(None));
+        let deltas = Deltas::new(false, false, None, Arc::default());
         let (a, b) = (open(&deltas, &dir, "a").expect("opens"), open(&deltas, &dir, "b").expect("opens"));
         assert!(Arc::ptr_eq(&a.file, &b.file));
-        let others = Deltas::new(false, false, None, Heirs::new(None));
+        let others = Deltas::new(false, false, None, Arc::default());
         assert!(open(&others, &dir, "b").is_err(), "another user is kept out");
         // A reader still looks at the file; the lock goes with the last user all the same.
         let looker = Arc::clone(&a.file);

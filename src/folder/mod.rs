@@ -14,7 +14,6 @@ mod counted;
 mod deltas;
 mod diff;
 mod entry;
-mod heirs;
 mod lease;
 mod live;
 mod looks;
@@ -40,7 +39,6 @@ mod work;
 
 pub use changes::Announce;
 pub use entry::{Attributes, Entry, OpenImage};
-pub use heirs::{Inherited, Keeping, OpenFile, WITNESSES};
 pub use place::PRIVATE;
 pub use rights::Rights;
 pub use set::{Folder, FolderOptions};

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -12,6 +13,7 @@ pub use crate::image::kind::PRIVATE;
 use crate::io::file::HostSpace;
 use crate::io::folder_lock::{FolderLock, ServedLock};
 use crate::io::foreign;
+use crate::io::heirs::{Fixture, Heirs};
 use crate::io::mounts;
 
 /// An images folder, open and locked.
@@ -30,15 +32,17 @@ impl ImagesFolder {
     ///
     /// Order: (1) the folder itself, whose lock nothing that is removed in it takes away; (2) the lock file, which says
     /// who serves it. The other way round, a lock file that was just made anew would let a second daemon write into it.
-    pub(super) fn of(fd: OwnedFd, path: &Path, note: &str) -> Result<ImagesFolder> {
+    /// Both outlive this process where `heirs` keep open files. The `fd` of a daemon before has its lock, which goes on.
+    pub(super) fn of(fd: OwnedFd, path: &Path, note: &str, heirs: &Arc<Heirs>) -> Result<ImagesFolder> {
         if file_system_type(&fd).is_some_and(|kind| kind == mounts::OUR_TYPE) {
             let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
             return Err(Error::at(Kind::Invalid, path, what));
         }
         let private = open_private(&fd, path)?;
         let served = ServedLock::acquire(&fd, private.as_ref(), path)?;
+        heirs.keep_fixture(Fixture::Folder, &fd);
         let lock = match &private {
-            Some(private) => match FolderLock::acquire(private, path, note, served.held()) {
+            Some(private) => match FolderLock::acquire(private, path, note, served.held(), heirs) {
                 // A full host, too: the lock on the folder itself needs no space.
                 Err(e)
                     if matches!(
@@ -121,7 +125,7 @@ mod tests {
     use super::*;
 
     fn opened(path: &Path, note: &str) -> Result<ImagesFolder> {
-        ImagesFolder::of(open(path)?, path, note)
+        ImagesFolder::of(open(path)?, path, note, &Arc::default())
     }
 
     #[test]

@@ -15,7 +15,6 @@ use super::changes::Announce;
 use super::claims::{self, Incumbent, Verdict};
 use super::deltas::Deltas;
 use super::entry::{Entry, OpenImage};
-use super::heirs::{Heirs, Inherited, Keeping};
 use super::mounted::Silent;
 use super::names::Names;
 use super::place::{self, ImagesFolder};
@@ -28,6 +27,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::kind::{SHOWN_SUFFIX, in_text};
 use crate::image::layers::Opener;
 use crate::io::file::HostSpace;
+use crate::io::heirs::Heirs;
 use crate::io::lock::Use;
 use crate::ledger::Ledger;
 use crate::vdisk::Engine;
@@ -45,8 +45,8 @@ pub struct FolderOptions {
     pub direct: bool,
     /// Where what a successor needs is kept; with what a daemon before has left, its work is gone on with.
     pub ledger: Option<Arc<Ledger>>,
-    /// Where open files are kept for it.
-    pub keeping: Option<Arc<dyn Keeping>>,
+    /// Open files that come from one, and are kept for another.
+    pub heirs: Arc<Heirs>,
     /// Put around every image's file (`mount --fault`).
     #[cfg(feature = "faults")]
     pub wrap: Option<Wrap>,
@@ -112,7 +112,7 @@ impl Folder {
         engine: &Arc<Engine>,
         options: FolderOptions,
     ) -> Result<Arc<Folder>> {
-        let place = ImagesFolder::of(dir, path, &options.note)?;
+        let place = ImagesFolder::of(dir, path, &options.note, &options.heirs)?;
         let on = engine.clone();
         let shared = Arc::new(Shared {
             place,
@@ -122,7 +122,7 @@ impl Folder {
                 options.read_only,
                 options.direct,
                 options.wrap(),
-                Heirs::new(options.keeping.clone()),
+                options.heirs.clone(),
             )),
             read_only: options.read_only,
             allow_outside: options.allow_outside,
@@ -404,11 +404,6 @@ impl Folder {
 
     pub(super) fn stamp(&self, file: &OsStr) -> Option<Stamp> {
         scan::stamp(self.shared.place.fd(), file)
-    }
-
-    /// Open files of a daemon before; to be called before an image is opened.
-    pub fn inherit(&self, inherited: Inherited) {
-        self.shared.deltas.heirs.inherit(inherited);
     }
 
     /// What the kernel knows of the image from a daemon before may be old.

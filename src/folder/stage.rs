@@ -12,7 +12,6 @@ use arc_swap::ArcSwapOption;
 use super::counted::Stage;
 use super::deltas::Deltas;
 use super::entry::{Entry, FAILED};
-use super::heirs::WITNESSES;
 use super::lease::Lease;
 use super::live::Live;
 use super::locked;
@@ -23,6 +22,7 @@ use crate::image::kind::{ImageKind, in_text};
 use crate::image::layers::{Layers, Opened, Opener};
 use crate::image::level::read_header;
 use crate::io::file::HostFile;
+use crate::io::heirs::{Heirs, WITNESSES};
 use crate::io::lock::Use;
 use crate::io::real::{Access, RealFile};
 use crate::ledger::Book;
@@ -41,6 +41,10 @@ impl Opener for Leasing {
 
     fn used(&self) -> Use {
         self.deltas.used()
+    }
+
+    fn heirs(&self) -> Arc<Heirs> {
+        self.deltas.heirs.clone()
     }
 }
 

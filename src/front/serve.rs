@@ -55,6 +55,7 @@ impl Server {
             transport: transport.name(),
             manage: false,
             sandbox: Arc::default(),
+            restarts: Arc::default(),
         };
         let tree = Tree::new(folder.clone(), engine, info);
         let settings = Settings { fs_name: images.into(), ..Settings::default() };

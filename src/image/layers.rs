@@ -15,6 +15,7 @@ use crate::image::new_delta::{create_delta, new_delta_name};
 use crate::image::paths;
 use crate::image::store::{Replaced, Store};
 use crate::io::file::HostFile;
+use crate::io::heirs::Heirs;
 use crate::io::lock::{DeltaLock, Use};
 use crate::io::real::{Access, RealFile};
 use crate::sync::{Arc, AtomicBool, AtomicU32, Mutex, MutexGuard, Ordering, TryLockError, lock};
@@ -30,6 +31,11 @@ pub trait Opener: Send + Sync {
     /// What the image is opened for: a reader changes neither its files nor its descriptor.
     fn used(&self) -> Use {
         Use::Writer
+    }
+
+    /// For whom the descriptor's lock is kept.
+    fn heirs(&self) -> std::sync::Arc<Heirs> {
+        std::sync::Arc::default()
     }
 }
 
@@ -130,7 +136,7 @@ impl Layers {
         opener: Arc<dyn Opener>,
         allow_outside: bool,
     ) -> Result<(Arc<Layers>, Vec<Level>)> {
-        let store = Store::open(dir, path, opener.used())?;
+        let store = Store::open(dir, path, opener.used(), &opener.heirs())?;
         if let Some(why) = store.descriptor().refusal() {
             return Err(Error::at(Kind::Unsupported, path.join(DESCRIPTOR), why));
         }

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
@@ -22,6 +23,7 @@ use crate::image::kind::DESCRIPTOR;
 use crate::image::labels::{LABELS_NAME, Labels, is_plain_name};
 use crate::image::reserve;
 use crate::io::descriptor_lock::DescriptorLock;
+use crate::io::heirs::Heirs;
 use crate::io::lock::Use;
 use crate::rules::{Rule, broken};
 
@@ -61,10 +63,10 @@ pub struct Store {
 
 impl Store {
     /// Opens the descriptor in the folder `dir` and keeps others from changing it; for a reader, others may read it
-    /// too, and it is not changed here. `path` is the folder, for messages.
-    pub fn open(dir: OwnedFd, path: &Path, used: Use) -> Result<Store> {
+    /// too, and it is not changed here. `path` is the folder, for messages; for `heirs` the lock is kept.
+    pub fn open(dir: OwnedFd, path: &Path, used: Use, heirs: &Arc<Heirs>) -> Result<Store> {
         // The lock first: what was read before it may be old.
-        let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR), used)?;
+        let lock = DescriptorLock::acquire(dir.as_fd(), &path.join(DESCRIPTOR), used, heirs)?;
         let (descriptor, labels) = Store::read(dir.as_fd(), path)?;
         Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock, unsynced: false })
     }
@@ -332,7 +334,7 @@ mod tests {
 
         fn open(&self) -> Store {
             let dir = File::open(self.folder.path()).expect("open");
-            Store::open(dir.into(), self.folder.path(), Use::Writer).expect("a store")
+            Store::open(dir.into(), self.folder.path(), Use::Writer, &Arc::default()).expect("a store")
         }
 
         fn has(&self, name: &str) -> bool {
@@ -366,7 +368,9 @@ mod tests {
         let store = rig.open();
         let again = File::open(rig.folder.path()).expect("open");
         assert_eq!(
-            Store::open(again.into(), rig.folder.path(), Use::Writer).expect_err("taken").kind(),
+            Store::open(again.into(), rig.folder.path(), Use::Writer, &Arc::default())
+                .expect_err("taken")
+                .kind(),
             Kind::InUse
         );
         drop(store);

@@ -5,10 +5,12 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
+use super::heirs::{Heirs, KeptLock};
 use super::holder::{self, HeldLock};
 use super::lock::Use;
 use crate::{Error, Result};
@@ -22,12 +24,20 @@ pub const LOCK_NAME: &str = "DiskDescriptor.xml.lck";
 pub struct DescriptorLock {
     file: Option<File>,
     used: Use,
+    /// It outlives this process.
+    _kept: Option<KeptLock>,
 }
 
 impl DescriptorLock {
     /// Takes the descriptor in the folder `dir`, or says who has it ([`InUse`](crate::Kind::InUse)). Does not wait. `path` is the
-    /// descriptor, for messages.
-    pub fn acquire(dir: BorrowedFd<'_>, path: &Path, used: Use) -> Result<DescriptorLock> {
+    /// descriptor, for messages. With `heirs` the lock of a daemon before goes on, and outlives this process.
+    pub fn acquire(
+        dir: BorrowedFd<'_>,
+        path: &Path,
+        used: Use,
+        heirs: &Arc<Heirs>,
+    ) -> Result<DescriptorLock> {
+        let unlocked = || DescriptorLock { file: None, used, _kept: None };
         let failed = |e: Errno| Error::io(&e.into(), path, "cannot take the lock of this descriptor");
         let open = |flags: OFlags| {
             let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
@@ -39,10 +49,8 @@ impl DescriptorLock {
             result => result,
         };
         let file = match opened {
-            Ok(fd) => File::from(fd),
-            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOENT) => {
-                return Ok(DescriptorLock { file: None, used });
-            }
+            Ok(fd) => heirs.instead_of(File::from(fd)),
+            Err(Errno::ROFS | Errno::ACCESS | Errno::PERM | Errno::NOENT) => return Ok(unlocked()),
             Err(e) => return Err(failed(e)),
         };
         let operation = match used {
@@ -50,9 +58,12 @@ impl DescriptorLock {
             Use::Writer => FlockOperation::NonBlockingLockExclusive,
         };
         match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
-            Ok(()) => Ok(DescriptorLock { file: Some(file), used }),
+            Ok(()) => {
+                let kept = heirs.keep_locked(&file);
+                Ok(DescriptorLock { file: Some(file), used, _kept: kept })
+            }
             Err(Errno::WOULDBLOCK) => Err(in_use(&file, path)),
-            Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(DescriptorLock { file: None, used }),
+            Err(Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(unlocked()),
             Err(e) => Err(failed(e)),
         }
     }
@@ -86,13 +97,16 @@ mod tests {
     fn a_descriptor_has_one_user_who_is_named_until_it_lets_go() {
         let folder = tempfile::tempdir().expect("tmp");
         let dir = File::open(folder.path()).expect("open");
-        let lock = DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect("free");
+        let lock =
+            DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer, &Arc::default()).expect("free");
         assert!(lock.file.is_some());
-        let refused = DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect_err("taken");
+        let refused = DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer, &Arc::default())
+            .expect_err("taken");
         assert_eq!(refused.kind(), Kind::InUse);
         assert!(refused.to_string().contains(&format!("(pid {}", std::process::id())), "{refused}");
         drop(lock);
-        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect("free again");
+        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer, &Arc::default())
+            .expect("free again");
         assert!(folder.path().join(LOCK_NAME).exists(), "the file stays");
     }
 
@@ -102,7 +116,8 @@ mod tests {
         let victim = folder.path().join("victim");
         std::os::unix::fs::symlink(&victim, folder.path().join(LOCK_NAME)).expect("link");
         let dir = File::open(folder.path()).expect("open");
-        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer).expect_err("a link");
+        DescriptorLock::acquire(dir.as_fd(), folder.path(), Use::Writer, &Arc::default())
+            .expect_err("a link");
         assert!(!victim.exists());
     }
 }

@@ -1,14 +1,17 @@
 //! Who may serve a folder: the lock on the folder itself, and the file in its `.ploopfs` that says who has it.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::foreign;
+use super::heirs::{Heirs, KeptLock};
 use super::holder::{self, HeldLock, Holder};
 use super::lock::{no_locks_here, set, taken};
 use crate::words::quoted;
@@ -65,15 +68,24 @@ impl Drop for ServedLock {
 pub struct FolderLock {
     file: File,
     held: bool,
+    /// It outlives this process.
+    _kept: Option<KeptLock>,
 }
 
 impl FolderLock {
     /// Takes the lock file in `dir` (the folder's `.ploopfs`, or what stands for it under /run); `path` is how messages name
     /// the folder. `note` (one line: the mount point) is shown to the process that is refused. What stands there and is no file of
-    /// ours is taken away with `replace`: for a caller who knows by [`ServedLock`] that nothing serves the folder.
-    pub fn acquire(dir: &impl AsFd, path: &Path, note: &str, replace: bool) -> Result<FolderLock> {
+    /// ours is taken away with `replace`: for a caller who knows by [`ServedLock`] that nothing serves the folder. With `heirs`
+    /// the lock of a daemon before goes on, and outlives this process.
+    pub fn acquire(
+        dir: &impl AsFd,
+        path: &Path,
+        note: &str,
+        replace: bool,
+        heirs: &Arc<Heirs>,
+    ) -> Result<FolderLock> {
         let failed = |e: io::Error| Error::io(&e, path, "cannot take the lock of this folder");
-        let mut file = foreign::own_file(dir, LOCK, OFlags::RDWR, replace).map_err(failed)?;
+        let file = heirs.instead_of(foreign::own_file(dir, LOCK, OFlags::RDWR, replace).map_err(failed)?);
         // Length 0: to the end of the file, wherever that is.
         let held = match set(&file, libc::F_WRLCK, (0, 0)) {
             Ok(()) => true,
@@ -82,12 +94,14 @@ impl FolderLock {
             Err(e) => return Err(failed(e)),
         };
         let text = format!("{}\n{note}\n", std::process::id());
-        match file.set_len(0).and_then(|()| file.write_all(text.as_bytes())) {
+        // At the beginning: one that was inherited was written before.
+        match file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0)) {
             // The lock holds; it only does not say whose it is.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {}
             written => written.map_err(failed)?,
         }
-        Ok(FolderLock { file, held })
+        let kept = heirs.keep_locked(&file);
+        Ok(FolderLock { file, held, _kept: kept })
     }
 
     /// False where the host file system has no locks.
@@ -119,7 +133,12 @@ fn folder_in_use(lock: Option<File>, dir: Option<&OwnedFd>, path: &Path) -> Erro
             format!("is served by {name} (pid {pid}) at {note}; to end that: ploopfs umount {}", quoted(note))
         }
         (Some(holder), None) => format!("is in use by {holder}; end that first"),
-        (None, _) => match dir.and_then(|dir| rustix::fs::fstat(dir).ok()) {
+        // Of a process that has left its lock to another: its keeper, mostly.
+        (None, Some(note)) => {
+            let point = quoted(note);
+            format!("is in use, and was served at {note} last; to end that: ploopfs umount {point}")
+        }
+        (None, None) => match dir.and_then(|dir| rustix::fs::fstat(dir).ok()) {
             Some(stat) => holder::sentence(HeldLock::Descriptor { ino: stat.st_ino }.holder().as_ref()),
             None => "is in use by another process or another host; end that first".to_owned(),
         },
@@ -136,9 +155,11 @@ mod tests {
     fn a_folder_is_served_once_and_the_refusal_says_where() {
         let dir = tempfile::tempdir().expect("temp folder");
         let folder = File::open(dir.path()).expect("open");
-        let lock = FolderLock::acquire(&folder, dir.path(), "/mnt/vdisks", false).expect("lock");
+        let lock =
+            FolderLock::acquire(&folder, dir.path(), "/mnt/vdisks", false, &Arc::default()).expect("lock");
         assert!(lock.held());
-        let error = FolderLock::acquire(&folder, dir.path(), "/mnt/other", false).expect_err("served");
+        let error = FolderLock::acquire(&folder, dir.path(), "/mnt/other", false, &Arc::default())
+            .expect_err("served");
         assert_eq!(error.kind(), Kind::InUse);
         let own = format!("(pid {}) at /mnt/vdisks", std::process::id());
         assert!(error.to_string().contains(&own), "{error}");
@@ -146,6 +167,6 @@ mod tests {
         drop(lock);
         let text = fs::read_to_string(dir.path().join("lock")).expect("the file stays");
         assert!(text.is_empty(), "an old name is not left behind");
-        FolderLock::acquire(&folder, dir.path(), "/mnt/other", false).expect("free again");
+        FolderLock::acquire(&folder, dir.path(), "/mnt/other", false, &Arc::default()).expect("free again");
     }
 }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -45,10 +45,11 @@ impl Holder {
         Some(Holder { pid, name, command })
     }
 
-    /// True for the daemon of a mount, as its command line says: `ploopfs daemon IMAGES MOUNTPOINT`. A command that
-    /// works on an image has no mount to take away.
+    /// True for the daemon of a mount, as its command line says: `ploopfs daemon IMAGES MOUNTPOINT`; and for its keeper, which
+    /// may keep its locks. A command that works on an image has no mount to take away.
     fn serves(&self) -> bool {
-        self.name.starts_with("ploopfs") && self.command.split(' ').nth(1) == Some("daemon")
+        self.name.starts_with("ploopfs")
+            && matches!(self.command.split(' ').nth(1), Some("daemon" | "keeper"))
     }
 }
 
@@ -105,12 +106,14 @@ impl HeldLock {
 
     /// The same, looked up in /proc for the process `asker`.
     pub fn look_up(self, asker: u32) -> Option<Holder> {
+        // A keeper that looks for its daemon has the daemon's open files itself.
+        let own = [asker, std::process::id()];
         let pid = match self {
             HeldLock::Delta { dev, ino, used } => {
                 let delta = Delta { dev, ino, used };
-                delta.in_proc_locks(asker).or_else(|| delta.in_proc_fdinfo(asker))
+                delta.in_proc_locks(own).or_else(|| delta.in_proc_fdinfo(own))
             }
-            HeldLock::Descriptor { ino } => of_whole_file(ino, asker),
+            HeldLock::Descriptor { ino } => of_whole_file(ino, own),
         };
         pid.and_then(Holder::of)
     }
@@ -206,45 +209,49 @@ impl Delta {
     }
 
     /// POSIX locks (the ploop tool) name their process.
-    fn in_proc_locks(self, asker: u32) -> Option<u32> {
+    fn in_proc_locks(self, own: [u32; 2]) -> Option<u32> {
         let locks = fs::read_to_string("/proc/locks").ok()?;
-        locks.lines().filter_map(|line| self.holder_in_line(line)).flatten().find(|pid| *pid != asker)
+        locks.lines().filter_map(|line| self.holder_in_line(line)).flatten().find(|pid| !own.contains(pid))
     }
 
     /// OFD locks (QEMU, ploopfs) name none; but the kernel lists under each descriptor the locks set through it.
-    /// Only fdinfo is read: looking at the files themselves could hang on a dead mount.
-    fn in_proc_fdinfo(self, asker: u32) -> Option<u32> {
-        let pids = fs::read_dir("/proc").ok()?.flatten();
-        let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        pids.find(|pid| *pid != asker && self.is_held_in(&PathBuf::from(format!("/proc/{pid}/fdinfo"))))
-    }
-
-    fn is_held_in(self, fdinfo: &Path) -> bool {
-        let Ok(entries) = fs::read_dir(fdinfo) else { return false };
-        entries.flatten().any(|entry| {
-            let text = fs::read_to_string(entry.path()).unwrap_or_default();
-            let mut locks = text.lines().filter_map(|line| line.strip_prefix("lock:"));
-            locks.any(|line| self.holder_in_line(line).is_some())
-        })
+    fn in_proc_fdinfo(self, own: [u32; 2]) -> Option<u32> {
+        in_proc_fdinfo(own, &|line| self.holder_in_line(line).is_some())
     }
 }
 
-/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`. One that has it alone comes before those that share it.
-fn of_whole_file(ino: u64, asker: u32) -> Option<u32> {
-    let ending = format!(":{ino}");
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    let holder = |mode: &str| {
-        locks.lines().find_map(|line| {
-            let words: Vec<&str> = line.split_whitespace().collect();
-            match words[..] {
-                [_, "FLOCK", _, kind, pid, place, ..] if kind == mode && place.ends_with(&ending) => {
-                    pid.parse().ok()
-                }
-                _ => None,
-            }
+/// The process with a descriptor whose lock `is_it`. Only fdinfo is read: looking at the files themselves could hang on a dead
+/// mount.
+fn in_proc_fdinfo(own: [u32; 2], is_it: &dyn Fn(&str) -> bool) -> Option<u32> {
+    let has_it = |pid: &u32| {
+        let entries = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            text.lines().filter_map(|line| line.strip_prefix("lock:")).any(is_it)
         })
     };
-    holder("WRITE").or_else(|| holder("READ").filter(|pid| *pid != asker))
+    let pids = fs::read_dir("/proc").ok()?.flatten();
+    let mut pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| !own.contains(pid) && has_it(pid))
+}
+
+/// `7: FLOCK  ADVISORY  WRITE 1234 fe:01:5678 0 EOF`. One that has it alone comes before those that share it. The process is
+/// the one that took it: where that has ended and left the open file to another, it is not listed so.
+fn of_whole_file(ino: u64, own: [u32; 2]) -> Option<u32> {
+    let ending = format!(":{ino}");
+    let taker = |line: &str, mode: &str| -> Option<u32> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            [_, "FLOCK", _, kind, pid, place, ..] if kind == mode && place.ends_with(&ending) => {
+                pid.parse().ok()
+            }
+            _ => None,
+        }
+    };
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    let holder = |mode: &str| locks.lines().find_map(|line| taker(line, mode)).filter(|pid| *pid != 0);
+    let heir = || in_proc_fdinfo(own, &|line| taker(line, "WRITE").is_some());
+    holder("WRITE").or_else(|| holder("READ").filter(|pid| !own.contains(pid))).or_else(heir)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ pub mod folder_lock;
 pub mod foreign;
 pub mod freeze;
 pub mod handover;
+pub mod heirs;
 pub mod holder;
 pub mod lock;
 pub mod loopdev;

@@ -92,6 +92,31 @@ pub fn avoid_oom_killer() -> Result<(), Refused> {
         .map_err(refused("OOM protection", "with no memory left the mount may be killed"))
 }
 
+/// A core file has the threads' registers, and no memory: what lies in it (data of disks, on the heap, in buffers and on
+/// stacks) is the guests'. And the process has ended only when all of that is written, which takes seconds. To have the memory
+/// as well, write to `/proc/PID/coredump_filter` where no guest's secrets are at stake.
+#[expect(clippy::disallowed_methods, reason = "a setting of the kernel, not a file")]
+pub fn keep_out_of_core_files() -> Result<(), Refused> {
+    // ELF headers alone, of what is mapped from files.
+    match fs::write("/proc/self/coredump_filter", "0x10") {
+        // A kernel that writes no core files.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        set => set.map_err(refused("core filter", "a core file of the daemon has data of disks in it")),
+    }
+}
+
+/// How much the out-of-memory killer wants a process, where it may be asked.
+pub fn oom_score() -> Option<i32> {
+    fs::read_to_string("/proc/self/oom_score_adj").ok()?.trim().parse().ok()
+}
+
+/// The out-of-memory killer judges a process that this one has started as `score` says, and not as this one. Unchanged where
+/// that has ended.
+#[expect(clippy::disallowed_methods, reason = "a setting of the kernel, not a file")]
+pub fn set_oom_score(child: &std::process::Child, score: i32) {
+    let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), score.to_string());
+}
+
 /// Allows at least `wanted` open files, and never fewer than now. Takes what there is where that is too much.
 pub fn raise_open_files(wanted: u64) -> Result<(), Refused> {
     let now = rustix::process::getrlimit(Resource::Nofile);

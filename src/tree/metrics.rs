@@ -121,6 +121,10 @@ pub(super) fn render(folder: &Folder, engine: &Engine, info: &MountInfo) -> Byte
     let (version, transport) = (env!("CARGO_PKG_VERSION"), escaped(info.transport));
     text.begin("ploopfs_build_info", "gauge", "The program that serves the folder; always 1.");
     text.sample("ploopfs_build_info", &format!("version=\"{version}\",transport=\"{transport}\""), 1);
+    text.begin("ploopfs_restarts_total", "counter", "Times that the mount's daemon was replaced.");
+    text.sample("ploopfs_restarts_total", "", info.restarts.count());
+    text.begin("ploopfs_last_pause_seconds", "gauge", "How long requests waited at the last of these.");
+    text.duration("ploopfs_last_pause_seconds", info.restarts.last_pause_ms() * 1000);
     text.begin("ploopfs_images", "gauge", "Images that are served.");
     text.sample("ploopfs_images", "", seen.len() as u64);
     text.begin(
@@ -180,6 +184,10 @@ impl Families {
             "" => writeln!(self.0, "{name} {value}"),
             labels => writeln!(self.0, "{name}{{{labels}}} {value}"),
         };
+    }
+
+    fn duration(&mut self, name: &str, micros: u64) {
+        let _ = writeln!(self.0, "{name} {}", seconds(micros));
     }
 
     fn latencies(&mut self, seen: &[Seen]) {

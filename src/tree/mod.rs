@@ -50,7 +50,7 @@ pub(crate) use names::SNAPSHOTS_NAME;
 use names::{METRICS_NAME, Node, PRIVATE_NAME, STATS_NAME};
 use own::OwnFile;
 use snapshots::Numbers;
-pub use stats::{Document, ImageStats, MountInfo, Sandbox, document};
+pub use stats::{Document, ImageStats, MountInfo, Restarts, Sandbox, document};
 use trouble::Trouble;
 use unborn::Makers;
 use waiting::{Waiting, Write};

@@ -1,6 +1,7 @@
 //! `.ploopfs/stats.json`: the live counters. Fields are added, never renamed.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -22,6 +23,33 @@ pub struct MountInfo {
     pub manage: bool,
     /// What confines the process; set once, after the mount and before the first request.
     pub sandbox: Arc<OnceLock<Sandbox>>,
+    /// How often a daemon was replaced.
+    pub restarts: Arc<Restarts>,
+}
+
+/// How often a successor has gone on with the mount of a daemon, and for how long requests waited then.
+#[derive(Debug, Default)]
+pub struct Restarts {
+    count: AtomicU64,
+    last_pause_ms: AtomicU64,
+}
+
+impl Restarts {
+    /// So many by now, of which the last was so long.
+    pub fn set(&self, count: u64, last_pause_ms: u64) {
+        self.last_pause_ms.store(last_pause_ms, Ordering::Relaxed);
+        self.count.store(count, Ordering::Relaxed);
+    }
+
+    /// How many since the mount began.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// How long requests waited at the last, in milliseconds; 0: there was none.
+    pub fn last_pause_ms(&self) -> u64 {
+        self.last_pause_ms.load(Ordering::Relaxed)
+    }
 }
 
 /// What confines a serving process.
@@ -46,6 +74,10 @@ pub struct Document {
     pub mountpoint: String,
     /// What confines the daemon.
     pub sandbox: Sandbox,
+    /// How often a daemon of the mount was replaced.
+    pub restarts: u64,
+    /// How long requests waited at the last time, in milliseconds.
+    pub last_pause_ms: u64,
     /// Free space of the host, in bytes.
     pub host_available: u64,
     /// Size of the host's file system, in bytes.
@@ -153,6 +185,8 @@ pub fn document(folder: &Folder, info: &MountInfo) -> Document {
         transport: info.transport.to_owned(),
         mountpoint: info.mountpoint.to_string_lossy().into_owned(),
         sandbox: info.sandbox.get().copied().unwrap_or_default(),
+        restarts: info.restarts.count(),
+        last_pause_ms: info.restarts.last_pause_ms(),
         host_available: space.as_ref().map_or(0, |space| space.available),
         host_size: space.as_ref().map_or(0, |space| space.total),
         images: entries.iter().map(|e| (in_text(e.name()), image(e))).collect(),

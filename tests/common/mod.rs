@@ -4,6 +4,7 @@
 #![allow(unused_imports)] // likewise
 
 pub mod churn;
+pub mod daemons;
 pub mod damage;
 mod folder;
 mod holder;

@@ -33,6 +33,10 @@ pub(super) struct MountRow {
     pub mountpoint: String,
     /// Process id of its daemon.
     pub pid: u32,
+    /// How often a daemon of it was replaced.
+    pub restarts: u64,
+    /// How long requests waited at the last time, in milliseconds.
+    pub last_pause_ms: u64,
     /// Free space of the host's file system, in bytes.
     pub host_available: u64,
     /// Its size in bytes.
@@ -192,6 +196,8 @@ fn mount_row(now: &Document, before: Option<&Document>, seconds: f64) -> MountRo
     MountRow {
         mountpoint: now.mountpoint.clone(),
         pid: now.pid,
+        restarts: now.restarts,
+        last_pause_ms: now.last_pause_ms,
         host_available: now.host_available,
         host_size: now.host_size,
         images: now.images.iter().map(row).collect(),

@@ -180,8 +180,12 @@ fn summary(found: &Found) -> String {
 
 fn space(found: &Found) -> String {
     let of = |mount: &super::sample::MountRow| {
-        let [free, size] = [mount.host_available, mount.host_size].map(|bytes| short(bytes as f64, 1024.0));
-        format!("{}: {free} of {size} free", out::printable(&mount.mountpoint))
+        let [free, all] = [mount.host_available, mount.host_size].map(|bytes| short(bytes as f64, 1024.0));
+        let restarts = match mount.restarts {
+            0 => String::new(),
+            many => format!(", restarted {} ({} ms)", size::count(many, "time"), mount.last_pause_ms),
+        };
+        format!("{}: {free} of {all} free{restarts}", out::printable(&mount.mountpoint))
     };
     found.mounts.iter().map(of).collect::<Vec<_>>().join("; ")
 }
@@ -271,6 +275,8 @@ mod tests {
 
     fn found(images: Vec<ImageRow>) -> Found {
         let mount = MountRow {
+            restarts: 0,
+            last_pause_ms: 0,
             mountpoint: "/mnt/vdisks".into(),
             pid: 1,
             host_available: 1 << 34,

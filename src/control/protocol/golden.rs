@@ -77,6 +77,8 @@ fn answers() -> Vec<Answer> {
         read_only: false,
         closing: false,
         device: Some((0, 57)),
+        restarts: 2,
+        last_pause_ms: 40,
     };
     let image = ImageLine {
         name: "vm1".into(),
@@ -123,6 +125,8 @@ fn answers() -> Vec<Answer> {
         transport: "uring".into(),
         mountpoint: "/mnt/vdisks".into(),
         sandbox: Sandbox { no_new_privs: true, landlock: true, seccomp: true },
+        restarts: 2,
+        last_pause_ms: 40,
         host_available: 1 << 33,
         host_size: 1 << 34,
         images: BTreeMap::from([("vm1".into(), counters)]),

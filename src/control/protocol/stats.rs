@@ -19,6 +19,12 @@ pub struct StatsAnswer {
     pub mountpoint: String,
     /// What confines the daemon.
     pub sandbox: SandboxAnswer,
+    /// How often a daemon of the mount was replaced.
+    #[serde(default)]
+    pub restarts: u64,
+    /// How long requests waited at the last time, in milliseconds.
+    #[serde(default)]
+    pub last_pause_ms: u64,
     /// Free space of the host, in bytes.
     #[serde(default)]
     pub host_available: u64,
@@ -31,19 +37,59 @@ pub struct StatsAnswer {
 
 impl From<Document> for StatsAnswer {
     fn from(document: Document) -> StatsAnswer {
-        let Document { pid, transport, mountpoint, sandbox, host_available, host_size, images } = document;
+        let Document {
+            pid,
+            transport,
+            mountpoint,
+            sandbox,
+            restarts,
+            last_pause_ms,
+            host_available,
+            host_size,
+            images,
+        } = document;
         let images = images.into_iter().map(|(name, image)| (name, image.into())).collect();
         let sandbox = sandbox.into();
-        StatsAnswer { pid, transport, mountpoint, sandbox, host_available, host_size, images }
+        StatsAnswer {
+            pid,
+            transport,
+            mountpoint,
+            sandbox,
+            restarts,
+            last_pause_ms,
+            host_available,
+            host_size,
+            images,
+        }
     }
 }
 
 impl From<StatsAnswer> for Document {
     fn from(answer: StatsAnswer) -> Document {
-        let StatsAnswer { pid, transport, mountpoint, sandbox, host_available, host_size, images } = answer;
+        let StatsAnswer {
+            pid,
+            transport,
+            mountpoint,
+            sandbox,
+            restarts,
+            last_pause_ms,
+            host_available,
+            host_size,
+            images,
+        } = answer;
         let images = images.into_iter().map(|(name, image)| (name, image.into())).collect();
         let sandbox = sandbox.into();
-        Document { pid, transport, mountpoint, sandbox, host_available, host_size, images }
+        Document {
+            pid,
+            transport,
+            mountpoint,
+            sandbox,
+            restarts,
+            last_pause_ms,
+            host_available,
+            host_size,
+            images,
+        }
     }
 }
 
