@@ -223,9 +223,7 @@ impl Layers {
     }
 
     /// This delta, frozen until now, is going to be changed: its file is locked as a writer's, or its holder is named.
-    /// Only the top's is locked so otherwise, and what a crash left in use ([`Image::settle_lower`] closes it).
-    ///
-    /// [`Image::settle_lower`]: crate::vdisk::Image
+    /// Only the top's is locked so otherwise, and what a crash left in use (`vdisk::mark::settle_lower` closes it).
     pub fn begin_changing(&self, guid: Guid) -> Result<()> {
         self.level_of(guid)?; // Opens it.
         let file = self.store().descriptor().delta(guid).map(|delta| delta.file.clone()).unwrap_or_default();

@@ -3,9 +3,9 @@
 use std::any::Any;
 use std::time::{Duration, Instant};
 
-use super::{Image, Stage};
+use super::{Image, Operating, Stage};
 use crate::error::{Error, Kind, Result};
-use crate::sync::{Arc, MutexGuard, PoisonError, TryLockError, mpsc, thread};
+use crate::sync::{Arc, mpsc, thread};
 
 /// How long a live operation has to see that the image closes: it looks before each cluster, and a step between two looks
 /// is a sync at most. Short, since a stop that is forced has no time: what it costs is a scan at the next open.
@@ -25,11 +25,11 @@ impl Image {
         self.fail_parked(&self.closed_error());
         self.engine.no_clean_pages(self.id);
         // A live operation sees that the image closes, and ends.
-        let Some(_alone) = self.operation_ends() else { return self.close_beside_an_operation() };
+        let Some(operating) = self.operation_ends() else { return self.close_beside_an_operation() };
         self.gate.shut();
         let synced = if self.stage() == Stage::ReadOnly { Ok(()) } else { self.flush_now() };
-        let result =
-            synced.and_then(|()| if self.stage() == Stage::Marked { self.unmark_tracked() } else { Ok(()) });
+        let result = synced
+            .and_then(|()| if self.stage() == Stage::Marked { operating.unmark_tracked() } else { Ok(()) });
         if let Err(e) = &result {
             self.fail(e);
         }
@@ -40,7 +40,7 @@ impl Image {
 
     /// True while an operation or a request is under way: also after a close that did not wait for it.
     pub fn is_busy(&self) -> bool {
-        self.gate.inside() > 0 || matches!(self.operation.try_lock(), Err(TryLockError::WouldBlock))
+        self.gate.inside() > 0 || self.operations.is_running()
     }
 
     /// Keeps the locks of a closed image until its last user is gone: what is under way in it may still write, and a
@@ -58,14 +58,13 @@ impl Image {
     }
 
     /// None: the operation did not end in time. A host that hangs may hold it for good.
-    fn operation_ends(&self) -> Option<MutexGuard<'_, ()>> {
+    fn operation_ends(self: &Arc<Self>) -> Option<Operating<'_>> {
         let deadline = Instant::now() + OPERATION_ENDS;
         loop {
-            match self.operation.try_lock() {
-                Ok(alone) => return Some(alone),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(PoisonError::into_inner(poisoned)),
-                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
-                Err(TryLockError::WouldBlock) => thread::sleep(LOOK),
+            match self.try_to_operate() {
+                Some(operating) => return Some(operating),
+                None if Instant::now() >= deadline => return None,
+                None => thread::sleep(LOOK),
             }
         }
     }

@@ -26,7 +26,7 @@ use super::{Image, Ready, Reply};
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
 use crate::io::file::write_zeroes;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 
 /// Clusters locked and punched at a time: bounds how long others wait, and is far below the lock stripes.
 const BATCH: u64 = 128;
@@ -184,7 +184,7 @@ impl Discard {
                 debug_assert!(found, "the page is pinned");
                 bat.hidden_run(first, &mut hides);
                 // After the look-up: a page that was loaded from a level while it changed was loaded after this was set.
-                if self.image.lower_may_return.load(Ordering::SeqCst) {
+                if self.image.operations.lower_may_return() {
                     hides.fill(true);
                 }
                 places

@@ -10,7 +10,7 @@ use super::changed::Changed;
 use super::scan::{self, Scan};
 use super::stack::Stack;
 use super::tracking::{self, uuid_text};
-use super::{Image, Layout, Level, Ready, Reply};
+use super::{Image, Layout, Level, Operating, Ready, Reply};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED, CLOSED_V21, FLAG_EMPTY, Geometry, Header};
 use crate::io::file::write_full;
@@ -167,7 +167,7 @@ impl Image {
             let Some(h) = &mut *header else { return Ok(()) };
             if h.in_use == CLOSED_V21 && h.extension != 0 {
                 let path = top.path.display();
-                match &*self.changed.load() {
+                match &*self.operations.changed() {
                     Some(of) => {
                         log::info!("{path}: changes since {} are tracked in memory", uuid_text(of.guid))
                     }
@@ -209,7 +209,9 @@ impl Image {
         let step = self.engine.options.extend / self.cluster;
         Allocator::new(scan.end, geometry.file_clusters(), step, scan.free)
     }
+}
 
+impl Operating<'_> {
     /// Lower levels that still say "in use": a crash came between a snapshot or a merge and the end of its last step. All
     /// that their BATs name was durable before; what is left is their own clean close: the free tail cut off, and then
     /// the mark cleared. One that is shared with a clone, or cannot be written, stays as it is (R9).
@@ -228,8 +230,8 @@ impl Image {
     }
 
     /// The clean close of the image: [`unmark`](Self::unmark) of its top, with the changes that were tracked.
-    pub(super) fn unmark_tracked(self: &Arc<Self>) -> Result<()> {
-        self.unmark(&self.stack(), self.changed.load_full().as_deref())
+    pub(super) fn unmark_tracked(&self) -> Result<()> {
+        self.unmark(&self.stack(), self.operations.changed().as_deref())
     }
 
     /// The clean close of a marked top, after its last round:
@@ -240,7 +242,7 @@ impl Image {
     ///
     /// 3 before 2 could leave a file that says "clean" and is longer or shorter than its BAT knows, or one that says "trust
     /// my bitmap" and has only a part of it.
-    pub(super) fn unmark(self: &Arc<Self>, stack: &Stack, changed: Option<&Changed>) -> Result<()> {
+    pub(super) fn unmark(&self, stack: &Stack, changed: Option<&Changed>) -> Result<()> {
         let top = stack.top();
         let sync = || {
             top.file
@@ -279,7 +281,7 @@ impl Image {
 }
 
 /// The clean close of a level below the top that is marked in use and whose BAT is durable; the order is that of
-/// [`Image::unmark`].
+/// [`Operating::unmark`].
 pub(super) fn close_lower(level: &Level, header: &Header) -> Result<()> {
     let found = scan::scan(level, &header.geometry())?;
     let end = header.geometry().cluster_position(found.end);

@@ -5,11 +5,14 @@
 //! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` and `full` (a
 //! full host), `ends` (failed, closed), `tracking` (what has changed).
 //!
+//! An operation sees more of the image than a pio does: `operations` has the lock that lets one run at a time, and the
+//! type that proves it. What only an operation may do (swap the stack, clear the mark, move clusters) are its methods.
+//!
 //! Lock order: docs/design.md#lock-order. Nothing but the cluster lock and the header is held across I/O.
 //!
 //! # The states of a live image
 //!
-//! How far it is on its way to its first change, and back (`Stage`; `operation` is held in the first and last step):
+//! How far it is on its way to its first change, and back (`Stage`; the first and the last step are operations):
 //!
 //! ```text
 //!                  make_writable               mark::mark
@@ -36,7 +39,7 @@
 //! `failed` holds until the image is closed: rounds and writes answer the failure, reads go on. The end (`close`):
 //!
 //! ```text
-//!   close: closing = true, parked pios fail, waits for `operation`
+//!   close: closing = true, parked pios fail, waits for the operation
 //!     |-- ends in time ----> gate shut -> flush_now -> unmark_tracked -> stop_rounds -> closed = true
 //!     |                         any of them fails: fail; the mark stays
 //!     '-- does not end ----> close_beside_an_operation: a last sync, fail -> closed = true; the mark stays
@@ -72,6 +75,7 @@ mod mark;
 #[cfg(all(test, feature = "shuttle"))]
 mod models;
 mod nowait;
+mod operations;
 mod pio;
 mod queued;
 #[cfg(test)]
@@ -88,7 +92,7 @@ pub mod tracking;
 mod write;
 mod zero;
 
-use arc_swap::{ArcSwap, ArcSwapOption, Guard};
+use arc_swap::{ArcSwap, Guard};
 use bytes::Bytes;
 
 use crate::error::{Error, Kind, Result};
@@ -97,12 +101,13 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
 use crate::ledger::Book;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicU64, Ordering, lock};
 pub use counters::Stats;
 pub use engine::{Engine, Event, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
 use locks::{ClusterLocks, Mode as LockMode};
 use mark::Stage;
+use operations::{Operating, Operations};
 pub use rescue::rescue;
 pub use runner::Job;
 pub(crate) use stack::MAX_LEVELS;
@@ -137,7 +142,7 @@ pub struct Image {
     id: u64,
     name: String,
     engine: Arc<Engine>,
-    /// Changes only while the gate is closed and nothing is inside.
+    /// Changes only in an operation, while the gate is closed and nothing is inside (`live::freeze`).
     stack: ArcSwap<Stack>,
     /// Cluster size in bytes.
     cluster: u64,
@@ -146,16 +151,10 @@ pub struct Image {
     gate: gate::Gate,
     locks: ClusterLocks,
     marker: mark::Marker,
-    /// One at a time: live operations, and becoming writable. Before every other lock; held across I/O.
-    operation: Mutex<()>,
+    operations: Operations,
     flusher: flush::Flusher,
     space: space::Space,
     host: host::Host,
-    /// Entries were taken away from a level below the top, and that is not durable (or failed): a cached page may say
-    /// that nothing lies below a cluster where a power cut brings something back. Discards unmap nothing meanwhile.
-    lower_may_return: AtomicBool,
-    /// What has changed since the tracking began (`tracking`). Changes only under `operation`, or while the image opens.
-    changed: ArcSwapOption<changed::Changed>,
     ends: ends::Ends,
     counters: counters::Counters,
     /// The file that the kernel may read and write in our place.
@@ -211,12 +210,10 @@ impl Image {
             gate: gate::Gate::default(),
             locks: ClusterLocks::default(),
             marker: mark::Marker::default(),
-            operation: Mutex::default(),
+            operations: Operations::default(),
             flusher: flush::Flusher::default(),
             space: space::Space::default(),
             host: host::Host::default(),
-            lower_may_return: AtomicBool::new(false),
-            changed: ArcSwapOption::empty(),
             ends: ends::Ends::default(),
             counters: counters::Counters::default(),
             backing: std::sync::OnceLock::new(),
@@ -232,7 +229,7 @@ impl Image {
         if self.stage() != Stage::ReadOnly {
             return Ok(());
         }
-        let _alone = lock(&self.operation);
+        let operating = self.wait_to_operate();
         if self.stage() != Stage::ReadOnly {
             return Ok(());
         }
@@ -242,8 +239,8 @@ impl Image {
             // A base that was cut off is damage of the disk like any other, and no write may hide a part of it.
             stack.top_down().skip(1).try_for_each(|(_, level)| scan::refuse_cut(level))?;
             *lock(&stack.state.scan) = Some(found);
-            self.settle_lower(&stack);
-            if let Err(why) = self.load_tracking(&stack) {
+            operating.settle_lower(&stack);
+            if let Err(why) = operating.load_tracking(&stack) {
                 log::warn!("{}: {why}; the changes are not tracked any more", stack.top().path.display());
             }
         }

@@ -379,7 +379,7 @@ fn after_a_round_that_failed_what_had_to_wait_for_a_sync_still_does() {
 fn a_close_does_not_wait_for_an_operation_that_never_ends() {
     let b = bench(&engine(Options::default()), "");
     b.image.write_at(0, &[1; 512]).expect("space");
-    let hangs = lock(&b.image.operation);
+    let hangs = b.image.begin_operation().expect("none is under way");
     let (reply, closed) = mpsc::channel();
     let image = b.image.clone();
     std::thread::spawn(move || reply.send(image.close()));

@@ -14,7 +14,7 @@
 
 use super::changed::{Changed, MAX_BYTES, Range};
 use super::stack::Stack;
-use super::{Image, Stage};
+use super::{Image, Operating, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::extension::{Bits, DirtyBitmap};
@@ -82,14 +82,14 @@ impl Image {
     /// Begins to track changes: nothing has changed yet. `granularity` in bytes, a power of two; None: as fits. Returns
     /// the name of this moment. Blocks; not for runners or transport threads.
     pub fn start_tracking(self: &Arc<Self>, granularity: Option<u64>) -> Result<Guid> {
-        let _alone = self.begin_operation()?;
+        let operating = self.begin_operation()?;
         let invalid = |why: String| Err(Error::at(Kind::Invalid, self.shown(), why));
         let disk = self.size();
         let granularity = granularity.unwrap_or_else(|| Changed::usual_granularity(disk));
         if self.stack().bat.is_none() {
             return Err(Error::at(Kind::Unsupported, self.path(), "a raw file has no place for a bitmap"));
         }
-        if let Some(tracked) = &*self.changed.load() {
+        if let Some(tracked) = &*self.operations.changed() {
             let why =
                 format!("is tracked already, as {}; ploopfs cbt stop ends that", uuid_text(tracked.guid));
             return Err(Error::at(Kind::Exists, self.path(), why));
@@ -113,27 +113,27 @@ impl Image {
         }
         self.mark_and_wait()?;
         // What was begun before is not tracked, and has ended when this returns.
-        self.sync_until_little()?;
+        operating.sync_until_little()?;
         self.freeze();
         let guid = tracked.guid;
-        self.changed.store(Some(Arc::new(tracked)));
+        operating.set_changed(Some(tracked));
         self.thaw();
         Ok(guid)
     }
 
     /// Ends the tracking. Blocks; not for runners or transport threads.
     pub fn stop_tracking(self: &Arc<Self>) -> Result<()> {
-        let _alone = self.begin_operation()?;
-        if self.changed.load().is_none() {
+        let operating = self.begin_operation()?;
+        if self.operations.changed().is_none() {
             return Err(Error::at(Kind::NotFound, self.path(), "is not tracked"));
         }
         self.mark_and_wait()?;
-        self.changed.store(None);
+        operating.set_changed(None);
         Ok(())
     }
 
     /// What has changed, from byte `start` on. Everything that was answered before is in it. Blocks.
-    pub fn changes(&self, start: u64) -> Changes {
+    pub fn changes(self: &Arc<Self>, start: u64) -> Changes {
         let (tracked, reason) = self.tracked_or_why();
         let size = self.size();
         let Some(tracked) = tracked else {
@@ -145,20 +145,20 @@ impl Image {
         Changes { uuid, reason: None, size: tracked.disk, granularity, ranges, next }
     }
 
-    fn tracked_or_why(&self) -> (Option<Arc<Changed>>, Option<String>) {
-        if let Some(tracked) = self.changed.load_full() {
-            return (Some(tracked), None);
+    fn tracked_or_why(self: &Arc<Self>) -> (Option<Arc<Changed>>, Option<String>) {
+        if let Some(tracked) = &*self.operations.changed() {
+            return (Some(Arc::clone(tracked)), None);
         }
         let mut read = Ok(());
-        // Who makes the image writable reads the bitmap first; behind that the file's is not looked at again.
+        // What makes the image writable reads the bitmap first; behind that the file's is not looked at again.
         if self.stage() == Stage::ReadOnly {
-            let _alone = lock(&self.operation);
+            let operating = self.wait_to_operate();
             if self.stage() == Stage::ReadOnly {
-                read = self.load_tracking(&self.stack());
+                read = operating.load_tracking(&self.stack());
             }
         }
-        match self.changed.load_full() {
-            Some(tracked) => (Some(tracked), None),
+        match &*self.operations.changed() {
+            Some(tracked) => (Some(Arc::clone(tracked)), None),
             None => (None, Some(read.err().unwrap_or_else(|| self.why_not_tracked()))),
         }
     }
@@ -183,36 +183,38 @@ impl Image {
         }
     }
 
+    /// A part of the disk changes: before it does, inside the gate.
+    pub(super) fn changes_at(&self, offset: u64, len: u64) {
+        if let Some(changed) = &*self.operations.changed() {
+            changed.set(offset, len);
+        }
+    }
+}
+
+impl Operating<'_> {
     /// Reads the bitmap of an image that was not changed since it was closed, if it has one. Err: why it cannot be
-    /// used. Under `operation`, before the first change.
+    /// used. Before the first change.
     pub(super) fn load_tracking(&self, stack: &Stack) -> std::result::Result<(), String> {
         let Some(header) = *lock(&stack.state.header) else { return Ok(()) };
-        if header.in_use != CLOSED_V21 || header.extension == 0 || self.changed.load().is_some() {
+        if header.in_use != CLOSED_V21 || header.extension == 0 || self.operations.changed().is_some() {
             return Ok(());
         }
         let changed = read(&*stack.top().file, &header)?;
-        self.changed.store(Some(Arc::new(changed)));
+        self.set_changed(Some(changed));
         Ok(())
-    }
-
-    /// A part of the disk changes: before it does, inside the gate.
-    pub(super) fn changes_at(&self, offset: u64, len: u64) {
-        if let Some(changed) = &*self.changed.load() {
-            changed.set(offset, len);
-        }
     }
 
     /// The disk has `disk` bytes now. While frozen.
     pub(super) fn tracking_grows(&self, disk: u64) {
-        let Some(old) = self.changed.load_full() else { return };
+        let Some(old) = &*self.operations.changed() else { return };
         if fits(disk, old.granularity) {
-            self.changed.store(Some(Arc::new(old.grown(disk))));
+            self.set_changed(Some(old.grown(disk)));
         } else {
             log::warn!(
                 "{}: the disk is too large now for its changed-block bitmap, which is lost",
                 self.name
             );
-            self.changed.store(None);
+            self.set_changed(None);
         }
     }
 }

@@ -22,13 +22,14 @@ use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::format::header::HEADER_BYTES;
 use crate::io::file::read_full;
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering, thread};
+use crate::sync::{Arc, thread};
 use crate::vdisk::Image;
 use crate::vdisk::alloc::{Allocator, Bits, Scrubbing};
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::live::order::{Order, Pieces};
 use crate::vdisk::locks::Mode;
+use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 use crate::vdisk::zero::is_zero;
 
@@ -83,29 +84,28 @@ pub(super) enum Moved {
 impl Image {
     /// What [`compact`](Self::compact) would gain. Changes nothing. Blocks; not for runners or transport threads.
     pub fn compact_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        let _alone = self.begin_operation()?;
-        Ok(self.survey(progress, None)?.gain)
+        Ok(self.begin_operation()?.survey(progress, None)?.gain)
     }
 
     /// What [`defrag`](Self::defrag) would gain. Changes nothing. Blocks, too.
     pub fn defrag_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        let _alone = self.begin_operation()?;
-        Ok(self.survey(progress, Some(Order::default()))?.gain)
+        Ok(self.begin_operation()?.survey(progress, Some(Order::default()))?.gain)
     }
 
     /// Frees zero clusters, moves clusters from the end of the file to its front, and makes it shorter. Returns what that
     /// has gained. Blocks; not for runners or transport threads.
     pub fn compact(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        self.compact_or_defrag(progress, false)
+        self.begin_operation()?.compact_or_defrag(progress, false)
     }
 
     /// The same, and puts the live disk's clusters in the order of the disk, without gaps (`live::defrag`).
     pub fn defrag(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        self.compact_or_defrag(progress, true)
+        self.begin_operation()?.compact_or_defrag(progress, true)
     }
+}
 
-    fn compact_or_defrag(self: &Arc<Self>, progress: &Progress, defrag: bool) -> Result<Gain> {
-        let _alone = self.begin_operation()?;
+impl Operating<'_> {
+    fn compact_or_defrag(&self, progress: &Progress, defrag: bool) -> Result<Gain> {
         let survey = self.survey(progress, defrag.then(Order::default))?;
         self.mark_and_wait()?;
         let work = (survey.zero.len() as u64 + survey.gain.moved_clusters) * self.cluster;
@@ -148,7 +148,7 @@ impl Image {
 
     /// Looks at every cluster that the top maps. Without locks: what changes meanwhile is looked at again before anything
     /// is done with it. `stays`: collects what stays, to be put in order.
-    fn survey(self: &Arc<Self>, progress: &Progress, mut stays: Option<Order>) -> Result<Survey> {
+    fn survey(&self, progress: &Progress, mut stays: Option<Order>) -> Result<Survey> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         if stack.bat.is_none() {
             let why = "is raw: there is nothing to move in it (`fallocate --dig-holes` frees its zeroes)";
@@ -213,7 +213,7 @@ impl Image {
     /// The clusters in the page of `first` that the top maps, from there on: guest cluster, position, and whether it hides
     /// data of a lower level.
     pub(super) fn own_clusters(
-        self: &Arc<Self>,
+        &self,
         stack: &Stack,
         first: u64,
         clusters: u64,
@@ -236,7 +236,7 @@ impl Image {
     }
 
     /// True when `len` bytes of the top at `position` are zeroes.
-    fn reads_zero(self: &Arc<Self>, stack: &Stack, position: u64, len: u64) -> Result<bool> {
+    fn reads_zero(&self, stack: &Stack, position: u64, len: u64) -> Result<bool> {
         if stack.is_hole(stack.top_index(), position, len)? {
             return Ok(true);
         }
@@ -254,7 +254,7 @@ impl Image {
         Ok(true)
     }
 
-    fn free_zeroes(self: &Arc<Self>, zero: &[u64], progress: &Progress, freed: &mut u64) -> Result<()> {
+    fn free_zeroes(&self, zero: &[u64], progress: &Progress, freed: &mut u64) -> Result<()> {
         for cluster in zero {
             self.stopped(progress)?;
             loop {
@@ -277,7 +277,7 @@ impl Image {
     }
 
     /// As a discard of the whole cluster, if it is still zero. None: the page is missing. The caller has its lock.
-    fn free_zero(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<Option<bool>> {
+    fn free_zero(&self, stack: &Stack, cluster: u64) -> Result<Option<bool>> {
         let (Some(bat), top) = (&stack.bat, stack.top_index()) else { return Ok(Some(false)) };
         if !bat.pin(cluster) {
             return Ok(None);
@@ -290,7 +290,7 @@ impl Image {
             let mut hides = [false];
             bat.hidden_run(cluster, &mut hides);
             // Where a lower level would show through, it stays mapped, and is a hole.
-            let stays = hides[0] || self.lower_may_return.load(Ordering::SeqCst);
+            let stays = hides[0] || self.operations.lower_may_return();
             self.punch(stack, position, self.cluster, stays)?;
             if !stays {
                 let first = stack.geometry.file_cluster(position);
@@ -307,7 +307,7 @@ impl Image {
     }
 
     /// Moves what lies behind the place where the file could end.
-    fn move_tail(self: &Arc<Self>, progress: &Progress, moved: &mut u64) -> Result<()> {
+    fn move_tail(&self, progress: &Progress, moved: &mut u64) -> Result<()> {
         for _ in 0..PASSES {
             // What was freed is free from here on, and the file's BAT is what the cache has.
             self.flush_now()?;
@@ -357,7 +357,7 @@ impl Image {
 
     /// Moves `cluster`, if it lies at byte `from`, to the file cluster that `place` takes.
     pub(super) fn move_to(
-        self: &Arc<Self>,
+        &self,
         cluster: u64,
         from: u64,
         place: &dyn Fn(&Allocator) -> Option<u64>,
@@ -377,7 +377,7 @@ impl Image {
 
     /// Steps 1 to 3. None: the page is missing.
     fn move_locked_to(
-        self: &Arc<Self>,
+        &self,
         stack: &Stack,
         cluster: u64,
         from: u64,
@@ -397,7 +397,7 @@ impl Image {
     }
 
     fn move_pinned_to(
-        self: &Arc<Self>,
+        &self,
         stack: &Stack,
         cluster: u64,
         from: u64,
@@ -421,7 +421,7 @@ impl Image {
     }
 
     /// As many changes as fit into one round.
-    pub(super) fn flush_if_much(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn flush_if_much(&self) -> Result<()> {
         if self.flusher.is_over_bound() || self.engine.budget.dirty_full() {
             self.flush_now()
         } else {
@@ -430,7 +430,7 @@ impl Image {
     }
 
     /// Punches all free space of unknown content.
-    pub(super) fn scrub_all(self: &Arc<Self>) -> Result<()> {
+    pub(super) fn scrub_all(&self) -> Result<()> {
         loop {
             let inside = self.enter_and_wait()?;
             match self.stack().allocator().begin_scrub() {
@@ -445,7 +445,7 @@ impl Image {
     }
 
     /// Step 5. Meanwhile no extension begins: it could make the file longer before this makes it shorter.
-    fn cut_tail(self: &Arc<Self>) -> Result<()> {
+    fn cut_tail(&self) -> Result<()> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         let (alloc, top) = (stack.allocator(), stack.top());
         let cut = loop {

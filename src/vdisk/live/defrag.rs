@@ -19,13 +19,12 @@ use crate::error::{Error, Kind, Result};
 use crate::format::bat::{cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::rules::{Rule, broken};
-use crate::sync::Arc;
-use crate::vdisk::Image;
 use crate::vdisk::live::compact::Moved;
 use crate::vdisk::live::order::{Moves, Order, Step};
+use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
-impl Image {
+impl Operating<'_> {
     /// Clusters moved in a round: as much as the file is extended by at a time (64 MiB). To copy that takes many times as
     /// long as the syncs of the round, it is little of any host's free space, and what moves behind the end fits into
     /// one extension.
@@ -34,7 +33,7 @@ impl Image {
     }
 
     /// Where the clusters that the top maps lie.
-    pub(super) fn order(self: &Arc<Self>, progress: &Progress) -> Result<Order> {
+    pub(super) fn order(&self, progress: &Progress) -> Result<Order> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         let (clusters, mut order, mut first) = (stack.geometry.clusters(), Order::default(), 0);
         while first < clusters {
@@ -48,7 +47,7 @@ impl Image {
     }
 
     /// The steps at the head of this file; `moved` counts the moves. The image is marked in use.
-    pub(super) fn put_in_order(self: &Arc<Self>, progress: &Progress, moved: &mut u64) -> Result<()> {
+    pub(super) fn put_in_order(&self, progress: &Progress, moved: &mut u64) -> Result<()> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         let held = stack.allocator().hold(); // 1
         self.flush_now()?;
@@ -82,7 +81,7 @@ impl Image {
     /// Moves `cluster`, where to `step` says, and notes in the plan what came of it; true when it has moved. Behind
     /// `end` no place is taken.
     fn take_step(
-        self: &Arc<Self>,
+        &self,
         stack: &Stack,
         plan: &mut Moves,
         (cluster, step, end): (u64, Step, u64),

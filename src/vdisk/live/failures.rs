@@ -18,7 +18,7 @@ use crate::io::lock::Use;
 use crate::io::memory::MemoryFile;
 use crate::io::real::Access;
 use crate::progress::Progress;
-use crate::sync::{Arc, lock};
+use crate::sync::Arc;
 use crate::vdisk::{Engine, Image, Layout, Level, OnFull, Options};
 
 const CLUSTER: u64 = 32 << 10;
@@ -96,7 +96,7 @@ fn a_merge_below_the_top_that_failed_at_its_end_costs_the_next_merge_nothing() {
     disk.snapshot("c");
     (10..20).for_each(|cluster| disk.write(cluster, 3));
     assert_eq!(disk.byte(0), 1, "where it lies is cached");
-    let busy = lock(&disk.image().operation);
+    let busy = disk.image().begin_operation().expect("none is under way");
     assert_eq!(disk.delete("a").expect_err("the live disk cannot change its files").kind(), Kind::Busy);
     drop(busy);
     disk.delete("c").expect("merged");

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
+use super::super::operations::Operating;
 use super::super::stack::Stack;
 use super::super::{Image, Stage};
-use crate::error::{Error, Kind, Result};
-use crate::sync::{Arc, MutexGuard, Ordering, PoisonError};
+use crate::error::{Error, Result};
+use crate::sync::{Arc, Ordering};
 
 /// Unsynced bytes below which the freeze begins: the last sync, inside it, then takes a few milliseconds on any disk.
 const LITTLE: u64 = 1 << 20;
@@ -28,8 +29,8 @@ impl From<Error> for Uncommitted {
     }
 }
 
-/// A frozen image; dropping it thaws.
-pub struct Frozen<'a> {
+/// An image that an operation has frozen; dropping it thaws.
+pub(in crate::vdisk) struct Frozen<'a> {
     image: &'a Arc<Image>,
     since: Instant,
 }
@@ -42,34 +43,26 @@ impl Drop for Frozen<'_> {
     }
 }
 
-impl Image {
-    /// One live operation at a time; the second is refused rather than queued: its requester should know. A close waits
-    /// for one that has begun; none begins after it, when the file may be another process's.
-    pub(in crate::vdisk) fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
-        let guard = match self.operation.try_lock() {
-            Ok(guard) => guard,
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
-            Err(std::sync::TryLockError::WouldBlock) => {
-                return Err(Error::at(
-                    Kind::Busy,
-                    self.path(),
-                    "another operation on this image is running; try again when it has ended",
-                ));
-            }
-        };
-        if self.is_closing() {
-            return Err(self.closed_error());
-        }
-        Ok(guard)
+impl Frozen<'_> {
+    /// Makes `next` the image's stack. Only while everything is durable. Returns the old one.
+    pub(in crate::vdisk) fn swap(&self, next: Stack) -> Arc<Stack> {
+        let image = self.image;
+        // A round begun before would take what is written from now on for the old top's.
+        image.flusher.between_rounds(|| {
+            image.size.store(next.geometry.disk, Ordering::Release);
+            image.stack.swap(Arc::new(next))
+        })
     }
+}
 
+impl Operating<'_> {
     /// Freezes with everything durable:
     /// 1. outside the freeze: sync until little is left;
     /// 2. close the gate and wait for what is inside;
     /// 3. sync the rest: BAT pages and data.
     ///
     /// Without 1 the guest would stand still for as long as the disk needs for all unsynced data.
-    pub(in crate::vdisk) fn freeze_durably(self: &Arc<Self>) -> Result<Frozen<'_>> {
+    pub(in crate::vdisk) fn freeze_durably(&self) -> Result<Frozen<'_>> {
         self.sync_until_little()?; // 1
         let since = Instant::now();
         self.freeze(); // 2
@@ -82,7 +75,7 @@ impl Image {
 
     /// Syncs until little is left to sync: what closes the gate behind this waits for no disk that is busy with the writes
     /// of the last minutes.
-    pub(in crate::vdisk) fn sync_until_little(self: &Arc<Self>) -> Result<()> {
+    pub(in crate::vdisk) fn sync_until_little(&self) -> Result<()> {
         for _ in 0..SYNCS {
             self.flush_now()?;
             if self.flusher.unsynced() < LITTLE {
@@ -92,19 +85,10 @@ impl Image {
         Ok(())
     }
 
-    /// Makes `next` the image's stack. Only while frozen and durable. Returns the old one.
-    pub(in crate::vdisk) fn swap(&self, _: &Frozen<'_>, next: Stack) -> Arc<Stack> {
-        // A round begun before would take what is written from now on for the old top's.
-        self.flusher.between_rounds(|| {
-            self.size.store(next.geometry.disk, Ordering::Release);
-            self.stack.swap(Arc::new(next))
-        })
-    }
-
     /// Carries out the point of no return of an operation; where it is not known what is on disk, the image is
     /// read-only from then on.
     pub(in crate::vdisk) fn commit(
-        self: &Arc<Self>,
+        &self,
         commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
     ) -> Result<()> {
         commit().map_err(|e| match e {

@@ -9,6 +9,7 @@ use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::locks::Mode;
+use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::{Stack, TopState};
 
 /// Bytes of BAT read at a time.
@@ -30,7 +31,7 @@ impl Image {
     ///
     /// Blocks; not for runners or transport threads.
     pub fn grow(self: &Arc<Self>, size: u64, progress: &Progress) -> Result<u64> {
-        let _alone = self.begin_operation()?;
+        let operating = self.begin_operation()?;
         if size < self.size() {
             let context = format!(
                 "the disk has {} bytes, and {size} would cut off what the guest keeps there; it is not made smaller",
@@ -49,7 +50,7 @@ impl Image {
         let stack = arc_swap::Guard::into_inner(self.stack());
         let old = stack.geometry;
         if stack.bat.is_none() {
-            return self.grow_raw(&stack, size);
+            return operating.grow_raw(&stack, size);
         }
         if size == self.size() {
             return Ok(size);
@@ -59,13 +60,13 @@ impl Image {
         let new = header.geometry();
         let reserved = (new.first - old.first) / self.cluster;
         stack.allocator().reserve(reserved); // 1
-        self.sync_until_little()?;
+        operating.sync_until_little()?;
         self.freeze();
         self.thaw();
-        self.move_out(&stack, new.first, progress)?; // 2
+        operating.move_out(&stack, new.first, progress)?; // 2
         self.flush_now()?; // 3
-        self.prepare_area(&stack, &old, &new)?; // 4
-        let frozen = self.freeze_durably()?; // 5
+        operating.prepare_area(&stack, &old, &new)?; // 4
+        let frozen = operating.freeze_durably()?; // 5
         let header = {
             let mut current = lock(&stack.state.header);
             let h = current.as_mut().ok_or_else(|| self.closed_error())?;
@@ -84,14 +85,32 @@ impl Image {
         *lock(&state.header) = Some(header);
         let moved = stack.allocator().moved_up(reserved, new.file_clusters());
         let _ = state.allocator.set(moved);
-        self.tracking_grows(size);
-        self.swap(&frozen, stack.grown(header, state, &self.engine.budget)); // 7
+        operating.tracking_grows(size);
+        frozen.swap(stack.grown(header, state, &self.engine.budget)); // 7
         self.stamp();
         Ok(size)
     }
 
+    /// A write behind the end of a raw disk that the kernel passes through makes the file longer without a request to
+    /// us: the disk is as long as that from now on. Blocks; not for runners or transport threads.
+    pub fn follow_file(self: &Arc<Self>) -> Result<()> {
+        let operating = self.wait_to_operate();
+        if self.is_closing() {
+            return Err(self.closed_error());
+        }
+        let stack = arc_swap::Guard::into_inner(self.stack());
+        let len = self.host_status().map_err(|e| Error::io(&e, self.path(), "cannot look at the file"))?.len;
+        if stack.bat.is_none() && len > self.size() {
+            let frozen = operating.freeze_durably()?;
+            frozen.swap(stack.grown_raw(len));
+        }
+        Ok(())
+    }
+}
+
+impl Operating<'_> {
     /// A raw disk is as long as its file.
-    fn grow_raw(self: &Arc<Self>, stack: &Stack, size: u64) -> Result<u64> {
+    fn grow_raw(&self, stack: &Stack, size: u64) -> Result<u64> {
         if size == self.size() {
             return Ok(size);
         }
@@ -101,29 +120,13 @@ impl Image {
             .set_len(size)
             .and_then(|()| top.file.sync_all())
             .map_err(|e| Error::io(&e, &top.path, "cannot make the file longer"))?;
-        self.swap(&frozen, stack.grown_raw(size));
+        frozen.swap(stack.grown_raw(size));
         self.stamp();
         Ok(size)
     }
 
-    /// A write behind the end of a raw disk that the kernel passes through makes the file longer without a request to
-    /// us: the disk is as long as that from now on. Blocks; not for runners or transport threads.
-    pub fn follow_file(self: &Arc<Self>) -> Result<()> {
-        let _alone = lock(&self.operation);
-        if self.is_closing() {
-            return Err(self.closed_error());
-        }
-        let stack = arc_swap::Guard::into_inner(self.stack());
-        let len = self.host_status().map_err(|e| Error::io(&e, self.path(), "cannot look at the file"))?.len;
-        if stack.bat.is_none() && len > self.size() {
-            let frozen = self.freeze_durably()?;
-            self.swap(&frozen, stack.grown_raw(len));
-        }
-        Ok(())
-    }
-
     /// Step 2: moves every cluster of the top that lies before byte `first` of its file.
-    fn move_out(self: &Arc<Self>, stack: &Stack, first: u64, progress: &Progress) -> Result<()> {
+    fn move_out(&self, stack: &Stack, first: u64, progress: &Progress) -> Result<()> {
         let top = stack.top();
         // What is in the cache only was allocated behind the reserved part, or is found by the look-up below.
         self.flush_now()?;
@@ -147,7 +150,7 @@ impl Image {
         Ok(())
     }
 
-    fn move_cluster(self: &Arc<Self>, cluster: u64, first: u64) -> Result<()> {
+    fn move_cluster(&self, cluster: u64, first: u64) -> Result<()> {
         loop {
             if self.is_closing() {
                 return Err(self.closed_error());
@@ -167,7 +170,7 @@ impl Image {
     }
 
     /// False: the page or a file cluster is missing.
-    fn move_locked(self: &Arc<Self>, stack: &Stack, cluster: u64, first: u64) -> Result<bool> {
+    fn move_locked(&self, stack: &Stack, cluster: u64, first: u64) -> Result<bool> {
         let Some(bat) = &stack.bat else { return Ok(true) };
         let top = stack.top_index();
         if !bat.pin(cluster) {
@@ -202,7 +205,7 @@ impl Image {
     }
 
     /// Step 4.
-    fn prepare_area(self: &Arc<Self>, stack: &Stack, old: &Geometry, new: &Geometry) -> Result<()> {
+    fn prepare_area(&self, stack: &Stack, old: &Geometry, new: &Geometry) -> Result<()> {
         let top = stack.top();
         let io = |e: std::io::Error| Error::io(&e, &top.path, "cannot prepare the longer BAT");
         let (from, to) = (old.bat_end(), new.first);
@@ -225,7 +228,7 @@ impl Image {
     }
 
     /// Makes the last, partial cluster read as zero behind the old end of the disk.
-    fn zero_behind(self: &Arc<Self>, stack: &Stack, last: u64, from: u64) -> Result<()> {
+    fn zero_behind(&self, stack: &Stack, last: u64, from: u64) -> Result<()> {
         let Some(bat) = &stack.bat else { return Ok(()) };
         let place = loop {
             match bat.lookup(last) {

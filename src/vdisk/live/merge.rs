@@ -25,8 +25,9 @@ use crate::format::bat::PAGE_BYTES;
 use crate::format::header::{Geometry, HEADER_BYTES, Header};
 use crate::io::file::{read_full, write_full};
 use crate::progress::Progress;
-use crate::sync::{Arc, Ordering, lock};
+use crate::sync::{Arc, lock};
 use crate::vdisk::mark::close_lower;
+use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::{Stack, TopState};
 use crate::vdisk::{Image, Layout, Level, scan};
 
@@ -80,17 +81,17 @@ impl Image {
         progress: &Progress,
         commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
     ) -> Result<()> {
-        let _alone = self.begin_operation()?;
+        let operating = self.begin_operation()?;
         self.mark_and_wait()?;
         let before = arc_swap::Guard::into_inner(self.stack());
         let (_, lower) = before.top_down().nth(1).expect("a merge has two levels");
         let (Layout::Ploop(header), Some(of)) = (&lower.layout, lower.geometry()) else {
             return Err(Error::at(Kind::Unsupported, &lower.path, "a raw base cannot become the top"));
         };
-        let result = self.flip_levels(&before, lower, header, &of, progress, commit);
+        let result = operating.flip_levels(&before, lower, header, &of, progress, commit);
         // Nothing fails after 6. What was taken away is durable before the file is cut off behind it (R2).
         if result.is_err() && self.failure().is_none() {
-            let closed = self.sync_lower(lower).and_then(|()| close_lower(lower, header));
+            let closed = operating.sync_lower(lower).and_then(|()| close_lower(lower, header));
             if let Err(e) = closed {
                 log::warn!("{e}; its in-use mark stays until the image is opened again");
             }
@@ -98,20 +99,52 @@ impl Image {
         result
     }
 
+    /// Pulls the level below the top up into it and takes it out of the image:
+    /// 1. every cluster that is read from there is copied, and the entries are durable;
+    /// 2. freeze; 3. `commit` takes the level out of the descriptor; 4. swap the stack, thaw.
+    ///
+    /// The caller removes the file afterwards (R8: last). 3 before 1 would lose what was not copied yet.
+    pub fn pull_out(
+        self: &Arc<Self>,
+        progress: &Progress,
+        commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
+    ) -> Result<()> {
+        let operating = self.begin_operation()?;
+        self.mark_and_wait()?;
+        let (index, bytes) = {
+            let stack = self.stack();
+            let (index, lower) = stack.top_down().nth(1).expect("a merge has two levels");
+            let bytes = match lower.geometry() {
+                Some(of) => count(&stack, lower, &of)?.0 * self.cluster,
+                None => self.size(),
+            };
+            (index, bytes)
+        };
+        progress.set_total(bytes);
+        operating.pull_up(index, progress)?; // 1
+        let frozen = operating.freeze_durably()?; // 2
+        let next = self.stack().without(index, &self.engine.budget);
+        operating.commit(commit)?; // 3
+        frozen.swap(next);
+        Ok(()) // 4
+    }
+}
+
+impl Operating<'_> {
     /// All that was taken away from P is durable.
-    fn sync_lower(self: &Arc<Self>, lower: &Level) -> Result<()> {
+    fn sync_lower(&self, lower: &Level) -> Result<()> {
         lower.file.sync_data().map_err(|e| {
             let e = Error::io(&e, &lower.path, "fdatasync failed; the merge cannot go on");
             self.fail(&e);
             e
         })?;
-        self.lower_may_return.store(false, Ordering::SeqCst);
+        self.set_lower_may_return(false);
         Ok(())
     }
 
-    /// The steps of [`flip`](Self::flip).
+    /// The steps of [`flip`](Image::flip).
     fn flip_levels(
-        self: &Arc<Self>,
+        &self,
         before: &Stack,
         lower: &Level,
         header: &Header,
@@ -126,7 +159,7 @@ impl Image {
         let watch = self.flusher.watch_pages();
         self.flush_now()?; // 2
         let durable = || self.sync_data(before);
-        self.lower_may_return.store(true, Ordering::SeqCst);
+        self.set_lower_may_return(true);
         take_away_hidden(before, lower, of, None, durable, |_| ())?; // 3
         self.sync_lower(lower)?;
         let mut found = scan::scan(lower, of)?; // 4
@@ -138,7 +171,7 @@ impl Image {
                 found.free.insert(of.file_cluster(position));
             }
         };
-        self.lower_may_return.store(true, Ordering::SeqCst);
+        self.set_lower_may_return(true);
         take_away_hidden(before, lower, of, Some(&watch.pages()), durable, freed)?;
         self.sync_lower(lower)?;
         let state = TopState::default();
@@ -146,42 +179,12 @@ impl Image {
         let _ = state.allocator.set(self.new_allocator(of, found));
         let next = before.flipped(header, state);
         self.commit(commit)?; // 6
-        let old = self.swap(&frozen, next);
+        let old = frozen.swap(next);
         drop(frozen); // 7
         if let Err(e) = self.unmark(&old, None) {
             log::warn!("{e}; its in-use mark stays until the image is opened again"); // 8
         }
         Ok(())
-    }
-
-    /// Pulls the level below the top up into it and takes it out of the image:
-    /// 1. every cluster that is read from there is copied, and the entries are durable;
-    /// 2. freeze; 3. `commit` takes the level out of the descriptor; 4. swap the stack, thaw.
-    ///
-    /// The caller removes the file afterwards (R8: last). 3 before 1 would lose what was not copied yet.
-    pub fn pull_out(
-        self: &Arc<Self>,
-        progress: &Progress,
-        commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
-    ) -> Result<()> {
-        let _alone = self.begin_operation()?;
-        self.mark_and_wait()?;
-        let (index, bytes) = {
-            let stack = self.stack();
-            let (index, lower) = stack.top_down().nth(1).expect("a merge has two levels");
-            let bytes = match lower.geometry() {
-                Some(of) => count(&stack, lower, &of)?.0 * self.cluster,
-                None => self.size(),
-            };
-            (index, bytes)
-        };
-        progress.set_total(bytes);
-        self.pull_up(index, progress)?; // 1
-        let frozen = self.freeze_durably()?; // 2
-        let next = self.stack().without(index, &self.engine.budget);
-        self.commit(commit)?; // 3
-        self.swap(&frozen, next);
-        Ok(()) // 4
     }
 }
 

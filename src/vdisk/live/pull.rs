@@ -4,11 +4,10 @@
 use crate::error::Result;
 use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
-use crate::sync::Arc;
-use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
 use crate::vdisk::locks::Mode;
+use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
 /// What one attempt at a cluster came to.
@@ -21,10 +20,10 @@ enum Attempt {
     Again,
 }
 
-impl Image {
+impl Operating<'_> {
     /// Copies what is read from level `index` into the top. Blocks; not for runners. The image is marked in use, and
     /// `index` is no longer read from when this returns.
-    pub(in crate::vdisk) fn pull_up(self: &Arc<Self>, index: u16, progress: &Progress) -> Result<()> {
+    pub(in crate::vdisk) fn pull_up(&self, index: u16, progress: &Progress) -> Result<()> {
         let clusters = self.stack().geometry.clusters();
         let mut cluster = 0;
         while cluster < clusters {
@@ -55,7 +54,7 @@ impl Image {
     }
 
     /// The clusters of the page of `first`, from there on, that are read from level `index`.
-    fn read_from(self: &Arc<Self>, first: u64, clusters: u64, index: u16) -> Result<Vec<u64>> {
+    fn read_from(&self, first: u64, clusters: u64, index: u16) -> Result<Vec<u64>> {
         let _inside = self.enter_and_wait()?;
         let stack = self.stack();
         let Some(bat) = &stack.bat else { return Ok(Vec::new()) };
@@ -74,7 +73,7 @@ impl Image {
     }
 
     /// One cluster, in the order of a copy on write (`write`), without a write.
-    fn pull_cluster(self: &Arc<Self>, cluster: u64, index: u16) -> Result<Attempt> {
+    fn pull_cluster(&self, cluster: u64, index: u16) -> Result<Attempt> {
         let visit = self.enter_and_wait()?;
         self.lock_and_wait(cluster);
         let stack = self.stack();
@@ -88,7 +87,7 @@ impl Image {
         Ok(Attempt::Again)
     }
 
-    fn pull_locked(self: &Arc<Self>, stack: &Stack, cluster: u64, index: u16) -> Result<Attempt> {
+    fn pull_locked(&self, stack: &Stack, cluster: u64, index: u16) -> Result<Attempt> {
         let (Some(bat), top) = (&stack.bat, stack.top_index()) else { return Ok(Attempt::Nothing) };
         let from = match bat.lookup_to_allocate(cluster, top) {
             Lookup::Miss => return Ok(Attempt::Again),

@@ -40,11 +40,11 @@ impl Image {
         make: impl FnOnce(TopPlan) -> Result<Level>,
         commit: impl FnOnce() -> std::result::Result<(), Uncommitted>,
     ) -> Result<()> {
-        let _alone = self.begin_operation()?;
+        let operating = self.begin_operation()?;
         if let Some(e) = self.failure() {
             return Err(e);
         }
-        if self.changed.load().is_some() && self.stage() == Stage::Unmarked {
+        if self.operations.changed().is_some() && self.stage() == Stage::Unmarked {
             // What was tracked belongs to the disk: its close writes it into the new top, which is in use for that.
             self.mark_and_wait()?;
         }
@@ -56,7 +56,7 @@ impl Image {
         let Layout::Ploop(header) = &mut level.layout else {
             return Err(Error::at(Kind::Invalid, &level.path, "a raw file cannot be put on top"));
         };
-        let frozen = self.freeze_durably()?; // 2
+        let frozen = operating.freeze_durably()?; // 2
         let stage = self.stage();
         if stage == Stage::Marked && !in_use {
             // The first write came between: the mark is one sector and one sync more in the freeze.
@@ -75,11 +75,11 @@ impl Image {
             Stage::ReadOnly => {}
         }
         let next = self.stack().with_top(level, state, &self.engine.budget)?;
-        self.commit(commit)?; // 3
-        let old = self.swap(&frozen, next);
+        operating.commit(commit)?; // 3
+        let old = frozen.swap(next);
         drop(frozen); // 4
         if stage == Stage::Marked
-            && let Err(e) = self.unmark(&old, None)
+            && let Err(e) = operating.unmark(&old, None)
         {
             // Nothing is lost: all of it was durable at 2, and the next open finishes this.
             log::warn!("{e}; its in-use mark stays until the image is opened again"); // 5

@@ -459,11 +459,11 @@ impl Image {
     /// Reads from other lower levels from now on, with the same content; `levels` is the whole chain, base first, whose
     /// last is our own top.
     fn stand_on(self: &Arc<Self>, mut levels: Vec<crate::vdisk::Level>) -> Result<()> {
-        let _alone = self.begin_operation()?;
+        let operating = self.begin_operation()?;
         levels.pop();
-        let frozen = self.freeze_durably()?;
+        let frozen = operating.freeze_durably()?;
         let next = self.stack().over(levels, &self.engine.budget)?;
-        self.swap(&frozen, next);
+        frozen.swap(next);
         Ok(())
     }
 }
