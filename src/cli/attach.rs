@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::cli::{Outcome, out, served, target};
+use crate::cli::served::{self, InMount};
+use crate::cli::{Outcome, out, target};
 use crate::disk::find;
 use crate::error::{Error, Kind, Result};
 use crate::io::loopdev;
-use crate::io::mounts::{self, Mount};
+use crate::io::mounts::Mount;
 use crate::tree::SNAPSHOTS_NAME;
 use crate::words::quoted;
 
@@ -72,17 +73,13 @@ struct Shown {
 /// The flat file that a mount shows of `image`: `image` itself where it lies on a mount of ours, else looked up in the
 /// mount that serves its folder.
 fn shown_or_snapshot(image: &Path) -> Result<Shown> {
-    if let Ok(found) = image.canonicalize()
-        && let Some(mount) = mounts::covering(&found)?
-        && mount.is_ours()
-    {
-        let mount = mount.trusted()?;
+    if let Some(InMount { path, mount }) = served::in_mount(image)? {
         // The kernel goes on to know its names for a while.
         if let Some(what) = served::of_dead(&mount) {
             return Err(Error::at(Kind::Io, &mount.point, what));
         }
-        let frozen = found.starts_with(mount.point.join(SNAPSHOTS_NAME));
-        return Ok(Shown { path: found, frozen, mount });
+        let frozen = path.starts_with(mount.point.join(SNAPSHOTS_NAME));
+        return Ok(Shown { path, frozen, mount });
     }
     let target = target::find_any(image)?;
     let source = &target.path;

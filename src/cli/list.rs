@@ -126,8 +126,7 @@ fn of_all(all: bool) -> Result<Listing, Error> {
     // A second place of a mount (a bind mount) has the same file system.
     let mut devices = HashSet::new();
     // What another user mounted is no business of ours, and its source may lead where nothing answers.
-    let ours =
-        mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours() && mount.clone().trusted().is_ok());
+    let ours = mounts::all()?.into_iter().rev().filter(|mount| mount.is_ours() && mount.is_trusted());
     let ours: Vec<_> = ours.filter(|mount| devices.insert(mount.device)).collect();
     // All at once: one whose daemon was stopped must not keep the others waiting.
     let asked: Vec<_> = ours.iter().map(|mount| shown_by(mount.clone())).collect();

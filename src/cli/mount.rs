@@ -329,7 +329,7 @@ fn check_places(images: &Path, mountpoint: &Path) -> Result<()> {
 fn clear_dead(mountpoint: &Path) -> Result<()> {
     while let Some(mount) = mounts::at(mountpoint)? {
         if mount.is_ours()
-            && let Err(e) = mount.clone().trusted()
+            && let Err(e) = mount.check_trusted()
         {
             // Whatever else is asked of it may never be answered.
             let what = format!("{e}; to take it away: ploopfs umount --detach {}", quoted(mountpoint));

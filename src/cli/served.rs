@@ -83,7 +83,7 @@ pub fn restarted(restarts: u64, last_pause_ms: u64) -> Option<String> {
 /// mount of a daemon that was stopped has no end. So a mount of another user is never looked at: it may answer never, and
 /// its source may lead anywhere.
 pub fn has_died(mount: &Mount) -> Result<bool> {
-    if !mount.is_ours() || mount.clone().trusted().is_err() {
+    if !mount.is_ours() || !mount.is_trusted() {
         return Ok(false);
     }
     let deadline = Instant::now() + LAST_THREADS;
@@ -154,7 +154,7 @@ fn shows(client: &Client, mount: &Mount) -> bool {
 /// another folder's by now, so it is found by its file system's number.
 pub fn mount_of(client: &Client) -> Result<Option<Mount>> {
     let mut mounts = mounts::all()?;
-    mounts.retain(|mount| mount.is_ours() && shows(client, mount) && mount.clone().trusted().is_ok());
+    mounts.retain(|mount| mount.is_ours() && shows(client, mount) && mount.is_trusted());
     // The number of one that has ended is given to the next.
     mounts.retain(|_| !client.hello().closing);
     // All of it, before a folder of it that was bound elsewhere.
@@ -212,10 +212,19 @@ fn named(dir: &Path, text: &str) -> OsString {
     other.unwrap_or_else(|| text.into())
 }
 
-/// The image behind a flat file that a mount of ours shows, and which snapshot of it; None where `shown` is none.
-pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
-    let found = match shown.canonicalize() {
-        Ok(found) => found,
+/// A path that leads into a mount of ours.
+pub struct InMount {
+    /// Absolute, without links.
+    pub path: PathBuf,
+    /// Made by root or by this user.
+    pub mount: Mount,
+}
+
+/// Where `shown` leads in a mount of ours; None where it leads elsewhere or nowhere. A mount whose daemon died is named, and one
+/// of another user refused.
+pub fn in_mount(shown: &Path) -> Result<Option<InMount>> {
+    let path = match shown.canonicalize() {
+        Ok(path) => path,
         Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
             let absolute = std::path::absolute(shown).unwrap_or_else(|_| shown.to_owned());
             let mount = mounts::covering(&absolute)?;
@@ -224,10 +233,15 @@ pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
         }
         Err(_) => return Ok(None),
     };
-    let Some(mount) = mounts::covering(&found)?.filter(Mount::is_ours) else { return Ok(None) };
-    let mount = mount.trusted()?;
+    let Some(mount) = mounts::covering(&path)?.filter(Mount::is_ours) else { return Ok(None) };
+    Ok(Some(InMount { mount: mount.trusted()?, path }))
+}
+
+/// The image behind a flat file that a mount of ours shows, and which snapshot of it; None where `shown` is none.
+pub fn source_of(shown: &Path) -> Result<Option<(PathBuf, Option<String>)>> {
+    let Some(InMount { path, mount }) = in_mount(shown)? else { return Ok(None) };
     let none = || Error::at(Kind::Invalid, shown, "is no image of this mount");
-    let inside = found.strip_prefix(&mount.point).map_err(|_| none())?;
+    let inside = path.strip_prefix(&mount.point).map_err(|_| none())?;
     // NAME.img, or .snapshots/NAME/LABEL.img. A label is text; the name of an image may be any bytes.
     let (name, snapshot) = match (inside.strip_prefix(SNAPSHOTS_NAME), inside.components().count()) {
         (Ok(rest), 3) => (rest.parent(), rest.file_stem().and_then(OsStr::to_str)),

@@ -45,7 +45,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     if !mount.is_ours() {
         return Err(not_ours(&mount)?.into());
     }
-    let strange = mount.clone().trusted().err();
+    let strange = mount.check_trusted().err();
     if let Some(e) = &strange {
         if !args.detach {
             let what = format!("{e}; to take it away: ploopfs umount --detach {}", quoted(&point));
@@ -80,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         // It would be waited for without an end.
         Err(e) if !args.detach && e.kind() == Kind::Io => return Err(e.with_kind(Kind::InUse).into()),
         // Another user answers in its place, who owns the folder: that must not keep a mount of ours from its end.
-        Err(e) if args.detach || (e.kind() == Kind::Access && mount.clone().trusted().is_ok()) => {
+        Err(e) if args.detach || (e.kind() == Kind::Access && strange.is_none()) => {
             out::say(&e.to_string());
             None
         }

@@ -65,8 +65,13 @@ impl Mount {
     /// True for a FUSE mount that another user made: what is asked there he answers as he likes, and may not answer at all. The
     /// wait for that has no end, and a process that waits cannot even be killed.
     pub fn is_of_another(&self) -> bool {
-        self.kind.as_bytes().starts_with(b"fuse")
-            && self.owner.is_some_and(|owner| owner != 0 && owner != rustix::process::geteuid().as_raw())
+        self.kind.as_bytes().starts_with(b"fuse") && self.owner.is_some() && !self.is_trusted()
+    }
+
+    /// True when root or this user made it. Another user may have named any folder as its source, and shows in it what he
+    /// likes.
+    pub fn is_trusted(&self) -> bool {
+        self.owner.is_some_and(|owner| owner == 0 || owner == rustix::process::geteuid().as_raw())
     }
 
     /// Why nothing is asked there.
@@ -75,21 +80,21 @@ impl Mount {
         format!("is a mount of user{owner}, and not looked at")
     }
 
-    /// The mount itself, unless another user made it, who may have named any folder as its source, and shows in it what
-    /// he likes.
+    /// The mount itself where it [is trusted](Self::is_trusted).
     pub fn trusted(self) -> Result<Mount> {
-        match self.owner {
-            Some(0) => Ok(self),
-            Some(owner) if owner == rustix::process::geteuid().as_raw() => Ok(self),
+        self.check_trusted().map(|()| self)
+    }
+
+    /// Refuses one that is not trusted, and names whose it is.
+    pub fn check_trusted(&self) -> Result<()> {
+        let what = match self.owner {
+            _ if self.is_trusted() => return Ok(()),
             Some(owner) => {
-                let what =
-                    format!("is a mount of user {owner}, who is neither root nor you; {}", as_user(owner));
-                Err(Error::at(Kind::Access, &self.point, what))
+                format!("is a mount of user {owner}, who is neither root nor you; {}", as_user(owner))
             }
-            None => {
-                Err(Error::at(Kind::Access, &self.point, "is a mount, and the kernel does not say whose"))
-            }
-        }
+            None => "is a mount, and the kernel does not say whose".into(),
+        };
+        Err(Error::at(Kind::Access, &self.point, what))
     }
 
     /// Opens a file of this mount, by its path in it, and of nothing else: not of what lies over it now, and through no link.
@@ -201,7 +206,7 @@ pub fn refuse_others(paths: impl IntoIterator<Item = PathBuf>, point: bool) -> R
         }
         match covering_in(&table, &plain) {
             Some(mount) if mount.is_ours() && mount.is_of_another() && (point || mount.point != plain) => {
-                mount.clone().trusted()?;
+                mount.check_trusted()?;
             }
             _ => {}
         }
