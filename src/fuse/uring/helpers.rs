@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::exchange::Exchange;
 use super::memory::HeldEntry;
-use super::serve::{Exchange, Server, Thread};
+use super::serve::{Server, Thread};
 use super::wire;
 use crate::error::Result;
 use crate::io::process::{no_thread, spawn_thread};

@@ -10,7 +10,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::answer;
-use super::serve::{Exchange, Reply};
+use super::exchange::{Exchange, Reply};
 use super::wire::{self, Operation, Request};
 use crate::fuse::ops::{Answer, Done, Held};
 

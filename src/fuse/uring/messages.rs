@@ -5,7 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::device::Device;
-use super::serve::{Exchange, Server, Thread};
+use super::exchange::Exchange;
+use super::serve::{Server, Thread};
 use super::wire::{self, Parts};
 use crate::fuse::MAX_WRITE;
 use crate::fuse::ops::{Answer, Errno};

@@ -15,6 +15,7 @@ mod answer;
 mod carriers;
 mod cpus;
 mod device;
+mod exchange;
 mod helpers;
 mod lent;
 mod memory;

@@ -14,8 +14,8 @@ use io_uring::{IoUring, cqueue, opcode};
 
 use super::cpus::{ADDED, MOST, Queue, grows};
 use super::device::Device;
+use super::exchange::Exchange;
 use super::memory::{Answered, Entries, EntryId, Filling, HeldEntry};
-use super::serve::Exchange;
 use crate::fuse::ops::Ino;
 use crate::io::ring::{begin, bound, look, passing};
 

@@ -3,155 +3,20 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use bytes::Bytes;
-use zerocopy::{Immutable, IntoBytes};
 
-use super::answer::{self, Names, OpenOut};
+use super::answer::{self, OpenOut};
 use super::device::{Device, Registered};
+use super::exchange::{Exchange, Reply};
 use super::lent;
-use super::wire::{self, Operation, Parts, Request};
+use super::wire::{self, Operation, Request};
 use crate::fuse::lanes::{Lanes, WriteOn};
 use crate::fuse::listing;
-use crate::fuse::ops::{Answer, Done, Errno, FileSystem, Handle, Name, Now, OpenFlags, Opened};
+use crate::fuse::ops::{Done, Errno, FileSystem, Handle, Now, OpenFlags, Opened};
 use crate::fuse::text_of;
 use crate::io::backing::Registration;
 use crate::io::buffers;
-use crate::io::planned::Planned;
-
-/// A request and the place of its answer.
-pub(super) trait Exchange: Send + Sync + Sized + 'static {
-    /// The request.
-    fn parts(&self) -> Parts<'_>;
-    /// Room for `len` bytes of an answer; None: there is not so much. The payload of the request may be lost.
-    fn room(&mut self, len: usize) -> Option<&mut [u8]>;
-    /// True when [`fill`](Self::fill) works, on this thread.
-    fn can_fill(&self) -> bool {
-        false
-    }
-    /// Carries a read out and answers with its bytes; where it fails, the request comes again, and cannot be filled. Only
-    /// where [`can_fill`](Self::can_fill) says so.
-    fn fill(self, planned: Planned) {
-        planned.end(false);
-        self.send(Err(Errno(libc::EIO)));
-    }
-    /// True when its memory may be lent to a write that waits for its host.
-    fn may_be_lent(&self) -> bool {
-        true
-    }
-    /// It is lent.
-    fn is_lent(&self) {}
-    /// It is no longer, after that time.
-    fn is_back(&mut self, after: Duration) {
-        let _ = after;
-    }
-    /// Answers: the first bytes of the room, so many, or an errno.
-    fn send(self, outcome: Answer<usize>);
-    /// Ends a request that has no answer.
-    fn forget(self);
-}
-
-/// An answer that is owed: dropped, it is EIO, so that no requester waits for ever.
-pub(super) struct Reply<E: Exchange>(Option<E>);
-
-impl<E: Exchange> Reply<E> {
-    /// Owes the answer to this request.
-    pub(super) fn to(exchange: E) -> Reply<E> {
-        Reply(Some(exchange))
-    }
-
-    /// The request; the answer is owed elsewhere.
-    pub(super) fn into_exchange(mut self) -> Option<E> {
-        self.0.take()
-    }
-
-    fn exchange(&mut self) -> &mut E {
-        self.0.as_mut().expect("taken by the methods that consume self only")
-    }
-
-    fn parts(&self) -> Parts<'_> {
-        self.0.as_ref().expect("taken by the methods that consume self only").parts()
-    }
-
-    fn send(mut self, outcome: Answer<usize>) {
-        if let Some(exchange) = self.0.take() {
-            exchange.send(outcome);
-        }
-    }
-
-    fn forget(mut self) {
-        if let Some(exchange) = self.0.take() {
-            exchange.forget();
-        }
-    }
-
-    fn fill(mut self, planned: Planned) {
-        if let Some(exchange) = self.0.take() {
-            exchange.fill(planned);
-        }
-    }
-
-    fn error(self, errno: i32) {
-        self.send(Err(Errno(errno)));
-    }
-
-    fn empty(self, answer: Answer<()>) {
-        self.send(answer.map(|()| 0));
-    }
-
-    fn bytes(mut self, answer: Answer<impl AsRef<[u8]>>) {
-        let outcome = answer.and_then(|bytes| {
-            let bytes = bytes.as_ref();
-            let room = self.exchange().room(bytes.len()).ok_or(Errno(libc::EIO))?;
-            room.copy_from_slice(bytes);
-            Ok(bytes.len())
-        });
-        self.send(outcome);
-    }
-
-    /// A value for which there is room for `size` bytes; 0 asks how long it is.
-    fn sized(self, answer: Answer<Vec<u8>>, size: u32) {
-        match answer {
-            Ok(value) if size == 0 => self.fields(Ok(value.len()), answer::length),
-            Ok(value) if value.len() > size as usize => self.error(libc::ERANGE),
-            answer => self.bytes(answer),
-        }
-    }
-
-    /// As many names as there is room for.
-    fn names(mut self, answer: Answer<Vec<Name>>, size: usize) {
-        let names = match answer {
-            Ok(names) => names,
-            Err(e) => return self.send(Err(e)),
-        };
-        let Some(room) = self.exchange().room(size) else { return self.error(libc::EINVAL) };
-        let mut out = Names::new(room);
-        for n in &names {
-            if !out.fits(&n.name) {
-                break;
-            }
-            out.add(n);
-        }
-        let used = out.used();
-        self.send(Ok(used));
-    }
-
-    pub(super) fn fields<T, S: IntoBytes + Immutable>(self, answer: Answer<T>, fields: impl FnOnce(T) -> S) {
-        match answer.map(fields) {
-            Ok(fields) => self.bytes(Ok(fields.as_bytes())),
-            Err(e) => self.send(Err(e)),
-        }
-    }
-}
-
-impl<E: Exchange> Drop for Reply<E> {
-    fn drop(&mut self) {
-        if let Some(exchange) = self.0.take() {
-            exchange.send(Err(Errno(libc::EIO)));
-        }
-    }
-}
 
 /// What all threads of a session share.
 pub(super) struct Server {
@@ -391,7 +256,8 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuse::ops::{Attr, Caller, FileKind, Ino, SetAttr, Space, Whence};
+    use crate::fuse::ops::{Answer, Attr, Caller, FileKind, Ino, Name, SetAttr, Space, Whence};
+    use crate::fuse::uring::wire::Parts;
     use std::ffi::OsStr;
     use std::sync::Mutex;
     use std::time::SystemTime;

@@ -15,7 +15,7 @@ use super::{
 use crate::fuse::ops::{Answer, Errno, Ino};
 use crate::fuse::uring::answer::{self, OutHeader};
 use crate::fuse::uring::cpus::to_lend;
-use crate::fuse::uring::serve::Exchange;
+use crate::fuse::uring::exchange::Exchange;
 use crate::fuse::uring::wire::{self, Parts};
 use crate::io::planned::Planned;
 

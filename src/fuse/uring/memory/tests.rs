@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::fuse::ops::Errno;
-use crate::fuse::uring::serve::Exchange;
+use crate::fuse::uring::exchange::Exchange;
 
 fn entries(depth: u32) -> Arc<Entries> {
     Arc::new(Entries::new(7, &[Queue { id: 3, depth }]).expect("memory"))
