@@ -1,33 +1,29 @@
 //! `ploopfs mount`.
 
+mod living;
+mod places;
+
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Parser;
 
-use crate::cli::{Outcome, mount_options, out, served, size, umount};
+use crate::cli::{Outcome, mount_options, out, size};
 use crate::control::client::Client;
 use crate::daemon::keeper::{self, Report};
 use crate::daemon::launch;
 use crate::daemon::settings::{self, Settings};
 use crate::daemon::wire::Note;
-use crate::daemon::{holders, processes};
 use crate::error::{Error, Kind, Result};
 use crate::fuse::uring;
 use crate::image::create::{CreatePlan, create_or_use};
-use crate::io::mounts::{self, Mount};
-use crate::io::process;
-use crate::io::unmount::unmount_this;
-use crate::words::quoted;
+use crate::io::{mounts, process};
+use living::{Attempt, already_served, made_meanwhile};
+use places::{check_free, check_places, clear_dead};
 
-/// How long the start of another command may take that mounts the same at the same time.
-const OTHERS_START: Duration = Duration::from_secs(20);
-/// How long a daemon that is mounted nowhere may take to mount or to end, as one does whose command was killed. One that
-/// something else keeps takes longer.
-const BETWEEN: Duration = Duration::from_secs(2);
 /// How often a start is tried that met another daemon, which was gone a moment later.
 const TRIES: u32 = 4;
 /// Fewest and most transport threads that are chosen by the number of CPUs: one would stop the mount at each
@@ -253,14 +249,6 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// What came of one attempt to mount.
-enum Attempt {
-    /// Done, by this command or another.
-    Over(Outcome),
-    /// By another daemon, which is not there any more.
-    Refused(Error),
-}
-
 fn attempt(settings: &Settings, create: &[Create]) -> anyhow::Result<Attempt> {
     let (images, mountpoint) = (settings.images(), settings.mountpoint());
     clear_dead(mountpoint)?;
@@ -298,143 +286,6 @@ fn folder(path: &Path, doing: &str) -> Result<PathBuf> {
         std::io::ErrorKind::AlreadyExists => Error::at(Kind::Invalid, path, "is not a folder"),
         _ => Error::io(&e, path, doing),
     })
-}
-
-/// A daemon must never need its own mount.
-fn check_places(images: &Path, mountpoint: &Path) -> Result<()> {
-    if mountpoint.starts_with(images) {
-        return Err(Error::at(
-            Kind::Invalid,
-            mountpoint,
-            "lies in the images folder; choose a mount point outside of it",
-        ));
-    }
-    if images.starts_with(mountpoint) {
-        return Err(Error::at(
-            Kind::Invalid,
-            mountpoint,
-            "would hide the images folder; choose another mount point",
-        ));
-    }
-    match mounts::covering(images)? {
-        Some(mount) if mount.is_ours() => {
-            let what = "lies on a ploopfs mount; name the folder that holds the images themselves";
-            Err(Error::at(Kind::Invalid, images, what))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Takes away mounts whose daemon died, and names what still hangs on them.
-fn clear_dead(mountpoint: &Path) -> Result<()> {
-    while let Some(mount) = mounts::at(mountpoint)? {
-        if mount.is_ours()
-            && let Err(e) = mount.check_trusted()
-        {
-            // Whatever else is asked of it may never be answered.
-            let what = format!("{e}; to take it away: ploopfs umount --detach {}", quoted(mountpoint));
-            return Err(Error::new(e.kind(), what));
-        }
-        if !served::has_died(&mount)? {
-            break;
-        }
-        let hanging = holders::of(&mount);
-        // It alone: another command may have taken it away, and mounted here, just now.
-        unmount_this(&mount, true)?;
-        let mut lines =
-            vec![format!("{}: the daemon of the mount here had died; unmounted", mountpoint.display())];
-        lines.extend(
-            hanging
-                .iter()
-                .map(|h| format!("still hanging on the dead mount: {h}; end it with: {}", h.remedy())),
-        );
-        lines.iter().for_each(|line| out::say(line));
-    }
-    Ok(())
-}
-
-/// Two commands mounted the folder at once, and the other was faster: fine where it is the mount that was asked for. It may
-/// still be at it, or end as it was killed. `e`: what this one was refused with.
-fn made_meanwhile(e: Error, images: &Path, mountpoint: &Path) -> anyhow::Result<Attempt> {
-    let deadline = Instant::now() + OTHERS_START;
-    while Instant::now() < deadline {
-        if let Some(client) = Client::find(images)?
-            && is_at(&client, mountpoint)?
-        {
-            return already_served(client, images, mountpoint);
-        }
-        let Some(pair) = processes::serving(images) else { return Ok(Attempt::Refused(e)) };
-        if pair.mountpoint != mountpoint || pair.stopped().is_some() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Err(e.into())
-}
-
-/// True when the daemon's mount is the one at `mountpoint`.
-fn is_at(client: &Client, mountpoint: &Path) -> Result<bool> {
-    let here = mounts::at(mountpoint)?.map(|mount| mount.device);
-    Ok(here.is_some() && here == served::mount_of(client)?.map(|mount| mount.device))
-}
-
-/// A living daemon serves the folder: fine where it is the mount that was asked for.
-fn already_served(mut client: Client, images: &Path, mountpoint: &Path) -> anyhow::Result<Attempt> {
-    let deadline = Instant::now() + BETWEEN;
-    loop {
-        if is_at(&client, mountpoint)? {
-            client.rescan()?;
-            out::remark(&format!("{}: already mounted\n", mountpoint.display()));
-            return Ok(Attempt::Over(Outcome::Done));
-        }
-        let elsewhere = served::mount_of(&client)?.is_some_and(|mount| mount.point != mountpoint);
-        let goes_on = processes::serving(images).is_some_and(|pair| pair.stopped().is_none());
-        if elsewhere || !goes_on || Instant::now() >= deadline {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-        let Some(now) = Client::find(images)? else {
-            let what = "was served by a daemon that has just ended; try again";
-            return Ok(Attempt::Refused(Error::at(Kind::InUse, images, what)));
-        };
-        client = now;
-    }
-    let hello = client.hello();
-    // By the kernel's table: an umount of a place where it is no more would lead nowhere.
-    let shown = served::mount_of(&client)?;
-    let pair = processes::serving(images);
-    let may_be_gone = pair.is_none() && shown.is_none();
-    let why = match (shown, pair) {
-        (Some(mount), _) => {
-            let (point, command) = (mount.point.display(), quoted(&mount.point));
-            format!("is served on {point} by process {}; end that with: ploopfs umount {command}", hello.pid)
-        }
-        (None, Some(pair)) => format!("is mounted nowhere here, but {}", umount::goes_on(&pair)),
-        (None, None) => format!("is served by process {0}; end that with: kill {0}", hello.pid),
-    };
-    let refused = Error::at(Kind::InUse, images, why);
-    if may_be_gone { Ok(Attempt::Refused(refused)) } else { Err(refused.into()) }
-}
-
-/// Another folder's mount is not covered up: its files would be out of reach.
-fn check_free(images: &Path, mountpoint: &Path) -> Result<()> {
-    let Some(mount) = mounts::at(mountpoint)?.filter(Mount::is_ours) else { return Ok(()) };
-    let covers = |folder: &Path| {
-        let what = format!("{} is mounted here already; choose another mount point", folder.display());
-        Err(Error::at(Kind::InUse, mountpoint, what))
-    };
-    // The daemon knows its folder as that is called now; the mount's source may be another folder's path since.
-    if let Some((folder, _)) = served::of_mount(&mount)? {
-        return covers(&folder);
-    }
-    if mount.source != images {
-        return covers(&mount.source);
-    }
-    let what = format!(
-        "is a mount of this folder whose daemon does not answer; end it with: ploopfs umount --detach {}",
-        quoted(mountpoint)
-    );
-    Err(Error::at(Kind::InUse, mountpoint, what))
 }
 
 fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Settings> {

@@ -9,7 +9,7 @@ use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
 use crate::image::chain::AtRest;
 use crate::image::check::{Report, check_level};
-use crate::image::layers::{check_raw_base, other_clusters};
+use crate::image::levels::{check_raw_base, other_clusters};
 
 /// What a check of a layered image finds: every delta by itself, then whether they fit together.
 pub struct Examined {

@@ -3,5 +3,6 @@
 pub mod bat;
 pub mod descriptor;
 pub mod extension;
+mod geometry;
 pub mod header;
 pub mod stream;

@@ -11,7 +11,7 @@ use crate::image::chain::{AtRest, Candidate, Form};
 use crate::image::check::Entry;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
-use crate::image::layers::{check_chain, check_raw_base, other_clusters};
+use crate::image::levels::{check_chain, check_raw_base, other_clusters};
 use crate::image::paths;
 use crate::io::real::{Access, RealFile};
 use crate::sync::Arc;

@@ -15,6 +15,7 @@ pub mod labels;
 pub mod layers;
 pub mod leave_folder;
 pub mod level;
+pub mod levels;
 pub mod make_folder;
 pub mod map;
 pub mod meta;

@@ -3,7 +3,8 @@
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::image::kind::DESCRIPTOR;
-use crate::image::layers::{Layers, disk_size, header_above};
+use crate::image::layers::Layers;
+use crate::image::levels::{disk_size, header_above};
 use crate::image::store::Replaced;
 
 /// Makes the live disk what the snapshot `to` is; the disk keeps its size. The image must not be open: what was

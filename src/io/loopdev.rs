@@ -4,11 +4,14 @@
 //! daemon that serves that file must never call them: it would wait for itself. [`list`] reads sysfs only, which
 //! asks no device, and is safe everywhere.
 
-use std::ffi::{OsStr, OsString};
+mod uapi;
+mod users;
+
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -16,23 +19,15 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
-use super::mounts::{self, Mount};
+use super::mounts::Mount;
 use crate::{Error, Kind, Result};
-
-// linux/loop.h
-const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
-const LOOP_GET_STATUS64: libc::Ioctl = 0x4C05;
-const LOOP_SET_CAPACITY: libc::Ioctl = 0x4C07;
-#[cfg(test)]
-const LOOP_SET_DIRECT_IO: libc::Ioctl = 0x4C08;
-const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
-const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
-// linux/fs.h and linux/blkpg.h
-const BLKPG: libc::Ioctl = 0x1269;
-const BLKPG_DEL_PARTITION: libc::c_int = 2;
-const LO_FLAGS_READ_ONLY: u32 = 1;
-const LO_FLAGS_DIRECT_IO: u32 = 16;
-const LO_NAME_SIZE: usize = 64;
+use uapi::{
+    BLKPG, BLKPG_DEL_PARTITION, LO_FLAGS_DIRECT_IO, LO_FLAGS_READ_ONLY, LO_NAME_SIZE, LOOP_CLR_FD,
+    LOOP_CONFIGURE, LOOP_CTL_GET_FREE, LOOP_GET_STATUS64, LOOP_SET_CAPACITY, LoopConfig, LoopInfo, Partition,
+    PartitionCall,
+};
+pub use users::numbers;
+use users::{holders, openers, parse, partitions};
 
 /// Others may take a free device before we configure it: then the next one is tried, so many times.
 const ATTACH_TRIES: u32 = 64;
@@ -41,71 +36,6 @@ const ATTACH_TRIES: u32 = 64;
 const ANSWER: Duration = Duration::from_secs(2);
 /// How often a device that is going away is looked at.
 const POLL: Duration = Duration::from_millis(10);
-
-/// `struct loop_info64`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct LoopInfo {
-    device: u64,
-    inode: u64,
-    rdevice: u64,
-    offset: u64,
-    size_limit: u64,
-    number: u32,
-    encrypt_type: u32,
-    encrypt_key_size: u32,
-    flags: u32,
-    file_name: [u8; LO_NAME_SIZE],
-    crypt_name: [u8; LO_NAME_SIZE],
-    encrypt_key: [u8; 32],
-    init: [u64; 2],
-}
-
-impl LoopInfo {
-    const ZERO: LoopInfo = LoopInfo {
-        device: 0,
-        inode: 0,
-        rdevice: 0,
-        offset: 0,
-        size_limit: 0,
-        number: 0,
-        encrypt_type: 0,
-        encrypt_key_size: 0,
-        flags: 0,
-        file_name: [0; LO_NAME_SIZE],
-        crypt_name: [0; LO_NAME_SIZE],
-        encrypt_key: [0; 32],
-        init: [0; 2],
-    };
-}
-
-/// `struct loop_config`.
-#[repr(C)]
-struct LoopConfig {
-    fd: u32,
-    block_size: u32,
-    info: LoopInfo,
-    reserved: [u64; 8],
-}
-
-/// `struct blkpg_partition`.
-#[repr(C)]
-struct Partition {
-    start: i64,
-    length: i64,
-    number: libc::c_int,
-    device_name: [u8; 64],
-    volume_name: [u8; 64],
-}
-
-/// `struct blkpg_ioctl_arg`.
-#[repr(C)]
-struct PartitionCall {
-    what: libc::c_int,
-    flags: libc::c_int,
-    length: libc::c_int,
-    partition: *mut Partition,
-}
 
 /// A loop device with a file behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -234,7 +164,9 @@ pub fn set_direct_io(dev: &Path, on: bool) -> Result<()> {
     let set = || -> io::Result<()> {
         let file = OpenOptions::new().read(true).write(true).open(dev).or_else(|_| File::open(dev))?;
         // SAFETY: the descriptor is open; the argument is a number.
-        retry(|| unsafe { libc::ioctl(file.as_raw_fd(), LOOP_SET_DIRECT_IO, libc::c_ulong::from(on)) })?;
+        retry(|| unsafe {
+            libc::ioctl(file.as_raw_fd(), uapi::LOOP_SET_DIRECT_IO, libc::c_ulong::from(on))
+        })?;
         Ok(())
     };
     set().map_err(|e| Error::io(&e, dev, "cannot change direct I/O of this loop device"))
@@ -253,43 +185,7 @@ pub fn update_size(dev: &Path) -> Result<()> {
 
 /// The file systems on a loop device and its partitions that are mounted: of each all its mounts.
 pub fn mounted_on(device: &LoopDevice) -> Result<Vec<Vec<Mount>>> {
-    let mut found: Vec<Vec<Mount>> = Vec::new();
-    for mount in mounts_of(device.number)? {
-        match found.iter_mut().find(|others| others[0].device == mount.device) {
-            Some(others) => others.push(mount),
-            None => found.push(vec![mount]),
-        }
-    }
-    Ok(found)
-}
-
-/// The mounts of a device and of its partitions.
-fn mounts_of(number: u32) -> Result<Vec<Mount>> {
-    let numbers = numbers(number);
-    let mut found = mounts::all()?;
-    found.retain(|mount| {
-        // btrfs shows a device number of its own, so the source is looked at as well.
-        numbers.contains(&mount.device)
-            || (mount.device.0 == 0 && source_number(mount).is_some_and(|source| numbers.contains(&source)))
-    });
-    Ok(found)
-}
-
-/// The number of the device that a mount names as its source.
-fn source_number(mount: &Mount) -> Option<(u32, u32)> {
-    // A network file system names something else there, which is not to be asked for.
-    let meta = mount.source.starts_with("/dev").then(|| fs::metadata(&mount.source).ok()).flatten()?;
-    Some((rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())))
-}
-
-/// The numbers of a device and of its partitions.
-pub fn numbers(number: u32) -> Vec<(u32, u32)> {
-    let read = |place: PathBuf| {
-        let text = fs::read(place.join("dev")).ok()?;
-        let mut halves = text.trim_ascii().split(|b| *b == b':').map(parse);
-        Some((halves.next()??, halves.next()??))
-    };
-    places(number).into_iter().filter_map(read).collect()
+    users::mounted_on(device.number)
 }
 
 /// Takes the file away from a loop device and returns when it is really gone, at most `wait` later.
@@ -416,11 +312,6 @@ fn describe(number: u32) -> Option<LoopDevice> {
     })
 }
 
-/// A number in the kernel's text.
-fn parse<N: std::str::FromStr>(text: &[u8]) -> Option<N> {
-    std::str::from_utf8(text).ok()?.parse().ok()
-}
-
 /// The file behind a device and the kernel's count of its attachments: another process may attach the same number
 /// again while we wait for it to go.
 fn attached_as(number: u32) -> Option<(PathBuf, Vec<u8>)> {
@@ -433,61 +324,6 @@ fn number_of(dev: &Path) -> Result<u32> {
     let name = dev.strip_prefix("/dev").ok().and_then(Path::to_str);
     let number = name.and_then(|name| name.strip_prefix("loop")?.parse().ok());
     number.ok_or_else(|| Error::at(Kind::Invalid, dev, "is not a loop device (/dev/loopN)"))
-}
-
-/// What holds the device for long, in words: mounts, swap, devices on top of it or of its partitions.
-fn holders(number: u32) -> Result<Vec<String>> {
-    let mut held = Vec::new();
-    for place in places(number) {
-        for stacked in fs::read_dir(place.join("holders")).into_iter().flatten().flatten() {
-            held.push(format!("used by /dev/{}", stacked.file_name().display()));
-        }
-    }
-    held.extend(mounts_of(number)?.iter().map(|mount| format!("mounted at {}", mount.point.display())));
-    let swaps = fs::read("/proc/swaps").unwrap_or_default();
-    for line in swaps.split(|b| *b == b'\n').skip(1) {
-        let source = line.split(|b| b.is_ascii_whitespace()).next().unwrap_or_default();
-        if is_device_or_partition(OsStr::from_bytes(source), number) {
-            held.push("used as swap".to_owned());
-        }
-    }
-    Ok(held)
-}
-
-/// The device itself and its partitions in sysfs.
-fn places(number: u32) -> Vec<PathBuf> {
-    let sys = PathBuf::from(format!("/sys/block/loop{number}"));
-    let inside = partitions(number).into_iter().map(|name| sys.join(OsString::from_vec(name)));
-    inside.chain([sys.clone()]).collect()
-}
-
-/// The names of a device's partitions.
-fn partitions(number: u32) -> Vec<Vec<u8>> {
-    let prefix = format!("loop{number}p").into_bytes();
-    let entries = fs::read_dir(format!("/sys/block/loop{number}")).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().into_vec());
-    names.filter(|name| name.starts_with(&prefix)).collect()
-}
-
-fn is_device_or_partition(source: &OsStr, number: u32) -> bool {
-    let rest = source.as_bytes().strip_prefix(format!("/dev/loop{number}").as_bytes());
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"p"))
-}
-
-/// Processes that have the device or a partition of it open, by their links in /proc, which ask no file.
-fn openers(number: u32) -> Vec<String> {
-    let mut found = Vec::new();
-    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let fds = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        let mut links = fds.into_iter().filter_map(|fd| fs::read_link(fd.path()).ok());
-        if links.any(|link| is_device_or_partition(link.as_os_str(), number)) {
-            let name = fs::read(process.path().join("comm")).unwrap_or_default();
-            let pid = process.file_name();
-            let name = String::from_utf8_lossy(name.trim_ascii_end());
-            found.push(format!("open in {name} (pid {})", pid.to_string_lossy()));
-        }
-    }
-    found
 }
 
 fn retry(mut call: impl FnMut() -> libc::c_int) -> io::Result<libc::c_int> {

@@ -2,12 +2,22 @@
 //! from a ring or from /dev/fuse, and the header of INIT for both transports (fuse/handshake). All else of the `fuse`
 //! transport fuser decodes. Nothing here trusts a length: rubbish is [`Malformed`], never a panic.
 
+mod uapi;
+
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::fuse::ops::{Caller, Handle, Ino, SetAttr, Whence};
+use uapi::{
+    BATCH_FORGET, COPY_FILE_RANGE, COPY_FILE_RANGE_64, CREATE, CopyIn, CreateIn, DESTROY, FALLOCATE,
+    FATTR_GID, FATTR_MODE, FATTR_SIZE, FATTR_TIMES, FATTR_UID, FORGET, FSYNC, FSYNCDIR, FallocateIn,
+    ForgetIn, ForgetsIn, GETATTR, GETXATTR, HandleIn, IOCTL, LINK, LISTXATTR, LOOKUP, LSEEK, LseekIn, MKDIR,
+    MKNOD, OPEN, OPENDIR, OpenIn, READ, READDIR, READLINK, RELEASE, RELEASEDIR, RENAME, RENAME2, RMDIR,
+    ReadIn, Rename2In, SETATTR, STATFS, SYMLINK, SetAttrIn, UNLINK, WRITE, XattrIn,
+};
+pub(in crate::fuse) use uapi::{INIT, InHeader};
 
 /// The request is shorter than it says, or says what no kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,177 +214,6 @@ pub struct Weight {
     /// The handle, if it is a write.
     pub writes: Option<Handle>,
 }
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub(in crate::fuse) struct InHeader {
-    pub(in crate::fuse) len: u32,
-    pub(in crate::fuse) opcode: u32,
-    pub(in crate::fuse) unique: u64,
-    pub(in crate::fuse) nodeid: u64,
-    pub(in crate::fuse) uid: u32,
-    pub(in crate::fuse) gid: u32,
-    pub(in crate::fuse) pid: u32,
-    pub(in crate::fuse) total_extlen: u16,
-    pub(in crate::fuse) padding: u16,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct SetAttrIn {
-    valid: u32,
-    _padding: u32,
-    _handle: u64,
-    size: u64,
-    _lock_owner: u64,
-    _times: [u64; 3],
-    _nanoseconds: [u32; 3],
-    mode: u32,
-    _unused: u32,
-    uid: u32,
-    gid: u32,
-    _unused2: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct OpenIn {
-    flags: u32,
-    _open_flags: u32,
-}
-
-/// READ and READDIR; WRITE has the same fields.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct ReadIn {
-    handle: u64,
-    offset: u64,
-    size: u32,
-    _flags: u32,
-    _lock_owner: u64,
-    open_flags: u32,
-    _padding: u32,
-}
-
-/// RELEASE, RELEASEDIR, FSYNC, FSYNCDIR begin with it; RENAME with the folder of the new name.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct HandleIn {
-    handle: u64,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct FallocateIn {
-    handle: u64,
-    offset: u64,
-    length: u64,
-    mode: u32,
-    _padding: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct LseekIn {
-    handle: u64,
-    offset: u64,
-    whence: u32,
-    _padding: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct CreateIn {
-    flags: u32,
-    _mode: u32,
-    _umask: u32,
-    _open_flags: u32,
-}
-
-/// RENAME has the first field only.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct Rename2In {
-    parent: u64,
-    flags: u32,
-    _padding: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct CopyIn {
-    from: u64,
-    from_offset: u64,
-    _to_ino: u64,
-    to: u64,
-    to_offset: u64,
-    len: u64,
-    _flags: u64,
-}
-
-/// GETXATTR and LISTXATTR.
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct XattrIn {
-    size: u32,
-    _padding: u32,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct ForgetIn {
-    count: u64,
-}
-
-#[derive(FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct ForgetsIn {
-    count: u32,
-    _dummy: u32,
-}
-
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
-const READLINK: u32 = 5;
-const SYMLINK: u32 = 6;
-const MKNOD: u32 = 8;
-const MKDIR: u32 = 9;
-const UNLINK: u32 = 10;
-const RMDIR: u32 = 11;
-const RENAME: u32 = 12;
-const LINK: u32 = 13;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const WRITE: u32 = 16;
-const STATFS: u32 = 17;
-const RELEASE: u32 = 18;
-const FSYNC: u32 = 20;
-const GETXATTR: u32 = 22;
-const LISTXATTR: u32 = 23;
-pub(in crate::fuse) const INIT: u32 = 26;
-const OPENDIR: u32 = 27;
-const READDIR: u32 = 28;
-const RELEASEDIR: u32 = 29;
-const FSYNCDIR: u32 = 30;
-const CREATE: u32 = 35;
-const DESTROY: u32 = 38;
-const IOCTL: u32 = 39;
-const BATCH_FORGET: u32 = 42;
-const FALLOCATE: u32 = 43;
-const RENAME2: u32 = 45;
-const LSEEK: u32 = 46;
-const COPY_FILE_RANGE: u32 = 47;
-const COPY_FILE_RANGE_64: u32 = 53;
-
-/// Bits of SETATTR's `valid`: what is to be changed.
-const FATTR_MODE: u32 = 1 << 0;
-const FATTR_UID: u32 = 1 << 1;
-const FATTR_GID: u32 = 1 << 2;
-const FATTR_SIZE: u32 = 1 << 3;
-/// Atime, mtime, both to now, ctime.
-const FATTR_TIMES: u32 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 10;
 
 /// Length of [`InHeader`] in bytes.
 const HEADER: usize = size_of::<InHeader>();

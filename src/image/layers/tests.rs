@@ -1,9 +1,11 @@
 //! Chains of real files: opened, refused, switched, cloned, made into folders.
 
 use super::*;
+use crate::format::header::Version;
 use crate::image::clone::clone;
 use crate::image::create::{CreatePlan, create};
 use crate::image::kind::ImageKind;
+use crate::image::levels::{disk_size, header_above};
 use crate::image::make_folder::make_folder;
 use crate::image::switch::switch;
 use crate::io::file::read_full;
@@ -11,6 +13,7 @@ use crate::io::file::write_full;
 use crate::progress::Progress;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 const MIB: u64 = 1 << 20;
 

@@ -13,6 +13,7 @@ pub mod merge;
 pub mod order;
 mod pull;
 pub mod snapshot;
+mod survey;
 mod work;
 
 pub use judge::judge;

@@ -1,5 +1,7 @@
 //! Requests, whole and broken.
 
+use zerocopy::IntoBytes;
+
 use super::*;
 
 fn message(opcode: u32, rest: &[u8]) -> Vec<u8> {
