@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Guest, Loop, Mount, Run, memory_dir, temp_dir, until};
-use ploopfs::disk::open::Opened;
+use ploopfs::disk::open::OpenDisk;
 use ploopfs::disk::work::carry_out;
 use ploopfs::io::real::Access;
 use ploopfs::progress::Progress;
@@ -71,7 +71,7 @@ impl Folder {
 /// Writes to the image at `path`, at rest.
 #[track_caller]
 fn written(path: &Path, at: u64, bytes: &[u8]) {
-    let opened = Opened::open(path, None, Access::ReadWrite, Options::default()).expect("opens");
+    let opened = OpenDisk::open(path, None, Access::ReadWrite, Options::default()).expect("opens");
     opened.image.make_writable().and_then(|()| opened.image.write_at(at, bytes)).expect("written");
     opened.close().expect("closes");
 }
@@ -240,7 +240,7 @@ fn a_tree_of_two_hundred_checkpoints_can_be_jumped_about_in() {
     let began = Instant::now();
     for n in [150, 3, 199, 59, 0, 120] {
         folder.ok(&["snapshot", "switch", "vm", &name(n)]);
-        let opened = Opened::open(&vm(), None, Access::ReadOnly, Options::default()).expect("opens");
+        let opened = OpenDisk::open(&vm(), None, Access::ReadOnly, Options::default()).expect("opens");
         assert_eq!(*opened.image.read_at(0, 8).expect("read"), (n as u64).to_le_bytes());
         opened.close().expect("closes");
     }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use common::{Folder, HostFs, Mount, Run, read_at, signal, temp_dir, text, until};
-use ploopfs::disk::open::Opened;
+use ploopfs::disk::open::OpenDisk;
 use ploopfs::io::real::Access;
 use ploopfs::vdisk::{Image, Options};
 use rustix::process::Signal;
@@ -29,7 +29,7 @@ fn raw(mib: u64) -> (Folder, Vec<u8>) {
 /// Changes the image at `path`, at rest.
 #[track_caller]
 fn change<T>(path: &Path, change: impl FnOnce(&std::sync::Arc<Image>) -> ploopfs::Result<T>) {
-    let opened = Opened::open(path, None, Access::ReadWrite, Options::default()).expect("opens");
+    let opened = OpenDisk::open(path, None, Access::ReadWrite, Options::default()).expect("opens");
     opened.image.make_writable().and_then(|()| change(&opened.image)).expect("changed");
     opened.close().expect("closes");
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::cli::output::{pipe, stdout};
-use crate::cli::source::Source;
+use crate::cli::source::DiskSource;
 use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, served};
@@ -164,7 +164,7 @@ fn base(target: &Target, name: &str) -> Result<(String, String)> {
 }
 
 fn write(target: &Target, since: Option<(String, String)>, output: Output, pace: Pace) -> Result<()> {
-    let mut source = Source::open(target)?;
+    let mut source = DiskSource::open(target)?;
     let diff = since.as_ref().map(|(guid, _)| source.since(guid)).transpose()?;
     let (base, base_name) = since.unwrap_or_default();
     let cluster = diff.as_ref().map(|diff| diff.cluster).or(source.cluster());

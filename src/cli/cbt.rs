@@ -42,7 +42,7 @@ enum What {
     /// List the ranges that have changed since the tracking began
     ///
     /// Also while the disk is in use: what was written before is listed. Of a disk that is not tracked, everything is.
-    Show(target::Facts),
+    Show(target::FactsArgs),
 }
 
 /// Runs the command.

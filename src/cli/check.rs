@@ -8,7 +8,7 @@ use crate::image::check::check;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    which: target::Facts,
+    which: target::FactsArgs,
     /// Put right what can be put right, and say what is lost
     #[arg(long)]
     repair: bool,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::cli::{Outcome, out};
-use crate::control::client::{Client, Waiting};
+use crate::control::client::{Client, WaitingClient};
 use crate::control::protocol::Closed;
 use crate::daemon::holders::{self, Holder};
 use crate::daemon::processes::{self, Pair};
@@ -33,7 +33,7 @@ pub(super) struct AskedDaemon<'a> {
     mount: &'a Mount,
     /// The folder that it serves, as it is called now.
     folder: PathBuf,
-    waiting: Waiting,
+    waiting: WaitingClient,
     /// Daemon, keeper and standby, held so that their numbers cannot become those of others.
     processes: Vec<(u32, OwnedFd)>,
 }

@@ -4,15 +4,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::cli::output::{self, Pipe};
-use crate::cli::source::{self, Source};
+use crate::cli::source::{self, DiskSource};
 use crate::cli::target::{self, Target};
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, out, served, size};
 use crate::error::{Error, Kind, Result};
 use crate::io::new_file::NewFile;
 use crate::progress::Progress;
-use crate::transfer::device::Device;
-use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::device::BlockDevice;
+use crate::transfer::disk::{FlatDisk, FlatFile};
 use crate::transfer::export;
 use crate::words::quoted;
 
@@ -43,7 +43,7 @@ enum Format {
 /// Where the disk goes.
 enum To {
     New(NewFile),
-    Device(Device),
+    Device(BlockDevice),
     Pipe(Pipe),
 }
 
@@ -61,9 +61,9 @@ impl To {
             raw_only("a pipe")?;
             return Ok(To::Pipe(pipe));
         }
-        if Device::is_at(file) {
+        if BlockDevice::is_at(file) {
             raw_only("a device")?;
-            return Device::open(file, bytes).map(To::Device);
+            return BlockDevice::open(file, bytes).map(To::Device);
         }
         NewFile::begin(file).map(To::New)
     }
@@ -77,7 +77,7 @@ impl To {
         }
     }
 
-    fn write(&mut self, format: Format, disk: &dyn Disk, path: &Path, progress: &Progress) -> Result<()> {
+    fn write(&mut self, format: Format, disk: &dyn FlatDisk, path: &Path, progress: &Progress) -> Result<()> {
         match (self, format) {
             (To::New(file), Format::Raw) => export::raw(disk, file.file(), path, progress),
             (To::New(file), Format::Qcow2) => export::qcow2(disk, file, progress),
@@ -115,7 +115,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
     let named = args.file.extension().is_some_and(|suffix| suffix == "qcow2");
     let format = args.format.unwrap_or(if named { Format::Qcow2 } else { Format::Raw });
     refuse_written(&target)?;
-    let source = Source::open(&target)?;
+    let source = DiskSource::open(&target)?;
     let bytes = source.disk().size();
     let mut to = To::open(&args.file, format, bytes)?;
     let path = args.file.clone();

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::cli::Outcome;
 use crate::error::{Error, Kind, Result};
-use crate::io::freeze::FileSystem;
+use crate::io::freeze::HostFileSystem;
 use crate::io::loopdev::{self, LoopDevice};
 use crate::io::process;
 
@@ -31,7 +31,7 @@ pub fn guard(args: Args) -> anyhow::Result<Outcome> {
     let mut say = std::io::stdout().lock();
     let mut held = HeldFileSystems(Vec::new());
     for pair in args.paths.chunks_exact(2) {
-        let frozen = FileSystem::inherit(&pair[0], &pair[1]).and_then(|fs| fs.freeze().map(|()| fs));
+        let frozen = HostFileSystem::inherit(&pair[0], &pair[1]).and_then(|fs| fs.freeze().map(|()| fs));
         match frozen {
             Ok(fs) => held.0.push(fs),
             Err(e) => {
@@ -53,7 +53,7 @@ pub fn guard(args: Args) -> anyhow::Result<Outcome> {
 }
 
 /// Thaws what is frozen when the guard leaves early.
-struct HeldFileSystems(Vec<FileSystem>);
+struct HeldFileSystems(Vec<HostFileSystem>);
 
 impl Drop for HeldFileSystems {
     fn drop(&mut self) {
@@ -80,23 +80,23 @@ fn input_ends_within(limit: Duration) -> bool {
     }
 }
 
-/// File systems that stay frozen until [`thaw`](Frozen::thaw), the end of this process, or ten seconds are over.
+/// File systems that stay frozen until [`thaw`](FrozenFileSystems::thaw), the end of this process, or ten seconds are over.
 #[derive(Debug)]
-pub struct Frozen {
+pub struct FrozenFileSystems {
     guard: Child,
     says: BufReader<ChildStdout>,
     /// Held open, so that they can be thawed should the guard be killed.
-    file_systems: Vec<FileSystem>,
+    file_systems: Vec<HostFileSystem>,
 }
 
-impl Frozen {
+impl FrozenFileSystems {
     /// Freezes every file system that is mounted from one of `devices`.
-    pub fn new(image: &Path, devices: &[LoopDevice]) -> Result<Frozen> {
+    pub fn new(image: &Path, devices: &[LoopDevice]) -> Result<FrozenFileSystems> {
         let mut file_systems = Vec::new();
         for device in devices {
             let numbers = loopdev::numbers(device.number);
             for mounts in loopdev::mounted_on(device)? {
-                let found = FileSystem::open(&mounts, &numbers).map_err(|e| nothing_done(&e))?;
+                let found = HostFileSystem::open(&mounts, &numbers).map_err(|e| nothing_done(&e))?;
                 file_systems.push(found);
             }
         }
@@ -113,7 +113,7 @@ impl Frozen {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut guard = command.spawn().map_err(|e| failed(&e))?;
         let out = guard.stdout.take().ok_or_else(|| failed(&std::io::ErrorKind::BrokenPipe.into()))?;
-        let mut frozen = Frozen { guard, says: BufReader::new(out), file_systems };
+        let mut frozen = FrozenFileSystems { guard, says: BufReader::new(out), file_systems };
         match &*frozen.line() {
             "frozen" => Ok(frozen),
             "" => Err(Error::at(Kind::Io, image, "the guard that freezes and thaws died; nothing was done")),
@@ -135,7 +135,7 @@ impl Frozen {
     }
 }
 
-impl Drop for Frozen {
+impl Drop for FrozenFileSystems {
     fn drop(&mut self) {
         drop(self.guard.stdin.take());
         let ended = self.guard.wait();

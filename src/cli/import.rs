@@ -9,9 +9,9 @@ use crate::cli::{Outcome, clone, input, out, restore, size, source};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::SECTOR;
 use crate::image::create::{CreatePlan, DEFAULT_CLUSTER, Draft, template_cluster};
-use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::disk::{FlatDisk, FlatFile};
 use crate::transfer::foreign::Foreign;
-use crate::transfer::layers::{self, Link};
+use crate::transfer::layers::{self, ChainLink};
 use crate::transfer::qemu::Reach;
 use crate::transfer::{import, known, qemu};
 
@@ -218,7 +218,12 @@ fn filled_up(bytes: u64) -> Option<String> {
 }
 
 /// With the files on which it stands as snapshots.
-fn layered(args: Args, chain: Vec<Link>, to: PathBuf, mut notes: Vec<String>) -> anyhow::Result<Outcome> {
+fn layered(
+    args: Args,
+    chain: Vec<ChainLink>,
+    to: PathBuf,
+    mut notes: Vec<String>,
+) -> anyhow::Result<Outcome> {
     let to = restore::folder_name(to);
     if to.extension().is_some_and(|suffix| suffix == "raw") {
         let what = "a raw image has no snapshots; give a name without .raw, or leave --layers out";
@@ -247,7 +252,7 @@ fn say(path: &Path, bytes: u64, notes: Vec<String>) -> anyhow::Result<Outcome> {
 }
 
 /// What a person should know, beyond what was made.
-fn notes(args: &Args, chain: &[Link]) -> Vec<String> {
+fn notes(args: &Args, chain: &[ChainLink]) -> Vec<String> {
     let mut notes = Vec::new();
     if args.layers && chain.len() < 2 {
         notes.push(format!("no snapshots: {} stands on no other file", args.file.display()));
@@ -259,7 +264,7 @@ fn notes(args: &Args, chain: &[Link]) -> Vec<String> {
     notes
 }
 
-fn alone(args: &Args, format: Format) -> Result<Link> {
+fn alone(args: &Args, format: Format) -> Result<ChainLink> {
     let info = qemu::info(&args.file, format.as_str())?;
     if let Some(other) = info.other().filter(|_| !args.with_backing) {
         let layers = if info.backing.is_some() { "; --layers keeps it as a snapshot" } else { "" };
@@ -269,7 +274,7 @@ fn alone(args: &Args, format: Format) -> Result<Link> {
         );
         return Err(Error::at(Kind::NotPermitted, &args.file, what));
     }
-    Ok(Link { path: args.file.clone(), format: format.as_str().to_owned(), info })
+    Ok(ChainLink { path: args.file.clone(), format: format.as_str().to_owned(), info })
 }
 
 /// What is about to be taken for plain bytes must not look like something else: cloud images are qcow2 and end in .img.

@@ -22,7 +22,7 @@ use crate::words::quoted;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    which: target::Facts,
+    which: target::FactsArgs,
 }
 
 /// What stands for a daemon's lines where no daemon serves the image.

@@ -151,12 +151,12 @@ enum Transport {
     Uring,
 }
 
-impl From<Transport> for settings::Transport {
-    fn from(transport: Transport) -> settings::Transport {
+impl From<Transport> for settings::WantedTransport {
+    fn from(transport: Transport) -> settings::WantedTransport {
         match transport {
-            Transport::Auto => settings::Transport::Auto,
-            Transport::Fuse => settings::Transport::Fuse,
-            Transport::Uring => settings::Transport::Uring,
+            Transport::Auto => settings::WantedTransport::Auto,
+            Transport::Fuse => settings::WantedTransport::Fuse,
+            Transport::Uring => settings::WantedTransport::Uring,
         }
     }
 }

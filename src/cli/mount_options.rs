@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 
-use crate::fuse::mount::Asked;
+use crate::fuse::mount::AskedOptions;
 
 /// Options of mount(8) that say nothing to us: they are about when and by whom to mount, or are what a mount of ours is
 /// anyway (there is nothing in it to execute, no device, and no time of access), or what the kernel has no more (mand). With
@@ -99,12 +99,12 @@ pub(super) fn spell_out(options: &[String]) -> Vec<OsString> {
 }
 
 /// What the kernel is asked for behind `-o`; of two that contradict each other the last counts.
-pub(super) fn asked(options: &[String]) -> Asked {
+pub(super) fn asked(options: &[String]) -> AskedOptions {
     let last = |yes: &str, no: &str| {
         all_words(options).filter(|word| *word == yes || *word == no).last() == Some(yes)
     };
     let labels = all_words(options).filter(|word| LABELS.contains(&name_in(word)));
-    Asked {
+    AskedOptions {
         sync: last("sync", "async"),
         dirsync: all_words(options).any(|word| word == "dirsync"),
         nosymfollow: last("nosymfollow", "symfollow"),
@@ -125,6 +125,6 @@ mod tests {
     fn what_the_kernel_carries_out_is_passed_on_to_it() {
         let options = ["sync,nosymfollow", r#"context="u:r:t:s0:c1,c2",symfollow,noexec"#].map(str::to_owned);
         let labels = vec![r#"context="u:r:t:s0:c1,c2""#.to_owned()];
-        assert_eq!(asked(&options), Asked { sync: true, labels, ..Asked::default() });
+        assert_eq!(asked(&options), AskedOptions { sync: true, labels, ..AskedOptions::default() });
     }
 }

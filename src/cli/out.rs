@@ -74,12 +74,12 @@ pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
 }
 
 /// Standard output for what comes in many pieces. A reader that went away ends it, and is no failure.
-pub struct Stream(Option<BufWriter<StdoutLock<'static>>>);
+pub struct OutStream(Option<BufWriter<StdoutLock<'static>>>);
 
-impl Stream {
+impl OutStream {
     /// Locks standard output.
-    pub fn lock() -> Stream {
-        Stream(Some(BufWriter::new(io::stdout().lock())))
+    pub fn lock() -> OutStream {
+        OutStream(Some(BufWriter::new(io::stdout().lock())))
     }
 
     /// Writes `text`; false: the reader has gone.

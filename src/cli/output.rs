@@ -11,7 +11,7 @@ use rustix::fs::{OFlags, SeekFrom};
 use crate::cli::out;
 use crate::error::{Error, Kind, Result};
 use crate::progress::Progress;
-use crate::transfer::disk::Disk;
+use crate::transfer::disk::FlatDisk;
 use crate::transfer::export;
 
 /// How standard output is called in messages.
@@ -70,7 +70,7 @@ impl Pipe {
     }
 
     /// Writes the bytes of `disk`. Where it is a new file (`> FILE`), what is zero stays a hole.
-    pub(super) fn write_disk(&mut self, disk: &dyn Disk, progress: &Progress) -> Result<()> {
+    pub(super) fn write_disk(&mut self, disk: &dyn FlatDisk, progress: &Progress) -> Result<()> {
         match self.is_new_file() {
             true => export::raw(disk, &self.file, &self.name, progress),
             false => export::pipe(disk, &mut self.file, &self.name, progress),

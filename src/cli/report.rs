@@ -7,10 +7,10 @@ use serde_json::json;
 use crate::cli::{out, size};
 use crate::disk::examine::Examined;
 use crate::format::header::SECTOR;
-use crate::image::check::Report;
+use crate::image::check::CheckReport;
 
 /// A report in JSON.
-pub fn to_json(report: &Report) -> serde_json::Value {
+pub fn to_json(report: &CheckReport) -> serde_json::Value {
     let findings: Vec<_> = report
         .findings
         .iter()
@@ -40,7 +40,7 @@ pub fn to_json(report: &Report) -> serde_json::Value {
 }
 
 /// A report in words.
-pub fn to_text(report: &Report) -> String {
+pub fn to_text(report: &CheckReport) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     let mut line = |what: std::fmt::Arguments| {
@@ -86,7 +86,8 @@ pub fn to_text(report: &Report) -> String {
 /// A report of a layered image in JSON.
 pub fn layered_json(examined: &Examined) -> serde_json::Value {
     let top = examined.image.descriptor().top;
-    let sum = |of: fn(&Report) -> u64| examined.reports.iter().map(|(_, report)| of(report)).sum::<u64>();
+    let sum =
+        |of: fn(&CheckReport) -> u64| examined.reports.iter().map(|(_, report)| of(report)).sum::<u64>();
     let deltas: Vec<_> = examined.reports.iter().map(|(_, report)| to_json(report)).collect();
     json!({
         "path": examined.image.folder().to_string_lossy(),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::cli::freeze::Frozen;
+use crate::cli::freeze::FrozenFileSystems;
 use crate::cli::made::Made;
 use crate::cli::work::{self, Pace};
 use crate::cli::{Outcome, attach, out, served, size, target};
@@ -51,7 +51,7 @@ enum What {
     /// those it stands on. One that is deleted stays until its data is merged.
     List {
         #[command(flatten)]
-        which: target::Facts,
+        which: target::FactsArgs,
     },
     /// Delete a snapshot; every other one, and the disk, keep their content
     ///
@@ -183,14 +183,14 @@ pub fn say(done: &Done) -> anyhow::Result<()> {
 fn create(path: &Path, name: Option<String>, freeze: bool) -> Result<String> {
     let frozen = if freeze {
         let shown = attach::shown(path)?;
-        Some(Frozen::new(path, &loopdev::over(&shown)?)?)
+        Some(FrozenFileSystems::new(path, &loopdev::over(&shown)?)?)
     } else {
         None
     };
     let work = Work::Snapshot { label: name };
     let done = work::carry_out(path, &work, Pace { rate: None });
     // Thawed before anything is said, whatever came of it.
-    let in_time = frozen.is_none_or(Frozen::thaw);
+    let in_time = frozen.is_none_or(FrozenFileSystems::thaw);
     let name = done?.name.unwrap_or_default();
     if !in_time {
         let what = format!(

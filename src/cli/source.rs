@@ -9,10 +9,10 @@ use crate::disk::content::{Content, line};
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::image::diff::Diff;
-use crate::transfer::disk::{Disk, FlatFile};
+use crate::transfer::disk::{FlatDisk, FlatFile};
 
 /// An opened image or snapshot. As long as it is open, nothing takes the snapshot away.
-pub enum Source {
+pub enum DiskSource {
     /// What the daemon shows of it.
     Live {
         /// The line to the daemon.
@@ -28,59 +28,59 @@ pub enum Source {
     AtRest(Content),
 }
 
-impl Source {
+impl DiskSource {
     /// Opens what was named.
-    pub fn open(target: &Target) -> Result<Source> {
+    pub fn open(target: &Target) -> Result<DiskSource> {
         match served::serving(&target.path)? {
             Some((daemon, image)) => live(target, daemon, image.name),
-            None => Content::open(target).map(Source::AtRest),
+            None => Content::open(target).map(DiskSource::AtRest),
         }
     }
 
     /// Which one: the line of `snapshot list`.
     pub fn line(&self) -> &SnapshotLine {
         match self {
-            Source::Live { line, .. } => line,
-            Source::AtRest(content) => &content.line,
+            DiskSource::Live { line, .. } => line,
+            DiskSource::AtRest(content) => &content.line,
         }
     }
 
     /// Cluster size in bytes; None: not known.
     pub fn cluster(&self) -> Option<u64> {
         match self {
-            Source::Live { .. } => None,
-            Source::AtRest(content) => content.cluster,
+            DiskSource::Live { .. } => None,
+            DiskSource::AtRest(content) => content.cluster,
         }
     }
 
     /// Its content.
-    pub fn disk(&self) -> &dyn Disk {
+    pub fn disk(&self) -> &dyn FlatDisk {
         match self {
-            Source::Live { file, .. } => file,
-            Source::AtRest(content) => content.image(),
+            DiskSource::Live { file, .. } => file,
+            DiskSource::AtRest(content) => content.image(),
         }
     }
 
     /// The flat file that shows it; None: no daemon serves it.
     pub fn shown(&self) -> Option<&FlatFile> {
         match self {
-            Source::Live { file, .. } => Some(file),
-            Source::AtRest(_) => None,
+            DiskSource::Live { file, .. } => Some(file),
+            DiskSource::AtRest(_) => None,
         }
     }
 
     /// What differs between an older snapshot (label or GUID) and this one.
     pub fn since(&mut self, from: &str) -> Result<Diff> {
         match self {
-            Source::Live { daemon, image, line, .. } => {
+            DiskSource::Live { daemon, image, line, .. } => {
                 Diff::whole(|start| daemon.client.diff(image, from, Some(&line.guid), start))
             }
-            Source::AtRest(content) => content.since(from),
+            DiskSource::AtRest(content) => content.since(from),
         }
     }
 }
 
-fn live(target: &Target, mut daemon: Daemon, image: String) -> Result<Source> {
+fn live(target: &Target, mut daemon: Daemon, image: String) -> Result<DiskSource> {
     let found = line(target, daemon.client.snapshots(&image)?)?;
     let file = daemon.open_shown(&image, (!found.current).then_some(&*found.name))?;
     // Now it stays: what was opened must be what was looked up.
@@ -88,7 +88,7 @@ fn live(target: &Target, mut daemon: Daemon, image: String) -> Result<Source> {
         let what = "was replaced by another snapshot of that name just now; try again";
         return Err(Error::at(Kind::Busy, file.path(), what));
     }
-    Ok(Source::Live { daemon: Box::new(daemon), image, line: found, file })
+    Ok(DiskSource::Live { daemon: Box::new(daemon), image, line: found, file })
 }
 
 /// Shows what was just made in the images folder around `path` in its mount, before we return and not 2 s later.

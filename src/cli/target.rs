@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 
 /// Arguments of the commands that print facts about one image.
 #[derive(Debug, clap::Args)]
-pub struct Facts {
+pub struct FactsArgs {
     /// The image
     #[arg(value_name = "IMAGE")]
     pub image: PathBuf,

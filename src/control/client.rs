@@ -149,11 +149,11 @@ impl Client {
         }
     }
 
-    /// Asks how it will have ended; [`Waiting::end`] then waits for the answer.
-    pub fn wait(mut self) -> Result<Waiting> {
+    /// Asks how it will have ended; [`WaitingClient::end`] then waits for the answer.
+    pub fn wait(mut self) -> Result<WaitingClient> {
         self.bound(None)?;
         self.send(Op::Wait)?;
-        Ok(Waiting(self))
+        Ok(WaitingClient(self))
     }
 
     /// Bounds the wait for every answer, and for a place to put a request; None: for ever.
@@ -272,9 +272,9 @@ fn kind_of(answer: &Answer) -> Kind {
 
 /// A daemon that was asked to report its end.
 #[derive(Debug)]
-pub struct Waiting(Client);
+pub struct WaitingClient(Client);
 
-impl Waiting {
+impl WaitingClient {
     /// True when there is an answer, or the daemon hung up, within `limit`.
     pub fn is_over(&self, limit: Duration) -> bool {
         let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };

@@ -31,18 +31,18 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What the daemon does with requests. Called from the threads of the clients, so it may block.
 pub trait Service: Send + Sync + 'static {
     /// Carries out `op` for `caller`.
-    fn serve(&self, op: Op, caller: &dyn Caller) -> Answer;
+    fn serve(&self, op: Op, caller: &dyn Peer) -> Answer;
 }
 
 /// The client that asked, for requests that take their time.
-pub trait Caller {
+pub trait Peer {
     /// True when the client hung up.
     fn gone(&self) -> bool;
     /// Reports how far the work has come. That it does not listen is noticed by [`gone`](Self::gone).
     fn report(&self, progress: Amount);
 }
 
-impl Caller for &UnixStream {
+impl Peer for &UnixStream {
     fn gone(&self) -> bool {
         hung_up(self)
     }
@@ -63,19 +63,19 @@ impl Caller for &UnixStream {
 
 /// A bound socket on which no client is answered yet. Binding belongs before the first thread, serving behind it.
 #[derive(Debug)]
-pub struct Server {
+pub struct ControlServer {
     listener: UnixListener,
 }
 
-impl Server {
+impl ControlServer {
     /// Binds the socket of `place`, or goes on with that of a daemon before, on which clients wait already. The caller holds
     /// the folder's lock: what lies there is a dead daemon's.
-    pub fn bind(place: &ControlPlace, heirs: &Heirs) -> Result<Server> {
+    pub fn bind(place: &ControlPlace, heirs: &Heirs) -> Result<ControlServer> {
         let fail = |e: &io::Error| Error::io(e, place.path(SOCKET), "cannot bind the control socket");
         if let Some(socket) = heirs.take_fixture(Fixture::Socket) {
             // Again: clients ask the kernel who answers, and that is the process which listened last.
             rustix::net::listen(&socket, MAX_WAITING).map_err(|e| fail(&e.into()))?;
-            return Ok(Server { listener: UnixListener::from(socket) });
+            return Ok(ControlServer { listener: UnixListener::from(socket) });
         }
         match rustix::fs::unlinkat(place, SOCKET, AtFlags::empty()) {
             Err(e) if e != Errno::NOENT => return Err(fail(&e.into())),
@@ -87,7 +87,7 @@ impl Server {
         let own = format!("/proc/self/fd/{}", socket.as_raw_fd());
         std::fs::set_permissions(own, std::fs::Permissions::from_mode(0o600)).map_err(|e| fail(&e))?;
         heirs.keep_fixture(Fixture::Socket, &listener);
-        Ok(Server { listener })
+        Ok(ControlServer { listener })
     }
 
     /// Answers clients from now on, on threads of its own, until the process ends.

@@ -30,13 +30,13 @@ const MAX_NAME: usize = 255;
 /// The longest reason, in bytes: two paths and a sentence. An environment has an end.
 const MAX_REASON: usize = 16 << 10;
 
-impl From<vdisk::Event> for Event {
-    fn from(event: vdisk::Event) -> Event {
+impl From<vdisk::ImageEvent> for Event {
+    fn from(event: vdisk::ImageEvent) -> Event {
         let (image, what) = match event {
-            vdisk::Event::LowWater { image, free, total } => (image, What::LowWater { free, total }),
-            vdisk::Event::Full { image } => (image, What::Full),
-            vdisk::Event::Space { image } => (image, What::Space),
-            vdisk::Event::ReadOnly { image, reason } => (image, What::ReadOnly { reason }),
+            vdisk::ImageEvent::LowWater { image, free, total } => (image, What::LowWater { free, total }),
+            vdisk::ImageEvent::Full { image } => (image, What::Full),
+            vdisk::ImageEvent::Space { image } => (image, What::Space),
+            vdisk::ImageEvent::ReadOnly { image, reason } => (image, What::ReadOnly { reason }),
         };
         Event { image, what }
     }

@@ -24,7 +24,7 @@ const STOPPED: Duration = Duration::from_secs(20);
 
 /// How a mount began.
 #[derive(Clone, Debug)]
-pub struct Begun {
+pub struct Launched {
     /// What was refused by the system, one sentence each.
     pub notes: Vec<String>,
 }
@@ -33,7 +33,7 @@ pub struct Begun {
 ///
 /// Neither of them may run (stopped, or its folder or its mount point hangs), so `say` hears what is waited for, and there is
 /// an end to it. A keeper that no command waits for any more ends its daemon.
-pub fn launch(settings: &Settings, say: &mut dyn FnMut(&str)) -> Result<Begun> {
+pub fn launch(settings: &Settings, say: &mut dyn FnMut(&str)) -> Result<Launched> {
     let failed =
         |e: &io::Error| Error::at(Kind::Io, settings.mountpoint(), format!("cannot start the daemon: {e}"));
     let before = OwnMount::before(settings);
@@ -65,7 +65,7 @@ pub fn launch(settings: &Settings, say: &mut dyn FnMut(&str)) -> Result<Begun> {
         }
     };
     match said {
-        Ok(Some(Note::Ready { notes })) => Ok(Begun { notes }),
+        Ok(Some(Note::Ready { notes })) => Ok(Launched { notes }),
         Ok(Some(Note::Failed { text, status })) => Err(wire::reported(text, status)),
         other => {
             // It was killed, and its standby is gone, too; what it kept ends without it.

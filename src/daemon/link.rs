@@ -133,7 +133,7 @@ impl Link {
     }
 
     /// What the engine calls with its events; never blocks.
-    pub(super) fn listener(&self) -> Box<dyn Fn(crate::vdisk::Event) + Send + Sync> {
+    pub(super) fn listener(&self) -> Box<dyn Fn(crate::vdisk::ImageEvent) + Send + Sync> {
         let notes = self.notes.0.clone();
         Box::new(move |event| {
             let event = Event::from(event);

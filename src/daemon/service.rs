@@ -8,7 +8,7 @@ use super::stop::Ending;
 use super::works::Works;
 use crate::control::protocol::content::SnapshotAnswer;
 use crate::control::protocol::{Answer, Hello, ImageLine, Op};
-use crate::control::server::{Caller, Service};
+use crate::control::server::{Peer, Service};
 use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
@@ -19,7 +19,7 @@ use crate::vdisk::live::Work;
 
 /// What distinguishes this daemon and its mount from others.
 #[derive(Clone, Debug)]
-pub(super) struct Identity {
+pub(super) struct DaemonIdentity {
     /// Process id of the keeper: our parent when we started.
     pub keeper: u32,
     /// Of the mount's file system.
@@ -33,7 +33,7 @@ pub(super) struct Desk {
     settings: Settings,
     folder: Arc<Folder>,
     ending: Arc<Ending>,
-    identity: Identity,
+    identity: DaemonIdentity,
     sandbox: Sandbox,
     transport: Transport,
     works: Works,
@@ -45,7 +45,7 @@ impl Desk {
         settings: Settings,
         folder: Arc<Folder>,
         ending: Arc<Ending>,
-        identity: Identity,
+        identity: DaemonIdentity,
         sandbox: Sandbox,
         transport: Transport,
     ) -> Desk {
@@ -122,7 +122,7 @@ impl Desk {
 }
 
 impl Service for Desk {
-    fn serve(&self, op: Op, caller: &dyn Caller) -> Answer {
+    fn serve(&self, op: Op, caller: &dyn Peer) -> Answer {
         match op {
             Op::Hello => Answer { hello: Some(self.hello()), ..Answer::done() },
             Op::List => Answer { images: Some(self.images()), ..Answer::done() },

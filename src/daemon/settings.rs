@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fuse::mount::{self, Asked};
+use crate::fuse::mount::{self, AskedOptions};
 use crate::ledger::Sizes;
 use crate::vdisk::bat::page::Page;
 use crate::vdisk::{OnFull, Options};
@@ -26,7 +26,7 @@ const RESENDS: (u32, u32) = (6, 10);
 
 /// How requests of the kernel arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Transport {
+pub enum WantedTransport {
     /// The best one that works here.
     Auto,
     /// /dev/fuse.
@@ -49,7 +49,7 @@ pub struct Settings {
     /// Users other than an ordinary one who mounts may come in; root's mounts are open to all by themselves.
     pub allow_other: bool,
     /// What was asked of mount(8).
-    pub asked: Asked,
+    pub asked: AskedOptions,
     /// Descriptors may name deltas outside of the images folder.
     pub allow_outside: bool,
     /// Deltas are read and written past the host's page cache.
@@ -61,7 +61,7 @@ pub struct Settings {
     /// The daemon confines itself.
     pub sandbox: bool,
     /// How requests arrive.
-    pub transport: Transport,
+    pub transport: WantedTransport,
     /// Transport threads.
     pub threads: usize,
     /// Runner threads.
@@ -116,7 +116,7 @@ impl Settings {
 
     /// Why a successor could not go on with a mount of these settings on the kernel `release`, where that was asked for.
     pub fn judge_restart(&mut self, release: &str) {
-        let why = if self.manage || self.passthrough || self.transport == Transport::Uring {
+        let why = if self.manage || self.passthrough || self.transport == WantedTransport::Uring {
             "what --manage, --passthrough or --transport uring does could not be gone on with".to_owned()
         } else if version(release).is_some_and(|version| version >= RESENDS) {
             return;
@@ -135,8 +135,8 @@ impl Settings {
     }
 
     /// The options of the mount, as the kernel takes them.
-    pub fn mount_options(&self) -> mount::Options {
-        mount::Options {
+    pub fn mount_options(&self) -> mount::MountOptions {
+        mount::MountOptions {
             source: self.images.clone(),
             allow_other: self.lets_others_in(),
             read_only: self.read_only,

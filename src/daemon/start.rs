@@ -13,12 +13,12 @@ use super::keeping::ToKeeper;
 use super::link::{self, FromKeeper, Link};
 use super::log;
 use super::sandbox::{self, Borders};
-use super::service::{Desk, Identity};
+use super::service::{DaemonIdentity, Desk};
 use super::settings::{self, BACKGROUND, Settings};
 use super::stop::Ending;
 use super::wire::{self, Note};
 use crate::control::place::ControlPlace;
-use crate::control::server::Server;
+use crate::control::server::ControlServer;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, FolderOptions};
 use crate::fuse::session::{self, Connection, Transport};
@@ -130,7 +130,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     let ledger_kept = ledger.is_some();
     let folder = Folder::open_at(dir, settings.images(), &engine, options)?;
 
-    let server = Server::bind(&place, &heirs)?;
+    let server = ControlServer::bind(&place, &heirs)?;
 
     let root = rustix::process::geteuid().is_root();
     let mut device = None;
@@ -233,7 +233,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
         // Before anything of the folder is changed: what an operation has left is finished behind it, by the watch.
         tree.restore()?;
     }
-    let place = Identity { keeper, device, restarts };
+    let place = DaemonIdentity { keeper, device, restarts };
     let desk = Desk::new(settings.clone(), folder.clone(), ending.clone(), place, active, transport);
     let clients = server.start(Arc::new(desk))?;
     let started = folder.start_watch();
@@ -280,11 +280,11 @@ fn faults(spec: &str) -> Result<crate::folder::Wrap> {
 }
 
 /// The transport to use; why not the better one, where that was for us to choose.
-fn transport(wanted: settings::Transport) -> Result<(Transport, Option<Error>)> {
+fn transport(wanted: settings::WantedTransport) -> Result<(Transport, Option<Error>)> {
     match wanted {
-        settings::Transport::Auto => Ok(Transport::best()),
-        settings::Transport::Fuse => Ok((Transport::Fuse, None)),
-        settings::Transport::Uring => uring::available().map(|()| (Transport::Uring, None)),
+        settings::WantedTransport::Auto => Ok(Transport::best()),
+        settings::WantedTransport::Fuse => Ok((Transport::Fuse, None)),
+        settings::WantedTransport::Uring => uring::available().map(|()| (Transport::Uring, None)),
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, bounded};
 
 use crate::control::protocol::Amount;
-use crate::control::server::Caller;
+use crate::control::server::Peer;
 use crate::error::{Error, Kind, Result};
 use crate::folder::Folder;
 use crate::io::process::spawn_detached;
@@ -64,7 +64,7 @@ impl Works {
         name: &str,
         work: Work,
         rate: Option<u64>,
-        caller: &dyn Caller,
+        caller: &dyn Peer,
     ) -> Option<Result<Done>> {
         let progress = Arc::new(Progress::with_rate(rate));
         let running = match self.begin(name, &progress) {
@@ -150,7 +150,7 @@ mod tests {
         stays: bool,
     }
 
-    impl Caller for Client {
+    impl Peer for Client {
         fn gone(&self) -> bool {
             !self.stays && self.heard.load(Ordering::Relaxed) > 0
         }

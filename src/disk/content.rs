@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::disk::find::{Target, is_layered};
-use crate::disk::open::{Opened, no_snapshot};
+use crate::disk::open::{OpenDisk, no_snapshot};
 use crate::disk::snapshots::{self, SnapshotLine};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::SECTOR;
@@ -23,14 +23,14 @@ pub struct Content {
     pub line: SnapshotLine,
     /// Cluster size in bytes; None: a raw file has none.
     pub cluster: Option<u64>,
-    opened: Opened,
+    opened: OpenDisk,
 }
 
 impl Content {
     /// Opens what was named.
     pub fn open(target: &Target) -> Result<Content> {
         let path = &target.path;
-        let opened = Opened::open(path, target.snapshot.as_deref(), Access::ReadOnly, Options::default())?;
+        let opened = OpenDisk::open(path, target.snapshot.as_deref(), Access::ReadOnly, Options::default())?;
         let line = line(target, snapshots::of(path, false)?)?;
         let cluster = match &opened.layers {
             Some(layers) => Some(u64::from(layers.store().descriptor().cluster_sectors) * SECTOR),
@@ -93,6 +93,6 @@ pub fn diff(path: &Path, from: &str, to: Option<&str>) -> Result<Diff> {
 
 /// What has changed in the image at `path` since its tracking began.
 pub fn changes(path: &Path) -> Result<Changes> {
-    let opened = Opened::open(path, None, Access::ReadOnly, Options::default())?;
+    let opened = OpenDisk::open(path, None, Access::ReadOnly, Options::default())?;
     Changes::whole(|start| Ok(opened.image.changes(start)))
 }

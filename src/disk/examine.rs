@@ -8,7 +8,7 @@ use crate::error::{Kind, Result};
 use crate::format::descriptor::Guid;
 use crate::format::header::{Header, SECTOR};
 use crate::image::chain::AtRest;
-use crate::image::check::{Report, check_level};
+use crate::image::check::{CheckReport, check_level};
 use crate::image::levels::{check_raw_base, other_clusters};
 
 /// What a check of a layered image finds: every delta by itself, then whether they fit together.
@@ -16,7 +16,7 @@ pub struct Examined {
     /// The image.
     pub image: Layered,
     /// Of every delta that is there.
-    pub reports: Vec<(Guid, Report)>,
+    pub reports: Vec<(Guid, CheckReport)>,
     /// What contradicts, or cannot be read.
     pub faults: Vec<String>,
     /// What is odd, and harmless.
@@ -59,7 +59,12 @@ impl Examined {
 }
 
 /// What one delta says that contradicts another one or the descriptor.
-fn agreement(image: &Layered, reports: &[(Guid, Report)], faults: &mut Vec<String>, notes: &mut Vec<String>) {
+fn agreement(
+    image: &Layered,
+    reports: &[(Guid, CheckReport)],
+    faults: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) {
     let header = |guid: Guid| {
         let report = reports.iter().find(|(of, _)| *of == guid)?;
         report.1.header

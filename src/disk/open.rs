@@ -14,8 +14,8 @@ use crate::io::real::Access;
 use crate::vdisk::{Engine, Image, Options};
 
 /// An image that this process has opened for itself. Nothing of it is written before
-/// [`make_writable`](Image::make_writable); [`close`](Opened::close) makes durable what was.
-pub struct Opened {
+/// [`make_writable`](Image::make_writable); [`close`](OpenDisk::close) makes durable what was.
+pub struct OpenDisk {
     /// The image.
     pub image: Arc<Image>,
     /// Its descriptor and files; None for a single file. Behind `image`: the locks are dropped last.
@@ -24,11 +24,11 @@ pub struct Opened {
     lock: Option<(DeltaLock, Located)>,
 }
 
-impl Opened {
+impl OpenDisk {
     /// Opens the image at `path`, or a snapshot of it (label or GUID), under its locks. Order: (1) what it is, since a
     /// folder or a link has no lock; (2) the locks; (3) of a file that is to be changed, whether it is a level of another image;
     /// (4) everything is read anew, so that nothing that is known is old. 3 before 2, and another file could be there by then.
-    pub fn open(path: &Path, snapshot: Option<&str>, access: Access, options: Options) -> Result<Opened> {
+    pub fn open(path: &Path, snapshot: Option<&str>, access: Access, options: Options) -> Result<OpenDisk> {
         let engine = Engine::new(options, Box::new(|event| log::warn!("{event}")));
         let name = path.to_string_lossy();
         if is_layered(path) {
@@ -43,7 +43,7 @@ impl Opened {
                 }
             };
             let image = Image::open(&engine, &name, levels)?;
-            return Ok(Opened { image, layers: Some(layers), lock: None });
+            return Ok(OpenDisk { image, layers: Some(layers), lock: None });
         }
         let at = Located::of(path)?;
         Candidate::open_at(&at)?.kind()?; // 1
@@ -56,7 +56,7 @@ impl Opened {
         }
         let kind = candidate.kind()?; // 4
         let image = Image::open(&engine, &name, vec![candidate.open_as(kind)?.into_level()])?;
-        Ok(Opened { image, layers: None, lock: Some((lock, at)) })
+        Ok(OpenDisk { image, layers: None, lock: Some((lock, at)) })
     }
 
     /// Of a single file, where that was found.

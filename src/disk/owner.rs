@@ -148,7 +148,7 @@ fn names(folder: &Path, wanted: Identity) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::open::Opened;
+    use crate::disk::open::OpenDisk;
     use crate::disk::work::carry_out;
     use crate::image::create::{CreatePlan, create};
     use crate::io::real::Access;
@@ -178,7 +178,7 @@ mod tests {
         refuse_level(&path).expect("not yet");
         fs::remove_file(temp.path().join("link")).expect("removed");
         symlink("vm", temp.path().join("link")).expect("a link");
-        let open = |access| Opened::open(&path, None, access, Options::default());
+        let open = |access| OpenDisk::open(&path, None, access, Options::default());
         let refused = open(Access::ReadWrite).map(drop).expect_err("a level");
         assert_eq!(refused.kind(), Kind::Invalid, "{refused}");
         open(Access::ReadOnly).expect("may be read").close().expect("closes");

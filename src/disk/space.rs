@@ -9,7 +9,7 @@ use crate::disk::snapshots::SnapshotLine;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{HEADER_BYTES, SECTOR};
 use crate::image::chain::{AtRest, Form};
-use crate::image::check::{Report, check};
+use crate::image::check::{CheckReport, check};
 
 /// Bytes of two maps that are compared at a time.
 const PIECE: usize = 64 << 10;
@@ -89,7 +89,7 @@ impl Reclaimable {
         };
         match reports {
             Ok(reports) => {
-                let bytes = |report: &Report| {
+                let bytes = |report: &CheckReport| {
                     let cluster = report.header.map_or(0, |h| u64::from(h.cluster_sectors) * SECTOR);
                     report.leaks.saturating_mul(cluster)
                 };

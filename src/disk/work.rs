@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use crate::disk::find::is_layered;
-use crate::disk::open::{Opened, no_snapshot};
+use crate::disk::open::{OpenDisk, no_snapshot};
 use crate::error::{Error, Kind, Result};
 use crate::image::chain::Candidate;
 use crate::image::kind::Class;
@@ -61,7 +61,7 @@ fn layered(folder: &Path, work: &Work, progress: &Progress) -> Result<Done> {
 /// work that failed; (4) of a layered image, what is done best while it is closed; (5) the locks' end.
 fn opened(path: &Path, work: &Work, progress: &Progress) -> Result<Done> {
     let access = if work.only_looks() { Access::ReadOnly } else { Access::ReadWrite };
-    let opened = Opened::open(path, None, access, Options::default())?;
+    let opened = OpenDisk::open(path, None, access, Options::default())?;
     if opened.layers.as_ref().is_some_and(|layers| !layers.writable()) && changes_top(work) {
         let what =
             "cannot be written here: its disk's own file, or the file system on which it lies, is read-only";
@@ -133,7 +133,7 @@ fn to_folder(path: &Path, work: &Work) -> Result<PathBuf> {
         return Err(Error::at(Kind::Unsupported, path, "not an image"));
     };
     let file = path.file_name().ok_or_else(|| Error::at(Kind::Invalid, path, "ends in no name"))?;
-    let opened = Opened::open(path, None, Access::ReadWrite, Options::default())?;
+    let opened = OpenDisk::open(path, None, Access::ReadWrite, Options::default())?;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     // The folder where it was found, and not where its path leads by now.
     let at =

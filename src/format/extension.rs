@@ -58,12 +58,12 @@ pub struct DirtyBitmap {
     /// Sectors that one bit stands for, a power of two.
     pub granularity: u32,
     /// The L1 table: one entry for each cluster of bits.
-    pub table: Vec<Bits>,
+    pub table: Vec<TableEntry>,
 }
 
 /// One entry of the L1 table: a cluster of bits, the lowest bit of a byte first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bits {
+pub enum TableEntry {
     /// All of them are clear.
     Clear,
     /// All of them are set.
@@ -94,10 +94,10 @@ impl DirtyBitmap {
         features.extend(self.uuid);
         features.extend(self.granularity.to_le_bytes());
         features.extend(u32::try_from(self.table.len()).ok()?.to_le_bytes());
-        let word = |entry: &Bits| match entry {
-            Bits::Clear => 0,
-            Bits::Set => 1,
-            Bits::At(sector) => *sector,
+        let word = |entry: &TableEntry| match entry {
+            TableEntry::Clear => 0,
+            TableEntry::Set => 1,
+            TableEntry::At(sector) => *sector,
         };
         features.extend(self.table.iter().flat_map(|entry| word(entry).to_le_bytes()));
         features.resize(cluster - FIRST_FEATURE, 0);
@@ -163,9 +163,9 @@ impl DirtyBitmap {
             return wrong("number of L1 entries", entries.into());
         }
         let entry = |at: u64| match at {
-            0 => Bits::Clear,
-            1 => Bits::Set,
-            sector => Bits::At(sector),
+            0 => TableEntry::Clear,
+            1 => TableEntry::Set,
+            sector => TableEntry::At(sector),
         };
         let table = (0..entries as usize).filter_map(|i| word(content, BITMAP_HEADER + 8 * i)).map(entry);
         Ok(DirtyBitmap { uuid, disk_sectors, granularity, table: table.collect() })
@@ -217,7 +217,7 @@ mod tests {
 
     fn bitmap() -> DirtyBitmap {
         // 3 clusters of bits: 4096 bytes of 8 bits of 128 sectors each.
-        let table = vec![Bits::Clear, Bits::At(2048), Bits::Set];
+        let table = vec![TableEntry::Clear, TableEntry::At(2048), TableEntry::Set];
         DirtyBitmap {
             uuid: *b"sixteen of them.",
             disk_sectors: 2 * (4096 * 8 * 128) + 1,
@@ -232,7 +232,7 @@ mod tests {
         assert_eq!(bytes.len(), 4096);
         assert_eq!(DirtyBitmap::from_extension(&bytes, bitmap().disk_sectors), Ok(bitmap()));
         assert_eq!(bitmap_sectors(&bytes), Some(vec![2048]));
-        let long = DirtyBitmap { table: vec![Bits::Clear; 500], ..bitmap() };
+        let long = DirtyBitmap { table: vec![TableEntry::Clear; 500], ..bitmap() };
         assert_eq!(long.to_extension(4096), None, "500 entries are 4000 bytes");
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::open::Opened;
+use crate::disk::open::OpenDisk;
 use crate::error::{Error, Kind, Result};
 use crate::front::target;
 use crate::image::create::{self, CreatePlan};
@@ -60,7 +60,7 @@ pub struct Disk {
     path: PathBuf,
     image: Arc<Image>,
     /// Its locks; taken out by what closes it.
-    opened: Option<Opened>,
+    opened: Option<OpenDisk>,
 }
 
 impl Disk {
@@ -83,7 +83,7 @@ impl Disk {
     pub fn open(path: impl AsRef<Path>) -> Result<Disk> {
         let target = target(path.as_ref())?;
         let access = Access::ReadOnly;
-        let opened = Opened::open(&target.path, target.snapshot.as_deref(), access, Options::default())?;
+        let opened = OpenDisk::open(&target.path, target.snapshot.as_deref(), access, Options::default())?;
         Ok(Disk::of(target.path, opened))
     }
 
@@ -108,13 +108,13 @@ impl Disk {
             let what = format!("a snapshot is never written; make an image of it: {copy}");
             return Err(Error::at(Kind::ReadOnly, path.as_ref(), what));
         }
-        let opened = Opened::open(&target.path, None, Access::ReadWrite, Options::default())?;
+        let opened = OpenDisk::open(&target.path, None, Access::ReadWrite, Options::default())?;
         let disk = Disk::of(target.path, opened);
         disk.image.make_writable()?;
         Ok(disk)
     }
 
-    fn of(path: PathBuf, opened: Opened) -> Disk {
+    fn of(path: PathBuf, opened: OpenDisk) -> Disk {
         Disk { path, image: opened.image.clone(), opened: Some(opened) }
     }
 
@@ -130,7 +130,7 @@ impl Disk {
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         self.inside(offset, buffer.len() as u64)?;
         buffer.chunks_mut(PIECE).enumerate().try_for_each(|(number, piece)| {
-            flat::Disk::read(&self.image, offset + (number * PIECE) as u64, piece)
+            flat::FlatDisk::read(&self.image, offset + (number * PIECE) as u64, piece)
         })
     }
 
@@ -172,7 +172,7 @@ impl Disk {
     /// # Errors
     /// [`Kind::Damaged`], [`Kind::Io`].
     pub fn data_behind(&self, from: u64) -> Result<Option<Range<u64>>> {
-        Ok(flat::Disk::data(&self.image, from)?.map(|(begin, end)| begin..end))
+        Ok(flat::FlatDisk::data(&self.image, from)?.map(|(begin, end)| begin..end))
     }
 
     /// Makes durable what was written.
@@ -206,7 +206,7 @@ impl Disk {
     /// # Errors
     /// [`Kind::Io`], as [`flush`](Disk::flush).
     pub fn close(mut self) -> Result<()> {
-        self.opened.take().map_or(Ok(()), Opened::close)
+        self.opened.take().map_or(Ok(()), OpenDisk::close)
     }
 
     fn inside(&self, offset: u64, len: u64) -> Result<()> {

@@ -26,10 +26,10 @@ impl Lanes {
     }
 
     /// Takes a place for a write that may block; None on the last free thread, which must hand it over.
-    pub(super) fn enter(&self) -> Option<Inside<'_>> {
+    pub(super) fn enter(&self) -> Option<InsideLane<'_>> {
         // Relaxed: the count guards no data, and the sum of increments is exact in any order.
         if self.waiting.fetch_add(1, Ordering::Relaxed) + 1 < self.threads {
-            return Some(Inside { lanes: self });
+            return Some(InsideLane { lanes: self });
         }
         self.waiting.fetch_sub(1, Ordering::Relaxed);
         None
@@ -50,18 +50,18 @@ impl Lanes {
 /// Where a write is carried out.
 pub(super) enum WriteOn<'a> {
     /// On this thread; the guard, where there is one, keeps the count.
-    Here(Option<Inside<'a>>),
+    Here(Option<InsideLane<'a>>),
     /// On another: it may block, and this thread may not.
     Elsewhere,
 }
 
 /// One place taken; given back on drop, a panic included.
 #[derive(Debug)]
-pub(super) struct Inside<'a> {
+pub(super) struct InsideLane<'a> {
     lanes: &'a Lanes,
 }
 
-impl Drop for Inside<'_> {
+impl Drop for InsideLane<'_> {
     fn drop(&mut self) {
         self.lanes.waiting.fetch_sub(1, Ordering::Relaxed);
     }

@@ -34,7 +34,7 @@ pub const MAX_READ: u32 = 1 << 20;
 
 /// What mount(8) may ask of any file system, as far as it is the kernel's to carry out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Asked {
+pub struct AskedOptions {
     /// Every write is synced before it is answered.
     pub sync: bool,
     /// Every change of a folder is.
@@ -45,7 +45,7 @@ pub struct Asked {
     pub labels: Vec<String>,
 }
 
-impl Asked {
+impl AskedOptions {
     fn flags(&self) -> MountFlags {
         let each = [
             (self.sync, MountFlags::SYNCHRONOUS),
@@ -58,7 +58,7 @@ impl Asked {
 
 /// What the mount table shows and the kernel enforces.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct MountOptions {
     /// The source shown by findmnt: the images folder.
     pub source: OsString,
     /// Let users other than the mounting one in; permission bits then decide.
@@ -66,7 +66,7 @@ pub struct Options {
     /// Refuse every change.
     pub read_only: bool,
     /// What was asked of mount(8).
-    pub asked: Asked,
+    pub asked: AskedOptions,
 }
 
 /// Mounts on `mountpoint` (an existing folder, by an [`absolute`] path) and returns the connection. The kernel's INIT waits
@@ -75,7 +75,7 @@ pub struct Options {
 ///
 /// As root on the folder itself, by its descriptor: a folder above it may be a user's, who could put a link in the place of
 /// the name, and have root mount over any folder of the machine.
-pub fn mount(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
+pub fn mount(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd> {
     let cannot = |e: io::Error| match e.raw_os_error() {
         Some(libc::ELOOP) => {
             Error::at(Kind::Invalid, mountpoint, "cannot mount here: it became a link just now")
@@ -92,7 +92,7 @@ pub fn mount(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
     }
 }
 
-fn mount_directly(folder: &OwnedFd, mountpoint: &Path, mode: u32, options: &Options) -> Result<OwnedFd> {
+fn mount_directly(folder: &OwnedFd, mountpoint: &Path, mode: u32, options: &MountOptions) -> Result<OwnedFd> {
     let device =
         rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| match e {
             Errno::NOENT | Errno::NODEV | Errno::NXIO => {
@@ -130,7 +130,7 @@ fn mount_directly(folder: &OwnedFd, mountpoint: &Path, mode: u32, options: &Opti
 }
 
 /// The options that the kernel's fuse and fusermount3 both take as text.
-fn kernel_options(options: &Options) -> Vec<&'static str> {
+fn kernel_options(options: &MountOptions) -> Vec<&'static str> {
     // max_read: MAX_READ in digits.
     let mut list = vec!["subtype=ploopfs", "max_read=1048576", "default_permissions"];
     if options.allow_other {
@@ -141,7 +141,7 @@ fn kernel_options(options: &Options) -> Vec<&'static str> {
 
 /// Asks the set-uid helper of libfuse, which sends the connection's descriptor back over a socket pair. Its end is its
 /// standard input: nothing that is started meanwhile inherits it, so that a helper that dies ends the wait below.
-fn mount_with_helper(mountpoint: &Path, options: &Options) -> Result<OwnedFd> {
+fn mount_with_helper(mountpoint: &Path, options: &MountOptions) -> Result<OwnedFd> {
     let failed = |e: io::Error| Error::io(&e, mountpoint, "cannot mount through fusermount3");
     let (ours, theirs) = UnixStream::pair().map_err(failed)?;
     let mut text = OsString::from("nosuid,nodev,noexec,noatime");
@@ -224,15 +224,23 @@ mod tests {
 
     #[test]
     fn max_read_as_text_is_the_constant() {
-        let options =
-            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
+        let options = MountOptions {
+            source: "x".into(),
+            allow_other: false,
+            read_only: false,
+            asked: AskedOptions::default(),
+        };
         assert!(kernel_options(&options).contains(&format!("max_read={MAX_READ}").as_str()));
     }
 
     #[test]
     fn a_missing_mount_point_is_named() {
-        let options =
-            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
+        let options = MountOptions {
+            source: "x".into(),
+            allow_other: false,
+            read_only: false,
+            asked: AskedOptions::default(),
+        };
         let error = mount(Path::new("/nonexistent/ploopfs"), &options).expect_err("nothing to mount on");
         assert_eq!(error.kind(), Kind::NotFound);
         assert!(error.to_string().contains("/nonexistent/ploopfs"), "{error}");
@@ -244,8 +252,12 @@ mod tests {
         let (victim, user) = (temp.path().join("etc"), temp.path().join("user"));
         std::fs::create_dir_all(victim.join("mnt")).expect("folders");
         std::os::unix::fs::symlink("etc", &user).expect("a link");
-        let options =
-            Options { source: "x".into(), allow_other: false, read_only: false, asked: Asked::default() };
+        let options = MountOptions {
+            source: "x".into(),
+            allow_other: false,
+            read_only: false,
+            asked: AskedOptions::default(),
+        };
         for point in [&user, &user.join("mnt")] {
             let mounted = mount(&absolute(point).expect("as it is"), &options).map(drop);
             // Where it was followed, nothing is left of it.

@@ -104,7 +104,7 @@ pub fn mount(
 ) -> Result<Session> {
     // Before the mount: afterwards looking at the path would wait for ourselves.
     let mountpoint = mount::absolute(mountpoint)?;
-    let options = mount::Options {
+    let options = mount::MountOptions {
         source: settings.fs_name.clone(),
         allow_other: settings.allow_other,
         read_only: settings.read_only,

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use crate::fuse::mount::Asked;
+use crate::fuse::mount::AskedOptions;
 
 /// How a folder is mounted and served.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ pub struct Settings {
     /// Agree with the kernel on passthrough, where it has it: see [`Session::passes_through`](super::session::Session::passes_through).
     pub passthrough: bool,
     /// What was asked of mount(8).
-    pub asked: Asked,
+    pub asked: AskedOptions,
 }
 
 impl Default for Settings {
@@ -35,7 +35,7 @@ impl Default for Settings {
             // 256 for each of 16 busy loop devices.
             max_background: 4096,
             passthrough: false,
-            asked: Asked::default(),
+            asked: AskedOptions::default(),
         }
     }
 }

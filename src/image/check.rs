@@ -73,7 +73,7 @@ impl fmt::Display for Finding {
 
 /// What a check found.
 #[derive(Clone, Debug)]
-pub struct Report {
+pub struct CheckReport {
     /// The file.
     pub path: PathBuf,
     /// How it is stored.
@@ -98,14 +98,14 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
-impl Report {
+impl CheckReport {
     /// True when something is worse than a leak or a left-over mark.
     pub fn is_damaged(&self) -> bool {
         self.errors > 0
     }
 
-    fn new(path: &Path, kind: ImageKind) -> Report {
-        Report {
+    fn new(path: &Path, kind: ImageKind) -> CheckReport {
+        CheckReport {
             path: path.to_owned(),
             kind,
             header: None,
@@ -130,7 +130,7 @@ impl Report {
 
 /// Checks the image at `path`, under its lock. Err: it cannot be read at all (missing, not an image, in use by another
 /// process, I/O); damage is in the report.
-pub fn check(path: &Path) -> Result<Report> {
+pub fn check(path: &Path) -> Result<CheckReport> {
     // What another process changes meanwhile would look like damage.
     let (candidate, _lock) = Candidate::open_locked(path)?;
     let kind = candidate.kind()?;
@@ -138,14 +138,14 @@ pub fn check(path: &Path) -> Result<Report> {
 }
 
 /// Checks a file that a descriptor names, whatever its own name says of it.
-pub fn check_level(at: &Located, kind: ImageKind) -> Result<Report> {
+pub fn check_level(at: &Located, kind: ImageKind) -> Result<CheckReport> {
     let (candidate, _lock) = Candidate::open_locked_at(at, Access::ReadOnly)?;
     check_candidate(&at.shown, candidate, kind)
 }
 
-pub(super) fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<Report> {
+pub(super) fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind) -> Result<CheckReport> {
     if let Err(bad) = candidate.form(kind) {
-        let mut report = Report::new(path, kind);
+        let mut report = CheckReport::new(path, kind);
         report.error(|| Finding {
             problem: Problem::Header,
             cluster: None,
@@ -159,7 +159,7 @@ pub(super) fn check_candidate(path: &Path, candidate: Candidate, kind: ImageKind
 
 /// What a check meets on its way.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Seen {
+pub(super) enum CheckNote {
     /// An entry that is wrong.
     Bad { cluster: u64, value: u32, problem: Problem },
     /// Nothing refers to these file clusters before the last one in use (first, one past the last); some take space.
@@ -167,13 +167,13 @@ pub(super) enum Seen {
 }
 
 /// Checks an image that is open.
-pub fn check_open(image: &AtRest) -> Result<Report> {
+pub fn check_open(image: &AtRest) -> Result<CheckReport> {
     check_and_note(image, &mut |_| ())
 }
 
 /// The same; notes all of what a report cuts short or only counts.
-pub(super) fn check_and_note(image: &AtRest, note: &mut dyn FnMut(Seen)) -> Result<Report> {
-    let mut report = Report::new(&image.path, image.kind());
+pub(super) fn check_and_note(image: &AtRest, note: &mut dyn FnMut(CheckNote)) -> Result<CheckReport> {
+    let mut report = CheckReport::new(&image.path, image.kind());
     match &image.form {
         Form::Raw => {
             if !image.len.is_multiple_of(SECTOR) {
@@ -191,8 +191,8 @@ pub(super) fn check_and_note(image: &AtRest, note: &mut dyn FnMut(Seen)) -> Resu
 fn check_delta(
     image: &AtRest,
     header: &Header,
-    report: &mut Report,
-    note: &mut dyn FnMut(Seen),
+    report: &mut CheckReport,
+    note: &mut dyn FnMut(CheckNote),
 ) -> Result<()> {
     let geometry = header.geometry();
     report.in_use = header.is_in_use();
@@ -222,7 +222,7 @@ fn check_delta(
             used.mark(*file_cluster);
         }
         image.for_each_entry(&geometry, |cluster, entry| {
-            let place = Entry { cluster, value: entry };
+            let place = BatEntry { cluster, value: entry };
             match place.judge(&geometry, image.len) {
                 Ok(file_cluster) => {
                     if first_pass {
@@ -232,7 +232,7 @@ fn check_delta(
                     if !used.mark(file_cluster) {
                         let what = format!("file cluster {file_cluster} is referred to twice");
                         report.error(|| place.finding(Problem::Double, &what));
-                        note(Seen::Bad { cluster, value: entry, problem: Problem::Double });
+                        note(CheckNote::Bad { cluster, value: entry, problem: Problem::Double });
                     }
                 }
                 Err((problem, why)) => {
@@ -245,7 +245,7 @@ fn check_delta(
                     }
                     if first_pass {
                         report.error(|| place.finding(problem, &why));
-                        note(Seen::Bad { cluster, value: entry, problem });
+                        note(CheckNote::Bad { cluster, value: entry, problem });
                     }
                 }
             }
@@ -253,7 +253,7 @@ fn check_delta(
         for (from, to) in used.gaps(end) {
             let found = image.clusters_with_data(&geometry, from, to)?;
             if found > 0 {
-                note(Seen::Leak { from, to, leaked: found });
+                note(CheckNote::Leak { from, to, leaked: found });
             }
             leaked += found;
         }
@@ -269,12 +269,12 @@ fn check_delta(
 
 /// One non-zero BAT entry.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Entry {
+pub(super) struct BatEntry {
     pub cluster: u64,
     pub value: u32,
 }
 
-impl Entry {
+impl BatEntry {
     /// The file cluster it names, or what is wrong with it.
     pub(super) fn judge(&self, geometry: &Geometry, len: u64) -> std::result::Result<u64, (Problem, String)> {
         let clusters = geometry.clusters();
@@ -319,7 +319,12 @@ impl Entry {
 }
 
 /// ploop scans the BAT area to its end, and a later grow would take what stands there for entries.
-fn note_padding(image: &AtRest, header: &Header, geometry: &Geometry, report: &mut Report) -> Result<()> {
+fn note_padding(
+    image: &AtRest,
+    header: &Header,
+    geometry: &Geometry,
+    report: &mut CheckReport,
+) -> Result<()> {
     let mut piece = vec![0; 64 << 10];
     let mut at = geometry.bat_end();
     // A late first block may leave room for something we do not know; only the BAT's own last cluster must be zero.
@@ -344,7 +349,7 @@ fn note_padding(image: &AtRest, header: &Header, geometry: &Geometry, report: &m
 
 /// True when the header's format extension is there and is true.
 pub(super) fn trusted_extension(image: &AtRest, header: &Header) -> Result<bool> {
-    let mut unsaid = Report::new(&image.path, image.kind());
+    let mut unsaid = CheckReport::new(&image.path, image.kind());
     Ok(!extension_clusters(image, header, &header.geometry(), &mut unsaid)?.is_empty())
 }
 
@@ -353,7 +358,7 @@ fn extension_clusters(
     image: &AtRest,
     header: &Header,
     geometry: &Geometry,
-    report: &mut Report,
+    report: &mut CheckReport,
 ) -> Result<Vec<u64>> {
     if header.extension == 0 {
         return Ok(Vec::new());

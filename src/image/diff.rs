@@ -16,7 +16,7 @@ const MAX_RANGES: usize = 100_000;
 const WINDOW: u64 = 1 << 18;
 
 /// Begin and length in bytes.
-pub type Range = (u64, u64);
+pub type ByteRange = (u64, u64);
 
 /// One of the two that are compared.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Diff {
     /// Cluster size in bytes.
     pub cluster: u64,
     /// Ascending, none touching the next.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<ByteRange>,
     /// Where to go on, in bytes; None: these are all. The next range may touch the last one here.
     pub next: Option<u64>,
 }
@@ -123,13 +123,13 @@ struct Search<'a> {
 
 impl Search<'_> {
     /// The ranges from byte `start` on, at most `limit`, and where to go on.
-    fn from(&self, start: u64, limit: usize) -> Result<(Vec<Range>, Option<u64>)> {
+    fn from(&self, start: u64, limit: usize) -> Result<(Vec<ByteRange>, Option<u64>)> {
         let [shorter, longer] = [self.sizes[0].min(self.sizes[1]), self.sizes[0].max(self.sizes[1])];
         // One of the two ends here. What lies behind is only in the other one; the cluster that holds the end counts to
         // it, since what the shorter disk has behind its end is not known to be zero.
         let tail = if shorter == longer { u64::MAX } else { shorter / self.cluster };
         let clusters = longer.div_ceil(self.cluster);
-        let mut ranges: Vec<Range> = Vec::new();
+        let mut ranges: Vec<ByteRange> = Vec::new();
         let mut window = start / self.cluster;
         while window < clusters {
             let end = (window + WINDOW).min(clusters);

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::{Delta, Descriptor, Guid};
 use crate::image::chain::{AtRest, Candidate, Form};
-use crate::image::check::Entry;
+use crate::image::check::BatEntry;
 use crate::image::kind::{DESCRIPTOR, ImageKind};
 use crate::image::labels::Labels;
 use crate::image::levels::{check_chain, check_raw_base, other_clusters};
@@ -32,7 +32,7 @@ impl AtRest {
         let mut bad = Vec::new();
         self.for_each_entry(&geometry, |cluster, value| {
             if bad.is_empty() && geometry.place(cluster, value, self.len).is_none() {
-                bad.push(Entry { cluster, value });
+                bad.push(BatEntry { cluster, value });
             }
         })?;
         let Some(entry) = bad.pop() else { return Ok(()) };

@@ -17,12 +17,12 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::format::header::Header;
 use crate::image::chain::Candidate;
-use crate::image::check::{Problem, Report, check_candidate};
+use crate::image::check::{CheckReport, Problem, check_candidate};
 use crate::image::kind::ImageKind;
 use crate::image::paths::Located;
 use crate::io::file::{HostFile, HostStatus};
 use crate::io::real::Access;
-use act::Target;
+use act::RepairTarget;
 pub use header::{Field, HeaderFacts};
 use lost::LostFile;
 use plan::RepairPlan;
@@ -172,7 +172,7 @@ pub struct Lost {
 #[derive(Debug)]
 pub struct RepairOutcome {
     /// What a check says now.
-    pub report: Report,
+    pub report: CheckReport,
     /// What was done, or would be.
     pub steps: Vec<RepairStep>,
     /// What the guest has lost.
@@ -184,7 +184,7 @@ pub struct RepairOutcome {
 }
 
 impl RepairOutcome {
-    fn unchanged(report: Report) -> RepairOutcome {
+    fn unchanged(report: CheckReport) -> RepairOutcome {
         RepairOutcome { report, steps: Vec::new(), lost: Vec::new(), saved: None, repaired: 0 }
     }
 }
@@ -246,7 +246,7 @@ pub fn repair_open(
     }
     file.drop_cache().map_err(|e| Error::io(&e, path, "cannot drop the page cache"))?;
     let candidate = Candidate::read(path, file.clone())?;
-    let target = Target { file: &**file, path };
+    let target = RepairTarget { file: &**file, path };
 
     let mut plan = plan::plan(&candidate, facts)?;
     let was_in_use = plan.header.is_in_use();

@@ -21,7 +21,7 @@ use rustix::io::{Errno, retry_on_intr};
 use zerocopy::IntoBytes;
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
-use super::pages::{PAGE, Page, grow};
+use super::pages::{AlignedPage, PAGE, grow};
 use super::real::RealFile;
 
 /// Alignment where the host does not say: the largest that disks have.
@@ -31,7 +31,7 @@ const BOUNCE: usize = (1 << 20) + 2 * ALIGN;
 
 thread_local! {
     /// Grows to the largest request that this thread has copied, [`BOUNCE`] at most.
-    static MEMORY: RefCell<Vec<Page>> = const { RefCell::new(Vec::new()) };
+    static MEMORY: RefCell<Vec<AlignedPage>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `work` with `len` bytes of aligned memory.

@@ -19,18 +19,18 @@ const FITHAW: libc::Ioctl = 0xC004_5878_u32 as libc::Ioctl;
 
 /// A mounted file system that can be frozen.
 #[derive(Debug)]
-pub struct FileSystem {
+pub struct HostFileSystem {
     root: File,
     point: PathBuf,
 }
 
-impl FileSystem {
+impl HostFileSystem {
     /// The file system of these `mounts` (of one file system), of which each lies on one of the `devices`: through the
     /// first of them that its mount point still leads to.
-    pub fn open(mounts: &[Mount], devices: &[(u32, u32)]) -> Result<FileSystem> {
+    pub fn open(mounts: &[Mount], devices: &[(u32, u32)]) -> Result<HostFileSystem> {
         let mut why = None;
         for mount in mounts {
-            match FileSystem::of(mount, devices) {
+            match HostFileSystem::of(mount, devices) {
                 Ok(found) => return Ok(found),
                 Err(e) => why = Some(e),
             }
@@ -38,7 +38,7 @@ impl FileSystem {
         Err(why.unwrap_or_else(|| Error::new(Kind::NotFound, "no file system to freeze was named")))
     }
 
-    fn of(mount: &Mount, devices: &[(u32, u32)]) -> Result<FileSystem> {
+    fn of(mount: &Mount, devices: &[(u32, u32)]) -> Result<HostFileSystem> {
         let point = &mount.point;
         let failed = |e: io::Error| Error::io(&e, point, "cannot open the mount point");
         let covered = || {
@@ -59,14 +59,14 @@ impl FileSystem {
         if !same_mount || !(devices.contains(&number) || number.0 == 0) {
             return Err(covered());
         }
-        Ok(FileSystem { root, point: point.clone() })
+        Ok(HostFileSystem { root, point: point.clone() })
     }
 
     /// A file system that another process of ours has open, by its descriptor's path in /proc; `point` is for messages.
-    pub fn inherit(descriptor: &Path, point: &Path) -> Result<FileSystem> {
+    pub fn inherit(descriptor: &Path, point: &Path) -> Result<HostFileSystem> {
         let root = File::open(descriptor)
             .map_err(|e| Error::io(&e, point, "cannot take over the descriptor of the mount point"))?;
-        Ok(FileSystem { root, point: point.to_owned() })
+        Ok(HostFileSystem { root, point: point.to_owned() })
     }
 
     /// Where another process finds the descriptor, for [`inherit`](Self::inherit).

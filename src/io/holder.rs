@@ -85,12 +85,12 @@ pub enum HeldLock {
 }
 
 /// Looks a holder up where the process itself may not.
-pub type Lookup = Box<dyn Fn(HeldLock) -> Option<Holder> + Send + Sync>;
+pub type HolderLookup = Box<dyn Fn(HeldLock) -> Option<Holder> + Send + Sync>;
 
-static INSTEAD: OnceLock<Lookup> = OnceLock::new();
+static INSTEAD: OnceLock<HolderLookup> = OnceLock::new();
 
 /// From now on this process looks nothing up itself. Once per process; a second call changes nothing.
-pub fn ask_instead(lookup: Lookup) {
+pub fn ask_instead(lookup: HolderLookup) {
     let _ = INSTEAD.set(lookup);
 }
 

@@ -8,11 +8,11 @@ pub(super) const PAGE: usize = 4096;
 /// One page.
 #[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C, align(4096))]
-pub(super) struct Page([u8; PAGE]);
+pub(super) struct AlignedPage([u8; PAGE]);
 
 /// Some bytes that begin at a page.
 pub(super) struct Pages {
-    pages: Vec<Page>,
+    pages: Vec<AlignedPage>,
     len: usize,
 }
 
@@ -37,7 +37,7 @@ impl AsRef<[u8]> for Pages {
 }
 
 /// Makes `pages` at least `len` bytes large.
-pub(super) fn grow(pages: &mut Vec<Page>, len: usize) {
+pub(super) fn grow(pages: &mut Vec<AlignedPage>, len: usize) {
     let missing = len.div_ceil(PAGE).saturating_sub(pages.len());
-    pages.extend(std::iter::repeat_with(Page::new_zeroed).take(missing));
+    pages.extend(std::iter::repeat_with(AlignedPage::new_zeroed).take(missing));
 }

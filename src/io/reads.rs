@@ -32,14 +32,14 @@ const WAKE: u64 = u64::MAX;
 
 /// What is called once with the bytes, from the collecting thread: it must not block. None: something was in the way, an
 /// error or the file's end among it; read in the ordinary way, which finds out.
-pub type Done = Box<dyn FnOnce(Option<Bytes>) + Send>;
+pub type ReadDone = Box<dyn FnOnce(Option<Bytes>) + Send>;
 
 /// A read to be done.
 pub struct Read {
     /// Where from. It ends before `done` is called.
     pub planned: Planned,
     /// What is called.
-    pub done: Done,
+    pub done: ReadDone,
 }
 
 impl Read {

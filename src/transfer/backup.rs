@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-use super::disk::Disk;
-use super::pieces::{Piece, Pieces, runs};
+use super::disk::FlatDisk;
+use super::pieces::{DiskPiece, DiskPieces, runs};
 use crate::error::{Error, Kind, Result};
 use crate::format::stream::{Encoder, Head, PIECE, Tag};
 use crate::io::process::no_thread;
@@ -23,7 +23,7 @@ enum Part {
 
 /// Writes the stream of `disk` to `out`: of the whole disk, or of `ranges` (begin and length in bytes, ascending).
 pub fn write(
-    disk: &dyn Disk,
+    disk: &dyn FlatDisk,
     head: &Head,
     ranges: Option<&[(u64, u64)]>,
     out: &mut dyn Write,
@@ -37,11 +37,11 @@ pub fn write(
     std::thread::scope(|scope| {
         let (send, receive) = sync_channel::<Result<Part>>(AHEAD);
         let read = |send: &SyncSender<Result<Part>>| -> Result<()> {
-            for piece in Pieces::new(disk, ranges) {
+            for piece in DiskPieces::new(disk, ranges) {
                 progress.check()?;
                 let part = match piece? {
-                    Piece::Hole(offset, len) => Part::Zero(offset, len),
-                    Piece::Data(offset, len) => {
+                    DiskPiece::Hole(offset, len) => Part::Zero(offset, len),
+                    DiskPiece::Data(offset, len) => {
                         let mut bytes = vec![0; len];
                         disk.read(offset, &mut bytes)?;
                         Part::Data(offset, bytes)

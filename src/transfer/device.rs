@@ -15,14 +15,14 @@ const STRIDE: u64 = 64 << 20;
 
 /// A device that is open for us alone: what mounts it, or makes it a part of something, is refused meanwhile.
 #[derive(Debug)]
-pub struct Device {
+pub struct BlockDevice {
     file: File,
     path: PathBuf,
     /// Bytes in it.
     size: u64,
 }
 
-impl Device {
+impl BlockDevice {
     /// True for the path of a block device, also by way of a link.
     pub fn is_at(path: &Path) -> bool {
         path.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
@@ -30,7 +30,7 @@ impl Device {
 
     /// Opens the device at `path` for a disk of `disk` bytes. One that is mounted or a part of something is refused, and
     /// one that is too small.
-    pub fn open(path: &Path, disk: u64) -> Result<Device> {
+    pub fn open(path: &Path, disk: u64) -> Result<BlockDevice> {
         let flags = OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOCTTY;
         let opened = retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty())).map_err(|e| match e {
             Errno::BUSY => {
@@ -50,7 +50,7 @@ impl Device {
             let what = format!("has {size} bytes, and the disk has {disk}; nothing was written");
             return Err(Error::at(Kind::Invalid, path, what));
         }
-        Ok(Device { file, path: path.to_owned(), size })
+        Ok(BlockDevice { file, path: path.to_owned(), size })
     }
 
     /// Bytes in it.

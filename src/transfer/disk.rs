@@ -14,7 +14,7 @@ use crate::io::real::RealFile;
 use crate::vdisk::Image;
 
 /// A disk that is only read.
-pub trait Disk: Send + Sync {
+pub trait FlatDisk: Send + Sync {
     /// Size in bytes.
     fn size(&self) -> u64;
 
@@ -92,7 +92,7 @@ impl FlatFile {
     }
 }
 
-impl Disk for FlatFile {
+impl FlatDisk for FlatFile {
     fn size(&self) -> u64 {
         self.size
     }
@@ -128,7 +128,7 @@ impl Disk for FlatFile {
     }
 }
 
-impl Disk for Arc<Image> {
+impl FlatDisk for Arc<Image> {
     fn size(&self) -> u64 {
         Image::size(self)
     }

@@ -5,9 +5,9 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use super::device::Device;
-use super::disk::Disk;
-use super::pieces::{Piece, Pieces, copy, copy_and_clear, runs};
+use super::device::BlockDevice;
+use super::disk::FlatDisk;
+use super::pieces::{DiskPiece, DiskPieces, copy, copy_and_clear, runs};
 use super::qemu;
 use super::qemu_nbd::QemuNbd;
 use crate::error::{Error, Kind, Result};
@@ -20,7 +20,7 @@ use crate::progress::Progress;
 const GRAIN: usize = 64 << 10;
 
 /// Writes the bytes of `disk` into the new, empty file `out`; what is zero stays a hole. `path` is for messages.
-pub fn raw(disk: &dyn Disk, out: &File, path: &Path, progress: &Progress) -> Result<()> {
+pub fn raw(disk: &dyn FlatDisk, out: &File, path: &Path, progress: &Progress) -> Result<()> {
     let cannot = |e: std::io::Error| Error::io(&e, path, "cannot write");
     progress.set_total(disk.size());
     out.set_len(disk.size()).map_err(cannot)?;
@@ -31,7 +31,7 @@ pub fn raw(disk: &dyn Disk, out: &File, path: &Path, progress: &Progress) -> Res
 }
 
 /// Writes the bytes of `disk` to `out` in their order, zeroes and all. `name` is for messages.
-pub fn pipe(disk: &dyn Disk, out: &mut dyn Write, name: &Path, progress: &Progress) -> Result<()> {
+pub fn pipe(disk: &dyn FlatDisk, out: &mut dyn Write, name: &Path, progress: &Progress) -> Result<()> {
     let cannot = |e: std::io::Error| {
         let kind = e.raw_os_error().map_or(Kind::Io, Kind::of_errno);
         Error::at(kind, name, format!("cannot write the disk: {}", crate::error::words(&e)))
@@ -39,15 +39,15 @@ pub fn pipe(disk: &dyn Disk, out: &mut dyn Write, name: &Path, progress: &Progre
     progress.set_total(disk.size());
     let zeroes = vec![0; PIECE];
     let mut buf = vec![0; PIECE];
-    for piece in Pieces::new(disk, &[(0, disk.size())]) {
+    for piece in DiskPieces::new(disk, &[(0, disk.size())]) {
         progress.check()?;
         match piece? {
-            Piece::Data(offset, len) => {
+            DiskPiece::Data(offset, len) => {
                 disk.read(offset, &mut buf[..len])?;
                 out.write_all(&buf[..len]).map_err(cannot)?;
                 progress.add(len as u64);
             }
-            Piece::Hole(_, mut len) => {
+            DiskPiece::Hole(_, mut len) => {
                 while len > 0 {
                     progress.check()?;
                     let part = len.min(PIECE as u64);
@@ -62,7 +62,7 @@ pub fn pipe(disk: &dyn Disk, out: &mut dyn Write, name: &Path, progress: &Progre
 }
 
 /// Writes `disk` to the device, over whatever is there; durable when this returns.
-pub fn device(disk: &dyn Disk, to: &Device, progress: &Progress) -> Result<()> {
+pub fn device(disk: &dyn FlatDisk, to: &BlockDevice, progress: &Progress) -> Result<()> {
     progress.set_total(disk.size());
     let clear = |at, len| to.clear(at, len, progress);
     copy_and_clear(
@@ -81,7 +81,7 @@ pub fn device(disk: &dyn Disk, to: &Device, progress: &Progress) -> Result<()> {
 }
 
 /// Writes `disk` as a qcow2 file into the new, empty file `out`.
-pub fn qcow2(disk: &dyn Disk, out: &NewFile, progress: &Progress) -> Result<()> {
+pub fn qcow2(disk: &dyn FlatDisk, out: &NewFile, progress: &Progress) -> Result<()> {
     const FORMAT: &str = "qcow2";
     progress.set_total(disk.size());
     let file = out.open_path();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::disk::Disk;
+use super::disk::FlatDisk;
 use super::qemu::{self, BackingFile, Extent, Info, Reach};
 use super::qemu_nbd::QemuNbd;
 use crate::error::{Error, Kind, Result};
@@ -60,7 +60,7 @@ fn refuse_cut_below(info: &Info, progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-impl Disk for Foreign {
+impl FlatDisk for Foreign {
     fn size(&self) -> u64 {
         self.size
     }

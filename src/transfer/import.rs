@@ -4,7 +4,7 @@
 use std::io::Read;
 use std::sync::Arc;
 
-use super::disk::Disk;
+use super::disk::FlatDisk;
 use super::pieces::{copy, runs};
 use super::{filled, writer};
 use crate::error::{Error, Kind, Result};
@@ -22,7 +22,7 @@ pub(super) const GRAIN: usize = 4 << 10;
 const RAW_STEP: u64 = 1 << 30;
 
 /// Copies `disk` into the new image; it is durable when this returns, and still has no name.
-pub fn disk(disk: &dyn Disk, draft: &Draft, progress: &Progress) -> Result<()> {
+pub fn disk(disk: &dyn FlatDisk, draft: &Draft, progress: &Progress) -> Result<()> {
     progress.set_total(disk.size());
     let image = writer(&draft.path().to_string_lossy(), vec![draft.level()?])?;
     filled(&image, |image| {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::disk::Disk;
+use super::disk::FlatDisk;
 use super::foreign::Foreign;
 use super::import::GRAIN;
 use super::pieces::{copy, runs};
@@ -30,7 +30,7 @@ const SUFFIXES: [&str; 9] = ["qcow2", "qcow", "qed", "raw", "img", "vmdk", "vhdx
 
 /// One file of a chain.
 #[derive(Clone, Debug)]
-pub struct Link {
+pub struct ChainLink {
     /// Where it is.
     pub path: PathBuf,
     /// Its format, in QEMU's word.
@@ -41,8 +41,8 @@ pub struct Link {
 
 /// The files on which `file` of `format` stands, the deepest first and itself last. `data`: files that hold the data of
 /// another may be read, too.
-pub fn chain(file: &Path, format: &str, data: bool) -> Result<Vec<Link>> {
-    let mut links: Vec<Link> = Vec::new();
+pub fn chain(file: &Path, format: &str, data: bool) -> Result<Vec<ChainLink>> {
+    let mut links: Vec<ChainLink> = Vec::new();
     let mut next = Some((file.to_owned(), format.to_owned()));
     while let Some((path, format)) = next {
         if links.len() == MAX_CHAIN {
@@ -59,10 +59,10 @@ pub fn chain(file: &Path, format: &str, data: bool) -> Result<Vec<Link>> {
         if info.size == 0 {
             return Err(Error::at(Kind::Unsupported, &path, "is empty: there is no disk in it"));
         }
-        let link = Link { path, format, info };
+        let link = ChainLink { path, format, info };
         next = below(&link)?;
         if let Some((lower, _)) = &next {
-            let same = |link: &Link| same(&link.path, lower);
+            let same = |link: &ChainLink| same(&link.path, lower);
             if same(&link) || links.iter().any(same) {
                 return Err(Error::at(Kind::Damaged, &link.path, "stands, by way of others, on itself"));
             }
@@ -88,7 +88,7 @@ pub fn chain(file: &Path, format: &str, data: bool) -> Result<Vec<Link>> {
 }
 
 /// The path and the format of the file below.
-fn below(link: &Link) -> Result<Option<(PathBuf, String)>> {
+fn below(link: &ChainLink) -> Result<Option<(PathBuf, String)>> {
     let Some(backing) = &link.info.backing else { return Ok(None) };
     let refuse = |kind, what: String| Err(Error::at(kind, &link.path, what));
     let path = PathBuf::from(&backing.path);
@@ -138,7 +138,7 @@ fn same(a: &Path, b: &Path) -> bool {
 
 /// The cluster size that the image gets unasked, in bytes: the smallest unit by which a file of the chain maps, so that no
 /// level holds more than its file, but one of which a large disk does not have too many.
-pub fn cluster(chain: &[Link]) -> u64 {
+pub fn cluster(chain: &[ChainLink]) -> u64 {
     let smallest = chain.iter().filter_map(|link| link.info.cluster).min().unwrap_or(DEFAULT_CLUSTER);
     let size = chain.last().map_or(0, |link| link.info.size);
     let mut cluster = smallest.next_power_of_two().clamp(MIN_CLUSTER, create::MAX_CLUSTER);
@@ -149,7 +149,7 @@ pub fn cluster(chain: &[Link]) -> u64 {
 }
 
 /// What the snapshots are called, the oldest first: each as the file that holds its state.
-pub fn names(chain: &[Link]) -> Vec<String> {
+pub fn names(chain: &[ChainLink]) -> Vec<String> {
     let below = chain.iter().take(chain.len().saturating_sub(1));
     let mut names: Vec<String> = Vec::new();
     for link in below {
@@ -184,7 +184,13 @@ fn label(file: &str) -> String {
 ///
 /// 1. for each file, the deepest first, a level in a dot-folder, filled over the levels below and durable; 2. the rest, and
 ///    the name ([`Assembly::finish`]). Until 2 there is no image.
-pub fn import(chain: &[Link], names: &[String], cluster: u64, to: &Path, progress: &Progress) -> Result<u64> {
+pub fn import(
+    chain: &[ChainLink],
+    names: &[String],
+    cluster: u64,
+    to: &Path,
+    progress: &Progress,
+) -> Result<u64> {
     let invalid = |what: String| Error::at(Kind::Invalid, to, what);
     check_cluster(cluster).map_err(invalid)?;
     let mut headers = Vec::new();
@@ -243,8 +249,9 @@ fn pour(layer: &Foreign, image: &Arc<Image>, base: bool, progress: &Progress) ->
 mod tests {
     use super::*;
 
-    fn chain_of(files: &[&str]) -> Vec<Link> {
-        let link = |file: &&str| Link { path: file.into(), format: "qcow2".into(), info: Info::default() };
+    fn chain_of(files: &[&str]) -> Vec<ChainLink> {
+        let link =
+            |file: &&str| ChainLink { path: file.into(), format: "qcow2".into(), info: Info::default() };
         files.iter().map(link).collect()
     }
 
@@ -270,7 +277,7 @@ mod tests {
     fn clusters_are_those_of_the_chain_unless_there_were_too_many() {
         let with = |clusters: &[Option<u64>], size| {
             let info = |cluster: &Option<u64>| Info { cluster: *cluster, size, ..Info::default() };
-            let link = |info| Link { path: PathBuf::new(), format: String::new(), info };
+            let link = |info| ChainLink { path: PathBuf::new(), format: String::new(), info };
             cluster(&clusters.iter().map(info).map(link).collect::<Vec<_>>())
         };
         assert_eq!(with(&[None, Some(65536)], 1 << 30), 65536);

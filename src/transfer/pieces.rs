@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::disk::Disk;
+use super::disk::FlatDisk;
 use crate::error::Result;
 use crate::format::stream::PIECE;
 use crate::progress::Progress;
@@ -16,7 +16,7 @@ pub(super) const HANDS: usize = 4;
 
 /// A part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece {
+pub enum DiskPiece {
     /// At most [`PIECE`] bytes that may hold data: offset and length in bytes.
     Data(u64, usize),
     /// Nothing but zeroes: offset and length in bytes.
@@ -24,8 +24,8 @@ pub enum Piece {
 }
 
 /// The pieces of some ranges of a disk, in order.
-pub struct Pieces<'a> {
-    disk: &'a dyn Disk,
+pub struct DiskPieces<'a> {
+    disk: &'a dyn FlatDisk,
     /// Begin and length in bytes, ascending; those still to come.
     ranges: std::slice::Iter<'a, (u64, u64)>,
     /// What is left of the one that was begun.
@@ -34,13 +34,13 @@ pub struct Pieces<'a> {
     data_end: u64,
 }
 
-impl<'a> Pieces<'a> {
+impl<'a> DiskPieces<'a> {
     /// Of `ranges` (begin and length in bytes, ascending).
-    pub fn new(disk: &'a dyn Disk, ranges: &'a [(u64, u64)]) -> Pieces<'a> {
-        Pieces { disk, ranges: ranges.iter(), left: 0..0, data_end: 0 }
+    pub fn new(disk: &'a dyn FlatDisk, ranges: &'a [(u64, u64)]) -> DiskPieces<'a> {
+        DiskPieces { disk, ranges: ranges.iter(), left: 0..0, data_end: 0 }
     }
 
-    fn step(&mut self) -> Result<Option<Piece>> {
+    fn step(&mut self) -> Result<Option<DiskPiece>> {
         while self.left.is_empty() {
             let Some((begin, len)) = self.ranges.next() else { return Ok(None) };
             self.left = *begin..(begin + len).min(self.disk.size());
@@ -55,21 +55,21 @@ impl<'a> Pieces<'a> {
                 self.left.start = hole;
                 // Looked for anew behind a hole that ends with the range.
                 self.data_end = if begin < end { data_end } else { 0 };
-                return Ok(Some(Piece::Hole(at, hole - at)));
+                return Ok(Some(DiskPiece::Hole(at, hole - at)));
             }
         }
         // On a grid, so that a piece lies in as few clusters as can be.
         let grid = (at / PIECE as u64 + 1) * PIECE as u64;
         let next = grid.min(self.data_end).min(end);
         self.left.start = next;
-        Ok(Some(Piece::Data(at, (next - at) as usize)))
+        Ok(Some(DiskPiece::Data(at, (next - at) as usize)))
     }
 }
 
-impl Iterator for Pieces<'_> {
-    type Item = Result<Piece>;
+impl Iterator for DiskPieces<'_> {
+    type Item = Result<DiskPiece>;
 
-    fn next(&mut self) -> Option<Result<Piece>> {
+    fn next(&mut self) -> Option<Result<DiskPiece>> {
         self.step().transpose()
     }
 }
@@ -102,7 +102,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 /// Copies pieces of `ranges` by several threads: `each` hears offset and bytes of what may hold data, in any order. The
 /// first failure, or a cancel, ends all.
 pub fn copy(
-    disk: &dyn Disk,
+    disk: &dyn FlatDisk,
     ranges: &[(u64, u64)],
     progress: &Progress,
     each: &(dyn Fn(u64, &[u8]) -> Result<()> + Sync),
@@ -112,13 +112,13 @@ pub fn copy(
 
 /// The same, where something may be already: `hole` hears offset and length of what is known to be zero.
 pub fn copy_and_clear(
-    disk: &dyn Disk,
+    disk: &dyn FlatDisk,
     ranges: &[(u64, u64)],
     progress: &Progress,
     each: &(dyn Fn(u64, &[u8]) -> Result<()> + Sync),
     hole: &(dyn Fn(u64, u64) -> Result<()> + Sync),
 ) -> Result<()> {
-    let pieces = Mutex::new(Pieces::new(disk, ranges));
+    let pieces = Mutex::new(DiskPieces::new(disk, ranges));
     let failed = AtomicBool::new(false);
     let work = || -> Result<()> {
         let mut buf = vec![0; PIECE];
@@ -129,11 +129,11 @@ pub fn copy_and_clear(
             match piece {
                 None => break,
                 Some(piece) => match piece? {
-                    Piece::Hole(offset, len) => {
+                    DiskPiece::Hole(offset, len) => {
                         hole(offset, len)?;
                         progress.skip(len);
                     }
-                    Piece::Data(offset, len) => {
+                    DiskPiece::Data(offset, len) => {
                         disk.read(offset, &mut buf[..len])?;
                         each(offset, &buf[..len])?;
                         progress.add(len as u64);
@@ -172,7 +172,7 @@ mod tests {
     /// Data in these ranges.
     struct Spots(u64, Vec<(u64, u64)>);
 
-    impl Disk for Spots {
+    impl FlatDisk for Spots {
         fn size(&self) -> u64 {
             self.0
         }
@@ -194,18 +194,18 @@ mod tests {
         let disk =
             Spots(10 * MIB + 5, vec![(MIB / 2, 2 * MIB), (3 * MIB, 3 * MIB + 1), (10 * MIB, 10 * MIB + 5)]);
         let ranges = [(0, 4 * MIB), (5 * MIB, MIB), (9 * MIB + 7, 3 * MIB)];
-        let pieces: Vec<Piece> = Pieces::new(&disk, &ranges).map(|p| p.expect("readable")).collect();
+        let pieces: Vec<DiskPiece> = DiskPieces::new(&disk, &ranges).map(|p| p.expect("readable")).collect();
         let (half, one) = (MIB / 2, PIECE);
         let expected = [
-            Piece::Hole(0, half),
-            Piece::Data(half, one / 2),
-            Piece::Data(MIB, one),
-            Piece::Hole(2 * MIB, MIB),
-            Piece::Data(3 * MIB, 1),
-            Piece::Hole(3 * MIB + 1, MIB - 1),
-            Piece::Hole(5 * MIB, MIB),
-            Piece::Hole(9 * MIB + 7, MIB - 7),
-            Piece::Data(10 * MIB, 5),
+            DiskPiece::Hole(0, half),
+            DiskPiece::Data(half, one / 2),
+            DiskPiece::Data(MIB, one),
+            DiskPiece::Hole(2 * MIB, MIB),
+            DiskPiece::Data(3 * MIB, 1),
+            DiskPiece::Hole(3 * MIB + 1, MIB - 1),
+            DiskPiece::Hole(5 * MIB, MIB),
+            DiskPiece::Hole(9 * MIB + 7, MIB - 7),
+            DiskPiece::Data(10 * MIB, 5),
         ];
         assert_eq!(pieces, expected);
     }

@@ -6,7 +6,7 @@
 use bytes::Bytes;
 
 use super::gate::Inside;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::stack::Stack;
 use super::{Image, Reply};
 use crate::error::{Error, Kind, Result};
@@ -74,7 +74,7 @@ impl Image {
     pub(super) fn lock_and_wait(&self, cluster: u64) {
         // The image is the caller's, so that its queues do not go before their jobs have run.
         let _ = wait_for(|reply: Reply<()>| {
-            self.with_cluster(cluster, Mode::Exclusive, move || reply(Ok(())));
+            self.with_cluster(cluster, LockMode::Exclusive, move || reply(Ok(())));
         });
     }
 

@@ -5,10 +5,8 @@
 //! closed the gate before.
 
 use crate::format::descriptor::Guid;
+use crate::image::diff::ByteRange;
 use crate::sync::{AtomicU64, Ordering};
-
-/// Begin and length in bytes.
-pub(super) type Range = (u64, u64);
 
 /// Bytes of bits that a new tracking takes at most, unless a granularity is asked for: 8 TiB of disk at the default.
 const USUAL_BYTES: u64 = 16 << 20;
@@ -109,9 +107,9 @@ impl Changed {
     }
 
     /// The ranges that have changed, from byte `start` on, at most `most`; and where to go on, in bytes.
-    pub(super) fn ranges(&self, start: u64, most: usize) -> (Vec<Range>, Option<u64>) {
+    pub(super) fn ranges(&self, start: u64, most: usize) -> (Vec<ByteRange>, Option<u64>) {
         let bits = self.disk.div_ceil(self.granularity);
-        let mut ranges: Vec<Range> = Vec::new();
+        let mut ranges: Vec<ByteRange> = Vec::new();
         let mut bit = start.div_ceil(self.granularity);
         while bit < bits {
             let word = self.words[(bit / 64) as usize].load(Ordering::Relaxed) >> (bit % 64);
@@ -147,7 +145,7 @@ mod tests {
         Changed::new(Guid::NONE, disk, 512)
     }
 
-    fn all(changed: &Changed) -> Vec<Range> {
+    fn all(changed: &Changed) -> Vec<ByteRange> {
         let mut all = Vec::new();
         let mut start = Some(0);
         while let Some(at) = start {
@@ -163,7 +161,7 @@ mod tests {
     fn a_change_sets_every_piece_that_it_touches_and_no_other() {
         let c = changed(1000 * 512 - 1);
         c.set(0, 0);
-        assert_eq!(all(&c), Vec::<Range>::new());
+        assert_eq!(all(&c), Vec::<ByteRange>::new());
         c.set(511, 2);
         c.set(63 * 512, 512 * 66);
         c.set(200 * 512 + 7, 1);

@@ -37,7 +37,7 @@ pub struct Stats {
 
 /// What one image counts.
 #[derive(Default)]
-pub(super) struct Counters {
+pub(super) struct ImageCounters {
     shards: [Padded<Shard>; SHARDS],
     latencies: Latencies,
     discards: AtomicU64,

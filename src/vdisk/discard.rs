@@ -20,7 +20,7 @@
 use super::bat::page::Place;
 use super::cow::Copied;
 use super::gate::Inside;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::stack::Stack;
 use super::{Image, Ready, Reply};
 use crate::error::{Error, Result};
@@ -94,7 +94,7 @@ impl Discard {
             return self.start_over(|image, at, len, reply| submit(&image, at, len, reply));
         }
         let (image, cluster) = (Arc::clone(&self.image), self.at / self.image.cluster);
-        image.with_cluster(cluster, Mode::Exclusive, move || {
+        image.with_cluster(cluster, LockMode::Exclusive, move || {
             self.held = (cluster, 1);
             self.locked();
         });
@@ -170,7 +170,7 @@ impl Discard {
         begin < self.end
             && self.is_whole(next)
             && (stack.bat.is_none() || slot_of(next).0 == slot_of(self.held.0).0)
-            && self.image.locks.try_lock(next, Mode::Exclusive)
+            && self.image.locks.try_lock(next, LockMode::Exclusive)
     }
 
     /// Where the held clusters lie, and which of them hide data of a lower level.
@@ -335,7 +335,7 @@ impl Discard {
     fn unlock(&mut self) {
         let (first, count) = std::mem::take(&mut self.held);
         for cluster in first..first + count {
-            self.image.unlock(cluster, Mode::Exclusive);
+            self.image.unlock(cluster, LockMode::Exclusive);
         }
     }
 

@@ -156,12 +156,12 @@ fn a_freeze_does_not_wait_for_the_end_of_a_piece_of_the_map() {
 fn a_seek_waits_for_a_cluster_that_is_being_moved() {
     let b = bench(&engine(Options::default()), "");
     b.image.write_at(0, &[1; 512]).expect("space");
-    assert!(b.image.locks.try_lock(0, super::locks::Mode::Exclusive));
+    assert!(b.image.locks.try_lock(0, super::locks::LockMode::Exclusive));
     let (reply, answer) = mpsc::channel();
     let walker = b.image.clone();
     std::thread::spawn(move || reply.send(walker.seek_data(0)));
     assert!(answer.recv_timeout(std::time::Duration::from_millis(200)).is_err(), "it waits");
-    b.image.unlock(0, super::locks::Mode::Exclusive);
+    b.image.unlock(0, super::locks::LockMode::Exclusive);
     assert_eq!(answer.recv_timeout(LONG).expect("answered").expect("found"), Some(0));
     b.image.close().expect("closes");
 }
@@ -209,7 +209,7 @@ fn the_dirty_pages_of_all_full_images_together_take_half_of_the_cache_at_most() 
         until(|| b.image.mode() == Mode::FullQueue);
     }
     let refused =
-        |b: &super::races::Bench| (1..14).any(|page| b.image.discard_at(page * PAGE, CLUSTER).is_err());
+        |b: &super::races::ImageBench| (1..14).any(|page| b.image.discard_at(page * PAGE, CLUSTER).is_err());
     assert!(full.iter().all(refused), "no image takes more than its share");
     let dirty: u64 = full.iter().map(|b| b.image.stats().dirty_pages).sum();
     assert!(dirty <= 8 + 2, "{dirty} of 16 pages");

@@ -61,7 +61,7 @@ impl Default for Options {
 
 /// Something a person should hear of.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum ImageEvent {
     /// Free host space fell below the mark; both in bytes.
     LowWater {
         /// Name of the image that noticed.
@@ -90,15 +90,17 @@ pub enum Event {
     },
 }
 
-impl fmt::Display for Event {
+impl fmt::Display for ImageEvent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Event::LowWater { image, free, total } => {
+            ImageEvent::LowWater { image, free, total } => {
                 write!(f, "{image}: the host file system has {} MiB of {} MiB left", free >> 20, total >> 20)
             }
-            Event::Full { image } => write!(f, "{image}: the host file system is full; writes wait or fail"),
-            Event::Space { image } => write!(f, "{image}: space is back; writes go on"),
-            Event::ReadOnly { image, reason } => write!(f, "{image}: read-only from now on: {reason}"),
+            ImageEvent::Full { image } => {
+                write!(f, "{image}: the host file system is full; writes wait or fail")
+            }
+            ImageEvent::Space { image } => write!(f, "{image}: space is back; writes go on"),
+            ImageEvent::ReadOnly { image, reason } => write!(f, "{image}: read-only from now on: {reason}"),
         }
     }
 }
@@ -108,7 +110,7 @@ impl fmt::Display for Event {
 pub(super) type CleanWaiter = Box<dyn FnOnce(bool) + Send>;
 
 /// Hears events, from any thread; must not block.
-pub(super) type Listener = Box<dyn Fn(Event) + Send + Sync>;
+pub(super) type Listener = Box<dyn Fn(ImageEvent) + Send + Sync>;
 
 /// Threads that sync (a round, an extension, a scrub) or open; they wait for disks, not for CPUs, and images must
 /// not wait for each other's.
@@ -191,7 +193,7 @@ impl Engine {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(super) fn emit(&self, event: Event) {
+    pub(super) fn emit(&self, event: ImageEvent) {
         (self.listener)(event);
     }
 

@@ -5,7 +5,7 @@
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::gate::Inside;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::nowait::NoWaitReads;
 use super::stack::Stack;
 use super::zero::is_zero;
@@ -242,7 +242,7 @@ impl<'a> Window<'a> {
         let places = &mut places[..count];
         let mut window = Window { image, first, count: 0, start, len, places: &[] };
         while window.count < count {
-            if !image.locks.try_lock(first + window.count as u64, Mode::Shared) {
+            if !image.locks.try_lock(first + window.count as u64, LockMode::Shared) {
                 return None; // Drop gives back what was taken.
             }
             window.count += 1;
@@ -302,7 +302,7 @@ impl Window<'_> {
 impl Drop for Window<'_> {
     fn drop(&mut self) {
         for i in 0..self.count {
-            self.image.unlock(self.first + i as u64, Mode::Shared);
+            self.image.unlock(self.first + i as u64, LockMode::Shared);
         }
     }
 }
@@ -317,12 +317,12 @@ impl<'a> Alone<'a> {
     /// None: a pio is at work on it.
     fn lock(image: &'a Arc<Image>, cluster: u64) -> Option<Alone<'a>> {
         // Not then_some: what that made for nothing would give back another holder's lock.
-        image.locks.try_lock(cluster, Mode::Exclusive).then(|| Alone { image, cluster })
+        image.locks.try_lock(cluster, LockMode::Exclusive).then(|| Alone { image, cluster })
     }
 }
 
 impl Drop for Alone<'_> {
     fn drop(&mut self) {
-        self.image.unlock(self.cluster, Mode::Exclusive);
+        self.image.unlock(self.cluster, LockMode::Exclusive);
     }
 }

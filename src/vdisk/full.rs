@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::Image;
 use super::alloc::Alloc;
-use super::engine::Event;
+use super::engine::ImageEvent;
 use super::pio::Pio;
 use crate::error::{Error, Kind};
 use crate::io::file::write_zeroes;
@@ -28,7 +28,7 @@ impl Image {
         let parking = self.space.park(&self.engine, pio);
         // Before the answer: who hears of it may ask for the reason.
         if parking.news {
-            self.engine.emit(Event::Full { image: self.name.clone() });
+            self.engine.emit(ImageEvent::Full { image: self.name.clone() });
         }
         if let Some(pio) = parking.refused {
             // What is not parked does not wait for a tick: the next write itself tries the host again.
@@ -48,7 +48,7 @@ impl Image {
             self.engine.pages_are_clean();
         }
         if news {
-            self.engine.emit(Event::Full { image: self.name.clone() });
+            self.engine.emit(ImageEvent::Full { image: self.name.clone() });
             // Allocations that wait for this round would wait inside the gate: they park instead.
             self.engine.no_clean_pages(self.id);
         }
@@ -144,7 +144,7 @@ impl Image {
         let Some(news) = self.space.fits() else { return };
         self.wake_parked(usize::MAX);
         if news {
-            self.engine.emit(Event::Space { image: self.name.clone() });
+            self.engine.emit(ImageEvent::Space { image: self.name.clone() });
         }
     }
 
@@ -167,7 +167,7 @@ impl Image {
         let Ok(space) = self.stack().top().file.space() else { return };
         let (free, total) = (space.available, space.total);
         if self.space.is_low_now(self.engine.options.low_water, space) {
-            self.engine.emit(Event::LowWater { image: self.name.clone(), free, total });
+            self.engine.emit(ImageEvent::LowWater { image: self.name.clone(), free, total });
         }
     }
 }

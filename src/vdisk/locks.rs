@@ -24,7 +24,7 @@ const SHARED: u32 = WAITERS - 1;
 
 /// How a cluster is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum LockMode {
     /// Together with other shared holders.
     Shared,
     /// Alone.
@@ -32,7 +32,7 @@ pub enum Mode {
 }
 
 struct Waiter {
-    mode: Mode,
+    mode: LockMode,
     job: Job,
 }
 
@@ -61,7 +61,7 @@ impl ClusterLocks {
     }
 
     /// Takes the lock if no holder or waiter is in the way.
-    pub fn try_lock(&self, cluster: u64, mode: Mode) -> bool {
+    pub fn try_lock(&self, cluster: u64, mode: LockMode) -> bool {
         self.stripe(cluster).try_lock(mode, WAITERS)
     }
 
@@ -70,7 +70,7 @@ impl ClusterLocks {
     pub fn lock_or_queue<T>(
         &self,
         cluster: u64,
-        mode: Mode,
+        mode: LockMode,
         token: T,
         job: impl FnOnce(T) -> Job,
     ) -> Option<T> {
@@ -91,13 +91,13 @@ impl ClusterLocks {
     }
 
     /// Gives the lock back. `granted` receives every job that now holds the lock, to be submitted.
-    pub fn unlock(&self, cluster: u64, mode: Mode, granted: impl FnMut(Job)) {
+    pub fn unlock(&self, cluster: u64, mode: LockMode, granted: impl FnMut(Job)) {
         let stripe = self.stripe(cluster);
         let before = match mode {
-            Mode::Shared => stripe.word.fetch_sub(1, Ordering::SeqCst),
-            Mode::Exclusive => stripe.word.fetch_and(!EXCLUSIVE, Ordering::SeqCst),
+            LockMode::Shared => stripe.word.fetch_sub(1, Ordering::SeqCst),
+            LockMode::Exclusive => stripe.word.fetch_and(!EXCLUSIVE, Ordering::SeqCst),
         };
-        let last = mode == Mode::Exclusive || before & SHARED == 1;
+        let last = mode == LockMode::Exclusive || before & SHARED == 1;
         if before & WAITERS != 0 && last {
             stripe.hand_over(granted);
         }
@@ -106,12 +106,12 @@ impl ClusterLocks {
 
 impl Stripe {
     /// Takes the lock unless a holder or one of `flags` is in the way.
-    fn try_lock(&self, mode: Mode, flags: u32) -> bool {
+    fn try_lock(&self, mode: LockMode, flags: u32) -> bool {
         let mut word = self.word.load(Ordering::Relaxed);
         loop {
             let (blocked, next) = match mode {
-                Mode::Shared => (word & (EXCLUSIVE | flags) != 0, word + 1),
-                Mode::Exclusive => (word & (EXCLUSIVE | SHARED | flags) != 0, word | EXCLUSIVE),
+                LockMode::Shared => (word & (EXCLUSIVE | flags) != 0, word + 1),
+                LockMode::Exclusive => (word & (EXCLUSIVE | SHARED | flags) != 0, word | EXCLUSIVE),
             };
             if blocked {
                 return false;
@@ -158,27 +158,27 @@ mod tests {
             Box::new(move || lock(&order).push(what))
         };
         let queue = |mode, what| locks.lock_or_queue(7, mode, what, note).is_none();
-        assert!(!queue(Mode::Shared, "at once"));
-        assert!(queue(Mode::Exclusive, "exclusive"));
-        assert!(!locks.try_lock(7, Mode::Shared), "a newcomer does not overtake");
-        assert!(queue(Mode::Shared, "shared 1"));
-        assert!(queue(Mode::Shared, "shared 2"));
-        locks.unlock(7, Mode::Shared, |job| job());
+        assert!(!queue(LockMode::Shared, "at once"));
+        assert!(queue(LockMode::Exclusive, "exclusive"));
+        assert!(!locks.try_lock(7, LockMode::Shared), "a newcomer does not overtake");
+        assert!(queue(LockMode::Shared, "shared 1"));
+        assert!(queue(LockMode::Shared, "shared 2"));
+        locks.unlock(7, LockMode::Shared, |job| job());
         assert_eq!(*lock(&order), ["exclusive"]);
-        locks.unlock(7, Mode::Exclusive, |job| job());
+        locks.unlock(7, LockMode::Exclusive, |job| job());
         assert_eq!(*lock(&order), ["exclusive", "shared 1", "shared 2"]);
-        locks.unlock(7, Mode::Shared, |job| job());
-        locks.unlock(7, Mode::Shared, |job| job());
-        assert!(locks.try_lock(7, Mode::Exclusive));
+        locks.unlock(7, LockMode::Shared, |job| job());
+        locks.unlock(7, LockMode::Shared, |job| job());
+        assert!(locks.try_lock(7, LockMode::Exclusive));
     }
 
     #[test]
     fn neighbours_do_not_share_a_stripe() {
         let locks = ClusterLocks::default();
         for cluster in 100..100 + STRIPES {
-            assert!(locks.try_lock(cluster, Mode::Exclusive));
+            assert!(locks.try_lock(cluster, LockMode::Exclusive));
         }
-        assert!(!locks.try_lock(100, Mode::Shared));
+        assert!(!locks.try_lock(100, LockMode::Shared));
     }
 
     #[test]
@@ -188,8 +188,8 @@ mod tests {
         const ROUNDS: u64 = 20_000;
         let pool = Arc::new(Pool::new("test/l", 4, 4));
         type Shared = (Arc<ClusterLocks>, Arc<AtomicU64>, Arc<AtomicU64>, Arc<Pool>);
-        fn section((locks, value, done, pool): &Shared, mode: Mode) {
-            if mode == Mode::Exclusive {
+        fn section((locks, value, done, pool): &Shared, mode: LockMode) {
+            if mode == LockMode::Exclusive {
                 // Not atomic as a pair: only mutual exclusion keeps the sum right.
                 let v = value.load(Ordering::Relaxed);
                 value.store(v + 1, Ordering::Relaxed);
@@ -202,7 +202,7 @@ mod tests {
             for thread in 0..4 {
                 let shared = &shared;
                 scope.spawn(move || {
-                    let mode = if thread % 2 == 0 { Mode::Exclusive } else { Mode::Shared };
+                    let mode = if thread % 2 == 0 { LockMode::Exclusive } else { LockMode::Shared };
                     for _ in 0..ROUNDS {
                         let later = shared.clone();
                         let job = |later: Shared| -> Job { Box::new(move || section(&later, mode)) };

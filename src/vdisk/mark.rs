@@ -30,7 +30,7 @@ pub(super) enum Stage {
 
 /// The stage of an image, and the jobs that wait for the next one.
 #[derive(Default)]
-pub(super) struct Marker {
+pub(super) struct UseMark {
     /// A [`Stage`]; it goes up by one, to `Marked` under `waiting`.
     stage: AtomicU8,
     /// None: no thread marks. Else one does, and these go on when it has ended. A leaf.
@@ -43,11 +43,11 @@ enum Marking<T> {
     Over(T),
     /// Another thread marks; the token waits.
     Queued,
-    /// It marks, and says how that ended: [`Marker::end`].
+    /// It marks, and says how that ended: [`UseMark::end`].
     Ours(T),
 }
 
-impl Marker {
+impl UseMark {
     fn waiting(&self) -> MutexGuard<'_, Option<Vec<Job>>> {
         let waiting = lock(&self.waiting);
         debug_assert!(self.is_sound(&waiting), "what waits for the mark");
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn one_thread_marks_and_the_others_go_on_when_it_has_ended() {
-        let marker = Marker::default();
+        let marker = UseMark::default();
         assert!(matches!(marker.begin((), job), Marking::Over(())), "nothing is scanned");
         marker.may_be_written();
         assert!(matches!(marker.begin((), job), Marking::Ours(())));
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_job_that_waits_for_the_mark_of_a_marked_image_is_not_sound() {
-        let marker = Marker::default();
+        let marker = UseMark::default();
         let waiting = Some(Vec::new());
         assert!(!marker.is_sound(&waiting), "nothing is scanned");
         marker.may_be_written();

@@ -103,9 +103,9 @@ use crate::io::planned::Planned;
 use crate::ledger::Book;
 use crate::sync::{Arc, AtomicU64, Ordering, lock};
 pub use counters::Stats;
-pub use engine::{Engine, Event, OnFull, Options};
+pub use engine::{Engine, ImageEvent, OnFull, Options};
 pub(crate) use flush::{BACKGROUND, BOUND};
-use locks::{ClusterLocks, Mode as LockMode};
+use locks::{ClusterLocks, LockMode};
 use mark::Stage;
 use operations::{Operating, Operations};
 pub use rescue::rescue;
@@ -150,13 +150,13 @@ pub struct Image {
     size: AtomicU64,
     gate: gate::Gate,
     locks: ClusterLocks,
-    marker: mark::Marker,
+    marker: mark::UseMark,
     operations: Operations,
     flusher: flush::Flusher,
-    space: space::Space,
+    space: space::SpaceState,
     host: host::Host,
     ends: ends::Ends,
-    counters: counters::Counters,
+    counters: counters::ImageCounters,
     /// The file that the kernel may read and write in our place.
     backing: std::sync::OnceLock<std::sync::Arc<Backing>>,
     /// What the ledger has of it. None: it is lost with the process.
@@ -209,13 +209,13 @@ impl Image {
             stack: ArcSwap::from_pointee(stack),
             gate: gate::Gate::default(),
             locks: ClusterLocks::default(),
-            marker: mark::Marker::default(),
+            marker: mark::UseMark::default(),
             operations: Operations::default(),
             flusher: flush::Flusher::default(),
-            space: space::Space::default(),
+            space: space::SpaceState::default(),
             host: host::Host::default(),
             ends: ends::Ends::default(),
-            counters: counters::Counters::default(),
+            counters: counters::ImageCounters::default(),
             backing: std::sync::OnceLock::new(),
             book: std::sync::OnceLock::new(),
             kept: std::sync::OnceLock::new(),
@@ -449,7 +449,7 @@ impl Image {
         if !self.ends.fail(error) {
             return;
         }
-        self.engine.emit(Event::ReadOnly { image: self.name.clone(), reason: error.to_string() });
+        self.engine.emit(ImageEvent::ReadOnly { image: self.name.clone(), reason: error.to_string() });
         // Not here: this may be a thread that holds the header or a cluster.
         let (image, error) = (Arc::clone(self), error.clone());
         self.submit(Box::new(move || {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 
 use super::gate::Inside;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::{Image, Reply, read, write};
 use crate::error::{Error, Kind, Result};
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, lock};
@@ -53,7 +53,7 @@ pub(super) struct Pio {
     /// Data.
     pub body: Body,
     /// The cluster lock held.
-    held: Option<Mode>,
+    held: Option<LockMode>,
     /// None while parked for space, and once finished.
     inside: Option<Inside>,
     /// When it was first parked for space.
@@ -176,7 +176,7 @@ impl Pio {
     }
 
     /// Goes on with `then` once the cluster is locked: at once, or on the runner that is handed the lock.
-    pub(super) fn with_lock(mut self, mode: Mode, then: fn(Pio)) {
+    pub(super) fn with_lock(mut self, mode: LockMode, then: fn(Pio)) {
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
         image.with_cluster(cluster, mode, move || {
             self.held = Some(mode);

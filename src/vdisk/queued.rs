@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::bat::page::Place;
 use super::fast::{NOWHERE, Window};
 use super::gate::Inside;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::pio;
 use super::{Image, Reply};
 use crate::io::planned::Planned;
@@ -82,7 +82,7 @@ struct HeldRead {
 impl Drop for HeldRead {
     fn drop(&mut self) {
         for cluster in self.first..self.first + self.count as u64 {
-            self.image.unlock(cluster, Mode::Shared);
+            self.image.unlock(cluster, LockMode::Shared);
         }
         if let Some(inside) = self.inside.take() {
             self.image.gate.leave(inside);
@@ -159,14 +159,14 @@ mod tests {
         let Some(b) = bench() else { return };
         let release = b.hold();
         let answer = b.later(5 * PAGE as u64, PAGE);
-        assert!(!b.image.locks.try_lock(0, Mode::Exclusive), "no writer changes what is being read");
-        assert!(b.image.locks.try_lock(0, Mode::Shared), "others may read it");
-        b.image.unlock(0, Mode::Shared);
+        assert!(!b.image.locks.try_lock(0, LockMode::Exclusive), "no writer changes what is being read");
+        assert!(b.image.locks.try_lock(0, LockMode::Shared), "others may read it");
+        b.image.unlock(0, LockMode::Shared);
         assert_eq!(b.image.gate.inside(), 1, "a freeze waits for it");
         drop(release);
         assert!(answer.recv_timeout(LONG).expect("an answer").iter().all(|byte| *byte == 5));
-        assert!(b.image.locks.try_lock(0, Mode::Exclusive), "it is released before the answer");
-        b.image.unlock(0, Mode::Exclusive);
+        assert!(b.image.locks.try_lock(0, LockMode::Exclusive), "it is released before the answer");
+        b.image.unlock(0, LockMode::Exclusive);
         assert_eq!(b.image.gate.inside(), 0);
         b.image.close().expect("closes");
     }
@@ -188,10 +188,10 @@ mod tests {
     #[test]
     fn a_read_of_a_locked_cluster_waits_for_the_lock_and_then_for_the_disk() {
         let Some(b) = bench() else { return };
-        assert!(b.image.locks.try_lock(0, Mode::Exclusive));
+        assert!(b.image.locks.try_lock(0, LockMode::Exclusive));
         let answer = b.later(0, PAGE);
         assert!(answer.try_recv().is_err());
-        b.image.unlock(0, Mode::Exclusive);
+        b.image.unlock(0, LockMode::Exclusive);
         assert_eq!(answer.recv_timeout(LONG).expect("an answer").len(), PAGE);
         b.image.close().expect("closes");
     }

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::live::snapshot::TopPlan;
-use super::locks::Mode as LockMode;
+use super::locks::LockMode;
 use super::{Engine, Image, Layout, Level, Mode, OnFull, Options};
 use crate::error::{Kind, Result};
 use crate::format::header::{FLAG_EMPTY, Header, Version};
@@ -19,7 +19,7 @@ pub(super) const CLUSTER: u64 = 32 << 10;
 pub(super) const PAGE: u64 = 1024 * CLUSTER;
 pub(super) const LONG: Duration = Duration::from_secs(20);
 
-pub(super) struct Bench {
+pub(super) struct ImageBench {
     pub file: Arc<MemoryFile>,
     pub plan: Arc<FaultPlan>,
     pub image: Arc<Image>,
@@ -29,7 +29,7 @@ pub(super) fn engine(options: Options) -> Arc<Engine> {
     Engine::new(options, Box::new(|_| ()))
 }
 
-pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
+pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> ImageBench {
     let header = Header::new(Version::V2, 16 * PAGE, CLUSTER).expect("fits the format");
     let file = Arc::new(MemoryFile::from_bytes(&header.encode()));
     file.set_len(u64::from(header.first_block) * 512).expect("memory grows");
@@ -38,7 +38,7 @@ pub(super) fn bench(engine: &Arc<Engine>, faults: &str) -> Bench {
     let level = Level { file: host, path: PathBuf::from("memory"), layout: Layout::Ploop(header) };
     let image = Image::open(engine, "memory", vec![level]).expect("opens");
     image.make_writable().expect("the BAT is sound");
-    Bench { file, plan, image }
+    ImageBench { file, plan, image }
 }
 
 pub(super) fn later(image: &Arc<Image>, offset: u64) -> mpsc::Receiver<Result<()>> {
@@ -127,7 +127,7 @@ fn a_mark_that_finds_no_space_is_parked_like_any_write() {
 }
 
 /// Two images that share the smallest cache; the first has dirtied its share, and never writes by itself.
-fn crowded(faults: &str) -> (Bench, Bench) {
+fn crowded(faults: &str) -> (ImageBench, ImageBench) {
     let options = Options { bat_cache: 0, bat_delay: Duration::from_secs(3600), ..Options::default() };
     let engine = engine(options);
     let (a, b) = (bench(&engine, faults), bench(&engine, ""));
@@ -302,13 +302,13 @@ fn a_sync_of_a_file_that_the_kernel_may_write_syncs_it_though_nothing_was_writte
 }
 
 /// An image that syncs only when it is asked to.
-fn synced_when_asked(options: Options) -> Bench {
+fn synced_when_asked(options: Options) -> ImageBench {
     let never = Duration::from_secs(3600);
     bench(&engine(Options { bat_delay: never, ..options }), "")
 }
 
 /// How many syncs of the host's file it takes to make `change` durable.
-fn syncs_for(b: &Bench, change: impl FnOnce(&Arc<Image>) -> Result<()>) -> u64 {
+fn syncs_for(b: &ImageBench, change: impl FnOnce(&Arc<Image>) -> Result<()>) -> u64 {
     change(&b.image).expect("space");
     let before = b.plan.counters(Op::Sync).started;
     b.image.flush_now().expect("durable");
@@ -316,7 +316,7 @@ fn syncs_for(b: &Bench, change: impl FnOnce(&Arc<Image>) -> Result<()>) -> u64 {
 }
 
 /// How many it takes when the round's entries find no space.
-fn syncs_of_a_full_round(b: &Bench) -> u64 {
+fn syncs_of_a_full_round(b: &ImageBench) -> u64 {
     let before = b.plan.counters(Op::Sync).started;
     b.plan.set_full(true);
     assert_eq!(b.image.flush_now().expect_err("full").kind(), Kind::NoSpace);
@@ -429,7 +429,7 @@ fn the_dirty_pages_of_an_image_whose_host_is_full_keep_no_other_image_waiting() 
 #[test]
 fn rounds_that_wait_for_space_keep_no_thread_from_other_images() {
     let engine = engine(Options::default());
-    let full: Vec<Bench> = (0..64).map(|_| bench(&engine, "")).collect();
+    let full: Vec<ImageBench> = (0..64).map(|_| bench(&engine, "")).collect();
     for b in &full {
         b.image.write_at(0, &[1; 512]).expect("space");
         b.plan.set_full(true);

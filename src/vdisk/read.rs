@@ -3,13 +3,13 @@
 use super::Image;
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::pio::Pio;
 use crate::error::{Error, Kind};
 
 /// Runs a read pio; it holds no lock. May block on the host: for runners only.
 pub(super) fn run(pio: Pio) {
-    pio.with_lock(Mode::Shared, locked);
+    pio.with_lock(LockMode::Shared, locked);
 }
 
 fn locked(mut pio: Pio) {

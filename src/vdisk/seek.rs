@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::Image;
 use super::bat::cache::Lookup;
 use super::bat::page::Place;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::stack::Stack;
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
@@ -94,11 +94,11 @@ impl Image {
         cluster: u64,
         look: impl FnOnce(Place) -> Result<T>,
     ) -> Result<T> {
-        let mode = if self.locks.try_lock(cluster, Mode::Shared) {
-            Mode::Shared
+        let mode = if self.locks.try_lock(cluster, LockMode::Shared) {
+            LockMode::Shared
         } else {
             self.lock_and_wait(cluster);
-            Mode::Exclusive
+            LockMode::Exclusive
         };
         // A load waits for no cluster's lock.
         let result = self.place_at(stack, cluster * self.cluster).and_then(|(_, place)| look(place));

@@ -12,7 +12,7 @@ use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
 
 /// The space state of one image.
 #[derive(Default)]
-pub(super) struct Space {
+pub(super) struct SpaceState {
     /// Copy of `State::full` for the fast path.
     full: AtomicBool,
     /// The low-water event was raised.
@@ -80,7 +80,7 @@ pub(super) struct Tick {
     pub again: bool,
 }
 
-impl Space {
+impl SpaceState {
     fn state(&self) -> MutexGuard<'_, State> {
         let state = lock(&self.state);
         debug_assert!(state.is_sound(self.is_full()), "what is parked, and its counts");

@@ -12,13 +12,14 @@
 //! the cut leaves of it has a checksum, its bits have none. After a crash between 2 and 5 there is no bitmap: the
 //! tracking is lost, and everything counts as changed.
 
-use super::changed::{Changed, MAX_BYTES, Range};
+use super::changed::{Changed, MAX_BYTES};
 use super::stack::Stack;
 use super::{Image, Operating, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::format::descriptor::Guid;
-use crate::format::extension::{Bits, DirtyBitmap};
+use crate::format::extension::{DirtyBitmap, TableEntry};
 use crate::format::header::{CLOSED_V21, Header, SECTOR};
+use crate::image::diff::ByteRange;
 use crate::io::file::{HostFile, read_full, write_full};
 use crate::sync::{Arc, lock};
 
@@ -40,7 +41,7 @@ pub struct Changes {
     /// Bytes of disk for each bit; 0 where it is not tracked.
     pub granularity: u64,
     /// Begin and length in bytes; ascending, none touching the next.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<ByteRange>,
     /// Where to go on, in bytes; None: these are all.
     pub next: Option<u64>,
 }
@@ -206,7 +207,8 @@ impl Operating<'_> {
 
     /// The disk has `disk` bytes now. While frozen.
     pub(super) fn tracking_grows(&self, disk: u64) {
-        let Some(old) = &*self.operations.changed() else { return };
+        let changed = self.operations.changed();
+        let Some(old) = &*changed else { return };
         if fits(disk, old.granularity) {
             self.set_changed(Some(old.grown(disk)));
         } else {
@@ -252,9 +254,9 @@ fn read(file: &dyn HostFile, header: &Header) -> std::result::Result<Changed, St
         let begin = i as u64 * cluster;
         let bytes = &mut bytes[..(bits - begin).min(cluster) as usize];
         match entry {
-            Bits::Clear => continue,
-            Bits::Set => bytes.fill(u8::MAX),
-            Bits::At(sector) => {
+            TableEntry::Clear => continue,
+            TableEntry::Set => bytes.fill(u8::MAX),
+            TableEntry::At(sector) => {
                 let at = position(*sector).ok_or("a cluster of the bitmap does not lie in the file")?;
                 read_full(file, bytes, at).map_err(io)?;
             }
@@ -280,14 +282,14 @@ pub(super) fn write(changed: &Changed, stack: &Stack, end: u64) -> Result<u64> {
         changed.store(begin, piece);
         let is_set = |(i, byte): (usize, &u8)| *byte == changed.full_byte(begin + i as u64);
         table.push(if piece.iter().all(|byte| *byte == 0) {
-            Bits::Clear
+            TableEntry::Clear
         } else if piece.iter().enumerate().all(is_set) {
-            Bits::Set
+            TableEntry::Set
         } else {
             top.file.set_len(at + cluster).map_err(failed)?;
             write_full(&*top.file, piece, at).map_err(failed)?;
             at += cluster;
-            Bits::At((at - cluster) / SECTOR)
+            TableEntry::At((at - cluster) / SECTOR)
         });
         begin += cluster;
     }
@@ -302,9 +304,9 @@ pub(super) fn write(changed: &Changed, stack: &Stack, end: u64) -> Result<u64> {
 }
 
 /// The extension cluster; None where it is too small. An empty table stands for one that is all clear.
-fn extension(changed: &Changed, cluster: u64, mut table: Vec<Bits>) -> Option<Vec<u8>> {
+fn extension(changed: &Changed, cluster: u64, mut table: Vec<TableEntry>) -> Option<Vec<u8>> {
     let entries = DirtyBitmap::entries(changed.disk, changed.granularity, cluster);
-    table.resize(usize::try_from(entries).ok()?, Bits::Clear);
+    table.resize(usize::try_from(entries).ok()?, TableEntry::Clear);
     let granularity = u32::try_from(changed.granularity / SECTOR).ok()?;
     let (uuid, disk_sectors) = (changed.guid.to_bytes(), changed.disk / SECTOR);
     DirtyBitmap { uuid, disk_sectors, granularity, table }.to_extension(cluster)

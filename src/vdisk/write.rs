@@ -16,7 +16,7 @@ use super::bat::cache::Lookup;
 use super::bat::page::Place;
 use super::cow::{Copied, CopyError};
 use super::engine::CleanWaiter;
-use super::locks::Mode;
+use super::locks::LockMode;
 use super::pio::{Body, Pio};
 use super::stack::Stack;
 use super::zero::is_zero;
@@ -34,7 +34,7 @@ pub(super) fn run(pio: Pio) {
         Ready::Yes => {}
     }
     if let Some(pio) = image.throttle(pio) {
-        pio.with_lock(Mode::Shared, in_place);
+        pio.with_lock(LockMode::Shared, in_place);
     }
 }
 
@@ -65,7 +65,7 @@ fn in_place(mut pio: Pio) {
         Lookup::Found(Place::None | Place::At { .. }) => {
             // No upgrade: release, queue for exclusive, look up again.
             pio.unlock();
-            pio.with_lock(Mode::Exclusive, allocate);
+            pio.with_lock(LockMode::Exclusive, allocate);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ploopfs::Result;
 use ploopfs::io::memory::MemoryFile;
-use ploopfs::vdisk::{Event, Mode, OnFull, Options};
+use ploopfs::vdisk::{ImageEvent, Mode, OnFull, Options};
 
 use super::rig::{CLUSTER, Call, Rig, SECTOR, empty_file, options};
 
@@ -147,12 +147,12 @@ fn run(history: &[Op], spec: &str, options: Options) -> u64 {
         assert!(model.check(&rig, &model.now, 0, SECTORS) || failed(&rig) == 1, "reads go on");
     }
     let sync_failed = rig.file.log().iter().any(|(call, ok)| *call == Call::Sync && !ok);
-    let told = rig.events().iter().filter(|e| matches!(e, Event::ReadOnly { .. })).count();
+    let said = rig.events().iter().filter(|e| matches!(e, ImageEvent::ReadOnly { .. })).count();
     if sync_failed {
-        assert_eq!((rig.image.mode(), told), (Mode::ReadOnly, 1), "a failed sync is final");
+        assert_eq!((rig.image.mode(), said), (Mode::ReadOnly, 1), "a failed sync is final");
         rig.flush().expect_err("and every later fsync fails");
     } else if !forever {
-        assert!(rig.image.mode() != Mode::ReadOnly && told == 0, "one failed call is not the end");
+        assert!(rig.image.mode() != Mode::ReadOnly && said == 0, "one failed call is not the end");
     }
     let closed = rig.image.close();
     if sync_failed {

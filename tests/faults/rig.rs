@@ -12,7 +12,7 @@ use ploopfs::format::header::{CLOSED, FLAG_EMPTY, Geometry, Header, Version};
 use ploopfs::io::fault::{FaultFile, FaultPlan};
 use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
-use ploopfs::vdisk::{Engine, Event, Image, Layout, Level, OnFull, Options};
+use ploopfs::vdisk::{Engine, Image, ImageEvent, Layout, Level, OnFull, Options};
 
 use super::watched::{HostCall, Watch, Watched};
 
@@ -202,7 +202,7 @@ pub struct Rig {
     pub file: Arc<Watched<Ruled>>,
     pub image: Arc<Image>,
     pub geometry: Geometry,
-    events: Arc<Mutex<Vec<Event>>>,
+    events: Arc<Mutex<Vec<ImageEvent>>>,
 }
 
 impl Rig {
@@ -212,7 +212,7 @@ impl Rig {
     }
 
     pub fn open(memory: MemoryFile, spec: &str, options: Options) -> Result<Rig> {
-        let events: Arc<Mutex<Vec<Event>>> = Arc::default();
+        let events: Arc<Mutex<Vec<ImageEvent>>> = Arc::default();
         let heard = Arc::clone(&events);
         let engine = Engine::new(options, Box::new(move |event| lock(&heard).push(event)));
         Rig::open_with(memory, spec, &engine, events)
@@ -222,7 +222,7 @@ impl Rig {
         memory: MemoryFile,
         spec: &str,
         engine: &Arc<Engine>,
-        events: Arc<Mutex<Vec<Event>>>,
+        events: Arc<Mutex<Vec<ImageEvent>>>,
     ) -> Result<Rig> {
         let memory = Arc::new(memory);
         let plan: Arc<FaultPlan> = Arc::new(spec.parse().expect("a fault"));
@@ -241,7 +241,7 @@ impl Rig {
         Ok(Rig { memory, plan, file, image, geometry: header.geometry(), events })
     }
 
-    pub fn events(&self) -> Vec<Event> {
+    pub fn events(&self) -> Vec<ImageEvent> {
         lock(&self.events).clone()
     }
 

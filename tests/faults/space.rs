@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ploopfs::Kind;
 use ploopfs::format::header::IN_USE;
-use ploopfs::vdisk::{Engine, Event, Mode, Options};
+use ploopfs::vdisk::{Engine, ImageEvent, Mode, Options};
 
 use super::rig::{
     CLUSTER, Call, Pending, Rig, SECTOR, empty_file, errno, failing_at_once, header, options, until,
@@ -37,16 +37,16 @@ fn full(rig: &Rig) -> Arc<AtomicBool> {
     switch
 }
 
-fn count(rig: &Rig, which: fn(&Event) -> bool) -> usize {
+fn count(rig: &Rig, which: fn(&ImageEvent) -> bool) -> usize {
     rig.events().iter().filter(|e| which(e)).count()
 }
 
-fn is_full(event: &Event) -> bool {
-    matches!(event, Event::Full { .. })
+fn is_full(event: &ImageEvent) -> bool {
+    matches!(event, ImageEvent::Full { .. })
 }
 
-fn is_space(event: &Event) -> bool {
-    matches!(event, Event::Space { .. })
+fn is_space(event: &ImageEvent) -> bool {
+    matches!(event, ImageEvent::Space { .. })
 }
 
 fn no_space(pending: &Pending<()>) {

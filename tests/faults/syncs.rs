@@ -9,7 +9,7 @@ use ploopfs::format::header::{CLOSED_V21, IN_USE};
 use ploopfs::io::fault::Op;
 use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
-use ploopfs::vdisk::{Event, Mode, Options};
+use ploopfs::vdisk::{ImageEvent, Mode, Options};
 
 use super::rig::{
     Barrier, CLUSTER, Call, Rig, SECTOR, empty_file, errno, failing_at_once, header, options, until,
@@ -48,8 +48,8 @@ fn a_failed_fdatasync_is_final_and_all_who_wait_hear_of_it() {
     assert!(rig.image.try_write(0, &[9; 512]).is_none(), "no way around the queue");
     assert_eq!(rig.file.log().len(), calls, "none of them reached the host");
     assert_eq!(rig.byte(1), 2, "reads go on");
-    let told = rig.events().iter().filter(|e| matches!(e, Event::ReadOnly { .. })).count();
-    assert_eq!(told, 1);
+    let said = rig.events().iter().filter(|e| matches!(e, ImageEvent::ReadOnly { .. })).count();
+    assert_eq!(said, 1);
     rig.image.close().expect_err("a close says so");
     assert_eq!(header(&rig.memory).in_use, IN_USE, "and the mark stays");
     let left = rig.reopened().read(0, CLUSTER).expect("reads");

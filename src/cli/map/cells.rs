@@ -1,7 +1,7 @@
 //! A map that fits on a screen: the disk in some hundred cells, each file in some dozen. However large the disk, the memory
 //! is that of the cells.
 
-use super::source::Source;
+use super::source::MapSource;
 use crate::image::map::{At, Range};
 
 /// Cells of the disk: 64 columns, and 12 rows, which leave room for the rest in 24 lines.
@@ -13,7 +13,7 @@ const FILE_CELLS: usize = 64;
 
 /// What a cell shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Look {
+pub(super) enum CellLook {
     /// No level has anything.
     Nothing,
     /// Mapped, but a hole of the file.
@@ -54,12 +54,12 @@ pub(super) struct Drawing {
     /// Bytes that cannot be read.
     pub damaged: u64,
     /// Bytes in each cell by what they are; few kinds meet in one.
-    cells: Vec<Vec<(Look, u64)>>,
+    cells: Vec<Vec<(CellLook, u64)>>,
 }
 
 impl Drawing {
     /// Of nothing yet.
-    pub(super) fn new(source: &Source) -> Drawing {
+    pub(super) fn new(source: &MapSource) -> Drawing {
         let lengths: Vec<u64> = source.levels().iter().map(|level| level.length).collect();
         Drawing::of(source.size(), source.cluster(), &lengths)
     }
@@ -84,10 +84,10 @@ impl Drawing {
     /// Takes a range in; they come in the order of the disk.
     pub(super) fn add(&mut self, range: &Range) {
         let look = match range.at {
-            At::Nowhere => Look::Nothing,
-            At::Damaged => Look::Damaged,
-            At::File { hole: true, .. } => Look::Hole,
-            At::File { level, .. } => Look::Level(level),
+            At::Nowhere => CellLook::Nothing,
+            At::Damaged => CellLook::Damaged,
+            At::File { hole: true, .. } => CellLook::Hole,
+            At::File { level, .. } => CellLook::Level(level),
         };
         match range.at {
             At::Nowhere => self.nothing += range.length,
@@ -112,17 +112,17 @@ impl Drawing {
     }
 
     /// What each cell shows, in the order of the disk.
-    pub(super) fn looks(&self) -> impl Iterator<Item = Look> {
+    pub(super) fn looks(&self) -> impl Iterator<Item = CellLook> {
         self.cells.iter().map(|cell| {
             // Damage is never hidden by what is beside it, and data not by the holes around it.
-            let rank = |look: &Look| match look {
-                Look::Damaged => 3,
-                Look::Level(_) => 2,
-                Look::Hole => 1,
-                Look::Nothing => 0,
+            let rank = |look: &CellLook| match look {
+                CellLook::Damaged => 3,
+                CellLook::Level(_) => 2,
+                CellLook::Hole => 1,
+                CellLook::Nothing => 0,
             };
             let most = cell.iter().max_by_key(|(look, bytes)| (rank(look), *bytes));
-            most.map_or(Look::Nothing, |(look, _)| *look)
+            most.map_or(CellLook::Nothing, |(look, _)| *look)
         })
     }
 }
@@ -189,8 +189,8 @@ mod tests {
         drawing.add(&data(5 * MIB, 3 * MIB, 1, 5 * MIB));
         drawing.add(&data(8 * MIB, 3 * MIB, 1, 8 * MIB));
         drawing.add(&Range { start: 11 * MIB, length: MIB, at: At::Damaged });
-        let looks: Vec<Look> = drawing.looks().take(4).collect();
-        assert_eq!(looks, [Look::Level(1), Look::Level(1), Look::Damaged, Look::Nothing]);
+        let looks: Vec<CellLook> = drawing.looks().take(4).collect();
+        assert_eq!(looks, [CellLook::Level(1), CellLook::Level(1), CellLook::Damaged, CellLook::Nothing]);
         assert_eq!((drawing.nothing, drawing.damaged), (3 * MIB, MIB));
         assert_eq!((drawing.shares[1].data, drawing.shares[1].pieces), (7 * MIB, 2));
     }

@@ -17,13 +17,13 @@ use crate::error::{Error, Kind};
 use crate::image::map::{At, Joiner, Range};
 use crate::io::new_file::NewFile;
 use cells::Drawing;
-use source::{LevelInfo, Source};
+use source::{LevelInfo, MapSource};
 
 /// Arguments of `map`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    which: target::Facts,
+    which: target::FactsArgs,
     /// Draw it for the terminal, 80 columns wide
     #[arg(long, conflicts_with = "json")]
     picture: bool,
@@ -41,7 +41,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         // Before the walk, which may take its time.
         return Err(taken(file).into());
     }
-    let mut source = Source::open(&target)?;
+    let mut source = MapSource::open(&target)?;
     if args.picture || args.svg.is_some() {
         let mut drawing = Drawing::new(&source);
         walk(&mut source, &mut |_, range| {
@@ -59,7 +59,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
         }
         return Ok(Outcome::Done);
     }
-    let mut stream = out::Stream::lock();
+    let mut stream = out::OutStream::lock();
     if args.which.json {
         as_json(&mut source, &mut stream)?
     } else {
@@ -71,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<Outcome> {
 
 /// Goes through all ranges, joined; `each` says whether to go on.
 fn walk(
-    source: &mut Source,
+    source: &mut MapSource,
     each: &mut dyn FnMut(&[LevelInfo], Range) -> anyhow::Result<bool>,
 ) -> anyhow::Result<()> {
     let mut joiner = Joiner::default();
@@ -91,7 +91,7 @@ fn walk(
 }
 
 /// As `qemu-img map --output=json` has it, with `level` (0 = base) and `file` beside. A range a line.
-fn as_json(source: &mut Source, stream: &mut out::Stream) -> anyhow::Result<()> {
+fn as_json(source: &mut MapSource, stream: &mut out::OutStream) -> anyhow::Result<()> {
     let mut first = true;
     stream.write("[")?;
     walk(source, &mut |levels, range| {
@@ -154,7 +154,7 @@ fn range_line<'a>(levels: &'a [LevelInfo], range: &Range) -> RangeLine<'a> {
     }
 }
 
-fn as_text(source: &mut Source, stream: &mut out::Stream) -> anyhow::Result<()> {
+fn as_text(source: &mut MapSource, stream: &mut out::OutStream) -> anyhow::Result<()> {
     stream.write(&row("START", "LENGTH", "LEVEL", "OFFSET", "FILE"))?;
     walk(source, &mut |levels, range| {
         let hex = |n: u64| format!("{n:#x}");

@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use super::cells::{COLUMNS, Drawing, Look};
-use super::source::{LevelInfo, Source};
+use super::cells::{COLUMNS, CellLook, Drawing};
+use super::source::{LevelInfo, MapSource};
 use crate::cli::size;
 
 /// Levels, and parts of a disk, in one character.
@@ -15,24 +15,24 @@ const WIDTH: usize = 80;
 /// Colours of levels in a terminal's table of 256: bright enough on black, dark enough on white.
 const COLOURS: [u8; 8] = [33, 208, 35, 169, 178, 73, 99, 160];
 
-fn symbol(look: Look) -> char {
+fn symbol(look: CellLook) -> char {
     match look {
-        Look::Nothing => '.',
-        Look::Hole => '-',
-        Look::Damaged => '!',
-        Look::Level(level) => DIGITS.get(usize::from(level)).map_or('+', |digit| char::from(*digit)),
+        CellLook::Nothing => '.',
+        CellLook::Hole => '-',
+        CellLook::Damaged => '!',
+        CellLook::Level(level) => DIGITS.get(usize::from(level)).map_or('+', |digit| char::from(*digit)),
     }
 }
 
 /// The picture. `colours`: with the escapes of a terminal.
-pub(super) fn draw(drawing: &Drawing, source: &Source, colours: bool) -> String {
+pub(super) fn draw(drawing: &Drawing, source: &MapSource, colours: bool) -> String {
     let mut text = String::new();
     // Writing into a String cannot fail.
     let _ = writeln!(text, "{}", cut(&format!("{}, {}", source.title(), size::human(drawing.size)), WIDTH));
     let _ = writeln!(text, "A character is {}, and shows the level that most of its data lies in.", {
         size::human(drawing.width)
     });
-    let looks: Vec<Look> = drawing.looks().collect();
+    let looks: Vec<CellLook> = drawing.looks().collect();
     for (index, row) in looks.chunks(COLUMNS).enumerate() {
         let start = size::human((index * COLUMNS) as u64 * drawing.width);
         let _ = writeln!(text, "{start:>10}  {}", coloured(row, colours));
@@ -42,16 +42,16 @@ pub(super) fn draw(drawing: &Drawing, source: &Source, colours: bool) -> String 
     text
 }
 
-fn coloured(row: &[Look], colours: bool) -> String {
+fn coloured(row: &[CellLook], colours: bool) -> String {
     let mut text = String::new();
     for part in row.chunk_by(|a, b| a == b) {
         let symbols: String = part.iter().map(|look| symbol(*look)).collect();
         let _ = match part[0] {
-            Look::Level(level) if colours => {
+            CellLook::Level(level) if colours => {
                 let colour = COLOURS[usize::from(level) % COLOURS.len()];
                 write!(text, "\x1b[38;5;{colour}m{symbols}\x1b[0m")
             }
-            Look::Damaged if colours => write!(text, "\x1b[1;31m{symbols}\x1b[0m"),
+            CellLook::Damaged if colours => write!(text, "\x1b[1;31m{symbols}\x1b[0m"),
             _ => write!(text, "{symbols}"),
         };
     }
@@ -59,7 +59,7 @@ fn coloured(row: &[Look], colours: bool) -> String {
 }
 
 /// The levels with the most data, the uppermost first, what they have, and the rest in a line.
-fn legend(drawing: &Drawing, source: &Source, text: &mut String) {
+fn legend(drawing: &Drawing, source: &MapSource, text: &mut String) {
     let mut numbers: Vec<usize> = (0..drawing.shares.len()).collect();
     let all = numbers.len();
     if all > LEGEND {
@@ -96,7 +96,7 @@ fn pieces(count: u64) -> String {
 }
 
 fn line(number: u16, what: &str, level: &LevelInfo) -> String {
-    let symbol = symbol(Look::Level(number));
+    let symbol = symbol(CellLook::Level(number));
     format!(
         " {symbol} level {number}, {}: {what}, {}",
         crate::cli::out::printable(&level.label),
@@ -105,7 +105,7 @@ fn line(number: u16, what: &str, level: &LevelInfo) -> String {
 }
 
 /// The two levels with the most data, as their files have them.
-fn in_files(drawing: &Drawing, source: &Source, text: &mut String) {
+fn in_files(drawing: &Drawing, source: &MapSource, text: &mut String) {
     let mut numbers: Vec<usize> = (0..source.levels().len()).collect();
     numbers.retain(|number| drawing.shares[*number].data > 0);
     numbers.sort_by_key(|number| std::cmp::Reverse(drawing.shares[*number].data));
@@ -147,13 +147,13 @@ mod tests {
 
     #[test]
     fn levels_have_symbols_as_long_as_there_are_any() {
-        let symbols = [0, 9, 10, 61, 62, 249].map(|level| symbol(Look::Level(level)));
+        let symbols = [0, 9, 10, 61, 62, 249].map(|level| symbol(CellLook::Level(level)));
         assert_eq!(symbols, ['0', '9', 'a', 'Z', '+', '+']);
     }
 
     #[test]
     fn colours_wrap_runs_and_change_no_character() {
-        let row = [Look::Nothing, Look::Level(0), Look::Level(0), Look::Damaged];
+        let row = [CellLook::Nothing, CellLook::Level(0), CellLook::Level(0), CellLook::Damaged];
         assert_eq!(coloured(&row, false), ".00!");
         assert_eq!(coloured(&row, true), ".\x1b[38;5;33m00\x1b[0m\x1b[1;31m!\x1b[0m");
     }

@@ -9,7 +9,7 @@ use crate::cli::served::{self, Daemon};
 use crate::cli::target::Target;
 use crate::disk::find;
 use crate::disk::layered::Layered;
-use crate::disk::open::Opened;
+use crate::disk::open::OpenDisk;
 use crate::error::{Error, Kind, Result};
 use crate::image::map::{Piece, Range};
 use crate::io::real::Access;
@@ -38,11 +38,11 @@ impl LevelInfo {
 
 enum From {
     Daemon(Box<Daemon>, String),
-    Files(Opened),
+    Files(OpenDisk),
 }
 
 /// An image that is mapped.
-pub(super) struct Source {
+pub(super) struct MapSource {
     from: From,
     name: String,
     snapshot: Option<String>,
@@ -54,9 +54,9 @@ pub(super) struct Source {
     taken: bool,
 }
 
-impl Source {
+impl MapSource {
     /// Opens `target`, and looks at its first piece.
-    pub(super) fn open(target: &Target) -> Result<Source> {
+    pub(super) fn open(target: &Target) -> Result<MapSource> {
         let path = &target.path;
         let (mut from, name) = match served::serving(path)? {
             Some((daemon, line)) => (From::Daemon(Box::new(daemon), line.name.clone()), line.name),
@@ -65,7 +65,7 @@ impl Source {
         let piece = piece(&mut from, target.snapshot.as_deref(), 0)?;
         let levels = levels(path, &piece)?;
         let (path, snapshot) = (path.clone(), target.snapshot.clone());
-        Ok(Source { from, name, snapshot, path, levels, piece, taken: false })
+        Ok(MapSource { from, name, snapshot, path, levels, piece, taken: false })
     }
 
     /// The image's name, and the snapshot's behind an @.
@@ -123,7 +123,7 @@ fn piece(from: &mut From, snapshot: Option<&str>, offset: u64) -> Result<Piece> 
 
 fn from_files(target: &Target) -> Result<(From, String)> {
     let options = Options { bat_cache: BAT_CACHE, ..Options::default() };
-    let opened = Opened::open(&target.path, target.snapshot.as_deref(), Access::ReadOnly, options)?;
+    let opened = OpenDisk::open(&target.path, target.snapshot.as_deref(), Access::ReadOnly, options)?;
     let name = find::name(&target.path)?.to_string_lossy().into_owned();
     Ok((From::Files(opened), name))
 }

@@ -3,8 +3,8 @@
 
 use std::fmt::Write;
 
-use super::cells::{COLUMNS, Drawing, Look};
-use super::source::Source;
+use super::cells::{COLUMNS, CellLook, Drawing};
+use super::source::MapSource;
 use crate::cli::size;
 
 /// Edge of a square, in pixels.
@@ -37,12 +37,12 @@ fn level_colour(level: usize) -> String {
     hex(COLOURS[level % COLOURS.len()].map(|part| (u32::from(part) * (10 - 2 * darker) / 10) as u8))
 }
 
-fn look_colour(look: Look) -> String {
+fn look_colour(look: CellLook) -> String {
     match look {
-        Look::Nothing => "#f2f2f2".to_owned(),
-        Look::Hole => "#c8c8c8".to_owned(),
-        Look::Damaged => "#ff0000".to_owned(),
-        Look::Level(level) => level_colour(usize::from(level)),
+        CellLook::Nothing => "#f2f2f2".to_owned(),
+        CellLook::Hole => "#c8c8c8".to_owned(),
+        CellLook::Damaged => "#ff0000".to_owned(),
+        CellLook::Level(level) => level_colour(usize::from(level)),
     }
 }
 
@@ -75,14 +75,14 @@ fn escaped(text: &str) -> String {
 }
 
 /// The picture.
-pub(super) fn draw(drawing: &Drawing, source: &Source) -> String {
+pub(super) fn draw(drawing: &Drawing, source: &MapSource) -> String {
     let mut canvas = Canvas { body: String::new(), y: 28 };
     canvas.text(20, 16, &format!("{}, {}", source.title(), size::human(drawing.size)));
     canvas.line(&format!("a square is {}, in the colour of the level that most of its data lies in", {
         size::human(drawing.width)
     }));
     canvas.y += 8;
-    let looks: Vec<Look> = drawing.looks().collect();
+    let looks: Vec<CellLook> = drawing.looks().collect();
     for (index, row) in looks.chunks(COLUMNS).enumerate() {
         canvas.label(&size::human((index * COLUMNS) as u64 * drawing.width));
         for (column, look) in row.iter().enumerate() {
@@ -99,10 +99,10 @@ pub(super) fn draw(drawing: &Drawing, source: &Source) -> String {
         canvas.legend(&level_colour(number), &what);
     }
     let holes: u64 = drawing.shares.iter().map(|share| share.holes).sum();
-    canvas.legend(&look_colour(Look::Hole), &format!("holes inside clusters: {}", size::human(holes)));
-    canvas.legend(&look_colour(Look::Nothing), &format!("nothing: {}", size::human(drawing.nothing)));
+    canvas.legend(&look_colour(CellLook::Hole), &format!("holes inside clusters: {}", size::human(holes)));
+    canvas.legend(&look_colour(CellLook::Nothing), &format!("nothing: {}", size::human(drawing.nothing)));
     if drawing.damaged > 0 {
-        canvas.legend(&look_colour(Look::Damaged), &format!("damaged: {}", size::human(drawing.damaged)));
+        canvas.legend(&look_colour(CellLook::Damaged), &format!("damaged: {}", size::human(drawing.damaged)));
     }
     canvas.y += 8;
     canvas.line("each file, front to back; from the dark begin of the disk to its bright end:");

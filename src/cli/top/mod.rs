@@ -16,7 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use crate::cli::{Outcome, out};
 use crate::error::{Error, Kind, Result};
 use sample::Watch;
-use screen::{Screen, Seen};
+use screen::{Screen, ScreenEvent};
 use view::{Sort, View};
 
 /// How often the keyboard and the signals are looked at: a key is answered before a person wonders.
@@ -98,10 +98,10 @@ fn interactive(watch: Watch, interval: Duration, sort: Sort) -> Result<Outcome> 
             screen.draw(&view.lines(columns, rows))?;
         }
         match screen.wait(LOOK)? {
-            Seen::Nothing => {}
-            Seen::Resized => screen.make_stale(),
-            Seen::Quit => return Ok(Outcome::Done),
-            Seen::Key(key) => {
+            ScreenEvent::Nothing => {}
+            ScreenEvent::Resized => screen.make_stale(),
+            ScreenEvent::Quit => return Ok(Outcome::Done),
+            ScreenEvent::Key(key) => {
                 view.press(key);
                 screen.make_stale();
             }

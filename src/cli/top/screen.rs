@@ -15,12 +15,12 @@ pub(super) struct Line {
     /// Its text, no wider than the screen.
     pub text: String,
     /// How it is drawn.
-    pub look: Look,
+    pub look: LineLook,
 }
 
 /// How a line is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Look {
+pub(super) enum LineLook {
     /// As text is.
     Plain,
     /// The head of a table.
@@ -33,7 +33,7 @@ pub(super) enum Look {
 
 /// What came from the keyboard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seen {
+pub(super) enum ScreenEvent {
     /// Nothing, in the time given.
     Nothing,
     /// The terminal has another size now.
@@ -105,10 +105,10 @@ impl Screen {
             for (row, line) in lines.iter().enumerate() {
                 queue!(frame, cursor::MoveTo(0, row as u16))?;
                 let attribute = match line.look {
-                    Look::Plain => Attribute::Reset,
-                    Look::Head => Attribute::Reverse,
-                    Look::Faint => Attribute::Dim,
-                    Look::Alarm => Attribute::Bold,
+                    LineLook::Plain => Attribute::Reset,
+                    LineLook::Head => Attribute::Reverse,
+                    LineLook::Faint => Attribute::Dim,
+                    LineLook::Alarm => Attribute::Bold,
                 };
                 queue!(
                     frame,
@@ -127,30 +127,30 @@ impl Screen {
     }
 
     /// Waits for a key, `patience` at most.
-    pub(super) fn wait(&mut self, patience: Duration) -> Result<Seen> {
+    pub(super) fn wait(&mut self, patience: Duration) -> Result<ScreenEvent> {
         match event::poll(patience) {
-            Ok(false) => return Ok(Seen::Nothing),
+            Ok(false) => return Ok(ScreenEvent::Nothing),
             // A signal; who sent it is looked at elsewhere.
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(Seen::Nothing),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => return Ok(ScreenEvent::Nothing),
             Err(e) => return Err(cannot(&e)),
             Ok(true) => {}
         }
         let key = match event::read().map_err(|e| cannot(&e))? {
-            Event::Resize(..) => return Ok(Seen::Resized),
+            Event::Resize(..) => return Ok(ScreenEvent::Resized),
             Event::Key(key) if key.kind != KeyEventKind::Release => key,
-            _ => return Ok(Seen::Nothing),
+            _ => return Ok(ScreenEvent::Nothing),
         };
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
         Ok(match key.code {
-            KeyCode::Char('c' | 'd') if control => Seen::Quit,
-            KeyCode::Char('l') if control => Seen::Resized,
-            KeyCode::Char('q') | KeyCode::Esc => Seen::Quit,
-            KeyCode::Char(letter) if !control => Seen::Key(Key::Letter(letter)),
-            KeyCode::Up => Seen::Key(Key::Up),
-            KeyCode::Down => Seen::Key(Key::Down),
-            KeyCode::PageUp => Seen::Key(Key::PageUp),
-            KeyCode::PageDown => Seen::Key(Key::PageDown),
-            _ => Seen::Nothing,
+            KeyCode::Char('c' | 'd') if control => ScreenEvent::Quit,
+            KeyCode::Char('l') if control => ScreenEvent::Resized,
+            KeyCode::Char('q') | KeyCode::Esc => ScreenEvent::Quit,
+            KeyCode::Char(letter) if !control => ScreenEvent::Key(Key::Letter(letter)),
+            KeyCode::Up => ScreenEvent::Key(Key::Up),
+            KeyCode::Down => ScreenEvent::Key(Key::Down),
+            KeyCode::PageUp => ScreenEvent::Key(Key::PageUp),
+            KeyCode::PageDown => ScreenEvent::Key(Key::PageDown),
+            _ => ScreenEvent::Nothing,
         })
     }
 }

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::fmt::Write;
 
 use super::sample::{Found, ImageRow};
-use super::screen::{Key, Line, Look};
+use super::screen::{Key, Line, LineLook};
 use crate::cli::{out, size};
 
 /// What the columns behind the name take, blanks included.
@@ -105,31 +105,31 @@ impl View {
         let columns = columns.max(1);
         let line = |text: String, look| Line { text: fit(&text, columns), look };
         let Some(found) = &self.found else {
-            return vec![line("ploopfs top: measuring".into(), Look::Plain)];
+            return vec![line("ploopfs top: measuring".into(), LineLook::Plain)];
         };
         let mut images = sorted(found, self.sort);
         images.retain(|row| !self.open_only || row.openers > 0);
         if self.reverse {
             images.reverse();
         }
-        let troubles = found.troubles.iter().map(|text| line(out::printable(text), Look::Alarm));
-        let mut lines = vec![line(summary(found), Look::Plain), line(space(found), Look::Plain)];
+        let troubles = found.troubles.iter().map(|text| line(out::printable(text), LineLook::Alarm));
+        let mut lines = vec![line(summary(found), LineLook::Plain), line(space(found), LineLook::Plain)];
         lines.extend(troubles.take(3));
         let width = columns.saturating_sub(FIGURES).max(NARROW);
-        lines.push(line(head(width), Look::Head));
+        lines.push(line(head(width), LineLook::Head));
         self.fits = rows.saturating_sub(lines.len() + 1).max(1);
         self.skip = self.skip.min(images.len().saturating_sub(self.fits));
         for image in images.iter().skip(self.skip).take(self.fits) {
             let look = match &*image.mode {
-                "closed" => Look::Faint,
-                "full-queue" | "full-error" => Look::Alarm,
-                _ => Look::Plain,
+                "closed" => LineLook::Faint,
+                "full-queue" | "full-error" => LineLook::Alarm,
+                _ => LineLook::Plain,
             };
             lines.push(line(row(image, width), look));
         }
-        lines.resize_with(lines.len().max(rows.saturating_sub(1)), || line(String::new(), Look::Plain));
+        lines.resize_with(lines.len().max(rows.saturating_sub(1)), || line(String::new(), LineLook::Plain));
         let keys = "q quit; by n name i I/O t bytes l p99 d dirty u queue s used; r turn; o open";
-        lines.push(line(keys.into(), Look::Faint));
+        lines.push(line(keys.into(), LineLook::Faint));
         lines.truncate(rows.max(AROUND));
         lines
     }

@@ -11,7 +11,7 @@ use std::fmt;
 
 pub use guid::Guid;
 pub use xml::MAX_BYTES;
-use xml::{Element, Node};
+use xml::{Element, XmlNode};
 
 use crate::format::header::MAX_CLUSTER_SECTORS;
 
@@ -105,25 +105,25 @@ pub struct Shot {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Kept {
     attributes: String,
-    nodes: Vec<Node>,
+    nodes: Vec<XmlNode>,
 }
 
 impl Kept {
     fn of(element: &Element, understood: &[&str]) -> Kept {
-        let is_kept = |node: &&Node| match node {
-            Node::Element(element) => !understood.contains(&element.name.as_str()),
-            Node::Text(_) => false,
-            Node::Verbatim(_) => true,
+        let is_kept = |node: &&XmlNode| match node {
+            XmlNode::Element(element) => !understood.contains(&element.name.as_str()),
+            XmlNode::Text(_) => false,
+            XmlNode::Verbatim(_) => true,
         };
         let nodes = element.children.iter().filter(is_kept).cloned().collect();
         Kept { attributes: element.attributes.clone(), nodes }
     }
 
-    fn element(&self, name: &str, understood: Vec<Element>) -> Node {
+    fn element(&self, name: &str, understood: Vec<Element>) -> XmlNode {
         let mut element = Element::of(name, understood);
         element.attributes.clone_from(&self.attributes);
         element.children.extend(self.nodes.iter().cloned());
-        Node::Element(element)
+        XmlNode::Element(element)
     }
 }
 
@@ -147,7 +147,7 @@ pub struct Descriptor {
     /// Why its bytes are not what they look like, so that it must not be served: [`meaning`].
     foreign: Option<String>,
     /// The document as it was read.
-    document: Vec<Node>,
+    document: Vec<XmlNode>,
 }
 
 impl Descriptor {
@@ -221,7 +221,7 @@ impl Descriptor {
             top: Guid::TOP,
             volume: false,
             foreign: None,
-            document: vec![Node::Element(Element::of("Virtuozzo_disk_image", Vec::new()))],
+            document: vec![XmlNode::Element(Element::of("Virtuozzo_disk_image", Vec::new()))],
         }
     }
 
@@ -259,7 +259,7 @@ impl Descriptor {
     pub fn to_xml(&self) -> Vec<u8> {
         let mut document = self.document.clone();
         for node in &mut document {
-            if let Node::Element(root) = node {
+            if let XmlNode::Element(root) = node {
                 self.update(root);
             }
         }
@@ -270,13 +270,13 @@ impl Descriptor {
         // A missing part is put in front of what is there, so: last part first.
         let snapshots = root.child_mut("Snapshots");
         snapshots.children.retain(|node| !is_named(node, &["TopGUID", "Shot"]));
-        snapshots.children.insert(0, Node::Element(Element::text("TopGUID", self.top)));
+        snapshots.children.insert(0, XmlNode::Element(Element::text("TopGUID", self.top)));
         snapshots.children.extend(self.shots.iter().map(Shot::element));
 
         let storage = root.child_mut("StorageData").child_mut("Storage");
         storage.children.retain(|node| !is_named(node, &["Image", "Preallocated"]));
         if self.preallocated {
-            storage.children.push(Node::Element(Element::text("Preallocated", 1)));
+            storage.children.push(XmlNode::Element(Element::text("Preallocated", 1)));
         }
         storage.child_mut("Blocksize").set_content(self.cluster_sectors);
         storage.child_mut("End").set_content(self.disk_sectors);
@@ -304,7 +304,7 @@ impl Descriptor {
 }
 
 impl Delta {
-    fn element(&self) -> Node {
+    fn element(&self) -> XmlNode {
         let kind = if self.plain { "Plain" } else { "Compressed" };
         let parts = vec![
             Element::text("GUID", self.guid),
@@ -316,20 +316,20 @@ impl Delta {
 }
 
 impl Shot {
-    fn element(&self) -> Node {
+    fn element(&self) -> XmlNode {
         let mut parts = vec![Element::text("GUID", self.guid), Element::text("ParentGUID", self.parent)];
         parts.extend(self.marker.map(|marker| Element::of(marker.as_str(), Vec::new())));
         self.kept.element("Shot", parts)
     }
 }
 
-fn is_named(node: &Node, names: &[&str]) -> bool {
-    matches!(node, Node::Element(element) if names.contains(&element.name.as_str()))
+fn is_named(node: &XmlNode, names: &[&str]) -> bool {
+    matches!(node, XmlNode::Element(element) if names.contains(&element.name.as_str()))
 }
 
-fn root(document: &[Node]) -> Option<&Element> {
+fn root(document: &[XmlNode]) -> Option<&Element> {
     document.iter().find_map(|node| match node {
-        Node::Element(element) => Some(element),
+        XmlNode::Element(element) => Some(element),
         _ => None,
     })
 }

@@ -13,7 +13,7 @@ const MAX_DEPTH: usize = 32;
 
 /// One part of an element's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Node {
+pub(super) enum XmlNode {
     /// An element.
     Element(Element),
     /// Text, unescaped.
@@ -30,25 +30,29 @@ pub(super) struct Element {
     /// Its attributes as they were written.
     pub attributes: String,
     /// Its content; white space between elements is not kept.
-    pub children: Vec<Node>,
+    pub children: Vec<XmlNode>,
 }
 
 impl Element {
     /// An element with text.
     pub(super) fn text(name: &str, text: impl ToString) -> Element {
-        Element { name: name.into(), attributes: String::new(), children: vec![Node::Text(text.to_string())] }
+        Element {
+            name: name.into(),
+            attributes: String::new(),
+            children: vec![XmlNode::Text(text.to_string())],
+        }
     }
 
     /// An element with elements.
     pub(super) fn of(name: &str, children: Vec<Element>) -> Element {
-        let children = children.into_iter().map(Node::Element).collect();
+        let children = children.into_iter().map(XmlNode::Element).collect();
         Element { name: name.into(), attributes: String::new(), children }
     }
 
     /// Its child elements.
     pub(super) fn elements(&self) -> impl Iterator<Item = &Element> {
         self.children.iter().filter_map(|node| match node {
-            Node::Element(element) => Some(element),
+            XmlNode::Element(element) => Some(element),
             _ => None,
         })
     }
@@ -60,13 +64,13 @@ impl Element {
 
     /// The first child of that name; made, as the first of all, when there is none.
     pub(super) fn child_mut(&mut self, name: &str) -> &mut Element {
-        let is_it = |node: &Node| matches!(node, Node::Element(element) if element.name == name);
+        let is_it = |node: &XmlNode| matches!(node, XmlNode::Element(element) if element.name == name);
         let at = self.children.iter().position(is_it).unwrap_or_else(|| {
-            self.children.insert(0, Node::Element(Element { name: name.into(), ..Element::default() }));
+            self.children.insert(0, XmlNode::Element(Element { name: name.into(), ..Element::default() }));
             0
         });
         match &mut self.children[at] {
-            Node::Element(element) => element,
+            XmlNode::Element(element) => element,
             // Found or made above as an element.
             _ => unreachable!("the node at this place is an element"),
         }
@@ -75,7 +79,7 @@ impl Element {
     /// Its text without the white space around it.
     pub(super) fn content(&self) -> String {
         let texts = self.children.iter().filter_map(|node| match node {
-            Node::Text(text) => Some(text.as_str()),
+            XmlNode::Text(text) => Some(text.as_str()),
             _ => None,
         });
         texts.collect::<String>().trim().to_owned()
@@ -83,12 +87,12 @@ impl Element {
 
     /// Makes `text` its whole content.
     pub(super) fn set_content(&mut self, text: impl ToString) {
-        self.children = vec![Node::Text(text.to_string())];
+        self.children = vec![XmlNode::Text(text.to_string())];
     }
 }
 
 /// A whole document: one root element, and the comments around it.
-pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Vec<XmlNode>, BadXml> {
     if bytes.len() > MAX_BYTES {
         return Err(BadXml::new("document", bytes.len(), "larger than 1 MiB; this is no descriptor"));
     }
@@ -109,7 +113,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
                 }
                 open.push(begun(&start).map_err(broken)?);
             }
-            Event::Empty(start) => inner.children.push(Node::Element(begun(&start).map_err(broken)?)),
+            Event::Empty(start) => inner.children.push(XmlNode::Element(begun(&start).map_err(broken)?)),
             Event::End(_) => {
                 // The reader compares the names; the element for the document has none and is never closed.
                 let mut done = open.pop().unwrap_or_default();
@@ -117,7 +121,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
                     return Err(broken("more is closed than was opened".into()));
                 };
                 tidy(&mut done);
-                outer.children.push(Node::Element(done));
+                outer.children.push(XmlNode::Element(done));
             }
             Event::Text(text) => add_text(inner, &text.xml10_content()).map_err(broken)?,
             Event::CData(data) => add_text(inner, &data.xml10_content()).map_err(broken)?,
@@ -132,8 +136,8 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
                     (None, None) => return Err(broken(format!("the entity &{name}; is not known"))),
                 }
             }
-            Event::Comment(text) => inner.children.push(Node::Verbatim(format!("<!--{}-->", &*text))),
-            Event::PI(text) => inner.children.push(Node::Verbatim(format!("<?{}?>", &*text))),
+            Event::Comment(text) => inner.children.push(XmlNode::Verbatim(format!("<!--{}-->", &*text))),
+            Event::PI(text) => inner.children.push(XmlNode::Verbatim(format!("<?{}?>", &*text))),
             Event::Decl(_) => {}
             Event::DocType(_) => return Err(broken("a DOCTYPE is not accepted".into())),
             Event::Eof => break,
@@ -146,7 +150,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Vec<Node>, BadXml> {
     let mut document = open.pop().unwrap_or_default();
     tidy(&mut document);
     let roots = document.elements().count();
-    if roots != 1 || document.children.iter().any(|node| matches!(node, Node::Text(_))) {
+    if roots != 1 || document.children.iter().any(|node| matches!(node, XmlNode::Text(_))) {
         return Err(BadXml::new("document", roots, "must be one element and nothing else"));
     }
     Ok(document.children)
@@ -177,23 +181,23 @@ fn add_text(element: &mut Element, text: &str) -> Result<(), String> {
         return Err(format!("the character {} has no place in XML", u32::from(c)));
     }
     match element.children.last_mut() {
-        Some(Node::Text(before)) => before.push_str(text),
-        _ => element.children.push(Node::Text(text.to_owned())),
+        Some(XmlNode::Text(before)) => before.push_str(text),
+        _ => element.children.push(XmlNode::Text(text.to_owned())),
     }
     Ok(())
 }
 
 /// Drops the white space between elements, which the writer makes anew.
 fn tidy(element: &mut Element) {
-    let is_blank = |node: &Node| matches!(node, Node::Text(text) if text.trim().is_empty());
-    let only_blank = element.children.iter().all(|n| !matches!(n, Node::Text(_)) || is_blank(n));
-    if only_blank && element.children.iter().any(|node| !matches!(node, Node::Text(_))) {
+    let is_blank = |node: &XmlNode| matches!(node, XmlNode::Text(text) if text.trim().is_empty());
+    let only_blank = element.children.iter().all(|n| !matches!(n, XmlNode::Text(_)) || is_blank(n));
+    if only_blank && element.children.iter().any(|node| !matches!(node, XmlNode::Text(_))) {
         element.children.retain(|node| !is_blank(node));
     }
 }
 
 /// The document as text.
-pub(super) fn write(document: &[Node]) -> Vec<u8> {
+pub(super) fn write(document: &[XmlNode]) -> Vec<u8> {
     let mut text = String::from("<?xml version=\"1.0\"?>\n");
     for node in document {
         write_node(&mut text, node, Some(0));
@@ -202,14 +206,14 @@ pub(super) fn write(document: &[Node]) -> Vec<u8> {
 }
 
 /// `indent` is None inside mixed content, where white space would mean something.
-fn write_node(out: &mut String, node: &Node, indent: Option<usize>) {
+fn write_node(out: &mut String, node: &XmlNode, indent: Option<usize>) {
     let start_of_line = |out: &mut String| (0..indent.unwrap_or(0)).for_each(|_| out.push_str("  "));
     start_of_line(out);
     match node {
         // A carriage return as it is would be read as the end of a line.
-        Node::Text(text) => out.push_str(&escape(text.as_str()).replace('\r', "&#13;")),
-        Node::Verbatim(text) => out.push_str(text),
-        Node::Element(element) => {
+        XmlNode::Text(text) => out.push_str(&escape(text.as_str()).replace('\r', "&#13;")),
+        XmlNode::Verbatim(text) => out.push_str(text),
+        XmlNode::Element(element) => {
             let Element { name, attributes, children } = element;
             out.push('<');
             out.push_str(name);
@@ -221,7 +225,7 @@ fn write_node(out: &mut String, node: &Node, indent: Option<usize>) {
                 out.push_str("/>");
             } else {
                 out.push('>');
-                let mixed = children.iter().any(|node| matches!(node, Node::Text(_)));
+                let mixed = children.iter().any(|node| matches!(node, XmlNode::Text(_)));
                 let inner = indent.filter(|_| !mixed).map(|n| n + 1);
                 if inner.is_some() {
                     out.push('\n');

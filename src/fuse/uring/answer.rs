@@ -235,15 +235,15 @@ pub(super) fn space(s: &Space) -> StatFsOut {
 }
 
 /// The answer of READDIR, name by name into its place.
-pub(super) struct Names<'a> {
+pub(super) struct NamesOut<'a> {
     room: &'a mut [u8],
     used: usize,
 }
 
-impl Names<'_> {
+impl NamesOut<'_> {
     /// Nothing yet in `room`.
-    pub(super) fn new(room: &mut [u8]) -> Names<'_> {
-        Names { room, used: 0 }
+    pub(super) fn new(room: &mut [u8]) -> NamesOut<'_> {
+        NamesOut { room, used: 0 }
     }
 
     /// True when a name of this length would still fit.
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn names_are_packed_in_steps_of_8_until_the_room_is_full() {
         let mut room = [0xff; 70];
-        let mut names = Names::new(&mut room);
+        let mut names = NamesOut::new(&mut room);
         let n = Name { ino: 5, kind: FileKind::Folder, name: "vm".into(), next: 7 };
         let mut fitted = 0;
         while names.fits(&n.name) {

@@ -17,7 +17,7 @@ use super::device::Device;
 use super::helpers::{Bench, pause, sift};
 use super::memory::{Entries, HeldEntry, answering_here};
 use super::ring::Ring;
-use super::serve::{Server, Thread};
+use super::serve::{SessionServer, Thread};
 use crate::error::Result;
 use crate::io::process::{no_thread, spawn_thread};
 use crate::sync::{Mutex, lock};
@@ -118,7 +118,7 @@ impl Load {
 /// One ring and what its thread needs.
 pub(super) struct Carrier {
     pub(super) ring: Ring,
-    pub(super) server: Arc<Server>,
+    pub(super) server: Arc<SessionServer>,
     pub(super) device: Arc<Device>,
     pub(super) bench: Bench,
     pub(super) load: Arc<Load>,
@@ -168,7 +168,7 @@ impl Carrier {
 }
 
 /// Serves a large request and answers it through this ring.
-fn carry(ring: &mut Ring, server: &Server, held: HeldEntry) {
+fn carry(ring: &mut Ring, server: &SessionServer, held: HeldEntry) {
     let (home, index) = held.home();
     answering_here(|| server.serve(held, Thread::Sifted));
     ring.prompt();
@@ -176,7 +176,7 @@ fn carry(ring: &mut Ring, server: &Server, held: HeldEntry) {
 }
 
 /// A request that came out of a carrier's own ring: with an entry that an earlier large one had.
-fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
+fn one(ring: &mut Ring, server: &SessionServer, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
     let Some((held, bytes)) = sift(server, bench, held) else { return };
     if bytes < LARGE {
         return server.serve(held, Thread::Sifted);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::answer::{self, Names};
+use super::answer::{self, NamesOut};
 use super::wire::Parts;
 use crate::fuse::ops::{Answer, Errno, Name};
 use crate::io::planned::Planned;
@@ -43,12 +43,12 @@ pub(super) trait Exchange: Send + Sync + Sized + 'static {
 }
 
 /// An answer that is owed: dropped, it is EIO, so that no requester waits for ever.
-pub(super) struct Reply<E: Exchange>(Option<E>);
+pub(super) struct Owed<E: Exchange>(Option<E>);
 
-impl<E: Exchange> Reply<E> {
+impl<E: Exchange> Owed<E> {
     /// Owes the answer to this request.
-    pub(super) fn to(exchange: E) -> Reply<E> {
-        Reply(Some(exchange))
+    pub(super) fn to(exchange: E) -> Owed<E> {
+        Owed(Some(exchange))
     }
 
     /// The request; the answer is owed elsewhere.
@@ -124,7 +124,7 @@ impl<E: Exchange> Reply<E> {
             Err(e) => return self.send(Err(e)),
         };
         let Some(room) = self.exchange().room(size) else { return self.error(libc::EINVAL) };
-        let mut out = Names::new(room);
+        let mut out = NamesOut::new(room);
         for n in &names {
             if !out.fits(&n.name) {
                 break;
@@ -144,7 +144,7 @@ impl<E: Exchange> Reply<E> {
     }
 }
 
-impl<E: Exchange> Drop for Reply<E> {
+impl<E: Exchange> Drop for Owed<E> {
     fn drop(&mut self) {
         if let Some(exchange) = self.0.take() {
             exchange.send(Err(Errno(libc::EIO)));

@@ -8,7 +8,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::exchange::Exchange;
 use super::memory::HeldEntry;
-use super::serve::{Server, Thread};
+use super::serve::{SessionServer, Thread};
 use super::wire;
 use crate::error::Result;
 use crate::io::process::{no_thread, spawn_thread};
@@ -35,7 +35,7 @@ pub(super) struct Bench {
 
 impl Helpers {
     /// Starts `count` threads.
-    pub(super) fn start(server: &Arc<Server>, count: usize) -> Result<Helpers> {
+    pub(super) fn start(server: &Arc<SessionServer>, count: usize) -> Result<Helpers> {
         // Unbounded, so that a ring's thread never waits; at most all entries of all rings.
         let (jobs, queue) = unbounded();
         let mut helpers = Helpers { threads: Vec::new(), bench: Bench { jobs } };
@@ -66,7 +66,7 @@ impl Helpers {
     }
 }
 
-fn help(server: &Server, queue: &Receiver<Job>) {
+fn help(server: &SessionServer, queue: &Receiver<Job>) {
     while let Ok(Job::Serve(held)) = queue.recv() {
         server.serve(held, Thread::Helper);
     }
@@ -85,7 +85,7 @@ impl Bench {
 
 /// Sorts out what no ring's thread serves: what comes after the end, and writes that may wait, which go to the helpers.
 /// None: done; else the request again, and how many bytes it reads or writes.
-pub(super) fn sift(server: &Server, bench: &Bench, held: HeldEntry) -> Option<(HeldEntry, u32)> {
+pub(super) fn sift(server: &SessionServer, bench: &Bench, held: HeldEntry) -> Option<(HeldEntry, u32)> {
     if server.is_closed() {
         server.serve(held, Thread::Transport);
         return None;

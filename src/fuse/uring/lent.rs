@@ -10,7 +10,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use super::answer;
-use super::exchange::{Exchange, Reply};
+use super::exchange::{Exchange, Owed};
 use super::wire::{self, Operation, Request};
 use crate::fuse::ops::{Answer, Done, Held};
 
@@ -41,7 +41,7 @@ impl<E: Exchange> Drop for Lent<E> {
             exchange.is_back(self.since.elapsed());
         }
         // Without an answer the reply is EIO.
-        let reply = Reply::to(exchange);
+        let reply = Owed::to(exchange);
         if let Some(answer) = self.answer.take() {
             reply.fields(answer, answer::written);
         }
@@ -75,7 +75,7 @@ impl<E: Exchange> Held for Data<E> {
 }
 
 /// The data of a write, and its answer. None: it is answered already.
-pub(super) fn lend<E: Exchange>(reply: Reply<E>) -> Option<(Box<dyn Held>, Done<usize>)> {
+pub(super) fn lend<E: Exchange>(reply: Owed<E>) -> Option<(Box<dyn Held>, Done<usize>)> {
     let exchange = Some(reply.into_exchange()?);
     let (answer, is_lent) = (OnceLock::new(), AtomicBool::new(false));
     let lent = Arc::new(Lent { exchange, answer, since: Instant::now(), is_lent });
@@ -136,7 +136,7 @@ mod tests {
         header[4..8].copy_from_slice(&16u32.to_ne_bytes());
         operation[16..20].copy_from_slice(&4u32.to_ne_bytes());
         let exchange = Sheet { header, operation, memory: *b"data............", seen: seen.clone() };
-        let (data, done) = lend(Reply::to(exchange)).expect("not answered");
+        let (data, done) = lend(Owed::to(exchange)).expect("not answered");
         (seen, data, done)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::device::Device;
 use super::exchange::Exchange;
-use super::serve::{Server, Thread};
+use super::serve::{SessionServer, Thread};
 use super::wire::{self, Parts};
 use crate::fuse::MAX_WRITE;
 use crate::fuse::ops::{Answer, Errno};
@@ -15,7 +15,7 @@ use crate::fuse::ops::{Answer, Errno};
 const MESSAGE: usize = MAX_WRITE as usize + 4096;
 
 /// Serves what comes here until the connection has ended.
-pub(super) fn serve(device: &Arc<Device>, server: &Server) -> io::Result<()> {
+pub(super) fn serve(device: &Arc<Device>, server: &SessionServer) -> io::Result<()> {
     let mut buffer = vec![0; MESSAGE];
     loop {
         match device.read(&mut buffer) {

@@ -38,7 +38,7 @@ use self::helpers::Helpers;
 use self::memory::Entries;
 use self::queue::Worker;
 use self::ring::Ring;
-use self::serve::Server;
+use self::serve::SessionServer;
 use crate::error::{Error, Kind, Result};
 use crate::fuse::handshake::{self, Begun};
 use crate::fuse::mount::DEVICE;
@@ -63,14 +63,14 @@ pub(super) struct Session {
     /// What the threads may run on, where it is known.
     cpus: Option<CpuSet>,
     carriers: Vec<Ring>,
-    server: Arc<Server>,
+    server: Arc<SessionServer>,
     helpers: usize,
 }
 
 /// One that serves.
 pub(super) struct Serving {
     device: Arc<Device>,
-    server: Arc<Server>,
+    server: Arc<SessionServer>,
     sending: notify::Running,
     helpers: Helpers,
     /// By which the rings' threads are called.
@@ -144,7 +144,7 @@ pub(super) fn begin(
         .handshake(settings.max_background, settings.passthrough)
         .map_err(|e| handshake::failed(&e, mountpoint))?;
     let helpers = settings.threads;
-    let server = Arc::new(Server::new(fs, helpers, Some(device.clone())));
+    let server = Arc::new(SessionServer::new(fs, helpers, Some(device.clone())));
     let kernel = Box::new(Kernel(device.clone()));
     let session = Session { device, rings, cpus, carriers, server, helpers };
     Ok(Begun { session, kernel, passes_through })

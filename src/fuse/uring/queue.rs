@@ -12,7 +12,7 @@ use super::device::Device;
 use super::helpers::{Bench, pause, sift};
 use super::memory::{self, HeldEntry};
 use super::ring::Ring;
-use super::serve::{Server, Thread};
+use super::serve::{SessionServer, Thread};
 use crate::error::Result;
 use crate::io::process::{no_thread, spawn_thread};
 
@@ -27,7 +27,7 @@ const FILLS: usize = 4;
 /// One ring and what its thread needs.
 pub(super) struct Worker {
     pub(super) ring: Ring,
-    pub(super) server: Arc<Server>,
+    pub(super) server: Arc<SessionServer>,
     pub(super) device: Arc<Device>,
     pub(super) bench: Bench,
     pub(super) load: Arc<Load>,
@@ -82,7 +82,7 @@ impl Worker {
 
 /// Serves a request here, or hands it over: a write that may wait, always; a large one where others are under way. A
 /// large one by itself is faster here.
-fn one(ring: &mut Ring, server: &Server, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
+fn one(ring: &mut Ring, server: &SessionServer, bench: &Bench, load: &Load, held: HeldEntry, more: bool) {
     let Some((held, bytes)) = sift(server, bench, held) else { return };
     if bytes >= LARGE && (more || load.is_under_way()) {
         return load.put(held);

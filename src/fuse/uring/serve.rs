@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::answer::{self, OpenOut};
 use super::device::{Device, Registered};
-use super::exchange::{Exchange, Reply};
+use super::exchange::{Exchange, Owed};
 use super::lent;
 use super::wire::{self, Operation, Request};
 use crate::fuse::lanes::{Lanes, WriteOn};
@@ -19,7 +19,7 @@ use crate::io::backing::Registration;
 use crate::io::buffers;
 
 /// What all threads of a session share.
-pub(super) struct Server {
+pub(super) struct SessionServer {
     fs: Arc<dyn FileSystem>,
     /// The threads that may wait in a write; see [`Lanes`].
     lanes: Lanes,
@@ -51,10 +51,10 @@ pub(super) enum Thread {
     Helper,
 }
 
-impl Server {
+impl SessionServer {
     /// `helpers`: how many threads may wait in writes.
-    pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize, device: Option<Arc<Device>>) -> Server {
-        Server { fs, lanes: Lanes::new(helpers), closed: AtomicBool::new(false), device }
+    pub(super) fn new(fs: Arc<dyn FileSystem>, helpers: usize, device: Option<Arc<Device>>) -> SessionServer {
+        SessionServer { fs, lanes: Lanes::new(helpers), closed: AtomicBool::new(false), device }
     }
 
     /// True when a write to `handle` may wait for the host.
@@ -79,7 +79,7 @@ impl Server {
 
     /// Serves one request. A panic costs that request, not the thread.
     pub(super) fn serve<E: Exchange>(&self, exchange: E, thread: Thread) {
-        let reply = Reply::to(exchange);
+        let reply = Owed::to(exchange);
         if self.is_closed() {
             return;
         }
@@ -88,7 +88,7 @@ impl Server {
         }
     }
 
-    fn carry_out<E: Exchange>(&self, reply: Reply<E>, thread: Thread) {
+    fn carry_out<E: Exchange>(&self, reply: Owed<E>, thread: Thread) {
         let Ok(Request { ino, caller, operation }) = wire::decode(reply.parts()) else {
             log::warn!("the kernel sent a request that makes no sense; it was answered with EIO");
             return;
@@ -226,7 +226,7 @@ impl Server {
     }
 
     /// Straight into the place of the answer, if that ends at once.
-    fn read<E: Exchange>(&self, mut reply: Reply<E>, handle: Handle, offset: u64, len: usize) {
+    fn read<E: Exchange>(&self, mut reply: Owed<E>, handle: Handle, offset: u64, len: usize) {
         let Some(room) = reply.exchange().room(len) else { return reply.error(libc::EINVAL) };
         match self.fs.read_now(handle, offset, room) {
             Now::Done(answer) => reply.send(answer.map(|n| n.min(len))),

@@ -34,7 +34,7 @@ impl Maker {
         self
     }
 
-    fn check(&self) -> Report {
+    fn check(&self) -> CheckReport {
         let folder = tempfile::tempdir().expect("tmp");
         let path = folder.path().join("vm.hds");
         let geometry = self.header.geometry();

@@ -17,19 +17,19 @@ const PIECE: u64 = 1 << 20;
 
 /// The file, and how messages name it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Target<'a> {
+pub(super) struct RepairTarget<'a> {
     pub file: &'a dyn HostFile,
     pub path: &'a Path,
 }
 
-impl Target<'_> {
+impl RepairTarget<'_> {
     fn io(&self, doing: &'static str) -> impl Fn(std::io::Error) -> Error {
         move |e| Error::io(&e, self.path, doing)
     }
 }
 
 /// Steps 1 to 7 of a repair.
-pub(super) fn carry_out(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFile<'_>) -> Result<()> {
+pub(super) fn carry_out(plan: &RepairPlan, image: &RepairTarget<'_>, lost: &mut LostFile<'_>) -> Result<()> {
     let geometry = plan.header.geometry();
     if plan.keep_first {
         keep(plan, image, lost, false)?; // 2, but for the punches
@@ -56,12 +56,12 @@ pub(super) fn carry_out(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFi
 }
 
 /// Step 1.
-fn mark(header: &Header, image: &Target<'_>) -> Result<()> {
+fn mark(header: &Header, image: &RepairTarget<'_>) -> Result<()> {
     let marked = Header { in_use: IN_USE, ..header.marked() };
     write_header(&Header { extension: header.extension, ..marked }, image)
 }
 
-fn write_header(header: &Header, image: &Target<'_>) -> Result<()> {
+fn write_header(header: &Header, image: &RepairTarget<'_>) -> Result<()> {
     let mut now = [0; HEADER_BYTES as usize];
     let got = read_full(image.file, &mut now, 0).map_err(image.io("cannot read the header"))?;
     if got < now.len() || now != header.encode() {
@@ -73,7 +73,7 @@ fn write_header(header: &Header, image: &Target<'_>) -> Result<()> {
 
 /// Step 2: every run of clusters that nothing refers to, and the tail. `free`: gives them back as well; what was kept in
 /// an earlier call is not kept twice.
-fn keep(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFile<'_>, free: bool) -> Result<()> {
+fn keep(plan: &RepairPlan, image: &RepairTarget<'_>, lost: &mut LostFile<'_>, free: bool) -> Result<()> {
     let geometry = plan.header.geometry();
     let mut waiting: Vec<(u64, u64)> = Vec::new();
     let mut kept = 0;
@@ -103,7 +103,7 @@ fn keep(plan: &RepairPlan, image: &Target<'_>, lost: &mut LostFile<'_>, free: bo
 }
 
 /// Gives space back. A host that cannot loses it until the image writes there: nothing is wrong with the image.
-fn punch(image: &Target<'_>, from: u64, to: u64) -> Result<()> {
+fn punch(image: &RepairTarget<'_>, from: u64, to: u64) -> Result<()> {
     match image.file.punch(from, to.saturating_sub(from)) {
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
         other => other.map_err(image.io("cannot give back space")),
@@ -111,7 +111,7 @@ fn punch(image: &Target<'_>, from: u64, to: u64) -> Result<()> {
 }
 
 /// Steps 3 and 6: entries, side by side in one write, and durable.
-fn write_entries(image: &Target<'_>, entries: &[(u64, u32)]) -> Result<()> {
+fn write_entries(image: &RepairTarget<'_>, entries: &[(u64, u32)]) -> Result<()> {
     let mut sorted = entries.to_vec();
     sorted.sort_unstable();
     for run in sorted.chunk_by(|a, b| a.0 + 1 == b.0) {
@@ -126,7 +126,7 @@ fn write_entries(image: &Target<'_>, entries: &[(u64, u32)]) -> Result<()> {
 }
 
 /// Step 5: a copy for each second owner, behind the last cluster in use, durable. Returns the entries that name them.
-fn copy(plan: &RepairPlan, geometry: &Geometry, image: &Target<'_>) -> Result<Vec<(u64, u32)>> {
+fn copy(plan: &RepairPlan, geometry: &Geometry, image: &RepairTarget<'_>) -> Result<Vec<(u64, u32)>> {
     let end = geometry.cluster_position(plan.end + plan.doubles.len() as u64);
     let copied = (|| {
         image.file.set_len(end)?;
@@ -169,7 +169,7 @@ fn copy_cluster(file: &dyn HostFile, from: u64, to: u64, len: u64) -> std::io::R
 }
 
 /// Step 8: the header as a clean close leaves it; as it was, where nothing that the guest sees was touched.
-pub(super) fn close(header: &Header, empty: bool, as_it_was: bool, image: &Target<'_>) -> Result<()> {
+pub(super) fn close(header: &Header, empty: bool, as_it_was: bool, image: &RepairTarget<'_>) -> Result<()> {
     if as_it_was {
         return write_header(header, image);
     }

@@ -8,7 +8,7 @@ use crate::format::header::{
     FLAG_CONVERSION, Geometry, HEADER_BYTES, Header, MAX_CLUSTER_SECTORS, SECTOR, TYPE, Version, chs,
 };
 use crate::image::chain::{Candidate, Form};
-use crate::image::check::{Entry, Problem};
+use crate::image::check::{BatEntry, Problem};
 use crate::image::kind::ImageKind;
 use crate::io::file::read_full;
 
@@ -307,7 +307,7 @@ fn score(candidate: &Candidate, guesses: &mut Vec<Guess>) -> Result<()> {
             if value == 0 {
                 continue;
             }
-            let entry = Entry { cluster: (at - HEADER_BYTES) / 4 + index as u64, value };
+            let entry = BatEntry { cluster: (at - HEADER_BYTES) / 4 + index as u64, value };
             for guess in guesses.iter_mut().filter(|guess| entry.cluster < guess.geometry.entries) {
                 match entry.judge(&guess.geometry, len) {
                     Ok(_) | Err((Problem::Cut, _)) => guess.good += 1,

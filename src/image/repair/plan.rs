@@ -7,7 +7,7 @@ use super::{Lost, RepairStep};
 use crate::error::{Error, Kind, Result};
 use crate::format::header::{CLOSED_V21, Geometry, Header};
 use crate::image::chain::{AtRest, Candidate, Form};
-use crate::image::check::{Problem, Report, Seen, check_and_note, trusted_extension};
+use crate::image::check::{CheckNote, CheckReport, Problem, check_and_note, trusted_extension};
 use crate::io::file::HostFile;
 
 /// Entries and runs of clusters that one plan holds; the rest is found when these are repaired. A BAT full of rubbish
@@ -37,7 +37,7 @@ pub(super) struct Double {
 /// What is to be done with one file.
 pub(super) struct RepairPlan {
     /// What the check says.
-    pub report: Report,
+    pub report: CheckReport,
     /// The header as it should be, apart from the in-use mark.
     pub header: Header,
     /// The fields in which it differs from what stands in the file.
@@ -107,13 +107,13 @@ pub(super) fn look(candidate: &Candidate, header: Header, damaged: bool) -> Resu
     let (mut cut, mut cut_end, mut lost) = (0, 0, Vec::new());
     let mut all_leaks = 0;
     let report = check_and_note(&image, &mut |seen| match seen {
-        Seen::Leak { from, to, leaked } => {
+        CheckNote::Leak { from, to, leaked } => {
             all_leaks += leaked;
             if leaks.len() < MOST {
                 leaks.push((from, to, leaked));
             }
         }
-        Seen::Bad { cluster, value, problem } => {
+        CheckNote::Bad { cluster, value, problem } => {
             let position = geometry.position(value);
             match (problem, position) {
                 (Problem::Cut, Some(position)) => {

@@ -32,7 +32,7 @@ fn queue() -> Option<Reads> {
     }
 }
 
-fn read(file: &Arc<dyn HostFile>, offset: u64, len: usize, done: Done) -> Read {
+fn read(file: &Arc<dyn HostFile>, offset: u64, len: usize, done: ReadDone) -> Read {
     let planned = Planned::new(file.clone(), offset, len, |_| ()).expect("the disk of a test");
     Read { planned, done }
 }

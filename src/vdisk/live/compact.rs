@@ -26,9 +26,9 @@ use crate::vdisk::Image;
 use crate::vdisk::alloc::{Allocator, Scrubbing};
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::live::order::Order;
+use crate::vdisk::live::order::ClusterOrder;
 pub use crate::vdisk::live::survey::Gain;
-use crate::vdisk::locks::Mode;
+use crate::vdisk::locks::LockMode;
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
@@ -58,7 +58,7 @@ impl Image {
 
     /// What [`defrag`](Self::defrag) would gain. Changes nothing. Blocks, too.
     pub fn defrag_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        Ok(self.begin_operation()?.survey(progress, Some(Order::default()))?.gain)
+        Ok(self.begin_operation()?.survey(progress, Some(ClusterOrder::default()))?.gain)
     }
 
     /// Frees zero clusters, moves clusters from the end of the file to its front, and makes it shorter. Returns what that
@@ -75,7 +75,7 @@ impl Image {
 
 impl Operating<'_> {
     fn compact_or_defrag(&self, progress: &Progress, defrag: bool) -> Result<Gain> {
-        let survey = self.survey(progress, defrag.then(Order::default))?;
+        let survey = self.survey(progress, defrag.then(ClusterOrder::default))?;
         self.mark_and_wait()?;
         let work = (survey.zero.len() as u64 + survey.gain.moved_clusters) * self.cluster;
         progress.set_total(progress.so_far().0 + work);
@@ -108,7 +108,7 @@ impl Operating<'_> {
                 self.lock_and_wait(*cluster);
                 let stack = self.stack();
                 let done = self.free_zero(&stack, *cluster);
-                self.unlock(*cluster, Mode::Exclusive);
+                self.unlock(*cluster, LockMode::Exclusive);
                 if let Some(done) = done? {
                     *freed += u64::from(done);
                     break;
@@ -213,7 +213,7 @@ impl Operating<'_> {
             self.lock_and_wait(cluster);
             let stack = self.stack();
             let moved = self.move_locked_to(&stack, cluster, from, place);
-            self.unlock(cluster, Mode::Exclusive);
+            self.unlock(cluster, LockMode::Exclusive);
             match moved? {
                 Some(moved) => return Ok(moved),
                 None => self.load_and_wait(&stack, cluster)?,

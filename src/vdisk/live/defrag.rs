@@ -20,7 +20,7 @@ use crate::format::bat::{cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::rules::{Rule, broken};
 use crate::vdisk::live::compact::Moved;
-use crate::vdisk::live::order::{Moves, Order, Step};
+use crate::vdisk::live::order::{ClusterOrder, Moves, OrderStep};
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
@@ -33,9 +33,9 @@ impl Operating<'_> {
     }
 
     /// Where the clusters that the top maps lie.
-    pub(super) fn order(&self, progress: &Progress) -> Result<Order> {
+    pub(super) fn order(&self, progress: &Progress) -> Result<ClusterOrder> {
         let stack = arc_swap::Guard::into_inner(self.stack());
-        let (clusters, mut order, mut first) = (stack.geometry.clusters(), Order::default(), 0);
+        let (clusters, mut order, mut first) = (stack.geometry.clusters(), ClusterOrder::default(), 0);
         while first < clusters {
             self.stopped(progress)?;
             for (cluster, position, _) in self.own_clusters(&stack, first, clusters)? {
@@ -84,7 +84,7 @@ impl Operating<'_> {
         &self,
         stack: &Stack,
         plan: &mut Moves,
-        (cluster, step, end): (u64, Step, u64),
+        (cluster, step, end): (u64, OrderStep, u64),
         progress: &Progress,
     ) -> Result<bool> {
         let from = stack.geometry.cluster_position(plan.place(step.rank));

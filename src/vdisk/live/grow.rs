@@ -8,7 +8,7 @@ use crate::sync::{Arc, lock};
 use crate::vdisk::Image;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::locks::Mode;
+use crate::vdisk::locks::LockMode;
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::{Stack, TopState};
 
@@ -159,7 +159,7 @@ impl Operating<'_> {
             self.lock_and_wait(cluster);
             let stack = self.stack();
             let moved = self.move_locked(&stack, cluster, first);
-            self.unlock(cluster, Mode::Exclusive);
+            self.unlock(cluster, LockMode::Exclusive);
             if moved? {
                 return Ok(());
             }
@@ -219,7 +219,7 @@ impl Operating<'_> {
             let visit = self.enter_and_wait()?;
             self.lock_and_wait(last);
             let zeroed = self.zero_behind(stack, last, partial);
-            self.unlock(last, Mode::Exclusive);
+            self.unlock(last, LockMode::Exclusive);
             drop(visit);
             zeroed?;
         }

@@ -31,7 +31,7 @@ pub struct Pieces {
 
 /// Where the clusters of a disk lie, in the order of the disk.
 #[derive(Default)]
-pub(super) struct Order {
+pub(super) struct ClusterOrder {
     /// By rank.
     clusters: Vec<u32>,
     /// By rank; no two are the same.
@@ -46,7 +46,7 @@ pub(super) struct Order {
 
 /// One move of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Step {
+pub(super) struct OrderStep {
     /// Which cluster.
     pub rank: usize,
     /// To this free place; None: to any behind the last that is taken.
@@ -72,7 +72,7 @@ fn small(n: u64) -> u32 {
     u32::try_from(n).unwrap_or(NONE)
 }
 
-impl Order {
+impl ClusterOrder {
     /// The next cluster of the disk lies at this file cluster; for the count of the pieces alone.
     pub(super) fn count(&mut self, place: u64) {
         self.pieces += u64::from(self.next != Some(place));
@@ -148,14 +148,14 @@ impl Moves {
 
     /// The moves of the next round, none of which needs another; empty: all is in order. What came of each is said before
     /// the next round, and by then the places that were left are free.
-    pub(super) fn next_round(&mut self) -> Vec<Step> {
+    pub(super) fn next_round(&mut self) -> Vec<OrderStep> {
         let mut steps = Vec::new();
         while steps.len() < self.at_a_time
             && let Some(place) = self.free.pop_front()
         {
             let wanted = place as usize;
             if self.at[wanted] == NONE && self.places[wanted] != NONE {
-                steps.push(Step { rank: wanted, to: Some(place.into()) });
+                steps.push(OrderStep { rank: wanted, to: Some(place.into()) });
             }
         }
         // Half a round still costs a round's syncs; to begin new chains each time one ends would be moves for nothing.
@@ -166,7 +166,7 @@ impl Moves {
     }
 
     /// Begins up to `count` chains, and one at least where any is needed.
-    fn make_room(&mut self, count: usize, steps: &mut Vec<Step>) {
+    fn make_room(&mut self, count: usize, steps: &mut Vec<OrderStep>) {
         let mut begun = 0;
         let mut walked = false;
         while begun < count {
@@ -179,7 +179,7 @@ impl Moves {
                 continue;
             };
             if self.is_misplaced(place) {
-                steps.push(Step { rank: self.at[place as usize] as usize, to: None });
+                steps.push(OrderStep { rank: self.at[place as usize] as usize, to: None });
                 begun += 1;
             }
         }

@@ -6,7 +6,7 @@ use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::locks::Mode;
+use crate::vdisk::locks::LockMode;
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
@@ -78,7 +78,7 @@ impl Operating<'_> {
         self.lock_and_wait(cluster);
         let stack = self.stack();
         let attempt = self.pull_locked(&stack, cluster, index);
-        self.unlock(cluster, Mode::Exclusive);
+        self.unlock(cluster, LockMode::Exclusive);
         let Ok(Attempt::Again) = attempt else { return attempt };
         // Without the lock: a page, or space.
         self.load_and_wait(&stack, cluster)?;

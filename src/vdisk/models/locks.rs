@@ -7,7 +7,7 @@ use super::{explore, finds};
 use crate::sync::mpsc::{Sender, channel};
 use crate::sync::plain::lock;
 use crate::sync::{Arc, Bug, thread};
-use crate::vdisk::locks::{ClusterLocks, Mode};
+use crate::vdisk::locks::{ClusterLocks, LockMode};
 use crate::vdisk::runner::Job;
 
 const CLUSTER: u64 = 7;
@@ -19,24 +19,25 @@ struct Rig {
     /// Shared holders; -1000 for an exclusive one.
     holders: AtomicI32,
     /// Who had to queue, in the order of the queue, and whether they have finished.
-    queued: Mutex<Vec<(Mode, bool)>>,
+    queued: Mutex<Vec<(LockMode, bool)>>,
 }
 
 impl Rig {
-    fn queued(&self) -> std::sync::MutexGuard<'_, Vec<(Mode, bool)>> {
+    fn queued(&self) -> std::sync::MutexGuard<'_, Vec<(LockMode, bool)>> {
         lock(&self.queued)
     }
 
     /// Holds the lock for a while and gives it back.
-    fn section(self: &Arc<Self>, mode: Mode, ticket: Option<usize>) {
-        let weight = if mode == Mode::Exclusive { -1000 } else { 1 };
+    fn section(self: &Arc<Self>, mode: LockMode, ticket: Option<usize>) {
+        let weight = if mode == LockMode::Exclusive { -1000 } else { 1 };
         let before = self.holders.fetch_add(weight, Ordering::SeqCst);
-        let fits = if mode == Mode::Exclusive { before == 0 } else { before >= 0 };
+        let fits = if mode == LockMode::Exclusive { before == 0 } else { before >= 0 };
         assert!(fits, "{mode:?} beside {before}");
         if let Some(ticket) = ticket {
             // Shared ones in a row are let in together; everyone else before me is through.
-            let earlier =
-                |(other, done): &(Mode, bool)| *done || (*other, mode) == (Mode::Shared, Mode::Shared);
+            let earlier = |(other, done): &(LockMode, bool)| {
+                *done || (*other, mode) == (LockMode::Shared, LockMode::Shared)
+            };
             assert!(self.queued()[..ticket].iter().all(earlier), "overtaken");
         }
         thread::yield_now();
@@ -48,7 +49,7 @@ impl Rig {
     }
 
     /// Takes the lock, now or later; `reply` hears of the end.
-    fn ask(self: &Arc<Self>, mode: Mode, reply: Sender<()>) {
+    fn ask(self: &Arc<Self>, mode: LockMode, reply: Sender<()>) {
         let later = |(rig, reply): (Arc<Rig>, Sender<()>)| -> Job {
             let mut queued = rig.queued();
             let ticket = queued.len();
@@ -66,7 +67,7 @@ impl Rig {
     }
 }
 
-fn run(threads: &[&'static [Mode]]) {
+fn run(threads: &[&'static [LockMode]]) {
     let rig = Arc::new(Rig::default());
     let (reply, heard) = channel();
     for &modes in threads {
@@ -76,11 +77,11 @@ fn run(threads: &[&'static [Mode]]) {
     let count: usize = threads.iter().map(|modes| modes.len()).sum();
     // One that is forgotten would be waited for here for ever, which shuttle calls a deadlock.
     (0..count).for_each(|_| heard.recv().expect("each ends"));
-    assert!(rig.locks.try_lock(CLUSTER, Mode::Exclusive), "free in the end");
+    assert!(rig.locks.try_lock(CLUSTER, LockMode::Exclusive), "free in the end");
 }
 
-const E: Mode = Mode::Exclusive;
-const S: Mode = Mode::Shared;
+const E: LockMode = LockMode::Exclusive;
+const S: LockMode = LockMode::Shared;
 
 fn writers_and_readers() {
     run(&[&[E, S], &[S, E], &[S, S]]);

@@ -90,7 +90,13 @@ impl Exchange for Sheet {
     }
 }
 
-fn answers(server: &Server, opcode: u32, ino: Ino, operation: &[u8], payload: &[u8]) -> Vec<Answer<usize>> {
+fn answers(
+    server: &SessionServer,
+    opcode: u32,
+    ino: Ino,
+    operation: &[u8],
+    payload: &[u8],
+) -> Vec<Answer<usize>> {
     let mut header = vec![0; 40];
     header[4..8].copy_from_slice(&opcode.to_ne_bytes());
     header[16..24].copy_from_slice(&ino.to_ne_bytes());
@@ -103,7 +109,7 @@ fn answers(server: &Server, opcode: u32, ino: Ino, operation: &[u8], payload: &[
 
 #[test]
 fn any_rubbish_is_answered_exactly_once() {
-    let server = Server::new(Arc::new(Anything), 1, None);
+    let server = SessionServer::new(Arc::new(Anything), 1, None);
     let mut state = 88_172_645_463_325_252_u64;
     let mut next = || {
         state ^= state << 13;
@@ -126,7 +132,7 @@ fn any_rubbish_is_answered_exactly_once() {
 
 #[test]
 fn a_panic_and_a_lost_answer_are_eio() {
-    let server = Server::new(Arc::new(Anything), 1, None);
+    let server = SessionServer::new(Arc::new(Anything), 1, None);
     assert_eq!(answers(&server, 3, 666, &[0; 16], &[]), [Err(Errno(libc::EIO))], "GETATTR");
     assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Ok(104)], "GETATTR");
     assert_eq!(answers(&server, 20, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))], "FSYNC");
@@ -134,7 +140,7 @@ fn a_panic_and_a_lost_answer_are_eio() {
 
 #[test]
 fn a_read_larger_than_the_room_is_refused() {
-    let server = Server::new(Arc::new(Anything), 1, None);
+    let server = SessionServer::new(Arc::new(Anything), 1, None);
     let mut read = [0; 40];
     read[16..20].copy_from_slice(&4096u32.to_ne_bytes());
     assert_eq!(answers(&server, 15, 5, &read, &[]), [Ok(4096)]);
@@ -144,7 +150,7 @@ fn a_read_larger_than_the_room_is_refused() {
 
 #[test]
 fn after_the_end_nothing_reaches_the_file_system() {
-    let server = Server::new(Arc::new(Anything), 1, None);
+    let server = SessionServer::new(Arc::new(Anything), 1, None);
     server.close();
     assert_eq!(answers(&server, 3, 5, &[0; 16], &[]), [Err(Errno(libc::EIO))]);
 }
