@@ -122,8 +122,8 @@ pub fn to_file(folder: &Path, file: &OsStr) -> Result<()> {
     in_its_place(folder, |images, parent, name| unmake_folder(images, parent, name, &layers, file).map(drop))
 }
 
-/// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: who is first afterwards
-/// takes the folder's, and everything is read anew.
+/// Makes a single file a folder for `work`, under the file's lock. The lock ends with this step: the next user takes
+/// the folder's, and reads everything anew.
 ///
 /// 1. the image is opened, and its map looked through, as for a first write; 2. the work is judged; 3. it becomes a folder.
 ///

@@ -175,7 +175,7 @@ impl Layers {
         lock(&self.store)
     }
 
-    /// Begins an operation, or says that one is running: who asked should know, and not wait for it.
+    /// Begins an operation, or says that one is running: its requester should know, and not wait for it.
     pub fn begin_operation(&self) -> Result<MutexGuard<'_, ()>> {
         let begun = match self.operation.try_lock() {
             Ok(guard) => Ok(guard),

@@ -71,7 +71,7 @@ impl Store {
         Ok(Store { dir, path: path.to_owned(), descriptor, labels, lock, unsynced: false })
     }
 
-    /// Reads descriptor and labels without any lock, for those who only report.
+    /// Reads descriptor and labels without any lock, for callers that only report.
     pub fn read(dir: BorrowedFd<'_>, path: &Path) -> Result<(Descriptor, Labels)> {
         let xml = path.join(DESCRIPTOR);
         let Some(bytes) = read_small(dir, DESCRIPTOR, &xml)? else {
@@ -193,7 +193,7 @@ impl Store {
         self.write_labels(labels)
     }
 
-    /// Takes the name of a snapshot away that was deleted, durably: it is free, and only who deletes it once more means it.
+    /// Takes the name of a snapshot away that was deleted, durably: it is free, and only a second delete means it.
     pub fn set_deleted(&mut self, guid: Guid) -> Result<()> {
         let mut labels = self.labels.clone();
         labels.prune(&self.descriptor, None);

@@ -3,9 +3,9 @@
 //! A write that does not end on the transport's thread waits: for a runner, a sync, space, or a host that stands still.
 //! On /dev/fuse it is copied first; on rings its data stays in the memory of its entry. The kernel sends thousands of
 //! them, each of up to 1 MiB, to a daemon whose memory is locked and which is the last to be killed for want of it. So
-//! both kinds count in one bound, over all images of the process; more stays with the kernel, that is with who writes.
+//! both kinds count in one bound, over all images of the process; more stays with the kernel, and so with the writers.
 //!
-//! Who sends the next request cannot be seen before it is taken. So a thread that waits for room for one image stops all,
+//! Whose the next request is cannot be seen before it is taken. So a thread that waits for room for one image stops all,
 //! and it waits only while that image goes on: where its host has completed nothing for [`HUNG`], a further large write is
 //! refused. It was not acknowledged, and other disks go on.
 //!

@@ -36,8 +36,8 @@ const READS: Range = (100, 1);
 /// A long operation (merge, check, convert) runs: ploop's second range, unknown to QEMU.
 const LONG: Range = (300, 5);
 /// QEMU's "write", "write unchanged" and "resize" in use. Tested only: a QEMU that writes but shares everything
-/// (`share-rw=on`) locks nothing of [`IN_USE`]. Byte 100, "read", is left out: who reads with `-U` accepts
-/// changes under its feet.
+/// (`share-rw=on`) locks nothing of [`IN_USE`]. Byte 100, "read", is left out: a reader with `-U` accepts
+/// that the file changes under it.
 const QEMU_WRITES: Range = (101, 3);
 /// All that a [`DeltaLock`] may hold but for [`LONG`].
 const ALL: [Range; 2] = [READS, IN_USE];

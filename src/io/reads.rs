@@ -22,7 +22,7 @@ use crate::sync::plain::lock;
 /// Reads at the disk at a time, over all images: more than a disk takes at once; what comes beyond waits its turn.
 const DEPTH: u32 = 256;
 
-/// So many reads are answered before what has come meanwhile goes to the disk: who was answered asks for the next, and the
+/// So many reads are answered before what has come meanwhile goes to the disk: an answered requester asks for the next, and the
 /// disk should not stand idle until the last of many is answered. Cold 4k reads with O_DIRECT, QD32: 41k when all are answered
 /// first, 48k with 8, 49k with 4, 52k with 2, 53k with 1; through the page cache 2 to 4 gain a little, and 1 loses it.
 const PIECE: usize = 2;
@@ -58,7 +58,7 @@ pub struct Reads {
 }
 
 struct Shared {
-    /// Protects what waits, and who must be woken. A leaf: nothing else is locked under it.
+    /// Protects what waits, and which threads must be woken. A leaf: nothing else is locked under it.
     state: Mutex<State>,
     /// Written to wake the thread.
     wake: OwnedFd,

@@ -78,8 +78,8 @@ impl Image {
         });
     }
 
-    /// Loads the page of `cluster`, or waits for who does: a runner or another thread of this kind; neither waits for this
-    /// one. Inside the gate.
+    /// Loads the page of `cluster`, or waits for the thread that does: a runner, or another one of this kind. Neither waits
+    /// for this one. Inside the gate.
     pub(super) fn load_and_wait(self: &Arc<Self>, stack: &Stack, cluster: u64) -> Result<()> {
         wait_for(|reply: Reply<()>| {
             self.with_page_of(stack, cluster, reply, |reply| reply(Ok(())), |reply, result| reply(result));

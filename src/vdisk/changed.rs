@@ -1,7 +1,7 @@
 //! Which parts of a disk have changed since the tracking began: one bit for each piece of it, in memory. Setting bits
 //! takes no lock and allocates nothing.
 //!
-//! Relaxed is enough: bits are set inside the gate, and who must see all of them (the close, the end of a freeze) has
+//! Relaxed is enough: bits are set inside the gate, and what must see all of them (the close, the end of a freeze) has
 //! closed the gate before.
 
 use crate::format::descriptor::Guid;

@@ -130,7 +130,7 @@ pub struct Engine {
     /// Pios parked for space, over all images, and the bytes that they are to write.
     pub(super) parked: AtomicUsize,
     pub(super) parked_bytes: AtomicU64,
-    /// Who waits until fewer BAT pages are dirty, with its image. A leaf.
+    /// Jobs that wait until fewer BAT pages are dirty, each with the number of its image. A leaf.
     dirty_waiters: Mutex<Vec<(u64, CleanWaiter)>>,
     listener: Listener,
     next_id: AtomicU64,
@@ -218,14 +218,14 @@ impl Engine {
         false
     }
 
-    /// A round has ended: those who waited for clean pages look again.
+    /// A round has ended: the jobs that waited for clean pages look again.
     pub(super) fn pages_are_clean(&self) {
         for (lane, waiter) in std::mem::take(&mut *lock(&self.dirty_waiters)) {
             self.runners.submit(lane, Box::new(move || waiter(true)));
         }
     }
 
-    /// Image `lane` cannot write its pages, or closes: those of its own who wait for clean ones give up.
+    /// Image `lane` cannot write its pages, or closes: its jobs that wait for clean ones give up.
     pub(super) fn no_clean_pages(&self, lane: u64) {
         let mut waiters = lock(&self.dirty_waiters);
         let (own, others) = std::mem::take(&mut *waiters).into_iter().partition::<Vec<_>, _>(|w| w.0 == lane);

@@ -26,7 +26,7 @@ impl Image {
     pub(super) fn park(self: &Arc<Self>, mut pio: Pio) {
         pio.leave();
         let parking = self.space.park(&self.engine, pio);
-        // Before the answer: who hears of it may ask for the reason.
+        // Before the answer: a requester that gets it may ask for the reason.
         if parking.news {
             self.engine.emit(ImageEvent::Full { image: self.name.clone() });
         }

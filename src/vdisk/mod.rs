@@ -1,14 +1,14 @@
 //! One live image: requests in, pios through locks and BAT cache, bytes in the delta files.
 //!
 //! The way of a request: `gate` and `pio` (split, answer), `fast` (what ends on the caller's thread), `runner`
-//! (who does the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
+//! (the threads that do the rest), `locks`, `bat::cache` (where is it), then `read`, `write` or `discard`; `alloc` and
 //! `extend` (space), `flush` and `bat::writeback` (durability), `mark` (in use), `space` and `full` (a
 //! full host), `ends` (failed, closed), `tracking` (what has changed).
 //!
 //! An operation sees more of the image than a pio does: `operations` has the lock that lets one run at a time, and the
 //! type that proves it. What only an operation may do (swap the stack, clear the mark, move clusters) are its methods.
 //!
-//! Lock order: docs/design.md#lock-order. Nothing but the cluster lock and the header is held across I/O.
+//! Lock order: docs/design.md#lock-order. Three locks are held across I/O: the operation's, a cluster's, the header's.
 //!
 //! # The states of a live image
 //!

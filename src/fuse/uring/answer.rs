@@ -206,8 +206,8 @@ pub(super) fn length(bytes: usize) -> XattrOut {
     XattrOut { size: u32::try_from(bytes).unwrap_or(u32::MAX), padding: 0 }
 }
 
-/// The answer of COPY_FILE_RANGE, whose 32 bits end at a whole page, as the kernel cuts it: who copies asks again for
-/// the rest.
+/// The answer of COPY_FILE_RANGE, whose 32 bits end at a whole page, as the kernel cuts it: the program that
+/// copies asks again for the rest.
 pub(super) fn copied(bytes: u64) -> WriteOut {
     WriteOut { size: u32::try_from(bytes).unwrap_or(!4095), padding: 0 }
 }

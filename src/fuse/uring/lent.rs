@@ -48,7 +48,7 @@ impl<E: Exchange> Drop for Lent<E> {
     }
 }
 
-/// One of those who keep it: the data, before and while it is lent.
+/// A share of it: the data, before and while it is lent.
 struct Data<E: Exchange>(Arc<Lent<E>>);
 
 impl<E: Exchange> AsRef<[u8]> for Data<E> {

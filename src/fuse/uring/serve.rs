@@ -45,7 +45,7 @@ fn opened(device: Option<&Arc<Device>>, o: &Opened) -> OpenOut {
 pub(super) enum Thread {
     /// One that others wait for: it never waits itself.
     Transport,
-    /// The same, and who hands the request over has seen that it is no write that may wait.
+    /// The same, for a request that `helpers` has looked at: it is no write that may wait.
     Sifted,
     /// One of those that may wait in a write, unless it is the last that is free.
     Helper,

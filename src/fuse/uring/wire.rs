@@ -39,7 +39,7 @@ pub struct Parts<'a> {
 pub struct Request<'a> {
     /// The file or folder meant.
     pub ino: Ino,
-    /// Who asks.
+    /// The process that asks.
     pub caller: Caller,
     /// What is asked.
     pub operation: Operation<'a>,
@@ -262,7 +262,7 @@ pub fn split(message: &[u8]) -> Result<Parts<'_>, Malformed> {
         return Err(Malformed);
     }
     let (header, rest) = message.split_at(HEADER);
-    // Older kernels send shorter forms of some structures; who needs more than there is finds out itself.
+    // Older kernels send shorter forms of some structures; an operation that needs more than there is, is malformed.
     let (operation, payload) = rest.split_at(structure_size(fields.opcode).min(rest.len()));
     Ok(Parts { header, operation, payload })
 }

@@ -15,9 +15,9 @@
 //! what the delta does not map. 2 before 0: a snapshot would show what was written after it. 4 before 3: a power cut could
 //! leave the disk without what only the delta had. 5 before 4: it could bring back a descriptor that names the delta.
 //!
-//! Who goes on behind a failed sync or a crash copies everything again: what an earlier attempt wrote is not trusted (R7).
+//! An attempt behind a failed sync or a crash copies everything again: what an earlier one wrote is not trusted (R7).
 //!
-//! The delta must not change between 2 and 4. One below the top is frozen anyway, and who reads through it goes on. A live
+//! The delta must not change between 2 and 4. One below the top is frozen anyway, and its readers go on. A live
 //! top is merged so only while its disk is closed and cannot be opened: see [`finish`].
 
 use crate::error::{Error, Kind, Result};

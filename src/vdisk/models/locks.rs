@@ -18,7 +18,7 @@ struct Rig {
     locks: ClusterLocks,
     /// Shared holders; -1000 for an exclusive one.
     holders: AtomicI32,
-    /// Who had to queue, in the order of the queue, and whether they have finished.
+    /// The threads that had to queue, in the order of the queue: for which mode, and whether they have finished.
     queued: Mutex<Vec<(LockMode, bool)>>,
 }
 
