@@ -123,6 +123,7 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
         allow_outside: settings.allow_outside,
         direct: settings.direct,
         heirs: heirs.clone(),
+        left_open: ledger.as_ref().map(|ledger| tree::left_open(ledger.found())).unwrap_or_default(),
         ledger: ledger.clone(),
         #[cfg(feature = "faults")]
         wrap: settings.fault.as_deref().map(faults).transpose()?,

@@ -124,6 +124,21 @@ impl Deltas {
         if self.read_only { Use::Reader } else { Use::Writer }
     }
 
+    /// Opens what a daemon before has left of this file, whatever lies under its name now. None: nothing.
+    pub(super) fn open_left(&self, file: Identity, shown: &Path, used: Use) -> Option<Result<Opened>> {
+        let left = self.heirs.left(file)?;
+        // Another descriptor of the same open file: what is taken below is that one.
+        let again = RealFile::from_file(left.descriptor.into(), shown);
+        Some(again.and_then(|again| self.opened(again, shown, used)))
+    }
+
+    fn opened(&self, file: RealFile, shown: &Path, used: Use) -> Result<Opened> {
+        let used = if self.read_only { Use::Reader } else { used };
+        let held = self.held(file, shown, used)?;
+        let (file, writable) = (Arc::clone(&held.file), held.writable);
+        Ok(Opened { file, writable, hold: Arc::new(User::new(held, used)?) })
+    }
+
     fn held(&self, file: RealFile, shown: &Path, used: Use) -> Result<Arc<HeldDelta>> {
         let status = file.status().map_err(|e| Error::io(&e, shown, "cannot open"))?;
         let identity = (status.dev, status.ino);
@@ -184,10 +199,7 @@ impl Deltas {
 impl Opener for Deltas {
     fn open(&self, dir: BorrowedFd<'_>, file: &Path, shown: &Path, used: Use) -> Result<Opened> {
         let access = if self.read_only { Access::ReadOnly } else { Access::Widest };
-        let used = if self.read_only { Use::Reader } else { used };
-        let held = self.held(RealFile::open_as(&dir, file, shown, access)?, shown, used)?;
-        let (file, writable) = (Arc::clone(&held.file), held.writable);
-        Ok(Opened { file, writable, hold: Arc::new(User::new(held, used)?) })
+        self.opened(RealFile::open_as(&dir, file, shown, access)?, shown, used)
     }
 
     fn used(&self) -> Use {

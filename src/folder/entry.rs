@@ -319,7 +319,8 @@ impl Entry {
         }
     }
 
-    fn hold(&self) -> bool {
+    /// An opener is about to have it; false: no open begins any more. Given back by [`let_go`](Self::let_go).
+    pub(super) fn hold(&self) -> bool {
         let mut hold = locked(&self.hold);
         if !hold.retired {
             hold.count += 1;
@@ -327,7 +328,7 @@ impl Entry {
         !hold.retired
     }
 
-    fn let_go(&self) {
+    pub(super) fn let_go(&self) {
         let mut hold = locked(&self.hold);
         hold.count = hold.count.saturating_sub(1);
         let idle = hold.count == 0;

@@ -15,6 +15,7 @@ mod deltas;
 mod diff;
 mod entry;
 mod lease;
+mod left;
 mod live;
 mod looks;
 mod manage;

@@ -353,6 +353,13 @@ fn inspect(dir: &OwnedFd, name: &OsStr, stamp: Stamp) -> (Option<Claim>, bool) {
     (claim_of(name, stamp, read.map_err(|e| format!("cannot be opened: {e}"))), unsure)
 }
 
+/// What a regular file is that is open, and was called `name`.
+pub(super) fn claim_of_open(name: &OsStr, file: Arc<RealFile>) -> Option<Claim> {
+    let stamp = Stamp::of(&rustix::fs::fstat(&*file).ok()?);
+    let read = Candidate::read(Path::new(name), file);
+    claim_of(name, stamp, read.map_err(|e| format!("cannot be opened: {e}")))
+}
+
 fn claim_of(name: &OsStr, stamp: Stamp, read: Result<Candidate, String>) -> Option<Claim> {
     // A file that cannot be read is an image if its name says so, and its trouble is shown.
     let class = read.as_ref().map_or_else(|_| kind::classify(name, true, &[]), Candidate::class);

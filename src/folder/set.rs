@@ -47,6 +47,8 @@ pub struct FolderOptions {
     pub ledger: Option<Arc<Ledger>>,
     /// Open files that come from one, and are kept for another.
     pub heirs: Arc<Heirs>,
+    /// The images that a daemon before had in use, by number.
+    pub left_open: HashSet<u64>,
     /// Put around every image's file (`mount --fault`).
     #[cfg(feature = "faults")]
     pub wrap: Option<Wrap>,
@@ -78,6 +80,8 @@ pub struct Folder {
     pub(super) names: Mutex<Names>,
     /// Who holds images that could not be opened.
     pub(super) wanted: Arc<Wanted>,
+    /// Protects the images that a daemon before had in use and that are held until they are open again. A leaf.
+    pub(super) left: Mutex<Vec<Arc<Entry>>>,
     /// Protects the names of files that were created and are not closed yet. A leaf.
     writing: Mutex<HashSet<OsString>>,
     /// Protects the watch that has no thread yet. A leaf.
@@ -142,12 +146,13 @@ impl Folder {
             set: RwLock::default(),
             names: Mutex::default(),
             wanted: Arc::default(),
+            left: Mutex::default(),
             writing: Mutex::default(),
             watch: Mutex::default(),
             watcher: Mutex::default(),
             announce: OnceLock::new(),
         });
-        folder.look(&mut |_, _, _| true)?;
+        folder.look_with(&mut |_, _, _| true, Some(&options.left_open))?;
         Ok(folder)
     }
 
@@ -177,6 +182,11 @@ impl Folder {
     /// Reads the folder, decides, and changes the set. False: for some files the host had no answer at the moment. What was
     /// known of them goes on to hold; look again later.
     pub(super) fn look(&self, accept: Accept<'_>) -> Result<bool> {
+        self.look_with(accept, None)
+    }
+
+    /// The same; at the first look with what a daemon before had in use.
+    fn look_with(&self, accept: Accept<'_>, left_open: Option<&HashSet<u64>>) -> Result<bool> {
         let mut known = locked(&self.known);
         let held: HashSet<_> =
             read(&self.set).by_id.values().filter(|e| e.is_held()).map(|e| e.identity()).collect();
@@ -208,6 +218,9 @@ impl Folder {
         claims::leave_out_levels(&mut claims);
         let sure = !seen.iter().any(|s| s.unsure);
         *known = seen.into_iter().map(|s| (s.file.clone(), s)).collect();
+        if let Some(left_open) = left_open {
+            self.take_left(&claims, left_open);
+        }
         let verdict = self.settle(claims);
         // Outside of the set's lock: both ask the host.
         let watched = locked(&self.watcher).is_some();
@@ -287,13 +300,11 @@ impl Folder {
             if let Some(ledger) = &self.shared.ledger {
                 ledger.number(id, &claim.name, claim.stamp.identity);
             }
-            let entry = Arc::new(Entry::new(id, claim, &self.shared, self.own.clone()));
+            let entry = self.add(&mut set, id, claim);
             log::info!("{}: served as {}{SHOWN_SUFFIX}", entry.path().display(), claim.name.display());
             if let Some(damage) = &claim.damage {
                 log::warn!("{}: {damage}; served, and cannot be written", entry.path().display());
             }
-            set.by_name.insert(claim.name.clone(), entry.clone());
-            set.by_id.insert(id, entry.clone());
             new.push(entry);
         }
         let mut left_out = BTreeMap::new();
@@ -306,6 +317,18 @@ impl Folder {
         }
         set.left_out = left_out;
         new
+    }
+
+    fn add(&self, set: &mut Set, id: u64, claim: &Claim) -> Arc<Entry> {
+        let entry = Arc::new(Entry::new(id, claim, &self.shared, self.own.clone()));
+        set.by_name.insert(claim.name.clone(), entry.clone());
+        set.by_id.insert(id, entry.clone());
+        entry
+    }
+
+    /// Serves an image under the number that it has had.
+    pub(super) fn serve(&self, id: u64, claim: &Claim) -> Arc<Entry> {
+        self.add(&mut write(&self.set), id, claim)
     }
 
     /// True when a layered image is left out, which may come back without an event in this folder.
@@ -414,6 +437,7 @@ impl Folder {
     /// All that was open is open again: what was not taken of those files is given up.
     pub fn settle_inheritance(&self) {
         self.shared.deltas.heirs.settle();
+        self.let_go_of_left();
     }
 
     /// Where what a successor needs is kept.

@@ -61,8 +61,11 @@ impl Entry {
 
     pub(super) fn open_file(&self, kind: ImageKind) -> Result<(Opened, Level)> {
         let (path, origin) = (self.path(), self.origin());
-        let dir = self.shared.place.fd();
-        let opened = self.shared.deltas.open(dir.as_fd(), origin.file.as_ref(), &path, Use::Writer)?;
+        let (dir, deltas) = (self.shared.place.fd(), &self.shared.deltas);
+        let opened = match deltas.open_left(origin.identity, &path, Use::Writer) {
+            Some(opened) => opened?,
+            None => deltas.open(dir.as_fd(), origin.file.as_ref(), &path, Use::Writer)?,
+        };
         let status = opened.file.status().map_err(|e| Error::io(&e, &path, "cannot open"))?;
         if (status.dev, status.ino) != origin.identity {
             let why = "is another file now; it will be taken in anew";

@@ -2,10 +2,12 @@
 //! (docs/restart.md#who-holds-what).
 
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -81,6 +83,13 @@ impl Heirs {
         lock(&self.inherited).files.get_mut(&file)?.own.take().filter(|own| identity(own) == Some(file))
     }
 
+    /// The same, and it stays to be taken.
+    pub fn left(&self, file: Identity) -> Option<Left> {
+        let descriptor = lock(&self.inherited).files.get(&file)?.own.as_ref()?.try_clone().ok()?;
+        let name = last_name(&descriptor).filter(|_| identity(&descriptor) == Some(file))?;
+        Some(Left { descriptor, name })
+    }
+
     /// What the daemon before had of it.
     pub fn take_fixture(&self, what: Fixture) -> Option<OwnedFd> {
         lock(&self.inherited).fixtures.remove(&what)
@@ -145,6 +154,28 @@ impl Heirs {
         self.keep(file, false, locked).then(|| KeptLock { heirs: self.clone(), file })
     }
 }
+
+/// What a daemon before has left of a file.
+#[derive(Debug)]
+pub struct Left {
+    /// Of the open file that it used.
+    pub descriptor: OwnedFd,
+    /// The last name that the file had.
+    pub name: OsString,
+}
+
+/// The name of an open file, as the kernel has it: the last one, behind which it says so where that is gone.
+fn last_name(open: &OwnedFd) -> Option<OsString> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", open.as_raw_fd())).ok()?;
+    let is_there =
+        rustix::fs::lstat(&path).is_ok_and(|stat| Some((stat.st_dev, stat.st_ino)) == identity(open));
+    let name = path.file_name()?;
+    let gone = name.as_bytes().strip_suffix(GONE).filter(|_| !is_there);
+    Some(gone.map_or_else(|| name.to_owned(), |name| OsStr::from_bytes(name).to_owned()))
+}
+
+/// Behind a path that leads nowhere any more.
+const GONE: &[u8] = b" (deleted)";
 
 /// A locked file that is kept for a successor. To be dropped when the lock was given back, or just before: that is said by
 /// name, so that what another process still holds of the open file keeps none.

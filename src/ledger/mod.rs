@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use book::Book;
-pub use found::{Found, FoundImage};
+pub use found::{Found, FoundImage, FoundNumber};
 pub use layout::{Room, Sizes};
 pub use opens::Open;
 pub use pages::Slot;

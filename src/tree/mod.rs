@@ -49,6 +49,7 @@ use handles::{Borrowed, Handles, Origin};
 pub(crate) use names::SNAPSHOTS_NAME;
 use names::{METRICS_NAME, Node, PRIVATE_NAME, STATS_NAME};
 use own::OwnFile;
+pub use restore::left_open;
 use snapshots::Numbers;
 pub use stats::{Document, ImageStats, MountInfo, Restarts, Sandbox, document};
 use trouble::Trouble;

@@ -1,6 +1,6 @@
 //! A takeover: what a daemon before had open is opened again, under the same handles (docs/restart.md#takeover).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -36,6 +36,20 @@ impl Drop for Settling {
 
 /// What was open for writing is so until each of its handles has it, also where only readers are left. A leaf.
 type Kept = Arc<Mutex<Option<OpenImage>>>;
+
+/// The images of which something was in use when the daemon before ended, by number.
+pub fn left_open(found: &Found) -> HashSet<u64> {
+    let of_node = |node| match Node::of(node)? {
+        Node::Image(id) => Some(id),
+        Node::Snapshot(number) => {
+            let snapshot = found.snapshots.get(usize::try_from(number).ok()?);
+            snapshot.copied().flatten().map(|(id, _)| id)
+        }
+        _ => None,
+    };
+    let opens = found.opens.iter().filter_map(|place| of_node(place.open?.node));
+    found.images.iter().map(|image| image.id).chain(opens).collect()
+}
 
 impl Tree {
     /// Opens what was open, each image on threads of its own; to be called before a request is served. Returns when all is
