@@ -182,6 +182,22 @@ fn a_command_that_comes_while_the_daemon_is_missed_is_answered_by_the_successor(
 }
 
 #[test]
+fn an_umount_while_no_daemon_runs_at_all_waits_for_the_next_one() {
+    require!("fuse");
+    let mut mount = mount(&["--create", "vm1=64M"]);
+    let mut killed = Vec::new();
+    // The fourth death has a pause of 2 s behind it.
+    assert!(until(PATIENCE, || {
+        let new: Vec<u32> = daemons(&mount).into_iter().filter(|pid| !killed.contains(pid)).collect();
+        new.iter().for_each(|pid| signal(*pid, Signal::KILL));
+        killed.extend(new);
+        killed.len() >= 4
+    }));
+    mount.umount();
+    Run::ploopfs().arg("check").arg(mount.delta("vm1")).status(0);
+}
+
+#[test]
 fn an_images_folder_that_was_renamed_is_gone_on_with() {
     require!("fuse");
     let above = temp_dir();

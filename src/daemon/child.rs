@@ -64,10 +64,11 @@ pub(super) fn start_daemon(settings: &Settings, to_us: &Sender<Happening>) -> Re
 pub(super) fn listen_for_files(
     succession: Option<&Succession>,
     line: &UnixStream,
+    to_us: &Sender<Happening>,
 ) -> Result<Option<Receiver<()>>> {
     let Some(succession) = succession else { return Ok(None) };
     let line = line.try_clone().map_err(|e| Error::new(Kind::Io, format!("the daemon's line: {e}")))?;
-    Ok(Some(succession.listen(line)?))
+    Ok(Some(succession.listen(line, to_us)?))
 }
 
 pub(super) fn cannot_start(settings: &Settings, e: &io::Error) -> Error {

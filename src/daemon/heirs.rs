@@ -73,7 +73,7 @@ impl Keeper<'_> {
         }
         let Some(succession) = &mut self.succession else { return Ok(()) };
         let estate = succession.inheritance()?;
-        self.gives = listen_for_files(Some(succession), &to)?;
+        self.gives = listen_for_files(Some(succession), &to, &self.happenings.0)?;
         self.orders.renew(to, estate)?; // 3
         if let Some(before) = std::mem::replace(&mut self.standby, standby.ok()) {
             before.end();

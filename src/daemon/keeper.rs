@@ -142,7 +142,7 @@ impl<'a> Keeper<'a> {
         let oom_score = process::oom_score();
         let succession = Succession::prepare(settings)?;
         let Started { daemon, to, standby } = start_daemon(settings, &sender)?;
-        let gives = listen_for_files(succession.as_ref(), &to)?;
+        let gives = listen_for_files(succession.as_ref(), &to, &sender)?;
         let first = succession.as_ref().map(Succession::inheritance).transpose()?;
         let orders = Orders::start(to, first.unwrap_or_default())?;
         let standby = standby.map_err(|e| orders.send(Order::Warn(without_standby(&e)))).ok();

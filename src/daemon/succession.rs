@@ -8,15 +8,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::fs::FileType;
 
+use super::child::Happening;
 use super::orders::WithDescriptor;
 use super::settings::Settings;
-use super::wire::{self, Order};
+use super::wire::{self, Kept, Order};
 use crate::error::{Error, Kind, Result};
 use crate::io::handover::Receiving;
-use crate::io::heirs::{Estate, OpenFile, WITNESSES};
+use crate::io::heirs::{Estate, Fixture, OpenFile, WITNESSES};
 use crate::io::process::spawn_detached as spawn;
-use crate::io::{connection, process, shared};
+use crate::io::{connection, foreign, process, shared};
 use crate::ledger;
 use crate::sync::plain::lock;
 
@@ -36,14 +38,19 @@ const SERVED: Duration = Duration::from_secs(1);
 /// Descriptors that the keeper should be able to have: four for each of some ten thousand images in use.
 const OPEN_FILES: u64 = 65_536;
 
+/// Of the descriptors that this process may have, those that no daemon's files take, beside the connection's: for its pipes, its
+/// log and the next daemon.
+const OWN_DESCRIPTORS: u64 = 256;
+
 /// What outlives a daemon.
 pub(super) struct Succession {
     ledger: OwnedFd,
+    bounds: Bounds,
     /// Every descriptor of the connection that a daemon reads from, the mount's own first: the requests of one that were read
     /// and not answered end with its last holder.
     connections: Vec<OwnedFd>,
     device: (u32, u32),
-    estate: Kept,
+    estate: Keepsakes,
     deaths: usize,
     /// When the next daemon is to be started.
     next: Option<Instant>,
@@ -69,11 +76,19 @@ impl Succession {
         let memory = shared::make("ploopfs-ledger", len).map_err(|e| failed(e.to_string()))?;
         let mapped = shared::Shared::map(&memory).map_err(|e| failed(e.to_string()))?;
         ledger::format(&mapped, sizes)?;
+        let images = foreign::resolved_folder(settings.images()).ok();
         Ok(Some(Succession {
             ledger: memory,
+            bounds: Bounds {
+                files: process::may_open().saturating_sub(OWN_DESCRIPTORS + settings.threads as u64)
+                    / (1 + WITNESSES as u64),
+                images: images
+                    .and_then(|dir| rustix::fs::fstat(dir).ok())
+                    .map(|stat| (stat.st_dev, stat.st_ino)),
+            },
             connections: Vec::new(),
             device: (0, 0),
-            estate: Kept::default(),
+            estate: Keepsakes::default(),
             deaths: 0,
             next: None,
             died: None,
@@ -121,14 +136,21 @@ impl Succession {
     }
 
     /// Hears what a daemon gives to be kept, until it has ended: then the channel does.
-    pub(super) fn listen(&self, line: UnixStream) -> Result<Receiver<()>> {
+    pub(super) fn listen(&self, line: UnixStream, to_us: &Sender<Happening>) -> Result<Receiver<()>> {
         let (estate, (sender, over)) = (self.estate.clone(), bounded(0));
+        let (bounds, to_us, mut is_said) = (self.bounds, to_us.clone(), false);
         spawn("keeper/files", move || {
             let _sender: Sender<()> = sender;
             let mut from = BufReader::new(Receiving::new(line));
             loop {
                 match wire::get(&mut from) {
-                    Ok(Some(said)) => lock(&estate).hear(said, from.get_mut().descriptor()),
+                    Ok(Some(said)) => {
+                        let taken = lock(&estate).hear(said, from.get_mut().descriptor(), &bounds);
+                        if !taken && !std::mem::replace(&mut is_said, true) {
+                            let why = "an open file is not what was said of it, or one too many to be kept";
+                            let _ = to_us.send(Happening::Odd(why.to_owned()));
+                        }
+                    }
                     Err(e) if wire::is_odd(&e) => {}
                     Ok(None) | Err(_) => return,
                 }
@@ -210,14 +232,41 @@ impl Succession {
 }
 
 /// Protects what a daemon gave to be kept. A leaf.
-type Kept = Arc<Mutex<Estate>>;
+type Keepsakes = Arc<Mutex<Estate>>;
+
+/// What is taken from a daemon, which may be anyone's by now: nothing but what it says it is, since the next daemon serves it,
+/// and no more than leaves this process able to start that one.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// How many files.
+    files: u64,
+    /// Which folder is served.
+    images: Option<(u64, u64)>,
+}
+
+impl Bounds {
+    fn allow(self, kept: &Estate, said: &Kept, given: &OwnedFd) -> bool {
+        let Ok(stat) = rustix::fs::fstat(given) else { return false };
+        let (kind, file) = (FileType::from_raw_mode(stat.st_mode), (stat.st_dev, stat.st_ino));
+        match said {
+            Kept::Keep { file: named, .. } => {
+                let is_room = kept.files.contains_key(named) || (kept.files.len() as u64) < self.files;
+                kind == FileType::RegularFile && file == *named && is_room
+            }
+            Kept::Fixture { what: Fixture::Folder } => Some(file) == self.images,
+            Kept::Fixture { what: Fixture::Socket } => kind == FileType::Socket,
+            Kept::Asks { .. } | Kept::LetGo { .. } => false,
+        }
+    }
+}
 
 impl Estate {
-    /// What a daemon says of it; a `descriptor` comes with what it gives.
-    fn hear(&mut self, said: wire::Kept, descriptor: Option<OwnedFd>) {
+    /// What a daemon says of it; a `descriptor` comes with what it gives. False: that is not kept.
+    fn hear(&mut self, said: Kept, descriptor: Option<OwnedFd>, bounds: &Bounds) -> bool {
+        let descriptor = descriptor.filter(|given| bounds.allow(self, &said, given));
         match said {
-            wire::Kept::Keep { file, witness } => {
-                let Some(descriptor) = descriptor else { return };
+            Kept::Keep { file, witness } => {
+                let Some(descriptor) = descriptor else { return false };
                 let open = self.files.entry(file).or_default();
                 if witness {
                     open.witnesses.push(descriptor);
@@ -228,18 +277,20 @@ impl Estate {
                     open.witnesses.remove(0);
                 }
             }
-            wire::Kept::Fixture { what } => {
-                self.fixtures.extend(descriptor.map(|descriptor| (what, descriptor)));
+            Kept::Fixture { what } => {
+                let Some(descriptor) = descriptor else { return false };
+                drop(self.fixtures.insert(what, descriptor));
             }
-            wire::Kept::Asks { file } => {
+            Kept::Asks { file } => {
                 if let Some(open) = self.files.get_mut(&file)
                     && !open.witnesses.is_empty()
                 {
                     drop(open.witnesses.remove(0));
                 }
             }
-            wire::Kept::LetGo { file } => drop(self.files.remove(&file)),
+            Kept::LetGo { file } => drop(self.files.remove(&file)),
         }
+        true
     }
 }
 
@@ -247,4 +298,40 @@ fn again(descriptor: &OwnedFd) -> Result<OwnedFd> {
     descriptor
         .try_clone()
         .map_err(|e| Error::new(Kind::Io, format!("cannot hand on what the daemon had open: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn what_a_daemon_gives_is_kept_only_where_it_is_what_is_said_of_it() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let identity =
+            |of: &File| rustix::fs::fstat(of).map(|stat| (stat.st_dev, stat.st_ino)).expect("a status");
+        let [folder, other] =
+            [temp.path(), std::path::Path::new("/")].map(|at| File::open(at).expect("opens"));
+        let [one, two] = [(), ()].map(|()| tempfile::tempfile_in(temp.path()).expect("a file"));
+        let bounds = Bounds { files: 1, images: Some(identity(&folder)) };
+        let mut estate = Estate::default();
+        let mut give = |what: Kept, given: &File| {
+            estate.hear(what, Some(given.try_clone().expect("again").into()), &bounds)
+        };
+        let own = |file| Kept::Keep { file, witness: false };
+        assert!(!give(own(identity(&two)), &one), "another file");
+        assert!(!give(own(identity(&folder)), &folder), "a folder");
+        let null = File::open("/dev/null").expect("opens");
+        assert!(!give(own(identity(&null)), &null), "a device");
+        assert!(give(own(identity(&one)), &one));
+        assert!(give(Kept::Keep { file: identity(&one), witness: true }, &one));
+        assert!(!give(own(identity(&two)), &two), "one too many");
+        assert!(give(Kept::LetGo { file: identity(&one) }, &one));
+        assert!(give(own(identity(&two)), &two), "there is room again");
+        let fixture = |what| Kept::Fixture { what };
+        assert!(!give(fixture(Fixture::Folder), &other), "not the folder that is served");
+        assert!(give(fixture(Fixture::Folder), &folder));
+        assert!(!give(fixture(Fixture::Socket), &one), "no socket");
+        assert_eq!((estate.files.len(), estate.fixtures.len()), (1, 1));
+    }
 }

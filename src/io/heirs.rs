@@ -201,3 +201,23 @@ fn said(kept: io::Result<()>) -> bool {
 fn identity(of: impl AsFd) -> Option<Identity> {
     rustix::fs::fstat(of).ok().map(|stat| (stat.st_dev, stat.st_ino))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_name_of_a_file_is_its_own_also_where_it_ends_as_those_of_removed_ones_do() {
+        let temp = tempfile::tempdir().expect("a folder");
+        for name in ["vm.raw", "vm.raw (deleted)"] {
+            let path = temp.path().join(name);
+            let file = OwnedFd::from(File::create(&path).expect("made"));
+            assert_eq!(last_name(&file).expect("it has one"), name);
+            std::fs::rename(&path, temp.path().join("other")).expect("renamed");
+            assert_eq!(last_name(&file).expect("it has one"), "other");
+            std::fs::rename(temp.path().join("other"), &path).expect("renamed");
+            std::fs::remove_file(&path).expect("removed");
+            assert_eq!(last_name(&file).expect("it had one"), name);
+        }
+    }
+}

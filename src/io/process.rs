@@ -117,6 +117,11 @@ pub fn set_oom_score(child: &std::process::Child, score: i32) {
     let _ = fs::write(format!("/proc/{}/oom_score_adj", child.id()), score.to_string());
 }
 
+/// How many files this process may have open.
+pub fn may_open() -> u64 {
+    rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
 /// Allows at least `wanted` open files, and never fewer than now. Takes what there is where that is too much.
 pub fn raise_open_files(wanted: u64) -> Result<(), Refused> {
     let now = rustix::process::getrlimit(Resource::Nofile);
