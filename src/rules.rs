@@ -1,6 +1,6 @@
 //! The crash rules R1 to R9 (docs/design.md#crash-rules), those of the ledger (docs/restart.md#rules), and the switch of a
 //! test build (feature `break-rules`) that breaks one of them at run time, at the rule's home: the crash and fault tests
-//! must then find a violation.
+//! must then find a violation. PLOOPFS_BREAK names one that is broken in a mount's processes.
 //!
 //! Without the feature [`broken`] is `const false`, and what stands behind it is not compiled in. With it, a test also
 //! sees every [`Step`] of an operation over several files (R8).
@@ -74,6 +74,33 @@ pub enum Rule {
     ///
     /// Broken: it is given back when it is copied.
     L2,
+    /// A handle stands in the ledger before OPEN is answered; RELEASE takes it out of memory, then out of the ledger,
+    /// then answers. OPEN sent again with the same number gets the handle that it has; RELEASE of a handle that is
+    /// not known is done.
+    ///
+    /// Broken: no handle comes there.
+    L3,
+    /// A number stands in the ledger before any answer names it.
+    ///
+    /// Broken: no number comes there.
+    L4,
+    /// A failure stands in the ledger before any thread hears of it. Before a successor writes an entry it syncs
+    /// through a witness, an open file that has not asked since the image was opened for writing. The keeper hears
+    /// first that it is asked, and does not give it again; what it said stands in the ledger before the image gets a
+    /// new one. With none left, or when it hears a failure, nothing is written, the entries are laid over the BAT in
+    /// memory, and the image is read-only.
+    ///
+    /// Broken: no failure comes there, and no witness is asked.
+    L5,
+    /// One daemon at a time: the successor starts when `wait` has returned, and all data writes are synchronous
+    /// calls.
+    ///
+    /// Broken: the successor starts when the dead one's first thread is gone.
+    L6,
+    /// What a daemon before has read and not answered is sent again when its handles are known, and before a thread reads.
+    ///
+    /// Broken: threads read first.
+    L7,
 }
 
 /// True while a test breaks `rule`.
@@ -115,13 +142,22 @@ mod switch {
     use crate::sync::{AtomicU32, Ordering};
     use std::cell::RefCell;
     use std::fmt;
+    use std::sync::LazyLock;
 
     /// One bit per broken rule.
     static BROKEN: AtomicU32 = AtomicU32::new(0);
 
+    /// The one that the environment names: of other processes a test breaks it so.
+    static OF_THE_PROCESS: LazyLock<u32> = LazyLock::new(|| {
+        let named = std::env::var("PLOOPFS_BREAK").unwrap_or_default();
+        LEDGER.iter().filter(|rule| named == format!("{rule:?}")).map(|rule| 1 << *rule as u32).sum()
+    });
+    /// Those that a test can break so.
+    const LEDGER: [Rule; 7] = [Rule::L1, Rule::L2, Rule::L3, Rule::L4, Rule::L5, Rule::L6, Rule::L7];
+
     /// True while a test breaks `rule`.
     pub fn broken(rule: Rule) -> bool {
-        BROKEN.load(Ordering::Relaxed) & 1 << rule as u32 != 0
+        (BROKEN.load(Ordering::Relaxed) | *OF_THE_PROCESS) & 1 << rule as u32 != 0
     }
 
     /// Breaks a rule, in the whole process, until it is dropped.

@@ -1,9 +1,8 @@
 //! Deaths of a daemon, without processes: at any host call the file and the ledger are what they are, and a successor opens
 //! the image from them. Every write and discard that was acknowledged is there, the image goes on, and is sound.
 
-#[path = "common/crash/watched.rs"]
-#[allow(dead_code)] // another part of it is another test's
-mod watched;
+#[path = "common/crash/mod.rs"]
+mod crash;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,6 +11,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crash::campaign::Live;
+use crash::judge::judge_world;
+use crash::power::Rng;
+use crash::watched::{HostCall, Watch, Watched};
+use crash::world::{self, Host, Record, World};
 use ploopfs::format::header::{Header, Version};
 use ploopfs::image::check::check;
 use ploopfs::image::level::read_header;
@@ -19,7 +23,6 @@ use ploopfs::io::file::HostFile;
 use ploopfs::io::memory::MemoryFile;
 use ploopfs::ledger::{Book, Ledger, Sizes, format};
 use ploopfs::vdisk::{Engine, Image, Layout, Level, Options, rescue};
-use watched::{HostCall, Watch, Watched};
 
 const CLUSTER: u64 = 4096;
 /// Three BAT pages.
@@ -145,10 +148,7 @@ fn open(
         return Ok(image);
     }
     let rescued = rescue(&level, &book, || level.file.sync_data()).map_err(say)?;
-    let image = Image::open_beside(engine, "vm1", levels).map_err(say)?;
-    image.keep_in(&book);
-    image.go_on(&book, rescued).map_err(say)?;
-    Ok(image)
+    Image::go_on(engine, "vm1", levels, &book, rescued).map_err(say)
 }
 
 fn place(random: &mut Random) -> u64 {
@@ -301,14 +301,204 @@ fn an_image_whose_sync_failed_at_the_takeover_reads_as_it_was_and_is_not_written
         let level = level(host);
         let sync = || heard.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
         let rescued = rescue(&level, &book, sync).expect("it makes sense");
-        let image = Image::open_beside(&engine, "vm1", vec![level]).expect("opens");
-        image.keep_in(&book);
-        image.go_on(&book, rescued).expect("it is read");
+        let image = Image::go_on(&engine, "vm1", vec![level], &book, rescued).expect("it is read");
         looks(&image, &death.acknowledged, &(0..0)).expect("as it was");
         image.write_at(0, &[1; 512]).expect_err("read-only");
         image.flush_now().expect_err("what was written may be lost");
         assert!(file.to_bytes() == before, "nothing is written");
     }
+}
+
+/// A host file that is full: nothing is written, not even where there was space.
+#[derive(Default)]
+struct Full(std::sync::atomic::AtomicBool);
+
+impl Watch for Arc<Full> {
+    fn call(&self, call: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        match call {
+            HostCall::Write { .. } if self.0.load(Ordering::SeqCst) => {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            call => call.carry_out(file),
+        }
+    }
+}
+
+/// A takeover on a full host, another one there, and a third when there is space again.
+fn succeed_on_a_full_host(engine: &Arc<Engine>, death: &Death) -> Result<(), String> {
+    let file = Arc::new(MemoryFile::from_bytes(&death.bytes));
+    let full = Arc::new(Full::default());
+    full.0.store(true, Ordering::SeqCst);
+    let (mut memory, mut model) = (copy(&death.memory), death.acknowledged.clone());
+    let mut images = Vec::new();
+    for round in 0..3 {
+        let ledger = Arc::new(Ledger::attach(Box::new(memory.clone())).map_err(|e| e.to_string())?);
+        if !ledger.found().nonsense.is_empty() || ledger.found().images.iter().any(|i| i.nonsense.is_some()) {
+            return Err(format!("round {round} leaves nonsense: {:?}", ledger.found()));
+        }
+        let host = Arc::new(Watched { file: file.clone() as Arc<dyn HostFile>, watch: full.clone() });
+        if round == 2 {
+            full.0.store(false, Ordering::SeqCst);
+        }
+        let image = open(engine, &ledger, death.base.as_deref(), host)?;
+        looks(&image, &model, &death.under_way).map_err(|what| format!("in round {round} {what}"))?;
+        if round < 2 {
+            // What the dead one does in its ledger from here on is not seen.
+            memory = copy(&memory);
+            images.push(image);
+            continue;
+        }
+        for cluster in [5, 1015, 2899] {
+            image.write_at(cluster * CLUSTER, &[251; CLUSTER as usize]).map_err(|e| e.to_string())?;
+            model.insert(cluster, vec![251; CLUSTER as usize]);
+        }
+        looks(&image, &model, &death.under_way)?;
+        image.close().map_err(|e| e.to_string())?;
+        image.leave_book();
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("vm1.hds");
+    std::fs::write(&path, file.to_bytes()).expect("written");
+    let report = check(&path).map_err(|e| e.to_string())?;
+    if report.errors > 0 || report.in_use {
+        return Err(format!("the file is not sound: {report:?}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn entries_that_a_full_host_does_not_take_are_read_and_written_when_there_is_space() {
+    let _alone = alone();
+    let (engine, mut deaths) = (engine(), 0);
+    for seed in 1..=16 {
+        for death in history(&engine, seed).expect("nothing fails") {
+            succeed_on_a_full_host(&engine, &death)
+                .unwrap_or_else(|what| panic!("history {seed}, death {deaths}: {what}"));
+            deaths += 1;
+        }
+    }
+    println!("DEATHS {deaths}");
+}
+
+/// The daemon lives for some calls more.
+struct Mortal {
+    /// Calls left that change or sync something; protects what is copied at the last one.
+    left: Mutex<(u64, Option<Memory>)>,
+    memory: Memory,
+}
+
+impl Mortal {
+    fn dies(&self) {
+        let mut left = self.left.lock().expect("no panic");
+        left.0 = 0;
+        left.1.get_or_insert_with(|| copy(&self.memory));
+    }
+}
+
+impl Watch for Arc<Mortal> {
+    fn call(&self, call: HostCall<'_>, file: &dyn HostFile) -> io::Result<usize> {
+        let reads = matches!(call, HostCall::Read { .. } | HostCall::ReadNowait { .. });
+        // Held across the call: what other threads enter meanwhile comes behind it.
+        let mut left = self.left.lock().expect("no panic");
+        if left.0 == 0 {
+            left.1.get_or_insert_with(|| copy(&self.memory));
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        left.0 -= u64::from(!reads);
+        call.carry_out(file)
+    }
+}
+
+/// Sectors of the disk that a history with power cuts uses: those of three BAT pages would make too many states.
+const SMALL: u64 = 24;
+
+/// A daemon dies, its successor, too, perhaps inside of its takeover, and so on; from the first death on, the power fails at
+/// every host call. Returns how many states were judged.
+fn power_cuts(engine: &Arc<Engine>, seed: u64) -> Result<usize, String> {
+    let sectors = (CLUSTER / 512) as usize;
+    let header = Header::new(Version::V2, SMALL * CLUSTER, CLUSTER).expect("a legal size");
+    let files = vec![world::empty(header, false)];
+    let record = Record::new(
+        World::new(files, vec![vec![0]; SMALL as usize * sectors]),
+        Host { every: 1, ..Host::default() },
+    );
+    let (mut random, mut memory) = (Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1), memory());
+    let (mut stamp, mut judged, mut images, mut resent) = (0, 0, Vec::new(), None);
+    for life in 0..4u64 {
+        let ledger = Arc::new(Ledger::attach(Box::new(memory.clone())).map_err(|e| e.to_string())?);
+        if life == 0 {
+            ledger.number(1, "vm1".as_ref(), OWNER);
+        }
+        let calls = if life == 3 { u64::MAX } else { random.below(if life == 0 { 40 } else { 14 }) + 1 };
+        let mortal = Arc::new(Mortal { left: Mutex::new((calls, None)), memory: memory.clone() });
+        let recorded = record.level(0).file;
+        let host = Arc::new(Watched { file: recorded, watch: mortal.clone() });
+        // One that dies inside of it opens nothing.
+        let opened = open(engine, &ledger, None, host);
+        let dead = || mortal.left.lock().expect("no panic").0 == 0;
+        if let Err(what) = &opened
+            && !dead()
+        {
+            return Err(format!("life {life}: {what}"));
+        }
+        if let Ok(image) = &opened {
+            let live = Live { record: &record, image };
+            for _ in 0..if life == 3 { 12 } else { 40 } {
+                // What was not answered is sent again.
+                let (first, act, stamp) = resent.take().unwrap_or_else(|| {
+                    stamp += 1;
+                    (random.below(SMALL) as usize * sectors, random.below(32), stamp)
+                });
+                let done = match act {
+                    0..12 => live.write(first, sectors, stamp, false),
+                    12..16 => live.write(first + 1, 2, stamp, false),
+                    16..20 => live.write(first, 1, stamp, true),
+                    20..25 => live.discard(first, sectors),
+                    25..31 => live.flush(),
+                    _ if life < 3 => {
+                        mortal.dies();
+                        break;
+                    }
+                    _ => Ok(()),
+                };
+                match done {
+                    Err(_) if dead() => {
+                        resent = Some((first, act, stamp));
+                        break;
+                    }
+                    done => done.map_err(|e| format!("life {life}: {e}"))?,
+                }
+            }
+            if life == 3 {
+                image.close().map_err(|e| e.to_string())?;
+            }
+        }
+        mortal.dies();
+        memory = mortal.left.lock().expect("no panic").1.take().expect("it is dead");
+        images.push(opened);
+        let mut rng = Rng(seed);
+        let cuts = record.take_cuts();
+        // Before the first death it is a history as any other (crash_enumerate.rs).
+        for cut in cuts.iter().filter(|_| life > 0) {
+            for _ in 0..3 {
+                judge_world(engine, cut, &cut.left(&mut rng))
+                    .map_err(|e| format!("seed {seed}, life {life}: {e}"))?;
+                judged += 1;
+            }
+        }
+    }
+    Ok(judged)
+}
+
+#[test]
+fn a_power_cut_during_and_after_takeovers_leaves_what_was_synced() {
+    let _alone = alone();
+    let (engine, long) = (engine(), std::env::var_os("PLOOPFS_LONG").is_some());
+    let mut judged = 0;
+    for seed in 1..=if long { 3000 } else { 10 } {
+        judged += power_cuts(&engine, seed).unwrap_or_else(|what| panic!("{what}"));
+    }
+    println!("STATES {judged}");
 }
 
 #[cfg(feature = "break-rules")]
@@ -333,5 +523,34 @@ mod broken {
     fn l2_a_page_that_is_given_back_before_its_copy_is_durable_is_caught() {
         let what = found(Rule::L2);
         assert!(what.contains("holds 0") || what.contains("and not 0"), "{what}");
+    }
+
+    #[test]
+    fn l5_a_failure_that_no_successor_hears_of_is_caught() {
+        let _alone = alone();
+        let _broken = Broken::new(Rule::L5);
+        let engine = engine();
+        let deaths = history(&engine, 5).expect("nothing fails");
+        let death = deaths.iter().rfind(|death| !death.acknowledged.is_empty()).expect("a death");
+        let (file, memory) = (Arc::new(MemoryFile::from_bytes(&death.bytes)), copy(&death.memory));
+        for (heard, failed) in [(Some(libc::EIO), true), (None, false)] {
+            let ledger = Arc::new(Ledger::attach(Box::new(memory.clone())).expect("a ledger"));
+            let book = Arc::new(Book::of(&ledger, 1, OWNER, FILE));
+            let level = level(file.clone());
+            let sync = || heard.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
+            let rescued = rescue(&level, &book, sync).expect("it makes sense");
+            let image = Image::go_on(&engine, "vm1", vec![level], &book, rescued).expect("it is read");
+            // The second one should know, and does not.
+            assert_eq!(image.failure().is_some(), failed);
+        }
+    }
+
+    #[test]
+    fn r3_entries_that_are_written_before_their_data_is_synced_are_caught_at_a_takeover() {
+        let _alone = alone();
+        let _broken = Broken::new(Rule::R3);
+        let engine = engine();
+        let what = (1..=10).try_for_each(|seed| power_cuts(&engine, seed).map(drop));
+        println!("R3 broken: {}", what.expect_err("it is broken, and nothing shows it"));
     }
 }

@@ -317,6 +317,7 @@ fn settings(args: &Args, images: PathBuf, mountpoint: PathBuf) -> Result<Setting
         no_restart: None,
         takes_over: false,
         restarts: 0,
+        faults: 0,
         #[cfg(feature = "faults")]
         fault: args.fault.clone(),
         #[cfg(not(feature = "faults"))]

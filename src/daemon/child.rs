@@ -55,6 +55,10 @@ pub(super) fn start_daemon(settings: &Settings, to_us: &Sender<Happening>) -> Re
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
         put => put.map_err(|e| failed(&e))?, // 3
     }
+    #[cfg(feature = "break-rules")]
+    if crate::rules::broken(crate::rules::Rule::L6) {
+        hear_the_first_thread(daemon.id(), to_us)?;
+    }
     let to_us = to_us.clone();
     spawn("keeper/daemon", move || listen(BufReader::new(from), &to_us))?;
     Ok(Started { daemon, to, standby })
@@ -96,6 +100,23 @@ fn listen(mut from: impl BufRead, to: &Sender<Happening>) {
     }
     // The keeper ends when the receiver is gone.
     let _ = to.send(Happening::Silent);
+}
+
+/// L6, broken: a daemon whose first thread has ended is taken for dead, whatever its others do. Its line is heard to its
+/// end all the same, which is one death more.
+#[cfg(feature = "break-rules")]
+fn hear_the_first_thread(pid: u32, to: &Sender<Happening>) -> Result<()> {
+    let to = to.clone();
+    spawn("keeper/hasty", move || {
+        let ended = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_none_or(|rest| !rest.starts_with(['R', 'S', 'D', 'T']))
+        };
+        while !ended() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let _ = to.send(Happening::Silent);
+    })
 }
 
 #[cfg(test)]

@@ -2,9 +2,13 @@
 //!
 //! The order: (1) `wait` has returned, so that no thread of the dead one writes any more; (2) the successor is started;
 //! (3) it gets the settings, the ledger and the connection. 2 before 1: two writers on one file.
+//!
+//! **L6** One daemon at a time: the successor starts when `wait` has returned, and all data writes are synchronous
+//! calls.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use super::child::{Started, listen_for_files, spelled, start_daemon};
@@ -14,6 +18,7 @@ use super::standby::StandbyNote;
 use super::succession::Succession;
 use super::wire::{Event, Order, What};
 use crate::error::Result;
+use crate::rules::{Rule, broken};
 
 /// How long the last files of a dead daemon may take to be here.
 const LAST_FILES: Duration = Duration::from_secs(1);
@@ -41,13 +46,19 @@ impl Keeper<'_> {
 
     /// The daemon has closed its line. Starts another one where it was killed; false: the mount ends with it.
     pub(super) fn succeed(&mut self) -> bool {
-        let status = self.daemon.wait(); // 1
+        // 1
+        let status = if broken(Rule::L6) {
+            // Of a thread of it that still writes nothing is heard.
+            Ok(ExitStatus::from_raw(libc::SIGKILL))
+        } else {
+            self.daemon.wait()
+        };
         // One that has ended by itself has ended its mount, or says why it cannot take it over.
         if status.as_ref().map_or(true, |status| status.code().is_some()) {
             return false;
         }
-        let killed = status.as_ref().is_ok_and(|status| status.signal() == Some(libc::SIGKILL));
-        if !self.succession.as_mut().is_some_and(|succession| succession.died(!killed)) {
+        let signal = status.as_ref().ok().and_then(ExitStatusExt::signal).unwrap_or_default();
+        if !self.succession.as_mut().is_some_and(|succession| succession.died(signal)) {
             return false;
         }
         self.log(&format!("the daemon ended ({}); the next one goes on with its work", spelled(&status)));
@@ -64,7 +75,9 @@ impl Keeper<'_> {
 
     fn start_successor(&mut self) -> Result<()> {
         let restarts = self.succession.as_ref().map_or(0, Succession::restarts);
-        let settings = Settings { takes_over: true, restarts: restarts + 1, ..self.settings.clone() };
+        let faults = self.succession.as_ref().map_or(0, Succession::faults);
+        let restarts = restarts + 1;
+        let settings = Settings { takes_over: true, restarts, faults, ..self.settings.clone() };
         let Started { daemon, to, standby } = start_daemon(&settings, &self.happenings.0)?; // 2
         self.daemon = daemon;
         if let Some(gives) = self.gives.take() {

@@ -88,6 +88,9 @@ pub struct Settings {
     pub takes_over: bool,
     /// How many there will have been then. Set by the keeper.
     pub restarts: u64,
+    /// So many daemons in a row died by their own fault, the last one included; 0: that one did not. Set by the keeper.
+    #[serde(default)]
+    pub faults: u32,
     /// Faults to inject (feature `faults`).
     pub fault: Option<String>,
 }

@@ -28,6 +28,8 @@ use crate::io::heirs::{Estate, Fixture, Heirs, Keeping};
 use crate::io::holder;
 use crate::io::reads::Reads;
 use crate::io::{foreign, process};
+use crate::ledger::deaths::{self, Verdict};
+use crate::ledger::running;
 use crate::tree::{self, MountInfo, Restarts, Sandbox, Tree};
 use crate::vdisk::Engine;
 
@@ -95,6 +97,11 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     };
     let place = ControlPlace::make(&dir, settings.images())?;
     log::open((!settings.foreground).then_some(&place))?;
+    if let Some(ledger) = &ledger {
+        let verdict = ledger.judge_deaths(settings.faults);
+        say_verdict(&verdict);
+        running::watch(ledger, verdict);
+    }
 
     let restarts = Arc::new(Restarts::default());
     restarts.set(settings.restarts, 0);
@@ -253,6 +260,21 @@ fn serve(settings: Settings, mut keeper_says: FromKeeper) -> Result<std::convert
     // Held to here: the socket under /run is ours as long as it is answered.
     drop(outside);
     ending.exit(&closed, &|| clients.count())
+}
+
+/// What the deaths of other daemons mean for what they did.
+fn say_verdict(verdict: &Verdict) {
+    if let Some(work) = verdict.convicted {
+        ::log::error!(
+            "{} ended a daemon that did nothing else: it gets EIO from now on",
+            deaths::spelled(work)
+        );
+    }
+    if verdict.apart {
+        let mut all: Vec<_> = verdict.suspects.iter().map(|work| deaths::spelled(*work)).collect();
+        all.sort();
+        ::log::warn!("two daemons in a row died over {}: executed apart from now on", all.join(", "));
+    }
 }
 
 /// Where open files are kept for a successor.

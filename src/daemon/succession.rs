@@ -35,6 +35,10 @@ const HEALTHY: Duration = Duration::from_secs(60);
 /// The same of one that did not die by its own fault: whatever kills it (a person, a lack of memory) is not in a hurry.
 const SERVED: Duration = Duration::from_secs(1);
 
+/// Signals by which a daemon dies of what it did itself, and not of what is done to it.
+const OWN_FAULT: [i32; 7] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGABRT, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS];
+
 /// Descriptors that the keeper should be able to have: four for each of some ten thousand images in use.
 const OPEN_FILES: u64 = 65_536;
 
@@ -52,6 +56,8 @@ pub(super) struct Succession {
     device: (u32, u32),
     estate: Keepsakes,
     deaths: usize,
+    /// So many in a row died by their own fault, without a healthy minute; and whether the last one did.
+    faults: (u32, bool),
     /// When the next daemon is to be started.
     next: Option<Instant>,
     /// When a daemon last died whose successor does not serve yet.
@@ -90,6 +96,7 @@ impl Succession {
             device: (0, 0),
             estate: Keepsakes::default(),
             deaths: 0,
+            faults: (0, false),
             next: None,
             died: None,
             serves: None,
@@ -181,14 +188,20 @@ impl Succession {
         self.connections.insert(0, own);
     }
 
-    /// A daemon was killed; `own_fault`: by what it did itself. True: the next one is started when its time
+    /// A daemon was killed by `signal`. True: the next one is started when its time
     /// [comes](Self::due).
-    pub(super) fn died(&mut self, own_fault: bool) -> bool {
+    pub(super) fn died(&mut self, signal: i32) -> bool {
         if self.connections.is_empty() {
             return false;
         }
+        let (own_fault, served) =
+            (OWN_FAULT.contains(&signal), self.serves.take().map(|since| since.elapsed()));
+        if served.is_some_and(|served| served >= HEALTHY) {
+            self.faults.0 = 0;
+        }
+        self.faults = (self.faults.0 + u32::from(own_fault), own_fault);
         let healthy = if own_fault { HEALTHY } else { SERVED };
-        if self.serves.take().is_some_and(|since| since.elapsed() >= healthy) {
+        if served.is_some_and(|served| served >= healthy) {
             self.deaths = 0;
         }
         let pause = PAUSES[self.deaths.min(PAUSES.len() - 1)];
@@ -196,6 +209,11 @@ impl Succession {
         let missed = self.died.get_or_insert_with(Instant::now).elapsed();
         self.next = (missed + pause < self.timeout).then(|| Instant::now() + pause);
         self.next.is_some()
+    }
+
+    /// So many daemons in a row died by their own fault, the last one included; 0: that one did not.
+    pub(super) fn faults(&self) -> u32 {
+        if self.faults.1 { self.faults.0 } else { 0 }
     }
 
     /// True while a daemon is missed.

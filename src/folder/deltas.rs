@@ -159,6 +159,16 @@ impl Deltas {
         })
     }
 
+    /// An open file that hears of a sync that has failed, whatever daemon heard of it before (L5).
+    pub(super) fn witness(&self, file: Identity, shown: &Path) -> Result<Option<Arc<dyn HostFile>>> {
+        let Some(witness) = self.heirs.take_witness(file) else { return Ok(None) };
+        let real: Arc<dyn HostFile> = Arc::new(RealFile::from_file(witness.into(), shown)?);
+        Ok(Some(match &self.wrap {
+            Some(wrap) => wrap(real),
+            None => real,
+        }))
+    }
+
     fn place_of(&self, identity: Identity) -> Arc<FilePlace> {
         let mut places = locked(&self.places);
         // A place that only this table has is not locked, and looking at it does not wait.

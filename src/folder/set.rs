@@ -1,4 +1,6 @@
 //! The live set: every image of one folder, served or left out, and the way to open one.
+//!
+//! **L4** A number stands in the ledger before any answer names it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -30,6 +32,7 @@ use crate::io::file::HostSpace;
 use crate::io::heirs::Heirs;
 use crate::io::lock::Use;
 use crate::ledger::Ledger;
+use crate::rules::{Rule, broken};
 use crate::vdisk::Engine;
 
 /// How a folder is served.
@@ -297,7 +300,9 @@ impl Folder {
             let left = || self.shared.ledger.as_ref()?.take_number(&claim.name, claim.stamp.identity);
             let id =
                 kept.or_else(left).filter(|id| !set.by_id.contains_key(id)).unwrap_or_else(|| self.new_id());
-            if let Some(ledger) = &self.shared.ledger {
+            if let Some(ledger) = &self.shared.ledger
+                && !broken(Rule::L4)
+            {
                 ledger.number(id, &claim.name, claim.stamp.identity);
             }
             let entry = self.add(&mut set, id, claim);

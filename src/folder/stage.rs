@@ -25,7 +25,9 @@ use crate::io::file::HostFile;
 use crate::io::heirs::{Heirs, WITNESSES};
 use crate::io::lock::Use;
 use crate::io::real::{Access, RealFile};
-use crate::ledger::Book;
+use crate::ledger::deaths::opening;
+use crate::ledger::{Book, running};
+use crate::rules::{Rule, broken};
 use crate::vdisk::{Image, Layout, Level, Mode, rescue};
 
 /// Opens the files of one image out of those of the folder; kept by its layers, and reports when they are gone.
@@ -124,18 +126,17 @@ impl Entry {
             let what = "has another top than when the daemon before ended";
             return Err(Error::at(Kind::Damaged, self.path(), what));
         };
-        let witness = self.shared.deltas.heirs.take_witness(book.file());
+        let witness = self.shared.deltas.witness(book.file(), &level.path)?;
         let rescued = rescue(&level, book, || match &witness {
-            Some(witness) => Ok(rustix::fs::fdatasync(witness)?),
+            _ if broken(Rule::L5) => level.file.sync_data(),
+            Some(witness) => witness.sync_data(),
             // Should a sync have failed, nothing would tell.
             None if self.shared.deltas.heirs.are_kept() => {
                 Err(io::Error::other("no open file is left to ask"))
             }
             None => level.file.sync_data(),
         })?;
-        let image = Image::open_beside(engine, name, levels)?;
-        image.keep_in(book);
-        image.go_on(book, rescued)?;
+        let image = Image::go_on(engine, name, levels, book, rescued)?;
         // The one that was asked has said all that it had.
         self.hand_witnesses(book, &level.path, 1);
         Ok(image)
@@ -148,6 +149,12 @@ impl Stage for Entry {
     /// Order: (1) open; (2) lock; (3) read the header: before the lock, a user who is just leaving would be seen
     /// half done.
     fn open(&self) -> Result<Arc<Live>> {
+        let work = opening(self.id());
+        if running::refuses(work) {
+            let what = "opening it has ended the daemon: it stays closed; run: ploopfs check";
+            return Err(Error::at(Kind::Io, self.path(), what));
+        }
+        let _executing = running::begin(work);
         let (layers, hold, levels, can_write) = match self.origin().source {
             Source::File(kind) => {
                 let (opened, level) = self.open_file(kind)?;

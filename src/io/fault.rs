@@ -10,9 +10,13 @@
 //!          | "full"                             writes and allocations fail with ENOSPC
 //!          | "skip-sync"                        syncs report success and do nothing (the broken build that the
 //!                                               power-cut test must catch)
+//!          | "dies=" SIGNAL ":" KIND ":" PATH   where PATH is a file: an operation of that kind is carried out, the
+//!                                               file is removed, and the process dies before it hears how that went
+//!          | "ends=" SIGNAL ":" TEXT            what reads or writes data that begins so ends the process
 //!          | "trigger=" PATH                    faults are active, and operations counted for N, only while PATH
 //!                                               exists (the idea is nbdkit's)
 //! KIND    := "read" | "write" | "punch" | "sync" | "set_len" | "any"
+//! SIGNAL  := "SIGKILL" | "SIGSEGV" | "SIGABRT"
 //! ERRNO   := "EIO" | "ENOSPC" | ... | a positive number
 //! ```
 //!
@@ -20,7 +24,7 @@
 //! slow disk would be. One plan may drive many files: it counts the operations of all of them.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -28,6 +32,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::file::{HostFile, HostSpace, HostStatus, HostTraits, passed_on};
+use super::process;
 
 /// A kind of operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +83,10 @@ pub struct FaultPlan {
     full: AtomicBool,
     skip_sync: bool,
     trigger: Option<PathBuf>,
+    /// What ends the process: by which signal, at which kind of operation, and the file that says so.
+    deaths: Vec<(i32, Option<Op>, PathBuf)>,
+    /// Data that ends it, and by which signal.
+    endings: Vec<(i32, Vec<u8>)>,
     counts: [Count; OPS.len()],
 }
 
@@ -146,6 +155,13 @@ impl FaultPlan {
         self.delays[op as usize].store(ms, SeqCst);
     }
 
+    /// Ends the process where `data` is such.
+    fn may_end(&self, data: &[u8]) {
+        if let Some((signal, _)) = self.endings.iter().find(|(_, text)| data.starts_with(text)) {
+            process::die_of(*signal);
+        }
+    }
+
     fn active(&self) -> bool {
         self.trigger.as_ref().is_none_or(|path| path.exists())
     }
@@ -160,7 +176,7 @@ impl FaultPlan {
         count.started.fetch_add(1, SeqCst);
         let now = count.running.fetch_add(1, SeqCst) + 1;
         count.peak.fetch_max(now, SeqCst);
-        let mut running = Running { count, short: false, skip: false };
+        let mut running = Running { count, short: false, skip: false, death: None };
         if !self.active() {
             return Ok(running);
         }
@@ -168,6 +184,9 @@ impl FaultPlan {
             0 => {}
             ms => thread::sleep(Duration::from_millis(ms)),
         }
+        let dies =
+            |(_, of, path): &&(i32, Option<Op>, PathBuf)| of.is_none_or(|of| of == op) && path.exists();
+        running.death = self.deaths.iter().find(dies).map(|(signal, _, path)| (*signal, path.as_path()));
         if self.full.load(SeqCst) && op == Op::Write {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
@@ -195,6 +214,8 @@ struct Running<'a> {
     count: &'a Count,
     short: bool,
     skip: bool,
+    /// Its end is the process's, where the file can be removed.
+    death: Option<(i32, &'a Path)>,
 }
 
 impl Running<'_> {
@@ -206,6 +227,11 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
+        if let Some((signal, path)) = self.death
+            && rustix::fs::unlinkat(rustix::fs::CWD, path, rustix::fs::AtFlags::empty()).is_ok()
+        {
+            process::die_of(signal);
+        }
         self.count.running.fetch_sub(1, SeqCst);
     }
 }
@@ -221,6 +247,12 @@ impl FromStr for FaultPlan {
             match (name, parts.as_slice()) {
                 ("full", [""]) => plan.set_full(true),
                 ("skip-sync", [""]) => plan.skip_sync = true,
+                ("dies", [signal, kind, path @ ..]) if !path.is_empty() => {
+                    plan.deaths.push((signal_of(item, signal)?, kind_of(item, kind)?, path.join(":").into()));
+                }
+                ("ends", [signal, text]) if !text.is_empty() => {
+                    plan.endings.push((signal_of(item, signal)?, text.as_bytes().to_vec()));
+                }
                 ("trigger", _) if !value.is_empty() => plan.trigger = Some(PathBuf::from(value)),
                 ("delay", [kind, ms]) => {
                     let ms = ms.parse().map_err(|_| format!("'{item}': '{ms}' is not in milliseconds"))?;
@@ -242,7 +274,8 @@ impl FromStr for FaultPlan {
                 _ => {
                     return Err(format!(
                         "'{item}' is not a fault; use delay=KIND:MS, fail=KIND:N:ERRNO[:forever], \
-                         short=KIND:N[:forever], full, skip-sync or trigger=PATH"
+                         short=KIND:N[:forever], full, skip-sync, dies=SIGNAL:KIND:PATH, ends=SIGNAL:TEXT or \
+                         trigger=PATH"
                     ));
                 }
             }
@@ -269,6 +302,15 @@ fn kind_of(item: &str, kind: &str) -> Result<Option<Op>, String> {
     }
     let found = OPS.iter().find(|(name, _)| *name == kind);
     found.map(|(_, op)| Some(*op)).ok_or_else(|| format!("'{item}': '{kind}' is no kind of operation"))
+}
+
+fn signal_of(item: &str, name: &str) -> Result<i32, String> {
+    match name {
+        "SIGKILL" => Ok(libc::SIGKILL),
+        "SIGSEGV" => Ok(libc::SIGSEGV),
+        "SIGABRT" => Ok(libc::SIGABRT),
+        _ => Err(format!("'{item}': '{name}' is no signal that ends a process here")),
+    }
 }
 
 fn errno_of(item: &str, errno: &str) -> Result<i32, String> {
@@ -304,7 +346,9 @@ impl HostFile for FaultFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let running = self.plan.enter(Op::Read)?;
         let len = running.cut(buf.len());
-        self.file.read_at(&mut buf[..len], offset)
+        let read = self.file.read_at(&mut buf[..len], offset)?;
+        self.plan.may_end(&buf[..read]);
+        Ok(read)
     }
 
     fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -315,14 +359,17 @@ impl HostFile for FaultFile {
         }
         let running = self.plan.enter(Op::Read)?;
         let len = running.cut(buf.len());
-        match inner.nowait_reads {
+        let read = match inner.nowait_reads {
             true => self.file.read_at_nowait(&mut buf[..len], offset),
             false => self.file.read_at(&mut buf[..len], offset),
-        }
+        }?;
+        self.plan.may_end(&buf[..read]);
+        Ok(read)
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
         let running = self.plan.enter(Op::Write)?;
+        self.plan.may_end(data);
         self.file.write_at(&data[..running.cut(data.len())], offset)
     }
 

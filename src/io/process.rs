@@ -346,5 +346,15 @@ pub fn daemon_command(name: &str) -> Command {
     command
 }
 
+/// Ends this process as if it had earned `signal`: for tests.
+#[cfg(feature = "faults")]
+pub fn die_of(signal: i32) -> ! {
+    loop {
+        // SAFETY: a signal to the calling thread; all that it may do is to end the process. A handler that looks for the end
+        // of a stack returns from the first one, and is gone at the second.
+        unsafe { libc::raise(signal) };
+    }
+}
+
 #[cfg(test)]
 mod tests;

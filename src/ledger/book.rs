@@ -1,5 +1,6 @@
 //! What the ledger has of one image that is open.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -31,6 +32,8 @@ pub struct Book {
     record: Mutex<Option<u32>>,
     /// What the daemon before has left of it.
     left: Option<Arc<FoundImage>>,
+    /// Protects which slots of what is left have another holder. Before the ledger's own.
+    adopted: Mutex<HashSet<u32>>,
     /// It has parts that no successor can go on with.
     beyond: AtomicBool,
 }
@@ -46,6 +49,7 @@ impl Book {
             file,
             record: Mutex::new(left.as_ref().map(|left| left.record)),
             left,
+            adopted: Mutex::default(),
             beyond: AtomicBool::new(false),
         }
     }
@@ -160,12 +164,21 @@ impl Book {
         words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect()
     }
 
+    /// A BAT page of what was left is as dirty as it was: from now on its slot is its holder's to give back.
+    pub fn adopt(&self, number: u64) -> Option<Slot> {
+        let pages = &self.left.as_ref()?.pages;
+        let (_, record) = pages.iter().find(|(page, _)| u64::from(*page) == number)?;
+        lock(&self.adopted).insert(*record).then_some(Slot { record: *record, filled: true })
+    }
+
     /// What was left is in the file, durably. Until then each open of the image rescues it again.
     pub fn rescued(&self) {
         if self.ledger.free().left.remove(&self.image).is_none() {
             return;
         }
-        for (_, record) in self.left.iter().flat_map(|left| &left.pages) {
+        let adopted = lock(&self.adopted);
+        let all = self.left.iter().flat_map(|left| &left.pages);
+        for (_, record) in all.filter(|(_, record)| !adopted.contains(record)) {
             self.ledger.give_page_back(Slot { record: *record, filled: true });
         }
     }

@@ -44,6 +44,19 @@ pub(super) const PAGE_STATE: u64 = 8;
 pub(super) const PAGE_DATA: u64 = 512;
 pub(super) const SNAPSHOT: u64 = 4;
 
+/// Threads that have a place for what they execute: more than a daemon has. One of 64 bytes each, so that threads do not
+/// disturb each other.
+pub(super) const THREADS: u32 = 512;
+const THREAD: u64 = 8;
+/// What was executed by daemons that died: first word, how many at most.
+pub(super) const ALONE: u64 = 0;
+pub(super) const APART: u64 = 1;
+const SUSPECTS: u64 = 8;
+const REFUSED: u64 = SUSPECTS + THREADS as u64;
+/// How many may be refused; then the first is forgotten.
+pub(super) const MOST_REFUSED: usize = 64;
+const DEATHS: u64 = REFUSED + MOST_REFUSED as u64;
+
 /// Most records of a kind: places are numbers of 32 bits, and a broken header must not make a length overflow.
 const MOST: u64 = 1 << 24;
 
@@ -83,6 +96,8 @@ pub(super) struct Layout {
     states: u64,
     pages: u64,
     snapshots: u64,
+    threads: u64,
+    deaths: u64,
     end: u64,
 }
 
@@ -99,8 +114,10 @@ impl Layout {
         let states = behind(images, sizes.images, IMAGE);
         let pages = behind(states, sizes.pages, PAGE_STATE);
         let snapshots = behind(pages, sizes.pages, PAGE_DATA);
-        let end = behind(snapshots, sizes.snapshots, SNAPSHOT);
-        Some(Layout { sizes, numbers, opens, images, states, pages, snapshots, end })
+        let threads = behind(snapshots, sizes.snapshots, SNAPSHOT);
+        let deaths = behind(threads, THREADS, THREAD);
+        let end = behind(deaths, 1, DEATHS);
+        Some(Layout { sizes, numbers, opens, images, states, pages, snapshots, threads, deaths, end })
     }
 
     /// That of the ledger in `words`, which may be anything.
@@ -174,6 +191,24 @@ impl Layout {
 
     pub(super) fn snapshot(&self, record: u32) -> (usize, usize) {
         Layout::place(self.snapshots, SNAPSHOT, record)
+    }
+
+    /// What a thread executes.
+    pub(super) fn thread(&self, place: u32) -> usize {
+        Layout::place(self.threads, THREAD, place).0
+    }
+
+    /// One of [`ALONE`] and [`APART`].
+    pub(super) fn death(&self, word: u64) -> usize {
+        (self.deaths + word) as usize
+    }
+
+    pub(super) fn suspects(&self) -> Range<usize> {
+        self.death(SUSPECTS)..self.death(REFUSED)
+    }
+
+    pub(super) fn refused(&self) -> Range<usize> {
+        self.death(REFUSED)..self.death(DEATHS)
     }
 }
 

@@ -8,11 +8,13 @@
 //! The successor reads it like a file from a stranger: [`Found`] holds what made sense, and says what did not.
 
 mod book;
+pub mod deaths;
 mod found;
 mod layout;
 mod numbers;
 mod opens;
 mod pages;
+pub(crate) mod running;
 mod session;
 mod snapshots;
 #[cfg(test)]
@@ -82,6 +84,8 @@ struct Free {
     left_numbers: HashMap<OsString, (u64, Identity)>,
     images: Room,
     pages: Room,
+    /// Places for what a thread executes.
+    threads: Room,
     /// Images that the daemon before has left and that were not rescued yet.
     left: HashMap<u64, Arc<FoundImage>>,
 }
@@ -114,6 +118,7 @@ impl Ledger {
             number_of: found.numbers.iter().map(|n| (n.id, n.record)).collect(),
             left: found.images.iter().map(|i| (i.id, Arc::new(i.clone()))).collect(),
             left_numbers: found.numbers.iter().map(|n| (n.name.clone(), (n.id, n.file))).collect(),
+            threads: Room::without(layout::THREADS, std::iter::empty()),
             images: Room::without(layout.sizes().images, found.images.iter().map(|i| i.record)),
             pages: Room::without(
                 layout.sizes().pages,

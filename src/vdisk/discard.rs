@@ -26,6 +26,8 @@ use super::{Image, Ready, Reply};
 use crate::error::{Error, Result};
 use crate::format::bat::{PAGE_SLOTS, slot_of};
 use crate::io::file::write_zeroes;
+use crate::ledger::deaths::Work;
+use crate::ledger::running;
 use crate::sync::Arc;
 
 /// Clusters locked and punched at a time: bounds how long others wait, and is far below the lock stripes.
@@ -34,6 +36,8 @@ const BATCH: u64 = 128;
 /// A running discard.
 struct Discard {
     image: Arc<Image>,
+    /// The transport's number of the request, for the ledger.
+    number: Work,
     at: u64,
     end: u64,
     /// First cluster locked, and how many.
@@ -56,7 +60,8 @@ pub(super) fn submit(image: &Arc<Image>, offset: u64, len: u64, reply: Reply<()>
         Some(inside) => {
             let (image, end) = (Arc::clone(image), offset + len);
             let held = (0, 0);
-            Discard { image, at: offset, end, held, inside: Some(inside), reply: Some(reply) }.requeue();
+            let (number, inside) = (running::current(), Some(inside));
+            Discard { image, number, at: offset, end, held, inside, reply: Some(reply) }.requeue();
         }
         None if image.is_closed() => reply(Err(image.closed_error())),
         None => {
@@ -74,6 +79,7 @@ impl Discard {
 
     /// The next batch; holds no lock.
     fn run(mut self) {
+        let _executing = running::begin(self.number);
         match self.image.ready() {
             Ready::No(e) => return self.finish(Err(e)),
             Ready::Unmarked => {
@@ -95,6 +101,7 @@ impl Discard {
         }
         let (image, cluster) = (Arc::clone(&self.image), self.at / self.image.cluster);
         image.with_cluster(cluster, LockMode::Exclusive, move || {
+            let _executing = running::begin(self.number);
             self.held = (cluster, 1);
             self.locked();
         });

@@ -10,6 +10,7 @@ use super::runner::{Job, Pool};
 use crate::error::Result;
 use crate::io::process;
 use crate::io::reads::Reads;
+use crate::ledger::running;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
 
 /// What to do when the host is full (docs/design.md#a-full-host).
@@ -181,7 +182,7 @@ impl Engine {
     /// Runs `job` on a thread that may block: opens, closes, seeks, questions to the host. `lane` is the image it is about:
     /// one whose host hangs keeps its share of the threads and no more.
     pub fn blocking(&self, lane: u64, job: Job) {
-        self.openers.submit(lane, job);
+        self.openers.submit(lane, running::part(job));
     }
 
     /// Runs `job` at that time, on the clock's thread: it must only start work.

@@ -76,6 +76,7 @@ mod mark;
 mod models;
 mod nowait;
 mod operations;
+mod overlaid;
 mod pio;
 mod queued;
 #[cfg(test)]
@@ -101,6 +102,7 @@ use crate::io::backing::Backing;
 use crate::io::file::HostStatus;
 use crate::io::planned::Planned;
 use crate::ledger::Book;
+use crate::rules::{Rule, broken};
 use crate::sync::{Arc, AtomicU64, Ordering, lock};
 pub use counters::Stats;
 pub use engine::{Engine, ImageEvent, OnFull, Options};
@@ -443,7 +445,9 @@ impl Image {
     /// Read-only from now on (R7): every waiter and every later fsync fails until the image is closed.
     fn fail(self: &Arc<Self>, error: &Error) {
         // Before any thread hears of it (L5).
-        if let Some(book) = self.book.get() {
+        if let Some(book) = self.book.get()
+            && !broken(Rule::L5)
+        {
             book.failed();
         }
         if !self.ends.fail(error) {

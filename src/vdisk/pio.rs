@@ -9,6 +9,8 @@ use super::gate::Inside;
 use super::locks::LockMode;
 use super::{Image, Reply, read, write};
 use crate::error::{Error, Kind, Result};
+use crate::ledger::deaths::Work;
+use crate::ledger::running;
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering, lock};
 
 /// What a pio carries.
@@ -34,6 +36,8 @@ enum Answer {
 }
 
 struct Request {
+    /// The transport's, for the ledger.
+    number: Work,
     left: AtomicUsize,
     /// The first failure, and the answer with the parts that have come in. A leaf.
     state: Mutex<(Option<Error>, Option<Answer>)>,
@@ -115,8 +119,11 @@ where
     if let Answer::Read { lens, .. } = &mut answer {
         *lens = lengths(image, offset, len).collect();
     }
-    let request =
-        Arc::new(Request { left: AtomicUsize::new(count), state: Mutex::new((None, Some(answer))) });
+    let request = Arc::new(Request {
+        number: running::current(),
+        left: AtomicUsize::new(count),
+        state: Mutex::new((None, Some(answer))),
+    });
     let mut at = offset;
     for (index, n) in lengths(image, offset, len).enumerate() {
         let (cluster, start) = (at / image.cluster, at % image.cluster);
@@ -140,6 +147,7 @@ where
 impl Pio {
     /// Runs the pio from its beginning; it holds no lock.
     pub(super) fn run(self) {
+        let _executing = running::begin(self.request.number);
         match &self.body {
             Body::Read(_) => read::run(self),
             Body::Write(_) => write::run(self),
@@ -179,6 +187,7 @@ impl Pio {
     pub(super) fn with_lock(mut self, mode: LockMode, then: fn(Pio)) {
         let (image, cluster) = (Arc::clone(&self.image), self.cluster);
         image.with_cluster(cluster, mode, move || {
+            let _executing = running::begin(self.request.number);
             self.held = Some(mode);
             then(self);
         });

@@ -31,6 +31,23 @@ pub(super) struct Scan {
     pub free: Bits,
 }
 
+impl Scan {
+    /// True when no entry names this file cluster.
+    pub(super) fn is_free(&self, cluster: u64) -> bool {
+        cluster >= self.end || self.free.contains(cluster)
+    }
+
+    /// What is free after either of two scans, as long as a power cut may leave what one of them saw.
+    pub(super) fn and(&self, other: &Scan) -> Scan {
+        let (longer, shorter) = if self.end >= other.end { (self, other) } else { (other, self) };
+        let mut free = Bits::default();
+        longer.free.iter().filter(|cluster| shorter.is_free(*cluster)).for_each(|cluster| {
+            free.insert(cluster);
+        });
+        Scan { end: longer.end, free }
+    }
+}
+
 /// Refuses a level below the top whose file ends before or inside a cluster that an entry names: such a file was cut off.
 /// Where its map is long, that costs no more than a look at the length: copies end anywhere, but most files that were
 /// closed end with a cluster.
@@ -148,6 +165,12 @@ fn free_before_the_end(used: &[u64]) -> Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_one_of_two_scans_has_in_use_is_in_use() {
+        let both = free_before_the_end(&[0b10011]).and(&free_before_the_end(&[0b101]));
+        assert_eq!((both.end, both.free.iter().collect::<Vec<_>>()), (5, vec![3]));
+    }
 
     #[test]
     fn free_clusters_are_those_before_the_last_used_one() {

@@ -16,6 +16,7 @@ pub struct Mount {
     images: PathBuf,
     point: PathBuf,
     args: Vec<String>,
+    env: Vec<(String, String)>,
     up: bool,
     _own: Vec<TempDir>,
 }
@@ -55,7 +56,7 @@ impl Mount {
         let folder = temp_dir();
         let point = folder.path().join("vdisks");
         let args = args.iter().map(|&arg| arg.to_owned()).collect();
-        Mount { images: images.to_owned(), point, args, up: false, _own: vec![folder] }
+        Mount { images: images.to_owned(), point, args, env: Vec::new(), up: false, _own: vec![folder] }
     }
 
     /// A guard for a mount that something else makes, at `point`.
@@ -64,6 +65,7 @@ impl Mount {
             images: images.to_owned(),
             point: point.to_owned(),
             args: Vec::new(),
+            env: Vec::new(),
             up: true,
             _own: Vec::new(),
         }
@@ -82,18 +84,23 @@ impl Mount {
         self.up = true;
         // By PLOOPFS_TRANSPORT every test can be run on another transport.
         let transport = std::env::var("PLOOPFS_TRANSPORT").map(|name| format!("--transport={name}"));
-        Run::ploopfs()
-            .arg("mount")
-            .args(transport)
-            .args(&self.args)
-            .args([&self.images, &self.point])
-            .limit(60)
-            .run()
+        let run = self.env.iter().fold(Run::ploopfs(), |run, (name, value)| run.env(name, value));
+        run.arg("mount").args(transport).args(&self.args).args([&self.images, &self.point]).limit(60).run()
     }
 
     /// Replaces the options of the next start.
     pub fn set_args(&mut self, args: &[&str]) {
         self.args = args.iter().map(|&arg| arg.to_owned()).collect();
+    }
+
+    /// A folder that is removed with it.
+    pub fn owns(&mut self, folder: TempDir) {
+        self._own.push(folder);
+    }
+
+    /// A variable in the environment of the next start, and so of all processes of the mount.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
     }
 
     /// The folder of images.

@@ -16,7 +16,7 @@ use fuser::{
     ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
-use super::convert::{GENERATION, attr, caller, errno, file_type};
+use super::convert::{GENERATION, attr, caller, errno, file_type, number};
 use super::door::{Door, HELLO};
 use super::replies::{
     answer_attr, answer_created, answer_empty, answer_opened, answer_written, answer_xattr,
@@ -27,6 +27,8 @@ use crate::fuse::listing;
 use crate::fuse::ops::{self, Attr, Done, FileSystem, Name, Now, SetAttr, Space, Whence};
 use crate::fuse::{MAX_WRITE, NAME_MAX, TTL, congestion, text_of};
 use crate::io::backing::STACK_DEPTH;
+use crate::ledger::deaths::spelled;
+use crate::ledger::running;
 
 /// One session's; what they all share is behind an `Arc`.
 #[derive(Clone)]
@@ -45,7 +47,13 @@ pub(super) struct Bridge {
 impl Bridge {
     /// Runs one request. A panic costs that request (its reply, dropped, becomes EIO), not the transport thread:
     /// fuser would lose the thread, say nothing, and hang the mount with the last one.
-    fn serve(&self, what: &str, request: impl FnOnce()) {
+    /// What has ended daemons (docs/restart.md#deaths) is not executed: it gets EIO in the same way.
+    fn serve(&self, of: &Request, what: &str, request: impl FnOnce()) {
+        let number = number(of);
+        if running::refuses(number) {
+            return log::error!("{what}: {} has ended the daemon: answered with EIO", spelled(number));
+        }
+        let _executing = running::begin(number);
         if let Err(panic) = catch_unwind(AssertUnwindSafe(request)) {
             log::error!("bug: {what} panicked and was answered with EIO: {}", text_of(panic.as_ref()));
         }
@@ -98,7 +106,7 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn lookup(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.serve("lookup", || {
+        self.serve(r, "lookup", || {
             let done: Done<Attr> = Box::new(move |answer| match answer {
                 Ok(a) => reply.entry(&TTL, &attr(&a), GENERATION),
                 Err(e) => reply.error(errno(e)),
@@ -107,15 +115,15 @@ impl fuser::Filesystem for Bridge {
         });
     }
 
-    fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
+    fn forget(&self, r: &Request, ino: INodeNo, count: u64) {
         if ino.0 == HELLO {
             return self.door.enter();
         }
-        self.serve("forget", || self.fs.forget(ino.0, count));
+        self.serve(r, "forget", || self.fs.forget(ino.0, count));
     }
 
-    fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.serve("getattr", || {
+    fn getattr(&self, r: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.serve(r, "getattr", || {
             self.fs.getattr(ino.0, Box::new(move |answer| answer_attr(reply, answer)));
         });
     }
@@ -140,7 +148,7 @@ impl fuser::Filesystem for Bridge {
     ) {
         let times = atime.is_some() || mtime.is_some() || ctime.is_some();
         let change = SetAttr { mode, uid, gid, size, times };
-        self.serve("setattr", || {
+        self.serve(r, "setattr", || {
             let done: Done<Attr> = Box::new(move |answer| answer_attr(reply, answer));
             self.fs.setattr(caller(r), ino.0, change, done);
         });
@@ -151,26 +159,26 @@ impl fuser::Filesystem for Bridge {
     }
 
     fn mknod(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        self.serve("mknod", || reply.error(self.refusal(r, parent, name)));
+        self.serve(r, "mknod", || reply.error(self.refusal(r, parent, name)));
     }
 
     fn mkdir(&self, r: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        self.serve("mkdir", || reply.error(self.refusal(r, parent, name)));
+        self.serve(r, "mkdir", || reply.error(self.refusal(r, parent, name)));
     }
 
     fn unlink(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.serve("unlink", || {
+        self.serve(r, "unlink", || {
             let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
             self.fs.unlink(caller(r), parent.0, name, done);
         });
     }
 
     fn rmdir(&self, r: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.serve("rmdir", || self.removal(r, parent, name, reply));
+        self.serve(r, "rmdir", || self.removal(r, parent, name, reply));
     }
 
     fn symlink(&self, r: &Request, parent: INodeNo, name: &OsStr, _: &Path, reply: ReplyEntry) {
-        self.serve("symlink", || reply.error(self.refusal(r, parent, name)));
+        self.serve(r, "symlink", || reply.error(self.refusal(r, parent, name)));
     }
 
     fn rename(
@@ -187,14 +195,14 @@ impl fuser::Filesystem for Bridge {
         if !RenameFlags::RENAME_NOREPLACE.contains(flags) {
             return reply.error(fuser::Errno::EINVAL);
         }
-        self.serve("rename", || {
+        self.serve(r, "rename", || {
             let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
             self.fs.rename(caller(r), (parent.0, name), (new_parent.0, new_name), done);
         });
     }
 
     fn link(&self, r: &Request, _: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.serve("link", || reply.error(self.refusal(r, parent, name)));
+        self.serve(r, "link", || reply.error(self.refusal(r, parent, name)));
     }
 
     fn create(
@@ -207,14 +215,14 @@ impl fuser::Filesystem for Bridge {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        self.serve("create", || {
+        self.serve(r, "create", || {
             let done: Done<(Attr, ops::Opened)> = Box::new(move |answer| answer_created(reply, answer));
             self.fs.create(caller(r), parent.0, name, ops::OpenFlags { raw: flags }, done);
         });
     }
 
     fn open(&self, r: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
-        self.serve("open", || {
+        self.serve(r, "open", || {
             let done: Done<ops::Opened> = Box::new(move |answer| answer_opened(reply, answer));
             self.fs.open(caller(r), ino.0, ops::OpenFlags { raw: flags.0 }, done);
         });
@@ -222,7 +230,7 @@ impl fuser::Filesystem for Bridge {
 
     fn read(
         &self,
-        _: &Request,
+        r: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -231,7 +239,7 @@ impl fuser::Filesystem for Bridge {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.serve("read", || {
+        self.serve(r, "read", || {
             let len = size as usize;
             let mut reply = Some(reply);
             with_read_buffer(len, |buf| match self.fs.read_now(fh.0, offset, buf) {
@@ -258,7 +266,7 @@ impl fuser::Filesystem for Bridge {
 
     fn write(
         &self,
-        _: &Request,
+        r: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -268,7 +276,7 @@ impl fuser::Filesystem for Bridge {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.serve("write", || {
+        self.serve(r, "write", || {
             let flags = ops::OpenFlags { raw: flags.0 };
             let now = match self.write_on(fh.0) {
                 WriteOn::Here(_inside) => self.fs.write_now(fh.0, offset, data, flags),
@@ -290,7 +298,7 @@ impl fuser::Filesystem for Bridge {
 
     fn release(
         &self,
-        _: &Request,
+        r: &Request,
         _: INodeNo,
         fh: FileHandle,
         _: fuser::OpenFlags,
@@ -298,19 +306,19 @@ impl fuser::Filesystem for Bridge {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.serve("release", || {
+        self.serve(r, "release", || {
             self.fs.release(fh.0);
             reply.ok();
         });
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.serve("fsync", || self.fs.fsync(fh.0, Box::new(move |answer| answer_empty(reply, answer))));
+    fn fsync(&self, r: &Request, _: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.serve(r, "fsync", || self.fs.fsync(fh.0, Box::new(move |answer| answer_empty(reply, answer))));
     }
 
     fn fallocate(
         &self,
-        _: &Request,
+        r: &Request,
         _: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -318,13 +326,13 @@ impl fuser::Filesystem for Bridge {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.serve("fallocate", || {
+        self.serve(r, "fallocate", || {
             let done: Done<()> = Box::new(move |answer| answer_empty(reply, answer));
             self.fs.fallocate(fh.0, offset, len, mode, done);
         });
     }
 
-    fn lseek(&self, _: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+    fn lseek(&self, r: &Request, _: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
         let whence = match whence {
             libc::SEEK_DATA => Whence::Data,
             libc::SEEK_HOLE => Whence::Hole,
@@ -333,7 +341,7 @@ impl fuser::Filesystem for Bridge {
         let Ok(offset) = u64::try_from(offset) else {
             return reply.error(fuser::Errno::ENXIO);
         };
-        self.serve("lseek", || {
+        self.serve(r, "lseek", || {
             let done: Done<u64> = Box::new(move |answer| match answer.map(i64::try_from) {
                 Ok(Ok(found)) => reply.offset(found),
                 Ok(Err(_)) => reply.error(fuser::Errno::EOVERFLOW),
@@ -343,13 +351,13 @@ impl fuser::Filesystem for Bridge {
         });
     }
 
-    fn opendir(&self, _: &Request, _: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
+    fn opendir(&self, r: &Request, _: INodeNo, _: fuser::OpenFlags, reply: ReplyOpen) {
         // Nothing is kept for it.
-        self.serve("opendir", || reply.opened(FileHandle(0), FopenFlags::empty()));
+        self.serve(r, "opendir", || reply.opened(FileHandle(0), FopenFlags::empty()));
     }
 
-    fn readdir(&self, _: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.serve("readdir", || {
+    fn readdir(&self, r: &Request, ino: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.serve(r, "readdir", || {
             let done: Done<Vec<Name>> = Box::new(move |answer| {
                 let names = match answer {
                     Ok(names) => names,
@@ -366,8 +374,8 @@ impl fuser::Filesystem for Bridge {
         });
     }
 
-    fn releasedir(&self, _: &Request, _: INodeNo, _: FileHandle, _: fuser::OpenFlags, reply: ReplyEmpty) {
-        self.serve("releasedir", || reply.ok());
+    fn releasedir(&self, r: &Request, _: INodeNo, _: FileHandle, _: fuser::OpenFlags, reply: ReplyEmpty) {
+        self.serve(r, "releasedir", || reply.ok());
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
@@ -375,8 +383,8 @@ impl fuser::Filesystem for Bridge {
         reply.ok();
     }
 
-    fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        self.serve("statfs", || {
+    fn statfs(&self, r: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        self.serve(r, "statfs", || {
             let done: Done<Space> = Box::new(move |answer| match answer {
                 Ok(s) => {
                     let bs = s.block_size;
@@ -402,15 +410,15 @@ impl fuser::Filesystem for Bridge {
         reply.error(fuser::Errno::ENOTTY);
     }
 
-    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.serve("getxattr", || {
+    fn getxattr(&self, r: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.serve(r, "getxattr", || {
             let done: Done<Vec<u8>> = Box::new(move |answer| answer_xattr(reply, size, answer));
             self.fs.getxattr(ino.0, name, done);
         });
     }
 
-    fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.serve("listxattr", || {
+    fn listxattr(&self, r: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.serve(r, "listxattr", || {
             let list = self
                 .fs
                 .listxattr(ino.0)
@@ -421,7 +429,7 @@ impl fuser::Filesystem for Bridge {
 
     fn copy_file_range(
         &self,
-        _: &Request,
+        r: &Request,
         _: INodeNo,
         from: FileHandle,
         from_offset: u64,
@@ -432,7 +440,7 @@ impl fuser::Filesystem for Bridge {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.serve("copy_file_range", || {
+        self.serve(r, "copy_file_range", || {
             let done: Done<u64> = Box::new(move |answer| match answer {
                 // The answer has 32 bits, and the copying program asks again for the rest. A whole page, as the kernel
                 // cuts it.

@@ -19,8 +19,12 @@ pub(super) const PASSED_OPEN: FopenFlags = FopenFlags::FOPEN_NOFLUSH;
 const RESENT: u64 = 1 << 63;
 
 pub(super) fn caller(request: &Request) -> Caller {
-    let number = request.unique().0 & !RESENT;
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), request: number }
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), request: number(request) }
+}
+
+/// The number of a request, also when it is sent again.
+pub(super) fn number(request: &Request) -> u64 {
+    request.unique().0 & !RESENT
 }
 
 pub(super) fn errno(e: Errno) -> fuser::Errno {

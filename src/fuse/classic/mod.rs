@@ -100,7 +100,7 @@ fn shake_hands(
     let mut agreed: Option<Vec<u8>> = None;
     for connection in connections {
         let bridge = Bridge { door: Arc::<Door>::default(), quiet: agreed.is_some(), ..bridge.clone() };
-        let (made, answer) = sessions::make(bridge, &init, connection, config.clone())?;
+        let (made, answer) = sessions::make(bridge, &init, connection, config.clone(), ledger.is_some())?;
         debug_assert!(agreed.as_ref().is_none_or(|first| *first == answer), "all agree to the same");
         agreed.get_or_insert(answer);
         sessions.push(made);

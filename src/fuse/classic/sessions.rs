@@ -6,23 +6,31 @@
 //! kernel knows, which nothing answers. It calls us on that thread, where we name it, say that it is there and hold it
 //! until all are; then the descriptor of the connection takes the socket's place, and what the thread reads next is the
 //! kernel's. So every thread exists before the first request is served, and the sandbox need not open /dev/fuse.
+//!
+//! **L7** What a daemon before has read and not answered is sent again when its handles are known, and before a thread
+//! reads.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, sockopt};
 
 use super::bridge::Bridge;
 use super::door::{Door, Entrance, HELLO, Said};
 use crate::error::{Error, Kind, Result};
+use crate::fuse::MAX_WRITE;
 use crate::io::connection::{self, Slot};
 use crate::io::process::{no_thread, spawn_thread};
+use crate::rules::{Rule, broken};
 
 /// FUSE_FORGET, and the length of its message: fuse_in_header and fuse_forget_in.
 const FORGET: u32 = 2;
 const FORGET_LEN: usize = 48;
+
+/// Room for what a write has before its data.
+const HEADERS: usize = 4096;
 
 /// Room for an answer to INIT, which has 80 bytes.
 const ANSWER: usize = 4096;
@@ -38,17 +46,19 @@ pub(super) struct Made {
     connection: OwnedFd,
 }
 
-/// Makes a session that is to serve `connection`, from the kernel's message `init`. Also returns its answer to that.
+/// Makes a session that is to serve `connection`, from the kernel's message `init`. Also returns its answer to that. `kept`:
+/// a request that it has read outlives this process.
 pub(super) fn make(
     bridge: Bridge,
     init: &[u8],
     connection: OwnedFd,
     config: fuser::Config,
+    kept: bool,
 ) -> io::Result<(Made, Vec<u8>)> {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::write(&ours, init)?;
-    rustix::io::write(&ours, &hello())?;
+    say_hello(&ours, kept)?;
     let (door, acl) = (bridge.door.clone(), config.acl);
     let fuser = fuser::Session::from_fd(bridge, theirs, acl, config)?;
     let mut answer = vec![0; ANSWER];
@@ -59,8 +69,25 @@ pub(super) fn make(
     Ok((Made { fuser, door, slot, connection }, answer))
 }
 
-fn hello() -> [u8; FORGET_LEN] {
-    let mut message = [0; FORGET_LEN];
+/// Sends the second message. Where requests are `kept`, it is as long as the longest of them, or as the system lets it be:
+/// then all pages of the thread's buffer are there. A request that the kernel copies into a page that is not, for a thread
+/// that is being killed, ends with EIO (seen; fuse_dev_do_read); into one that is, it is copied, and sent again.
+fn say_hello(to: &OwnedFd, kept: bool) -> io::Result<()> {
+    let lens = [MAX_WRITE as usize + HEADERS, 512 << 10, 192 << 10];
+    if kept {
+        // Root alone may send so much at once; what others may is tried.
+        let _ = sockopt::set_socket_send_buffer_size_force(to, 2 * lens[0])
+            .or_else(|_| sockopt::set_socket_send_buffer_size(to, 2 * lens[0]));
+    }
+    if kept && lens.iter().any(|len| rustix::io::write(to, &hello(*len)).is_ok()) {
+        return Ok(());
+    }
+    rustix::io::write(to, &hello(FORGET_LEN)).map(drop).map_err(io::Error::from)
+}
+
+/// What lies behind its end nothing looks at.
+fn hello(len: usize) -> Vec<u8> {
+    let mut message = vec![0; len];
     message[..4].copy_from_slice(&(FORGET_LEN as u32).to_ne_bytes());
     message[4..8].copy_from_slice(&FORGET.to_ne_bytes());
     message[16..24].copy_from_slice(&HELLO.to_ne_bytes());
@@ -111,10 +138,14 @@ pub(super) fn start(sessions: Vec<Made>, resend: Option<OwnedFd>) -> Result<Thre
             return Err(failed(result.err().unwrap_or_else(|| io::Error::other("it ended at once"))));
         }
     } // 1
-    if let Some(connection) = resend {
-        connection::resend(connection.as_fd()).map_err(|e| {
+    let again = || match &resend {
+        Some(connection) => connection::resend(connection.as_fd()).map_err(|e| {
             Error::io(&e, connection::DEVICE, "the kernel does not send requests again (Linux 6.10 does)")
-        })?;
+        }),
+        None => Ok(()),
+    };
+    if !broken(Rule::L7) {
+        again()?;
     } // 2
     for _ in 0..count {
         // Room for all; and each of them waits.
@@ -130,6 +161,11 @@ pub(super) fn start(sessions: Vec<Made>, resend: Option<OwnedFd>) -> Result<Thre
             Said::Ended(result) => ended.push(result),
             Said::Here => {}
         }
+    }
+    if broken(Rule::L7) {
+        // So that they have read something.
+        std::thread::sleep(Duration::from_millis(100));
+        again()?;
     }
     Ok(Threads { said, count, ended })
 }

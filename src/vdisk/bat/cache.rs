@@ -13,6 +13,7 @@ use super::page::{Page, Place};
 use crate::error::Result;
 use crate::format::bat::{PAGE_SLOTS, pages, slot_of};
 use crate::format::header::Geometry;
+use crate::ledger;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Bug, Mutex, MutexGuard, Ordering, Weak, lock, planted};
 use crate::vdisk::runner::Job;
 
@@ -274,12 +275,18 @@ impl BatCache {
         self.mark_dirty(page as u32, loaded)
     }
 
-    /// An entry that stands in no file, and never will (`rescue`). The page is pinned for good.
-    pub(in crate::vdisk) fn lay_over(&self, cluster: u64, top: u16, position: Option<u64>) {
-        let (page, slot) = slot_of(cluster);
-        if let State::Loaded(loaded) = &mut *self.loaded(page).1 {
-            let place = position.map_or(Place::None, |position| Place::At { level: top, position });
-            loaded.set(slot, place, false);
+    /// The page of `cluster`, which is pinned, is in no file as it was loaded, but in this slot of the ledger (`rescue`). `gone`:
+    /// what is free, with what it holds, when it is durable.
+    pub(in crate::vdisk) fn adopt(&self, cluster: u64, slot: ledger::Slot, gone: Vec<u64>) {
+        let (number, _) = slot_of(cluster);
+        if let State::Loaded(page) = &mut *self.loaded(number).1 {
+            if let Some(kept) = self.kept.get() {
+                kept.let_go(&mut page.slot);
+            }
+            page.slot = Some(slot);
+            page.moved = gone;
+            page.data_first = true;
+            self.mark_dirty(number as u32, page);
         }
     }
 
