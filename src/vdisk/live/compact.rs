@@ -26,7 +26,7 @@ use crate::vdisk::Image;
 use crate::vdisk::alloc::{Allocator, Scrubbing};
 use crate::vdisk::bat::cache::Lookup;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::live::order::ClusterOrder;
+use crate::vdisk::live::order::FileOrder;
 pub use crate::vdisk::live::survey::Gain;
 use crate::vdisk::locks::LockMode;
 use crate::vdisk::operations::Operating;
@@ -58,7 +58,7 @@ impl Image {
 
     /// What [`defrag`](Self::defrag) would gain. Changes nothing. Blocks, too.
     pub fn defrag_gain(self: &Arc<Self>, progress: &Progress) -> Result<Gain> {
-        Ok(self.begin_operation()?.survey(progress, Some(ClusterOrder::default()))?.gain)
+        Ok(self.begin_operation()?.survey(progress, Some(FileOrder::default()))?.gain)
     }
 
     /// Frees zero clusters, moves clusters from the end of the file to its front, and makes it shorter. Returns what that
@@ -75,7 +75,7 @@ impl Image {
 
 impl Operating<'_> {
     fn compact_or_defrag(&self, progress: &Progress, defrag: bool) -> Result<Gain> {
-        let survey = self.survey(progress, defrag.then(ClusterOrder::default))?;
+        let survey = self.survey(progress, defrag.then(FileOrder::default))?;
         self.mark_and_wait()?;
         let work = (survey.zero.len() as u64 + survey.gain.moved_clusters) * self.cluster;
         progress.set_total(progress.so_far().0 + work);

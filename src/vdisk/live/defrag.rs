@@ -20,7 +20,7 @@ use crate::format::bat::{cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::rules::{Rule, broken};
 use crate::vdisk::live::compact::Moved;
-use crate::vdisk::live::order::{ClusterOrder, Moves, OrderStep};
+use crate::vdisk::live::order::{FileOrder, Moves, OrderStep};
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 
@@ -33,9 +33,9 @@ impl Operating<'_> {
     }
 
     /// Where the clusters that the top maps lie.
-    pub(super) fn order(&self, progress: &Progress) -> Result<ClusterOrder> {
+    pub(super) fn order(&self, progress: &Progress) -> Result<FileOrder> {
         let stack = arc_swap::Guard::into_inner(self.stack());
-        let (clusters, mut order, mut first) = (stack.geometry.clusters(), ClusterOrder::default(), 0);
+        let (clusters, mut order, mut first) = (stack.geometry.clusters(), FileOrder::default(), 0);
         while first < clusters {
             self.stopped(progress)?;
             for (cluster, position, _) in self.own_clusters(&stack, first, clusters)? {

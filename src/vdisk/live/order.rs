@@ -31,7 +31,7 @@ pub struct Pieces {
 
 /// Where the clusters of a disk lie, in the order of the disk.
 #[derive(Default)]
-pub(super) struct ClusterOrder {
+pub(super) struct FileOrder {
     /// By rank.
     clusters: Vec<u32>,
     /// By rank; no two are the same.
@@ -72,7 +72,7 @@ fn small(n: u64) -> u32 {
     u32::try_from(n).unwrap_or(NONE)
 }
 
-impl ClusterOrder {
+impl FileOrder {
     /// The next cluster of the disk lies at this file cluster; for the count of the pieces alone.
     pub(super) fn count(&mut self, place: u64) {
         self.pieces += u64::from(self.next != Some(place));

@@ -5,7 +5,7 @@ use crate::format::bat::{PAGE_SLOTS, cluster_of, slot_of};
 use crate::progress::Progress;
 use crate::vdisk::alloc::Bits;
 use crate::vdisk::bat::page::Place;
-use crate::vdisk::live::order::{ClusterOrder, Pieces};
+use crate::vdisk::live::order::{FileOrder, Pieces};
 use crate::vdisk::operations::Operating;
 use crate::vdisk::stack::Stack;
 use crate::vdisk::zero::is_zero;
@@ -59,7 +59,7 @@ impl Operating<'_> {
 
     /// Looks at every cluster that the top maps. Without locks: what changes meanwhile is looked at again before anything
     /// is done with it. `stays`: collects what stays, to be put in order.
-    pub(super) fn survey(&self, progress: &Progress, mut stays: Option<ClusterOrder>) -> Result<Survey> {
+    pub(super) fn survey(&self, progress: &Progress, mut stays: Option<FileOrder>) -> Result<Survey> {
         let stack = arc_swap::Guard::into_inner(self.stack());
         if stack.bat.is_none() {
             let why = "is raw: there is nothing to move in it (`fallocate --dig-holes` frees its zeroes)";
@@ -67,7 +67,7 @@ impl Operating<'_> {
         }
         let (length, allocated) = self.own_file()?;
         let (mut used, mut own, mut zero, mut freed) = (Bits::default(), 0, Vec::new(), 0);
-        let mut before = ClusterOrder::default();
+        let mut before = FileOrder::default();
         let clusters = stack.geometry.clusters();
         let mut first = 0;
         while first < clusters {

@@ -9,7 +9,7 @@ use super::*;
 /// Carries the plan out on a file: every step finds its place free since the last round. Returns moves and rounds.
 fn carry_out(places: &[u64], at_a_time: usize) -> (u64, u64) {
     let n = places.len() as u64;
-    let mut order = ClusterOrder::default();
+    let mut order = FileOrder::default();
     places.iter().enumerate().for_each(|(i, place)| order.push(3 * i as u64, *place));
     let (mut plan, clusters) = order.plan(at_a_time);
     assert!(clusters.iter().enumerate().all(|(rank, cluster)| *cluster as usize == 3 * rank));
@@ -96,22 +96,22 @@ fn a_random_order_takes_little_more_than_one_move_for_each_cluster() {
 #[test]
 fn a_rehearsal_counts_the_same_moves_and_changes_nothing() {
     let places = [7, 3, 9, 0, 1];
-    let mut order = ClusterOrder::default();
+    let mut order = FileOrder::default();
     places.iter().for_each(|place| order.push(0, *place));
     assert_eq!(order.pieces, 4);
     let (moves, gain) = order.rehearse(2, 1000, 4, || Ok(())).expect("it goes on");
     assert_eq!(moves, carry_out(&places, 2).0);
     assert_eq!(gain, Pieces { pieces: 4, pieces_after: 1, spare: 2000 });
-    let nothing = ClusterOrder::default().rehearse(2, 1000, 0, || Ok(())).expect("it goes on");
+    let nothing = FileOrder::default().rehearse(2, 1000, 0, || Ok(())).expect("it goes on");
     assert_eq!(nothing, (0, Pieces::default()));
     let cancelled = || Err(crate::Error::new(crate::Kind::Cancelled, "cancelled"));
-    assert!(ClusterOrder::default().rehearse(2, 1000, 0, cancelled).is_err());
+    assert!(FileOrder::default().rehearse(2, 1000, 0, cancelled).is_err());
 }
 
 #[test]
 fn clusters_that_go_and_places_that_are_taken_leave_the_rest_in_order() {
     for at_a_time in 1..6 {
-        let mut order = ClusterOrder::default();
+        let mut order = FileOrder::default();
         let n = 12;
         (0..n).for_each(|i| order.push(i, (5 * i + 3) % n));
         let (mut plan, _) = order.plan(at_a_time);
@@ -147,7 +147,7 @@ fn clusters_that_go_and_places_that_are_taken_leave_the_rest_in_order() {
 #[test]
 fn a_place_that_is_seen_twice_does_not_make_the_moves_endless() {
     for places in [&[3, 3][..], &[2, 0, 2, 1], &[1, 5, 5, 5, 0], &[0, 0, 1, 1]] {
-        let mut order = ClusterOrder::default();
+        let mut order = FileOrder::default();
         places.iter().enumerate().for_each(|(i, place)| order.push(i as u64, *place));
         let behind = order.len();
         let (mut plan, _) = order.plan(2);
