@@ -124,6 +124,8 @@ fn other_programs_are_refused_while_the_daemon_is_missed() {
     let successor = Stopped(miss(&mount));
     let elsewhere = temp_dir();
     let [point, copy] = ["point", "copy"].map(|name| elsewhere.path().join(name));
+    // Should it get in, it ends with the test.
+    let _second = Mount::adopt(mount.images(), &point);
     let second = || Run::ploopfs().arg("mount").args([mount.images(), &point]).limit(60).run();
     let other = |what: &str| Run::ploopfs().arg(what).arg(&delta).limit(60).run();
     std::thread::scope(|scope| {
