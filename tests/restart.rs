@@ -51,8 +51,9 @@ fn kill(mount: &Mount) -> Duration {
     // What is open of the counters is not open any more behind a death.
     let pid = || std::fs::read_to_string(mount.point().join(".ploopfs/stats.json")).ok();
     let other = || {
-        pid()
-            .is_some_and(|text| !text.contains(&format!("\"pid\":{}", before[0])) && text.contains("\"pid\""))
+        pid().is_some_and(|text| {
+            !text.contains(&format!("\"pid\": {},", before[0])) && text.contains("\"pid\"")
+        })
     };
     assert!(until(PATIENCE, other), "no successor");
     began.elapsed()

@@ -28,8 +28,9 @@ pub fn daemons(mount: &Mount) -> Vec<u32> {
 pub fn succeeded(mount: &Mount, before: u32, patience: Duration) {
     // What is open of the counters is not open any more behind a death.
     let pid = || std::fs::read_to_string(mount.point().join(".ploopfs/stats.json")).ok();
-    let other =
-        || pid().is_some_and(|text| !text.contains(&format!("\"pid\":{before}")) && text.contains("\"pid\""));
+    let other = || {
+        pid().is_some_and(|text| !text.contains(&format!("\"pid\": {before},")) && text.contains("\"pid\""))
+    };
     assert!(until(patience, other), "no successor");
 }
 
