@@ -85,6 +85,6 @@ mod tests {
         let memory = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC).expect("a memfd");
         rustix::fs::ftruncate(&memory, 4096).expect("a length");
         assert_eq!(Shared::map(&memory).expect_err("refused").kind(), io::ErrorKind::InvalidData);
-        rustix::fs::ftruncate(&make("test", 4096).expect("a memfd"), 0).expect_err("it is sealed");
+        rustix::fs::ftruncate(make("test", 4096).expect("a memfd"), 0).expect_err("it is sealed");
     }
 }

@@ -212,8 +212,9 @@ fn a_clone_has_the_chain_the_labels_and_a_top_of_its_own() {
     let (layers, levels) = rig.open();
     write_full(&*levels[0].file, &[7; 4096], MIB).expect("write");
     let to = rig.path("copy");
-    clone(&layers, guid, &[to.clone()], false, &Progress::new()).expect("cloned");
-    let again = clone(&layers, guid, &[to.clone()], false, &Progress::new()).expect_err("taken").error;
+    clone(&layers, guid, std::slice::from_ref(&to), false, &Progress::new()).expect("cloned");
+    let again =
+        clone(&layers, guid, std::slice::from_ref(&to), false, &Progress::new()).expect_err("taken").error;
     assert_eq!(again.kind(), Kind::Exists);
     let shared = layers.is_shared("vm.hds").expect("known");
     // Where the host links, both images hold one file: one at a time.
