@@ -347,7 +347,7 @@ pub fn daemon_command(name: &str) -> Command {
 }
 
 /// Ends this process as if it had earned `signal`: for tests.
-#[cfg(feature = "faults")]
+#[cfg(any(test, feature = "faults"))]
 pub fn die_of(signal: i32) -> ! {
     loop {
         // SAFETY: a signal to the calling thread; all that it may do is to end the process. A handler that looks for the end
