@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ploopfs::io::lock::{DeltaLock, Use};
 use ploopfs::io::real::{Access, RealFile};
 
+use common::daemons::{self, daemons, processes};
 use common::{Guest, Loop, Mount, Run, heavy, long, marked_in_use, ok, signal, text, until};
 
 /// No entry reaches the disk by itself.
@@ -24,39 +25,10 @@ fn mount(args: &[&str]) -> Mount {
     Mount::new(&[args, &RESTARTS].concat())
 }
 
-/// The processes of a mount that are its daemon, its keeper or its standby, as the kernel lists them: looks at no mount.
-fn processes(mount: &Mount, what: &str) -> Vec<u32> {
-    let images = text(mount.images()).as_bytes();
-    let entries = std::fs::read_dir("/proc").expect("/proc").flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let is_one = |pid: &u32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        words.get(1).is_some_and(|word| *word == what.as_bytes()) && words.contains(&images)
-    };
-    pids.filter(is_one).collect()
-}
-
-fn daemons(mount: &Mount) -> Vec<u32> {
-    processes(mount, "daemon")
-}
-
 /// Kills the daemon, and returns when another one serves: how long a look at the mount took.
 #[track_caller]
 fn kill(mount: &Mount) -> Duration {
-    let before = daemons(mount);
-    assert_eq!(before.len(), 1, "one daemon");
-    signal(before[0], rustix::process::Signal::KILL);
-    let began = Instant::now();
-    // What is open of the counters is not open any more behind a death.
-    let pid = || std::fs::read_to_string(mount.point().join(".ploopfs/stats.json")).ok();
-    let other = || {
-        pid().is_some_and(|text| {
-            !text.contains(&format!("\"pid\": {},", before[0])) && text.contains("\"pid\"")
-        })
-    };
-    assert!(until(PATIENCE, other), "no successor");
-    began.elapsed()
+    daemons::kill(mount, PATIENCE)
 }
 
 fn pattern(cluster: u64) -> Vec<u8> {
